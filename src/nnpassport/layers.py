@@ -1,0 +1,219 @@
+"""The passport layer: a norm (or a bare layer) whose scale and shift come from a passport."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from enum import Enum, unique
+from typing import Any, cast, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nnpassport.functional import apply_affine, collapsed_affine
+
+
+@unique
+class Branch(Enum):
+    """Which of the two networks that share their weights is computed."""
+
+    PUBLIC = "public"  # the passport is withheld: the network as it is released
+    PRIVATE = "private"  # the passport is presented
+    BOTH = "both"  # the batch is forked: its first half runs public, its second half private
+
+
+@final
+class PassportNorm(nn.Module):
+    """A norm layer whose scale and shift come from a passport while it is presented.
+
+    Wraps the affine norm that is already there (batch, group, layer, instance) and leaves it as it
+    was. Where a layer has no norm, it wraps the layer itself: the same affine, no normalisation.
+
+    Only m(P), the passport's mean patch, is kept: the rest of the passport never matters to the
+    network. It is secret, and a non-persistent buffer, so that no checkpoint holds it.
+
+    Attributes:
+        norm: what was here before surgery.
+        private_norm: a copy of it with running statistics of its own for the private branch, or
+            None where the norm keeps none (group, layer) or there is no second branch (V1).
+        signs: the layer's signature, ±1 for each channel.
+        branch: what `forward` computes.
+        forks: whether the batch is forked here (see `surgery`), the first passport layers of V2/V3.
+    """
+
+    mean_patch: Float[Tensor, "2 groups columns"]
+    signs: Float[Tensor, " out"]
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        norm: nn.Module,
+        mean_patch: Float[Tensor, "2 groups columns"],
+        signs: Float[Tensor, " out"],
+        *,
+        channel_axis: int = 1,
+        own_statistics: bool = False,
+    ) -> None:
+        super().__init__()
+        weight = cast(Tensor, layer.weight)
+        self.norm = norm
+        self.private_norm = _statistics_of_its_own(norm) if own_statistics else None
+        self._layer = (layer,)  # in a tuple, so that the layer is not registered here as well
+        self._channel_axis = channel_axis
+        self.branch = Branch.PUBLIC
+        self.forks = False
+        self.register_buffer("mean_patch", mean_patch.to(weight), persistent=False)
+        self.register_buffer("signs", signs.to(weight), persistent=False)
+
+    @property
+    def layer(self) -> nn.Module:
+        """The convolution or linear layer whose weight the passport runs through."""
+        return self._layer[0]
+
+    def affine(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+        """γ and β of the passport at the layer's present weight; gradients flow to the weight."""
+        weight, patch = cast(Tensor, self.layer.weight), self.mean_patch
+        if not weight.is_contiguous():
+            # Channels-last: sum in the order that W has in memory; its own order would copy W twice
+            # a step, which costs more than the product.
+            patch = patch.unflatten(2, weight.shape[1:]).movedim(2, -1).flatten(2)
+            weight = weight.movedim(1, -1)
+        # Full precision even under autocast: bfloat16 would flip the signs of small γ.
+        with torch.autocast(weight.device.type, enabled=False):
+            return collapsed_affine(weight, patch)
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The wrapped norm, its affine replaced by the passport's in the private branch."""
+        if self.branch is Branch.PUBLIC:
+            return self.norm(x)
+        if self.branch is Branch.PRIVATE:
+            return self._private(x)
+        public, private = (x, x) if self.forks else x.chunk(2)
+        return torch.cat([self.norm(public), self._private(private)])
+
+    def fork_input(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Pre-forward hook that doubles a module's batch while both branches run.
+
+        For networks where the branches have to part earlier than at the passport itself.
+        """
+        if self.branch is not Branch.BOTH:
+            return None
+        return tuple(map(_doubled, args)), {key: _doubled(value) for key, value in kwargs.items()}
+
+    def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        norm = self.norm if self.private_norm is None else self.private_norm
+        gamma, beta = self.affine()
+        if norm is self.layer:
+            return _scaled(norm(x), gamma, beta, self._channel_axis)
+        # What the norm has of its own is replaced; what it lacks (RMSNorm's bias, affine=False) is
+        # applied afterwards.
+        replaced = {
+            name: value
+            for name, value in (("weight", gamma), ("bias", beta))
+            if getattr(norm, name, None) is not None
+        }
+        y = functional_call(norm, replaced, (x,))
+        if len(replaced) == 2:
+            return y
+        scale = torch.ones_like(gamma) if "weight" in replaced else gamma
+        return _scaled(y, scale, beta, self._channel_axis)
+
+
+def _scaled(
+    x: Float[Tensor, "..."], gamma: Float[Tensor, " out"], beta: Float[Tensor, " out"], axis: int
+) -> Float[Tensor, "..."]:
+    return apply_affine(x, gamma.to(x.dtype), beta.to(x.dtype), channel_axis=axis)
+
+
+def _doubled(value: Any) -> Any:
+    return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _statistics_of_its_own(norm: nn.Module) -> nn.Module | None:
+    if getattr(norm, "running_mean", None) is None:
+        return None
+    return deepcopy(norm).requires_grad_(False)
+
+
+def passport_norms(model: nn.Module) -> dict[str, PassportNorm]:
+    """The passport layers inside a model, by the dotted name of the norm they wrap."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, PassportNorm)
+    }
+
+
+@final
+class BranchNorm(nn.Module):
+    """A norm without passport, after the fork, that keeps running statistics for each branch.
+
+    Both branches share its weight and bias. Without it, batch norm would average over public and
+    private activations together, and neither branch would meet in use what it met in training.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.private_norm = _statistics_of_its_own(norm)
+        self.branch = Branch.PUBLIC
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The wrapped norm, each half of a forked batch with its own statistics."""
+        if self.branch is Branch.PUBLIC:
+            return self.norm(x)
+        if self.branch is Branch.PRIVATE:
+            return self._private(x)
+        public, private = x.chunk(2)
+        return torch.cat([self.norm(public), self._private(private)])
+
+    def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        shared: dict[str, Tensor] = dict(self.norm.named_parameters())
+        return functional_call(cast(nn.Module, self.private_norm), shared, (x,))
+
+
+def own_statistics(model: nn.Module) -> list[nn.Module]:
+    """The norms that keep running statistics for the private branch alone."""
+    return [
+        module.private_norm
+        for module in model.modules()
+        if isinstance(module, PassportNorm | BranchNorm) and module.private_norm is not None
+    ]
+
+
+def branched(model: nn.Module) -> list[PassportNorm | BranchNorm]:
+    """All modules inside a model that compute one thing or another by branch."""
+    return [m for m in model.modules() if isinstance(m, PassportNorm | BranchNorm)]
+
+
+def set_branch(model: nn.Module, branch: Branch) -> None:
+    """What the model computes from now on."""
+    for module in branched(model):
+        module.branch = branch
+
+
+@contextmanager
+def on_branch(model: nn.Module, branch: Branch) -> Iterator[None]:
+    """Run one branch for a while, in evaluation mode; afterwards all is as before."""
+    before = [(module, module.branch) for module in branched(model)]
+    modes = [(module, module.training) for module in model.modules()]
+    set_branch(model, branch)
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, earlier in before:
+            module.branch = earlier
+        for part, mode in modes:
+            part.training = mode
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the dotted `name` points to, in place, and wherever else that is used."""
+    before = model.get_submodule(name)
+    # Not that one attribute only: the same norm may also stand in a Sequential, and run from there.
+    for parent in list(model.modules()):
+        for child, each in parent._modules.items():
+            if each is before:
+                setattr(parent, child, module)

@@ -1,0 +1,138 @@
+"""V = (E, F, V, I): what an ownership scheme is, what it answers, and how it fails.
+
+Read this file first and `catalog.py` second; together they are the whole package in outline.
+
+Errors, all of them reasons why something *could not be checked* (exit code 2 on the command line).
+A claim that was checked and does not hold is a `Verdict`, never an exception:
+
+    OwnershipError (ValueError)
+    ├── UnsuitableModelError     the network or the named layer cannot carry this scheme
+    ├── UnreadableModelError     a model file is missing, corrupt, hostile or of another shape
+    ├── UnreadableKeyError       a key file is missing, corrupt, locked or made for something else
+    ├── UnreadableDataError      images or labels are missing, corrupt or of the wrong kind
+    ├── BadSignatureError        a signature text or a digital signature that cannot be used
+    ├── BadRecipeError           training was asked for something that cannot be done
+    └── UnwritableOutputError    a result could not be saved; what was there before is untouched
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, final
+
+from torch import Tensor
+
+
+class OwnershipError(ValueError):
+    """Ownership could not be embedded, read or checked; the message says what would work."""
+
+
+class UnsuitableModelError(OwnershipError):
+    """The network, or a layer named in it, cannot carry this scheme."""
+
+
+class UnreadableModelError(OwnershipError):
+    """A model file is missing, corrupt, hostile or of another architecture."""
+
+
+class UnreadableKeyError(OwnershipError):
+    """A key file is missing, corrupt, locked or made for another model."""
+
+
+class UnreadableDataError(OwnershipError):
+    """Images or labels are missing, corrupt or of the wrong kind."""
+
+
+class BadSignatureError(OwnershipError):
+    """A signature text that does not fit, or a digital signature that does not hold."""
+
+
+class BadRecipeError(OwnershipError):
+    """A training recipe that cannot be carried out."""
+
+
+class UnwritableOutputError(OwnershipError):
+    """A result could not be saved; files that existed before are as they were."""
+
+
+class Batch(NamedTuple):
+    """Normalised images (batch channel height width), class indices, number of the step."""
+
+    images: Tensor
+    labels: Tensor
+    step: int = 0
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """Outcome of F: is the accuracy within `tolerance` of `target`?   [Fan19, def. 1.II]
+
+    All three are in [0, 1].
+    """
+
+    accuracy: float
+    target: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """|M − M_t| ≤ ε_f; doing better than the target is no failure."""
+        return self.accuracy >= self.target - self.tolerance
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Outcome of V on one suspect with one key.
+
+    Attributes:
+        bits: how many committed bits (or trigger labels) there are.
+        matches: how many of them were read as committed.
+        log10_p_value: log₁₀ of the chance that an independent network matches as well, corrected
+            for every choice the claimant had. None where there is none: `reason` says why.
+        log10_alpha: the threshold that was declared; the mark counts when p ≤ α.
+        fidelity: outcome of F, or None where no data were given.
+        alignment: what alignment did to the suspect before it was read, or None.
+        digests: SHA-256 of every file that was read, by name.
+    """
+
+    scheme: str
+    bits: int
+    matches: int
+    log10_p_value: float | None
+    log10_alpha: float
+    reason: str
+    marked: bool
+    fidelity: Fidelity | None = None
+    alignment: Mapping[str, Any] | None = None
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the ownership claim holds: the mark is there, and F has not failed."""
+        return self.marked and (self.fidelity is None or self.fidelity.passed)
+
+    @property
+    def match_rate(self) -> float:
+        """Fraction of the bits that were read as committed, in [0, 1]."""
+        return self.matches / self.bits
+
+    @property
+    def p_value(self) -> float | None:
+        """The p-value itself; 0.0 where it is below what a float can hold (see `log10_p_value`)."""
+        return None if self.log10_p_value is None else math.pow(10.0, self.log10_p_value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values, with the derived facts spelled out."""
+        facts = asdict(self)
+        if self.fidelity is not None:
+            facts["fidelity"]["passed"] = self.fidelity.passed
+        return {
+            "accepted": self.accepted,
+            **facts,
+            "match_rate": self.match_rate,
+            "p_value": self.p_value,
+            "alpha": math.pow(10.0, self.log10_alpha),
+        }

@@ -1,0 +1,97 @@
+"""Exact tails of the binomial, and how many matches a verdict needs.
+
+Committed bits that were drawn uniformly match any independent network as Binomial(n, ½), whatever
+its weights are. Everything here is in logarithms: a genuine mark of a thousand bits has a p-value
+that no float can hold.
+"""
+
+import math
+
+import numpy as np
+from scipy.special import logsumexp
+
+LOG10_ALPHA_COMMITTED = -9.0
+"""log₁₀ α for a claim that is proved to be older than the suspect: α = 10⁻⁹."""
+
+LOG10_ALPHA_UNCOMMITTED = -100 * math.log10(2)
+"""log₁₀ α without that proof: α = 2⁻¹⁰⁰.
+
+A claimant who has seen the suspect can try seeds until one fits; N tries reach p ≈ 1/N. Nobody
+tries 2¹⁰⁰ seeds, and a genuine mark of a few hundred bits passes by far.
+"""
+
+
+def log_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
+    """Natural logarithm of P[X ≥ matches] for X ~ Binomial(trials, chance).
+
+    Exact up to rounding (relative error of the logarithm about 1e-12) at both ends, also where
+    the probability itself underflows. Linear in `trials` in time and memory.
+
+    Raises:
+        ValueError: there are more matches than trials, or `chance` is not inside (0, 1).
+    """
+    if trials < 1 or matches > trials:
+        raise ValueError(
+            f"got {matches} matches in {trials} trials; needed: at least one trial and no more "
+            "matches than trials"
+        )
+    if not 0 < chance < 1:
+        raise ValueError(f"chance must lie strictly between 0 and 1, got {chance}")
+    if matches <= 0:
+        return 0.0
+    mode = int((trials + 1) * chance)
+    terms = _log_terms(trials, chance, min(mode, trials))
+    total = logsumexp(terms)
+    if matches > mode:
+        return float(logsumexp(terms[matches:]) - total)
+    return math.log1p(-math.exp(logsumexp(terms[:matches]) - total))
+
+
+def _log_terms(trials: int, chance: float, mode: int) -> np.ndarray:
+    # log P[X = i] − log P[X = mode], summed outwards from the mode: not through lgamma, which
+    # is near 1e6 for n = 1e5 and would leave an error of 1e-9 in a logarithm near zero.
+    i = np.arange(trials, dtype=np.float64)
+    steps = np.log((trials - i) / (i + 1) * (chance / (1 - chance)))
+    below = -np.cumsum(steps[:mode][::-1])[::-1]
+    return np.concatenate([below, [0.0], np.cumsum(steps[mode:])])
+
+
+def log10_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
+    """log₁₀ P[X ≥ matches] for X ~ Binomial(trials, chance): the p-value of a match count.
+
+    Raises:
+        ValueError: as `log_binomial_tail`.
+    """
+    return log_binomial_tail(matches, trials, chance) / math.log(10)
+
+
+def log10_corrected(log10_p: float, log10_choices: float) -> float:
+    """Union bound: log₁₀ of the p-value of the best of 10^`log10_choices` tries, at most 0.
+
+    Raises:
+        ValueError: a p-value above 1 or fewer choices than one.
+    """
+    if not (log10_p <= 0 <= log10_choices):
+        raise ValueError(
+            f"got log10_p = {log10_p} and log10_choices = {log10_choices}; needed: a p-value of at "
+            "most 1 (log10 ≤ 0) and at least one choice (log10 ≥ 0)"
+        )
+    return min(0.0, log10_p + log10_choices)
+
+
+def matches_needed(trials: int, log10_alpha: float, chance: float = 0.5) -> int:
+    """Smallest number of matches whose tail is at most α.
+
+    `trials` + 1 where not even a perfect match is enough.
+
+    Raises:
+        ValueError: as `log_binomial_tail`.
+    """
+    low, high = 0, trials + 1
+    while low < high:
+        middle = (low + high) // 2
+        if log10_binomial_tail(middle, trials, chance) <= log10_alpha:
+            high = middle
+        else:
+            low = middle + 1
+    return low
