@@ -1,0 +1,1 @@
+"""Images and triggers, held as uint8."""

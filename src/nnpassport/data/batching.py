@@ -1,0 +1,137 @@
+"""The batches that training and evaluation see.
+
+Pixels stay uint8 until they are on the device that computes. Everything random is a pure function
+of (seed, epoch, step), so a run that was interrupted goes on bit for bit where it stopped.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnpassport.data.imageset import ImageSet, Normalisation, generator_for
+from nnpassport.scheme import BadRecipeError, Batch
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Augment:
+    """Random crop after padding with `pad` black pixels, and a mirror image half of the time."""
+
+    pad: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pad < 0:
+            raise BadRecipeError(f"pad is {self.pad}; needed: 0 or more pixels")
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """uint8 (batch channels height width) of the same shape, each image moved on its own.
+
+        `generator` is one of the CPU whatever device the images are on, so that every device sees
+        the same augmentation.
+        """
+        count, _, height, width = pixels.shape
+        offsets = torch.randint(0, 2 * self.pad + 1, (2, count), generator=generator)
+        mirrored = torch.randint(0, 2, (count,), generator=generator).bool() & self.flip
+        top, left = offsets.to(pixels.device)
+        windows = F.pad(pixels, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
+        cropped = windows[torch.arange(count, device=pixels.device), :, top, left]
+        return torch.where(
+            mirrored.to(pixels.device)[:, None, None, None], cropped.flip(3), cropped
+        )
+
+
+def steps_per_epoch(images: int, size: int) -> int:
+    """Whole batches in a set; a set that is smaller than one batch is one batch.
+
+    Raises:
+        BadRecipeError: the batch size is below 1.
+    """
+    if size < 1:
+        raise BadRecipeError(f"batch size is {size}; needed: at least 1 image")
+    return max(1, images // size)
+
+
+def epoch_order(images: int, *, seed: int, epoch: int) -> Tensor:
+    """The order in which an epoch visits the images: a permutation, int64 (images,)."""
+    return torch.randperm(images, generator=generator_for("order", seed, epoch))
+
+
+def batches(
+    data: ImageSet,
+    normalise: Normalisation,
+    *,
+    size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augment: Augment | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """The batches of one epoch from its step `start` on, in channels-last memory on `device`.
+
+    Each is a pure function of (seed, epoch, step): starting late gives the same batches. The last
+    incomplete batch is left out, and `Batch.step` counts through all epochs.
+
+    Raises:
+        BadRecipeError: the batch size or `start` is out of range.
+    """
+    steps = steps_per_epoch(len(data), size)
+    if not 0 <= start <= steps:
+        raise BadRecipeError(
+            f"start is step {start} of an epoch; needed: 0 to {steps}, the steps of {len(data)} "
+            f"images in batches of {size}"
+        )
+    return _batches(data, normalise, size, seed, epoch, start, augment, torch.device(device))
+
+
+def _batches(
+    data: ImageSet,
+    normalise: Normalisation,
+    size: int,
+    seed: int,
+    epoch: int,
+    start: int,
+    augment: Augment | None,
+    device: torch.device,
+) -> Iterator[Batch]:
+    steps = steps_per_epoch(len(data), size)
+    order = epoch_order(len(data), seed=seed, epoch=epoch).to(data.images.device)
+    for step in range(start, steps):
+        chosen = order[step * size : (step + 1) * size]
+        pixels = data.images.index_select(0, chosen).to(device, non_blocking=True)
+        if augment is not None:
+            pixels = augment(pixels, generator_for("augment", seed, epoch, step))
+        yield Batch(
+            normalise(pixels).contiguous(memory_format=torch.channels_last),
+            data.labels[chosen].to(device, non_blocking=True),
+            epoch * steps + step,
+        )
+
+
+def evaluation_batches(
+    data: ImageSet,
+    normalise: Normalisation,
+    size: int,
+    *,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """All images in their own order, the last batch as small as it comes; nothing is random.
+
+    Raises:
+        BadRecipeError: the batch size is below 1.
+    """
+    steps_per_epoch(len(data), size)
+    pieces = zip(data.images.split(size), data.labels.split(size), strict=True)
+    return (
+        Batch(
+            normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last),
+            labels.to(device),
+            step,
+        )
+        for step, (pixels, labels) in enumerate(pieces)
+    )

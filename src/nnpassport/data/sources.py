@@ -1,0 +1,235 @@
+"""Where labelled pictures come from: Parquet files, image folders, arrays, the hub, scikit-learn.
+
+A `Source` knows how many pictures there are and names their classes; it decodes nothing.
+"""
+
+import glob
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from nnpassport.data.cache import Table
+from nnpassport.data.decoding import Encoded
+from nnpassport.scheme import UnreadableDataError
+
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+_MOST_CLASSES = 1_000_000
+
+
+class Source(NamedTuple):
+    """`total` pictures to decode in order; `files` is all that they depend on, () if unknown."""
+
+    name: str
+    total: int
+    classes: tuple[str, ...]
+    files: tuple[Path, ...]
+    pictures: Iterator[Encoded]
+
+
+class Columns(NamedTuple):
+    """Names of the columns of pictures and labels."""
+
+    image: str
+    label: str
+
+
+def find(location: str, split: str | None, columns: Columns) -> Source:
+    """The pictures that `location` names.
+
+    Raises:
+        UnreadableDataError: there is no such thing, or it is not a set of labelled pictures.
+    """
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return _in_folder(path, split, columns)
+    if location.startswith("hub:"):
+        return _on_hub(location.removeprefix("hub:"), split, columns)
+    matches = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+    if matches:
+        return _in_files(matches, location, split, columns)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", location):
+        return _on_hub(location, split, columns)
+    raise UnreadableDataError(
+        f"there is nothing at {location!r}; needed: digits, a .parquet or .npz file, a folder of "
+        "Parquet files or of one folder of pictures a class, a pattern such as "
+        "'cifar10-train-*.parquet', or hub:owner/name"
+    )
+
+
+def _in_files(files: Sequence[Path], location: str, split: str | None, columns: Columns) -> Source:
+    if split is not None:
+        raise UnreadableDataError(
+            f"split {split!r} was asked of {location!r}, which names its files already; "
+            "name the files of that split, or pass the folder that they are in"
+        )
+    others = [file.name for file in files if file.suffix not in {".parquet", ".pq"}]
+    if others:
+        raise UnreadableDataError(
+            f"{others[0]!r} is not a data set that can be read; needed: .parquet or .npz"
+        )
+    return _in_parquet(files, re.sub(r"\W*[*?\[].*", "", Path(location).stem) or "images", columns)
+
+
+def _in_folder(folder: Path, split: str | None, columns: Columns) -> Source:
+    name = folder.resolve().name
+    inner = {each.name for each in folder.iterdir() if each.is_dir()}
+    if split is not None and split in inner:
+        return _in_folder(folder / split, None, columns)._replace(name=f"{name}/{split}")
+    tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+    tokens = {file: set(re.split(r"[\W_]+", file.stem)) for file in tables}
+    present = sorted(_SPLITS & (set().union(*tokens.values()) if tables else inner))
+    if split is not None:
+        tables = [file for file in tables if split in tokens[file]]
+        if not tables:
+            raise UnreadableDataError(
+                f"{folder} has no split {split!r}; there are: {', '.join(present) or 'none'}"
+            )
+        return _in_parquet(tables, f"{name}/{split}", columns)
+    if len(present) > 1 or (present and not tables and inner <= _SPLITS):
+        raise UnreadableDataError(
+            f"{folder} has the splits {', '.join(present)} and none was chosen; "
+            f"pass split={present[0]!r}, or name the files"
+        )
+    return _in_parquet(tables, name, columns) if tables else in_classes(folder)
+
+
+def _in_parquet(files: Sequence[Path], name: str, columns: Columns) -> Source:
+    from nnpassport.data.tables import in_parquet  # noqa: PLC0415 - pyarrow is slow to import
+
+    return in_parquet(files, name, columns)
+
+
+def _on_hub(name: str, split: str | None, columns: Columns) -> Source:
+    from nnpassport.data.tables import on_hub  # noqa: PLC0415 - as above
+
+    return on_hub(name, split, columns)
+
+
+def in_classes(folder: Path) -> Source:
+    """A folder of one folder a class; everything in those that is not hidden counts as a picture.
+
+    Raises:
+        UnreadableDataError: there are no classes, or a class has no pictures.
+    """
+    classes = sorted(each.name for each in folder.iterdir() if each.is_dir() and _seen(each))
+    # Files beside the class folders have no label: decoding will name them, not pass them over.
+    stray = sorted(each for each in folder.iterdir() if each.is_file() and _seen(each))
+    files: list[tuple[Path, int | None]] = [(file, None) for file in stray]
+    for label, name in enumerate(classes):
+        within = (folder / name).rglob("*")
+        own = sorted(
+            file
+            for file in within
+            if file.is_file() and all(map(_seen, [file, *file.relative_to(folder).parents[:-1]]))
+        )
+        if not own:
+            raise UnreadableDataError(
+                f"class folder {folder / name} is empty; add pictures or remove it"
+            )
+        files += [(file, label) for file in own]
+    if not classes:
+        raise UnreadableDataError(
+            f"{folder} holds no folders and no Parquet files; "
+            "needed: one folder of pictures for each class, or .parquet files"
+        )
+    pictures = (Encoded(str(file.relative_to(folder)), file, label) for file, label in files)
+    paths = tuple(file for file, _ in files)
+    return Source(folder.resolve().name, len(files), tuple(classes), paths, pictures)
+
+
+def _seen(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name not in {"Thumbs.db", "desktop.ini"}
+
+
+def classes_of(labels: Iterator[Any], name: str) -> tuple[str, ...]:
+    """Sorted names, or "0" to the largest number."""
+    present = {label for label in labels if label is not None}
+    if not present:
+        raise UnreadableDataError(f"{name}: no row has a label; needed: labelled pictures")
+    if all(isinstance(label, str) for label in present):
+        return tuple(sorted(present))
+    if not 0 <= min(present) <= max(present) < _MOST_CLASSES:
+        raise UnreadableDataError(
+            f"{name}: labels run from {min(present)} to {max(present)}; "
+            f"needed: class indices from 0 to below {_MOST_CLASSES}"
+        )
+    return tuple(map(str, range(max(present) + 1)))
+
+
+def index_of(label: Any, index: dict[str, int]) -> int | None:
+    """Class index of a stored label, a name or a number; None if it is missing or no class."""
+    if isinstance(label, str):
+        return index.get(label)
+    return label if label is not None and 0 <= label < len(index) else None
+
+
+def digits(split: str | None) -> Table:
+    """The 1,797 handwritten digits of 8×8 grey pixels that scikit-learn ships (UCI, CC BY 4.0).
+
+    There is no official split: here "train" is a fixed random 80 % and "test" the rest.
+
+    Raises:
+        UnreadableDataError: there is no such split.
+    """
+    if split not in {None, "train", "test"}:
+        raise UnreadableDataError(f"digits has no split {split!r}; there are: train, test")
+    from sklearn.datasets import load_digits  # noqa: PLC0415 - slow to import
+
+    stored = load_digits()
+    images = np.round(stored.images * (255 / 16)).astype(np.uint8)[:, None]
+    labels = stored.target.astype(np.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).numpy()
+    cut = round(0.8 * len(labels))
+    chosen = np.sort({"train": order[:cut], "test": order[cut:]}[split]) if split else slice(None)
+    return Table(images[chosen], labels[chosen], tuple("0123456789"))
+
+
+def in_arrays(path: Path) -> Table:
+    """A .npz file with arrays `images` (uint8), `labels` (integers) and perhaps `classes` (names).
+
+    Images are (n height width), (n height width channels) or (n channels height width).
+
+    Raises:
+        UnreadableDataError: it is something else, or holds pickled objects, which are never run.
+    """
+    try:
+        # Opened here: numpy leaves a file open when it finds that it is no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    # Damaged zip and array headers raise many types.
+    except Exception as error:
+        raise UnreadableDataError(
+            f"{path} cannot be read: {error}; needed: a .npz file of plain arrays, "
+            "written by numpy.savez"
+        ) from error
+    if not {"images", "labels"} <= arrays.keys():
+        raise UnreadableDataError(
+            f"{path} has the arrays {', '.join(arrays) or 'none'}; needed: images and labels"
+        )
+    images, labels = arrays["images"], arrays["labels"]
+    if images.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        raise UnreadableDataError(
+            f"{path}: images are {images.dtype} and labels are {labels.dtype} {labels.shape}; "
+            "needed: uint8 pixels and one whole number for each image"
+        )
+    ordered = _channels_first(images, path)
+    classes = tuple(map(str, arrays.get("classes", ()))) or classes_of(
+        iter(labels.tolist()), path.name
+    )
+    return Table(np.ascontiguousarray(ordered), labels.astype(np.int64), classes)
+
+
+def _channels_first(images: np.ndarray[Any, Any], path: Path) -> np.ndarray[Any, Any]:
+    if images.ndim == 3:
+        return images[:, None]
+    first, last = (images.ndim == 4 and images.shape[axis] in {1, 3} for axis in (1, 3))
+    if first == last:
+        raise UnreadableDataError(
+            f"{path}: images have shape {images.shape}, and which axis is the channels cannot be "
+            "told; needed: (n height width), (n height width 3) or (n 3 height width)"
+        )
+    return images if first else images.transpose(0, 3, 1, 2)

@@ -1,0 +1,198 @@
+"""The owner's secret: a seed and its context, or explicit tensors."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from nnpassport.evidence.context import Context
+from nnpassport.evidence.seed import (
+    SEED_BYTES,
+    check_text,
+    derive_labels,
+    derive_passport,
+    derive_signs,
+    length_prefixed,
+    trigger_stream,
+    triggers_of,
+    whiten_text,
+)
+from nnpassport.scheme import UnreadableKeyError
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False, eq=False)
+class Key:
+    """The owner's secret. Never in a checkpoint, a log, a `repr` or an exception.
+
+    Without explicit tensors everything is derived from the seed, and only such a key can be
+    evidence against a rival who solves for tensors. Explicit ones are the paper's image, shuffled
+    and random passports, kept so that its tables can be reproduced.
+
+    Attributes:
+        seed: 32 secret bytes.
+        context: what the seed is for; not secret.
+        text: signature text, read back from the marked network; None for bits of the stream.
+        passports: explicit passports by layer, each (2 in *space) float32.
+        signs: explicit signature bits by layer, each (out) float32 of ±1.
+        trigger_images: explicit trigger images (count channel height width), uint8.
+        trigger_labels: explicit labels (count), int64.
+    """
+
+    seed: bytes
+    context: Context
+    text: str | None = None
+    passports: Mapping[str, Tensor] | None = None
+    signs: Mapping[str, Tensor] | None = None
+    trigger_images: Tensor | None = None
+    trigger_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
+            raise _bad_key("a seed of another size", f"{SEED_BYTES} bytes")
+        if self.text is not None and self.signs is not None:
+            raise _bad_key("both a text and explicit signs", "one of them or neither")
+        if self.text is not None:
+            check_text(self.text, self.context)
+        _check_explicit(self)
+        # Copies, so that a key never changes when the tensors it was made from do.
+        for field in ("passports", "signs"):
+            mapping = getattr(self, field)
+            if mapping is not None:
+                object.__setattr__(self, field, {n: _own(t) for n, t in mapping.items()})
+        for field in ("trigger_images", "trigger_labels"):
+            tensor = getattr(self, field)
+            if tensor is not None:
+                object.__setattr__(self, field, _own(tensor))
+
+    def __repr__(self) -> str:
+        context = self.context
+        return (
+            f"Key(scheme={context.scheme!r}, owner={context.owner!r}, "
+            f"layers={len(context.layers)}, fingerprint={self.fingerprint!r})"
+        )
+
+    @property
+    def derived(self) -> bool:
+        """Whether everything comes from the seed, a text apart: nothing was chosen freely."""
+        return not self.explicit_tensors()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the key consists of, in hexadecimal.
+
+        A commitment that is safe to publish: the 256 bits of the seed hide the rest.
+        """
+        parts = [b"nnpassport/key/v1", self.seed, self.context.encode()]
+        parts += [b"no text"] if self.text is None else [b"text", self.text.encode("ascii")]
+        for name, tensor in sorted(self.explicit_tensors().items()):
+            shape = ",".join(str(size) for size in tensor.shape)
+            array = tensor.numpy()
+            little_endian = array.astype(array.dtype.newbyteorder("<"))
+            parts += [name.encode(), array.dtype.name.encode(), shape.encode()]
+            parts += [little_endian.tobytes()]
+        return hashlib.sha256(length_prefixed(*parts)).hexdigest()
+
+    def explicit_tensors(self) -> dict[str, Tensor]:
+        """The tensors that were chosen and not derived, as "passports/LAYER", "signs/LAYER", …"""
+        tensors = {f"passports/{name}": t for name, t in (self.passports or {}).items()}
+        tensors |= {f"signs/{name}": t for name, t in (self.signs or {}).items()}
+        if self.trigger_images is not None:
+            tensors["trigger_images"] = self.trigger_images
+        if self.trigger_labels is not None:
+            tensors["trigger_labels"] = self.trigger_labels
+        return tensors
+
+    def layer_signs(self, name: str) -> Float[Tensor, " out"]:
+        """Signature bits b ∈ {−1, +1} of the layer called `name`.
+
+        Raises:
+            UnreadableKeyError: the key has no such layer.
+        """
+        layer = self.context.layer(name)
+        if self.signs is not None:
+            return self.signs[name].clone()
+        if self.text is not None:
+            return whiten_text(self.text, self.seed, self.context)[name]
+        return derive_signs(self.seed, self.context, layer)
+
+    def layer_passport(self, name: str) -> Float[Tensor, "2 in *space"]:
+        """Passport of the layer called `name`: P_γ and P_β.
+
+        Raises:
+            UnreadableKeyError: the key has no such layer.
+        """
+        layer = self.context.layer(name)
+        if self.passports is not None:
+            return self.passports[name].clone()
+        return derive_passport(self.seed, self.context, layer)
+
+    def trigger_set(
+        self,
+    ) -> tuple[UInt8[Tensor, "count channel height width"], Int64[Tensor, " count"]]:
+        """Trigger images and the labels that the owner gave them.
+
+        Raises:
+            UnreadableKeyError: the key has no trigger set.
+        """
+        from nnpassport.data.triggers import abstract_images  # noqa: PLC0415
+
+        shape, labels = triggers_of(self.context), self.trigger_labels
+        labels = derive_labels(self.seed, self.context) if labels is None else labels.clone()
+        if self.trigger_images is not None:
+            return self.trigger_images.clone(), labels
+        draw = trigger_stream(self.seed, self.context)
+        return abstract_images(draw, count=shape.count, size=shape.size), labels
+
+
+def _check_explicit(key: Key) -> None:
+    shapes = {layer.name: layer for layer in key.context.layers}
+    for what, mapping in (("passports", key.passports), ("signs", key.signs)):
+        if mapping is not None and set(mapping) != set(shapes):
+            raise _bad_key(
+                f"explicit {what} for {len(mapping)} layers", f"them for its {len(shapes)} layers"
+            )
+    for name, passport in (key.passports or {}).items():
+        _check_tensor(passport, f"passports/{name}", torch.float32, (2, *shapes[name].passport))
+        if not passport.isfinite().all():
+            raise _bad_key(f"NaN or Inf in the passport of layer {name!r:.80}", "finite numbers")
+    for name, signs in (key.signs or {}).items():
+        _check_tensor(signs, f"signs/{name}", torch.float32, shapes[name].weight[:1])
+        if not (signs.abs() == 1).all():
+            raise _bad_key(f"signs of layer {name!r:.80} other than ±1", "−1 or +1 for a channel")
+    _check_explicit_triggers(key)
+
+
+def _check_explicit_triggers(key: Key) -> None:
+    images, labels, shape = key.trigger_images, key.trigger_labels, key.context.triggers
+    if shape is None:
+        if images is not None or labels is not None:
+            raise _bad_key("trigger images or labels", "a context with a trigger set for them")
+        return
+    if images is not None:
+        _check_tensor(images, "trigger_images", torch.uint8, (shape.count, *shape.size))
+    if labels is not None:
+        _check_tensor(labels, "trigger_labels", torch.int64, (shape.count,))
+        if labels.min() < 0 or labels.max() >= shape.classes:
+            raise _bad_key("trigger labels out of range", f"classes from 0 to {shape.classes - 1}")
+
+
+def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        given = f"{tensor.dtype} of shape {tuple(tensor.shape)} as {name:.90}"
+        raise _bad_key(given, f"{dtype} of shape {tuple(shape)}")
+
+
+def _bad_key(given: str, needed: str) -> UnreadableKeyError:
+    return UnreadableKeyError(
+        f"the key has {given}, but needs {needed}; draw a key for this model, or give tensors that "
+        "fit its layers"
+    )
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,207 @@
+"""Everything a key consists of, derived from one secret seed and one public context.
+
+`docs/derivation.md` is the same specification for those who do not read Python.
+"""
+
+import hashlib
+import hmac
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nnpassport.evidence.context import Context, LayerShape, TriggerShape, check_member
+from nnpassport.scheme import BadSignatureError, UnreadableKeyError
+
+SEED_BYTES = 32
+
+Stream = Callable[[int], bytes]
+"""The first n bytes of an endless pseudo-random string."""
+
+
+def length_prefixed(*parts: bytes) -> bytes:
+    """Each part after its length (8 bytes, big-endian), so that no two lists encode alike."""
+    return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+
+
+def stream(seed: bytes, context: Context, purpose: str, layer: str = "") -> Stream:
+    """The endless byte string of one purpose and one layer.
+
+        SHAKE-256(HKDF-SHA256(seed, salt = SHA-256(context), info = (version, purpose, layer)))
+
+    The function returned gives its first n bytes: more bytes never change the earlier ones.
+
+    Raises:
+        UnreadableKeyError: the seed is not 32 bytes.
+    """
+    if not isinstance(seed, bytes) or len(seed) != SEED_BYTES:
+        raise UnreadableKeyError(
+            f"the seed is not {SEED_BYTES} bytes; needed: secrets.token_bytes({SEED_BYTES})"
+        )
+    salt = hashlib.sha256(context.encode()).digest()
+    info = length_prefixed(b"nnpassport/v1", purpose.encode("ascii"), layer.encode("utf-8"))
+    # RFC 5869; one block of output, so that expanding is one HMAC.
+    extracted = hmac.digest(salt, seed, "sha256")
+    key = hmac.digest(extracted, info + b"\x01", "sha256")
+    return lambda count: hashlib.shake_256(key).digest(count)
+
+
+def derive_signs(seed: bytes, context: Context, layer: LayerShape) -> Float[Tensor, " out"]:
+    """Signature bits b ∈ {−1, +1} of one layer: uniform, one for each output channel.
+
+    Raises:
+        UnreadableKeyError: the context has no such layer.
+    """
+    return _signs_of(_stream_bits(seed, context, layer))
+
+
+def derive_passport(
+    seed: bytes, context: Context, layer: LayerShape
+) -> Float[Tensor, "2 in *space"]:
+    """Passport of one layer: P_γ and P_β, integers uniform in −127…127 divided by 127.
+
+    Raises:
+        UnreadableKeyError: the context has no such layer.
+    """
+    check_member(context, layer)
+    shape = (2, *layer.passport)
+    numbers = _signed_bytes(stream(seed, context, "passport", layer.name), math.prod(shape))
+    return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+
+
+def triggers_of(context: Context) -> TriggerShape:
+    """Shape of the trigger set.
+
+    Raises:
+        UnreadableKeyError: the context has no trigger set.
+    """
+    if context.triggers is None:
+        raise UnreadableKeyError(
+            f"the key for scheme {context.scheme!r:.80} has no trigger set; needed: a context with "
+            "triggers; draw a new key with a trigger set"
+        )
+    return context.triggers
+
+
+def derive_labels(seed: bytes, context: Context) -> Int64[Tensor, " count"]:
+    """Labels of the trigger images, uniform over the classes.
+
+    Raises:
+        UnreadableKeyError: the context has no trigger set.
+    """
+    count, classes, _ = triggers_of(context)
+    draw = stream(seed, context, "trigger-labels")
+    ceiling = 2**32 // classes * classes
+    size = 4 * count
+    while True:
+        words = np.frombuffer(draw(size), dtype=">u4").astype(np.int64)
+        # Not a bare modulo: the first classes would come up more often than the last.
+        kept = words[words < ceiling]
+        if len(kept) >= count:
+            return torch.from_numpy(kept[:count] % classes)
+        size *= 2
+
+
+def trigger_stream(seed: bytes, context: Context) -> Stream:
+    """The byte string that trigger images are generated from.
+
+    Raises:
+        UnreadableKeyError: the context has no trigger set.
+    """
+    triggers_of(context)
+    return stream(seed, context, "trigger-images")
+
+
+def whiten_text(text: str, seed: bytes, context: Context) -> dict[str, Float[Tensor, " out"]]:
+    """Signature bits of every layer, such that their owner can read `text` out of them.
+
+    The text's bits (8 for a character, most significant first) are XORed with the stream's over
+    the first channels of the layers in order; all other bits are the stream's. So the bits are
+    uniform to whoever has no seed, although every ASCII character starts with a zero.
+
+    Raises:
+        BadSignatureError: the text is not printable ASCII or has more characters than fit.
+    """
+    check_text(text, context)
+    bits = [_stream_bits(seed, context, layer) for layer in context.layers]
+    whole = np.concatenate(bits)
+    whole[: 8 * len(text)] ^= np.unpackbits(np.frombuffer(text.encode("ascii"), np.uint8))
+    parts = np.split(whole, np.cumsum([len(part) for part in bits])[:-1])
+    return {s.name: _signs_of(part) for s, part in zip(context.layers, parts, strict=True)}
+
+
+def read_text(signs: Float[Tensor, " channels"], seed: bytes, context: Context, length: int) -> str:
+    """The `length` characters that `signs`, of all layers in order, spell under this seed.
+
+    What is not printable ASCII comes out as "�". A sign of zero counts as a zero bit.
+
+    Raises:
+        BadSignatureError: the number of signs is not the key's, or they cannot hold `length`.
+    """
+    channels, longest = context.channels, context.channels // 8
+    if tuple(signs.shape) != (channels,) or not 0 <= length <= longest:
+        raise BadSignatureError(
+            f"got {tuple(signs.shape)} signs to read {length} characters from; needed: {channels} "
+            f"signs and at most {longest} characters; concatenate the signs of all layers in order"
+        )
+    whole = np.concatenate([_stream_bits(seed, context, s) for s in context.layers] or [_NO_BITS])
+    bits = (signs.detach().cpu().numpy() > 0)[: 8 * length] ^ whole[: 8 * length]
+    codes = np.packbits(bits.astype(np.uint8)).tolist()
+    return "".join(chr(code) if 32 <= code < 127 else "�" for code in codes)
+
+
+def check_text(text: str, context: Context) -> None:
+    """Refuse a text that `whiten_text` cannot lay over the layers of `context`.
+
+    Raises:
+        BadSignatureError: the text is not printable ASCII or has more characters than fit.
+    """
+    longest = context.channels // 8
+    if not 1 <= len(text) <= longest:
+        raise BadSignatureError(
+            f"the signature text has {len(text)} characters, but the {context.channels} channels "
+            f"of the key's layers hold 1 to {longest}; shorten the text or name more layers"
+        )
+    if not (text.isascii() and text.isprintable()):
+        raise BadSignatureError(
+            "the signature text has a character that is not printable ASCII; needed: letters, "
+            "digits, punctuation and spaces; transliterate it"
+        )
+
+
+def log10_text_choices(text: str) -> float:
+    """log₁₀ of the number of texts that must be corrected for when `text` was not committed to.
+
+    Whoever may choose the text when he sees the suspect chooses its bits outright, apart from the
+    first of each character. The union bound runs over the texts of every length at once: with 95
+    characters and an end mark, Σ 96^−(length + 1) over all texts is exactly 1.
+    """
+    return (len(text) + 1) * math.log10(96)
+
+
+_NO_BITS: NDArray[np.uint8] = np.zeros(0, np.uint8)
+
+
+def _stream_bits(seed: bytes, context: Context, layer: LayerShape) -> NDArray[np.uint8]:
+    check_member(context, layer)
+    count = layer.weight[0]
+    data = stream(seed, context, "signs", layer.name)((count + 7) // 8)
+    return np.unpackbits(np.frombuffer(data, np.uint8))[:count]
+
+
+def _signs_of(bits: NDArray[np.uint8]) -> Float[Tensor, " out"]:
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+
+
+def _signed_bytes(draw: Stream, count: int) -> NDArray[np.int8]:
+    size = count + count // 200 + 64  # one byte in 256 is skipped
+    while True:
+        numbers = np.frombuffer(draw(size), np.int8)
+        kept = numbers[numbers != -128]
+        if len(kept) >= count:
+            return kept[:count]
+        size += size // 100 + 64
