@@ -1,0 +1,40 @@
+"""Prove that a neural network is yours, and make sure that nobody else can claim it.
+
+    key = nnpassport.V2.draw_key(model, example, owner="Alice")        the secret
+    marked = nnpassport.mark(model, key, example)                      for a loop of your own
+    marked.loss(images, labels).backward()                             E, [Fan19, eq. 1]
+    released = marked.released()                                       plain, no secret
+    verdict = nnpassport.verify("suspect/", key)                       V
+
+`docs/architecture.md` has the map of the package, `examples/` the same in a loop of your own.
+"""
+
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.marked import Marked, mark
+from nnpassport.ownership import Trial, embed, release, train, verify, verify_answers
+from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
+from nnpassport.schemes.passport import V1, V2, V3, Passport
+
+__version__ = "0.1.0"
+__all__ = [
+    "V1",
+    "V2",
+    "V3",
+    "Batch",
+    "Fidelity",
+    "Key",
+    "Marked",
+    "OwnershipError",
+    "Passport",
+    "Trial",
+    "Verdict",
+    "embed",
+    "load_key",
+    "mark",
+    "release",
+    "save_key",
+    "train",
+    "verify",
+    "verify_answers",
+]

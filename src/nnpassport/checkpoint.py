@@ -1,0 +1,270 @@
+"""Model folders: `model.safetensors` and `config.json`, written whole or not at all, read warily.
+
+A suspect is hostile: `files`, `config` and `weights` read it, and here the network is put together.
+A `config.json` names one of our architectures and can never make Python import something. Only
+the caller can vouch for a factory (`trusted_factory`).
+"""
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nnpassport import models
+from nnpassport.config import CONFIG_FILE, ModelConfig, config_bytes, read_config_file
+from nnpassport.files import (
+    brief,
+    make_folder,
+    read_once,
+    staged,
+    sync_folder,
+    write_atomically,
+    writing,
+)
+from nnpassport.scheme import (
+    OwnershipError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    UnwritableOutputError,
+)
+from nnpassport.weights import (
+    MAX_PICKLE_BYTES,
+    WEIGHTS_FILE,
+    defect,
+    read_weights,
+    require_finite,
+    unpickle,
+)
+
+_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+
+
+class Loaded(NamedTuple):
+    """A network in evaluation mode, its config, and SHA-256 (hex) of each file read, by name."""
+
+    model: nn.Module
+    config: ModelConfig
+    digests: dict[str, str]
+
+
+def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
+    """Write `model.safetensors` and `config.json`; both are replaced, or neither is.
+
+    Only the state dict is written, so a non-persistent buffer (a passport) never is. Equal content
+    gives equal bytes.
+
+    Raises:
+        UnsuitableModelError: the state holds something that could not be read back.
+        UnwritableOutputError: disk full, read-only, not a folder, …; the folder is as it was.
+    """
+    tensors = {}
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):
+            raise UnsuitableModelError(
+                f"state {name!r} is {type(value).__name__}, but a model file holds tensors only; "
+                "keep extra state out of the state dict"
+            )
+        # clone: safetensors refuses tensors that share memory, as tied weights do
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if (fault := defect(tensors)) is not None:
+        raise UnsuitableModelError(f"model cannot be saved: {fault}")
+    content = {
+        CONFIG_FILE: config_bytes(config),
+        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+    }
+    with writing(folder), make_folder(folder):
+        _replace_both(folder, content)
+
+
+def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
+    """The network in a model folder, in evaluation mode and in its architecture's own dtype.
+
+    `trusted_factory` is the caller's own "package.module:factory"; see `ModelConfig.build`.
+
+    Raises:
+        UnreadableModelError: a file is missing, corrupt, hostile or of another architecture.
+    """
+    config, digest = read_config_file(folder / CONFIG_FILE)
+    weights = read_weights(folder)
+    model = _assemble(weights.tensors, config, trusted_factory, folder)
+    return Loaded(model, config, {CONFIG_FILE: digest, **weights.digests})
+
+
+def load_suspect(
+    path: Path, reference: ModelConfig | None = None, *, trusted_factory: str | None = None
+) -> Loaded:
+    """The network of a folder or file that somebody else made.
+
+    Its architecture is the one in the folder's own `config.json` if that is one of ours, and that
+    of `reference` otherwise; the config returned says which. `trusted_factory` vouches for
+    the reference's factory only.
+
+    Raises:
+        UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
+    """
+    digests = {}
+    config = reference
+    if os.path.lexists(path / CONFIG_FILE):
+        own, digests[CONFIG_FILE] = read_config_file(path / CONFIG_FILE)
+        if own.architecture in models.ARCHITECTURES:
+            config = own
+    if config is None:
+        raise UnreadableModelError(
+            f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names one "
+            f"of {', '.join(sorted(models.ARCHITECTURES))}, or the reference model's config"
+        )
+    weights = read_weights(path)
+    model = _assemble(weights.tensors, config, trusted_factory, path)
+    return Loaded(model, config, {**digests, **weights.digests})
+
+
+def save_training(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what resuming needs (tensors and plain values), whole or not at all.
+
+    Raises:
+        UnwritableOutputError: not writable, or the state holds what could not be loaded again.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(dict(state), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise UnwritableOutputError(
+            f"training state for {path} holds what cannot be loaded again ({brief(error)}); "
+            "needed: tensors, numbers, texts, lists and dicts of them; convert the rest to these"
+        ) from error
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """What `save_training` wrote, with every tensor on the CPU.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, or not a training state.
+    """
+    try:
+        state = unpickle(read_once(path, MAX_PICKLE_BYTES), path)
+    except UnreadableModelError as error:
+        raise UnreadableModelError(
+            f"{error}; resume from an older training state, or remove this one to start again"
+        ) from error
+    if not isinstance(state, dict):
+        raise UnreadableModelError(
+            f"{path} holds {type(state).__name__}, but a training state is a dict; "
+            "give the file that an interrupted training left"
+        )
+    return state
+
+
+def _assemble(
+    tensors: dict[str, Tensor], config: ModelConfig, trusted_factory: str | None, path: Path
+) -> nn.Module:
+    try:
+        # fork_rng: reading a file must not change what the caller draws next
+        with torch.random.fork_rng(devices=[]):
+            if config.architecture in models.ARCHITECTURES:
+                # Shapes only and first, so that a config cannot exhaust the memory.
+                with torch.device("meta"), _WithoutDrawing():
+                    skeleton = config.build()
+                _fit(tensors, skeleton, config, path)
+            model = config.build(trusted_factory=trusted_factory)
+    except UnreadableModelError:
+        raise
+    except (OwnershipError, RuntimeError, ArithmeticError) as error:
+        raise UnreadableModelError(f"{path} cannot be built: {brief(error)}") from error
+    model.load_state_dict(_fit(tensors, model, config, path))
+    # A finite float64 may be infinite in the model's own dtype.
+    require_finite(model.state_dict())
+    return model.eval()
+
+
+@final
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves random initial values out: on the meta device they cost two seconds of imports."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in {"kaiming_uniform_", "normal_", "uniform_"}:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _fit(
+    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path
+) -> dict[str, Tensor]:
+    """The tensors under the model's own names, once every one is known to fit."""
+    expected = model.state_dict()
+    tensors = _without_prefixes(tensors, expected)
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [repr(name[:100]) for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {_kind(tensors[name])} instead of {_kind(wanted)}"
+            for name, wanted in expected.items()
+            if name in tensors and _kind(tensors[name]) != _kind(wanted)
+        ],
+    }
+    if any(faults.values()):
+        lists = "; ".join(
+            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+            for fault, names in faults.items()
+            if names
+        )
+        raise UnreadableModelError(
+            f"{path} does not fit {config.architecture!r} with {dict(config.arguments)}: {lists}; "
+            f"needed: exactly its {len(expected)} tensors; give the config of the architecture "
+            "that these weights were made for"
+        )
+    return tensors
+
+
+def _kind(tensor: Tensor) -> str:
+    # Any float may stand for any float (half precision is common), but no integer for a float.
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
+
+
+def _without_prefixes(
+    tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    def shared() -> str | None:
+        if tensors.keys() == expected.keys():
+            return None
+        return next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
+
+    while tensors and (prefix := shared()) is not None:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _replace_both(folder: Path, content: Mapping[str, bytes]) -> None:
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    # The old config is copied before anything is touched: undoing then needs no space.
+    old = config.read_bytes() if config.exists() else None
+    with (
+        staged(config, content[CONFIG_FILE]) as new_config,
+        staged(weights, content[WEIGHTS_FILE]) as new_weights,
+        staged(config, old or b"") as old_config,
+    ):
+        os.replace(new_config, config)
+        try:
+            os.replace(new_weights, weights)
+        except BaseException:
+            if old is None:
+                config.unlink()
+            else:
+                os.replace(old_config, config)
+            raise
+    sync_folder(folder)

@@ -1,0 +1,383 @@
+"""The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted."""
+
+import json
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnpassport import __version__
+from nnpassport.options import (
+    Architecture,
+    Arguments,
+    AsJson,
+    BatchSize,
+    Best,
+    Channels,
+    Compile,
+    Epochs,
+    Factory,
+    Flip,
+    Held,
+    Images,
+    Initial,
+    KeyFile,
+    Norm,
+    OptionalImages,
+    Out,
+    Passphrase,
+    Precision,
+    Rate,
+    RecipeName,
+    Resume,
+    Seed,
+    Size,
+    Split,
+    Tensorboard,
+    Test,
+    TestSplit,
+    base_from,
+    config_from,
+    images_from,
+    journal_in,
+    key_from,
+    new_passphrase,
+    recipe_from,
+    sets_from,
+)
+from nnpassport.scheme import OwnershipError
+from nnpassport.terminal import errors, print_metrics, print_table, print_verdict, progress_bar
+
+app = typer.Typer(
+    name="nnpassport",
+    help="Prove that a neural network is yours, and make sure that nobody else can claim it.",
+    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked. "
+    "Start with: nnpassport demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+key_app = typer.Typer(help="Draw and inspect secret keys.", no_args_is_help=True)
+app.add_typer(key_app, name="key")
+
+
+@app.command()
+def demo(
+    out: Out = Path("nnpassport-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on embedded data: embed, release, verify, forge. A minute or two."""
+    from nnpassport.demo import COMMANDS, table  # noqa: PLC0415
+    from nnpassport.demo import demo as run_demo  # noqa: PLC0415
+
+    with progress_bar("demo") as show:
+        result = run_demo(out, show=show)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+        raise typer.Exit(0 if result.as_expected else 1)
+    print_table(("what", "result", "what it means"), table(result))
+    errors.print(f"\nThe picture, and what it shows and does not show: {out / 'demo.html'}")
+    errors.print(f"What to try next, in {out}:")
+    for command, outcome in COMMANDS:
+        errors.print(f"  {command}   # {outcome}")
+    raise typer.Exit(0 if result.as_expected else 1)
+
+
+@key_app.command("new")
+def key_new(
+    out: Out,
+    scheme: Annotated[str, typer.Option(help="passport-v1, -v2 or -v3.")] = "passport-v2",
+    model: Architecture = "alexnet",
+    norm: Norm = "group",
+    arguments: Arguments = None,
+    classes: Annotated[int, typer.Option(help="Classes of the task.")] = 10,
+    size: Size = 32,
+    channels: Channels = 3,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers to protect, such as 'layer4.*'; repeatable (default: the paper's)."
+        ),
+    ] = None,
+    owner: Annotated[str, typer.Option(help="Your name, for the record.")] = "unnamed",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Signature that can be read back, ASCII (default: random bits)."),
+    ] = None,
+    passports: Annotated[
+        str, typer.Option(help="derived, or the paper's random, image or shuffle (no p-value).")
+    ] = "derived",
+    images: Annotated[
+        str | None,
+        typer.Option(help="For image and shuffle: training images; the paper took test images."),
+    ] = None,
+    images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
+    plain: Annotated[
+        Path | None, typer.Option(help="For image and shuffle: a trained plain model folder.")
+    ] = None,
+    factory: Factory = None,
+    passphrase: Passphrase = False,
+) -> None:
+    """Draw a secret key for a network of this shape, into a file only you can read."""
+    from nnpassport import ownership  # noqa: PLC0415
+    from nnpassport.evidence.keyfile import save_key  # noqa: PLC0415
+
+    config = config_from(model, norm, arguments, classes, (channels, size, size), factory)
+    drawn = ownership.draw_key(config, scheme, owner=owner, layers=layer, text=text)
+    if passports != "derived":
+        source = None if images is None else images_from(images, images_split, config)
+        drawn = ownership.redraw_as_published(drawn, passports, plain, source)
+    save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
+    errors.print(f"{out}: {len(drawn.context.layers)} layers, {drawn.context.channels} bits")
+    errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
+
+
+@key_app.command("show")
+def key_show(
+    path: Annotated[Path, typer.Argument(help="Key file.")],
+    as_json: AsJson = False,
+    passphrase: Passphrase = False,
+) -> None:
+    """Print what is not secret about a key: its scheme, owner, layers and fingerprint."""
+    key = key_from(path, passphrase)
+    layers = [f"{layer.name} {list(layer.weight)}" for layer in key.context.layers]
+    facts = {
+        "scheme": key.context.scheme,
+        "owner": key.context.owner,
+        "bits": key.context.channels,
+        "derived": key.derived,
+        "fingerprint": key.fingerprint,
+        "layers": layers,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in facts.items()]
+    print_table(("", ""), rows)
+
+
+@app.command()
+def train(
+    data: Images,
+    out: Out,
+    split: Split = None,
+    test: Test = None,
+    test_split: TestSplit = None,
+    model: Architecture = "alexnet",
+    norm: Norm = "group",
+    arguments: Arguments = None,
+    size: Size = 32,
+    channels: Channels = 3,
+    recipe: RecipeName = "short",
+    epochs: Epochs = None,
+    batch: BatchSize = None,
+    rate: Rate = None,
+    precision: Precision = "float32",
+    compiled: Compile = False,
+    augment: Flip = True,
+    keep_best: Best = False,
+    seed: Seed = 0,
+    validation: Held = 0.05,
+    init: Initial = None,
+    factory: Factory = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a plain network, without any mark: what a marked one is compared with."""
+    from nnpassport import ownership  # noqa: PLC0415
+
+    run = recipe_from(recipe, epochs, batch, rate, precision, compiled, augment, keep_best, seed)
+    base = base_from(init, model, norm, arguments, (channels, size, size), factory)
+    sets = sets_from(data, split, test, test_split, base, validation, seed)
+    with journal_in(out, resume, tensorboard) as journal:
+        done = ownership.train(
+            out, base.config_for(sets), sets, run, initial=base.weights, journal=journal
+        )
+    print_metrics(out, done.metrics, as_json)
+
+
+@app.command()
+def embed(
+    data: Images,
+    key: KeyFile,
+    out: Out,
+    split: Split = None,
+    test: Test = None,
+    test_split: TestSplit = None,
+    model: Architecture = "alexnet",
+    norm: Norm = "group",
+    arguments: Arguments = None,
+    size: Size = 32,
+    channels: Channels = 3,
+    recipe: RecipeName = "short",
+    epochs: Epochs = None,
+    batch: BatchSize = None,
+    rate: Rate = None,
+    late: Annotated[
+        float, typer.Option(help="V2, V3: share of steps before the private branch joins.")
+    ] = 0.0,
+    triggers_per_step: Annotated[
+        int, typer.Option(help="V3: trigger images mixed into each step; more for short runs.")
+    ] = 2,
+    precision: Precision = "float32",
+    compiled: Compile = False,
+    augment: Flip = True,
+    keep_best: Best = False,
+    seed: Seed = 0,
+    validation: Held = 0.05,
+    init: Initial = None,
+    factory: Factory = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network that carries your key. Interrupt at will; --resume goes on exactly there."""
+    from nnpassport import ownership  # noqa: PLC0415
+    from nnpassport.catalog import scheme_named  # noqa: PLC0415
+
+    secret = key_from(key, passphrase)
+    named = scheme_named(secret.context.scheme)
+    scheme = replace(named, late=late, triggers_per_step=triggers_per_step)
+    run = recipe_from(recipe, epochs, batch, rate, precision, compiled, augment, keep_best, seed)
+    base = base_from(init, model, norm, arguments, (channels, size, size), factory)
+    sets = sets_from(data, split, test, test_split, base, validation, seed)
+    with journal_in(out, resume, tensorboard) as journal:
+        done = ownership.embed(
+            out,
+            base.config_for(sets),
+            secret,
+            sets,
+            run,
+            scheme=scheme,
+            initial=base.weights,
+            journal=journal,
+        )
+    print_metrics(out, done.metrics, as_json)
+
+
+@app.command()
+def release(
+    source: Annotated[Path, typer.Argument(help="Model folder, from `embed`.")],
+    key: KeyFile,
+    out: Out,
+    factory: Factory = None,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the network that may leave the house: plain, with no trace of the secret."""
+    from nnpassport import ownership  # noqa: PLC0415
+
+    verdict = ownership.release(source, key_from(key, passphrase), out, trusted_factory=factory)
+    print_verdict(verdict, as_json)
+    errors.print(f"Released to {out}. The key stays with you.")
+
+
+@app.command()
+def verify(
+    suspect: Annotated[Path, typer.Argument(help="Model folder or weights file, from anybody.")],
+    key: KeyFile,
+    data: OptionalImages = None,
+    split: Split = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Accuracy that was declared, 0 to 1 (default: the suspect's own)."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="ε_f of the fidelity test, 0 to 1.")] = 0.03,
+    like: Annotated[
+        Path | None, typer.Option(help="Model folder whose architecture the suspect has.")
+    ] = None,
+    black_box: Annotated[
+        bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
+    ] = False,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="The paper's rule: all bits, no p-value.")
+    ] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="log10 of the threshold on p (default: -30.1, that is 2^-100)."),
+    ] = None,
+    factory: Factory = None,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
+    from nnpassport import ownership  # noqa: PLC0415
+    from nnpassport.config import read_config  # noqa: PLC0415
+
+    secret = key_from(key, passphrase)
+    reference = None if like is None else read_config(like)
+    options = ownership.Options(reference, factory, alpha)
+    if black_box:
+        verdict = ownership.verify_answers(suspect, secret, options=options)
+    elif as_published:
+        verdict = ownership.verify_as_published(suspect, secret)
+    else:
+        trial = None
+        if data is not None:
+            config = ownership.config_of(suspect, options)
+            trial = ownership.Trial(images_from(data, split, config), target, tolerance)
+        verdict = ownership.verify(suspect, secret, trial=trial, options=options)
+    print_verdict(verdict, as_json)
+    raise typer.Exit(0 if verdict.accepted else 1)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All cells, not only the quick ones.")
+    ] = False,
+    minutes: Annotated[float, typer.Option(help="Time budget; what is left over is named.")] = 10.0,
+) -> None:
+    """What marks cost: training and inference beside the plain network, as ratios."""
+    from nnpassport.bench import run  # noqa: PLC0415
+
+    with progress_bar("bench") as show:
+        typer.echo(run(out, full=full, minutes=minutes, show=show))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nnpassport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ClickException: click's own under older typers, typer's copy of it under newer ones.
+_BadUsage: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main() -> None:
+    """Run the command line and exit; anything unexpected is "could not be checked", never "no"."""
+    try:
+        code = app(standalone_mode=False)
+    except OwnershipError as error:
+        errors.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
+        errors.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(2)
+    except _BadUsage as error:
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; an interrupted run continues with --resume")
+        sys.exit(130)
+    except Exception:  # an error of ours must not look like a refusal
+        traceback.print_exc()
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

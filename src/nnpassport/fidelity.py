@@ -1,0 +1,62 @@
+"""F: what accuracy does a network reach, and is it what its owner says?"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
+from nnpassport.scheme import Batch
+
+Predict = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def accuracy(
+    model: Callable[[Tensor], Tensor],
+    data: ImageSet,
+    normalise: Normalisation,
+    *,
+    batch: int = 256,
+) -> float:
+    """Share of `data` that `model` classifies rightly, in [0, 1].
+
+    Counted over images: the mean over batches of the reference code would weigh a last, smaller
+    batch too much. The model is used as it stands; put it into evaluation mode first.
+    """
+    right = sum(
+        int((model(part.images).argmax(1) == part.labels).sum())
+        for part in evaluation_batches(data, normalise, size=batch, device=_device_of(model))
+    )
+    return right / len(data)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, norms: Iterable[nn.Module], batches: Iterable[Batch]) -> None:
+    """Set the running statistics of `norms`, in place, to the mean over `batches`, without labels.
+
+    A private branch's statistics are not in a released network, and a claimant must not be free to
+    choose them: so they are measured again from the data that F is given.
+    """
+    kept = [(norm, getattr(norm, "momentum", None)) for norm in norms]
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        for norm, _ in kept:
+            norm.reset_running_stats()  # type: ignore[operator]
+            norm.momentum = None  # type: ignore[assignment]  # a plain mean over all batches
+            norm.train()
+        for index, part in enumerate(batches):
+            # A single image left over may have one value a channel, and that has no variance.
+            if index == 0 or len(part.images) > 1:
+                model(part.images)
+    finally:
+        for norm, momentum in kept:
+            norm.momentum = momentum  # type: ignore[assignment]
+        for module, mode in modes:
+            module.training = mode
+
+
+def _device_of(model: object) -> torch.device:
+    parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))

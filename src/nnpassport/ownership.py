@@ -1,0 +1,355 @@
+"""The owner's acts on files: train or embed into a folder, release it, verify a suspect.
+
+What the command line does, for programs: every function reads and writes model folders.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport import surgery
+from nnpassport.catalog import scheme_named
+from nnpassport.checkpoint import Loaded, load_model, load_suspect, save_model
+from nnpassport.config import ModelConfig
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.key import Key
+from nnpassport.fidelity import accuracy
+from nnpassport.scheme import (
+    Fidelity,
+    UnreadableDataError,
+    UnreadableKeyError,
+    UnsuitableModelError,
+    Verdict,
+)
+from nnpassport.schemes.drawn import (
+    image_passports,
+    random_passports,
+    shuffled_passports,
+    with_passports,
+)
+from nnpassport.schemes.passport import Passport
+from nnpassport.schemes.signature import read_signature_as_published
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.training import Evaluation, Journal, Recipe, classification, fit
+from nnpassport.weights import read_weights
+
+# How many images each of γ and β is made of, in the paper's modes.
+PUBLISHED_PASSPORTS: Mapping[str, int] = {"random": 0, "image": 1, "shuffle": 20}
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Sets:
+    """The images of a run, and how they become numbers.
+
+    Attributes:
+        train: what the weights see.
+        validation: held out from training data; checkpoints are chosen on it.
+        test: only ever reported on; None where there is none.
+    """
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet | None
+    normalise: Normalisation
+
+
+def divide(data: ImageSet, test: ImageSet | None, *, validation: float, seed: int) -> Sets:
+    """Hold a share of the training images out for validation, and measure mean and deviation."""
+    if test is not None and len(test.classes) != len(data.classes):
+        raise UnreadableDataError(
+            f"the test images have {len(test.classes)} classes and the training images "
+            f"{len(data.classes)}; needed: two parts of one data set"
+        )
+    train, held_out = data.split(validation, seed=seed)
+    return Sets(train, held_out, test, Normalisation.measured(train))
+
+
+def draw_key(
+    config: ModelConfig,
+    scheme: str,
+    *,
+    owner: str = "unnamed",
+    layers: Sequence[str] | None = None,
+    text: str | None = None,
+) -> Key:
+    """A key, all of it derived from one seed, for networks that `config` describes."""
+    model = config.build(trusted_factory=config.architecture)
+    example = torch.zeros(1, *config.input_size)
+    return scheme_named(scheme).draw_key(model, example, owner=owner, layers=layers, text=text)
+
+
+def redraw_as_published(key: Key, mode: str, plain: Path | None, images: ImageSet | None) -> Key:
+    """The key with passports as in the paper: "random", "image" or "shuffle" [Fan19, sect. 3.1].
+
+    The last two are activations of `images` in the trained plain network of `plain`: one image for
+    γ and one for β, or 20 and 20 with their channels shuffled. Such a key has no p-value.
+    """
+    if mode not in PUBLISHED_PASSPORTS:
+        raise UnreadableKeyError(
+            f"passports {mode!r} are unknown; there are: derived, {', '.join(PUBLISHED_PASSPORTS)}"
+        )
+    rng = torch.Generator().manual_seed(secrets.randbits(63))
+    if mode == "random":
+        return with_passports(key, random_passports(key, rng), rng)
+    if plain is None or images is None:
+        raise UnreadableKeyError(
+            f"passports of kind {mode!r} are activations of images in a trained plain network; "
+            "needed: --plain MODEL_FOLDER and --images DATA"
+        )
+    loaded = load_model(plain)
+    count = PUBLISHED_PASSPORTS[mode]
+    picked = torch.randperm(len(images), generator=rng)[: 2 * count]
+    inputs = Normalisation(loaded.config.mean, loaded.config.std)(images.images[picked])
+    names = [layer.name for layer in key.context.layers]
+    if mode == "image":
+        passports = image_passports(loaded.model, names, inputs[:1], inputs[1:])
+    else:
+        passports = shuffled_passports(loaded.model, names, inputs[:count], inputs[count:], rng)
+    return with_passports(key, passports, rng)
+
+
+def train(
+    folder: Path,
+    config: ModelConfig,
+    sets: Sets,
+    recipe: Recipe,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    journal: Journal | None = None,
+) -> ModelConfig:
+    """Train a plain network, without any mark, into `folder`; returns its config with metrics."""
+    model = _initial(config, recipe, initial)
+    evaluate = _plain_evaluation(sets.validation, sets.normalise)
+    fit(
+        model,
+        classification,
+        sets.train,
+        recipe,
+        normalise=sets.normalise,
+        evaluate=evaluate,
+        journal=journal,
+    )
+    metrics = _reported(model, sets, _plain_evaluation)
+    described = _described(config, sets, metrics, {})
+    save_model(folder, model.cpu(), described)
+    return described
+
+
+def embed(
+    folder: Path,
+    config: ModelConfig,
+    key: Key,
+    sets: Sets,
+    recipe: Recipe,
+    *,
+    scheme: Passport | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    journal: Journal | None = None,
+) -> ModelConfig:
+    """Train a network that carries `key` into `folder`; returns its config with metrics.
+
+    The folder holds the plain architecture's weights and no secret. V2 and V3 can be used as they
+    are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own
+    with other settings; None leaves them as in the catalog.
+    """
+    scheme = scheme or scheme_named(key.context.scheme)
+    model = _initial(config, recipe, initial)
+    scheme.embed(
+        model,
+        key,
+        sets.train,
+        recipe,
+        normalise=sets.normalise,
+        validation=sets.validation,
+        journal=journal,
+    )
+    metrics = _reported(model, sets, scheme.evaluation)
+    surgery.remove(model)
+    described = _described(config, sets, metrics, {"scheme": scheme.name})
+    save_model(folder, model.cpu(), described)
+    return described
+
+
+def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None = None) -> Verdict:
+    """Write the network that may leave the house: plain, with no trace of `key`; and prove it.
+
+    Raises:
+        UnsuitableModelError: the network in `source` does not carry the key; nothing is written.
+    """
+    loaded = load_model(source, trusted_factory=trusted_factory)
+    scheme = scheme_named(key.context.scheme)
+    model = loaded.model
+    found = scheme.verify(model.state_dict(), key)
+    if not (found.marked or found.matches == found.bits):
+        raise UnsuitableModelError(
+            f"{source} does not carry this key ({found.reason}), so nobody could prove its release "
+            "to be yours; embed for longer, or give the key it was made with"
+        )
+    scheme.insert(model, key, torch.zeros(1, *loaded.config.input_size))
+    plain = scheme.released(model)
+    kept = {
+        name: loaded.config.metrics[name] for name in ("accuracy",) if name in loaded.config.metrics
+    }
+    save_model(folder, plain, replace(loaded.config, metrics=kept, notes={}))
+    return scheme.verify(read_weights(folder).tensors, key)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to look at a suspect.
+
+    Attributes:
+        reference: config of the owner's network, for suspects that bring none of ours.
+        trusted_factory: the caller's own "package.module:factory"; see `checkpoint.load_suspect`.
+        log10_alpha: threshold on log₁₀ p; None is 2⁻¹⁰⁰, right for a claim nobody has dated.
+    """
+
+    reference: ModelConfig | None = None
+    trusted_factory: str | None = None
+    log10_alpha: float | None = None
+
+    @property
+    def threshold(self) -> float:
+        """log₁₀ α."""
+        return LOG10_ALPHA_UNCOMMITTED if self.log10_alpha is None else self.log10_alpha
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """What F is measured on.
+
+    Attributes:
+        data: labelled images of the network's task.
+        target: accuracy in [0, 1] that the owner declared; None is the suspect's own, as it is.
+        tolerance: ε_f, in [0, 1]; the paper takes 0.03 for AlexNet and 0.2 for ResNet-18.
+    """
+
+    data: ImageSet
+    target: float | None = None
+    tolerance: float = 0.03
+
+
+def verify(
+    suspect: Path, key: Key, *, trial: Trial | None = None, options: Options | None = None
+) -> Verdict:
+    """Does the network in `suspect`, a folder or file from anybody, carry `key`?
+
+    Bits are read from the weights alone. With a `trial` the network is also built (from its own
+    config if that names an architecture of ours, else from the reference) and F is measured: does
+    the passport sustain the accuracy?
+
+    Raises:
+        OwnershipError: it could not be checked; which kind says why.
+    """
+    options = options or Options()
+    weights = read_weights(Path(suspect))
+    scheme = scheme_named(key.context.scheme)
+    verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
+    if trial is None:
+        return replace(verdict, digests=weights.digests)
+    loaded = _load(suspect, options)
+    if len(trial.data.classes) != len(loaded.config.classes):
+        raise UnreadableDataError(
+            f"the images have {len(trial.data.classes)} classes and the suspect "
+            f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
+        )
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    target = trial.target
+    if target is None:
+        target = accuracy(loaded.model, trial.data, normalise)
+    presented = scheme.fidelity(loaded.model, key, trial.data, normalise)
+    fidelity = Fidelity(presented, target, trial.tolerance)
+    return replace(
+        verdict,
+        fidelity=fidelity,
+        digests=loaded.digests,
+        reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
+        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}",
+    )
+
+
+def verify_as_published(suspect: Path, key: Key) -> Verdict:
+    """The paper's own rule on a file from anybody: all bits, or nothing; no p-value."""
+    weights = read_weights(Path(suspect))
+    return replace(read_signature_as_published(weights.tensors, key), digests=weights.digests)
+
+
+def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+    """The same question in black box: only the suspect's predictions on the triggers are used.
+
+    Raises:
+        OwnershipError: it could not be checked; the key has no triggers, say.
+    """
+    options = options or Options()
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.triggers:
+        raise UnsuitableModelError(
+            f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
+            "scheme that has; verify this one by the weights"
+        )
+    loaded = _load(suspect, options)
+    images, _ = key.trigger_set()
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    with torch.no_grad():
+        answers = loaded.model(normalise(images)).argmax(1)
+    verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
+    return replace(verdict, digests=loaded.digests)
+
+
+def config_of(suspect: Path, options: Options) -> ModelConfig:
+    """The config by which a suspect is built: what its images have to look like."""
+    return _load(suspect, options).config
+
+
+def _load(suspect: Path, options: Options) -> Loaded:
+    return load_suspect(Path(suspect), options.reference, trusted_factory=options.trusted_factory)
+
+
+def _initial(
+    config: ModelConfig, recipe: Recipe, weights: Mapping[str, Tensor] | None
+) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    model = config.build(trusted_factory=config.architecture)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def _plain_evaluation(data: ImageSet, normalise: Normalisation) -> Evaluation:
+    def evaluate(model: nn.Module) -> Mapping[str, float]:
+        reached = accuracy(model.eval(), data, normalise)
+        return {"accuracy": reached, "score": reached}
+
+    return evaluate
+
+
+def _described(
+    config: ModelConfig, sets: Sets, metrics: Mapping[str, float], notes: Mapping[str, str]
+) -> ModelConfig:
+    return replace(
+        config,
+        classes=sets.train.classes,
+        mean=tuple(sets.normalise.mean),
+        std=tuple(sets.normalise.std),
+        metrics=metrics,
+        notes=notes,
+    )
+
+
+def _reported(
+    model: nn.Module, sets: Sets, evaluation: Callable[[ImageSet, Normalisation], Evaluation]
+) -> dict[str, float]:
+    """Final numbers: on the validation images, and on the test images where there are any."""
+    held_out = evaluation(sets.validation, sets.normalise)(model)
+    numbers = {f"validation_{name}": value for name, value in held_out.items()}
+    if sets.test is not None:
+        numbers |= evaluation(sets.test, sets.normalise)(model)
+    return {name: value for name, value in numbers.items() if not name.endswith("score")}

@@ -1,0 +1,322 @@
+"""The paper's three schemes: V1 (passport distributed), V2 (private), V3 (private + triggers).
+
+They are one mechanism with two switches, so they are one dataclass and three rows:
+
+    scheme   runs in training              needed at inference     released
+    V1       the private branch            the passport, or γ, β   passport folded into the norms
+    V2       public and private branch     nothing                 passport taken out
+    V3       the same, trigger images in   nothing                 passport taken out
+
+[Fan19, sect. 3.3]
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnpassport import surgery
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.context import Context, LayerShape, TriggerShape
+from nnpassport.evidence.key import Key
+from nnpassport.fidelity import accuracy
+from nnpassport.functional import combined_loss, passport_space, sign_loss
+from nnpassport.layers import Branch, on_branch, passport_norms
+from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.schemes.signature import (
+    presented_accuracy,
+    read_answers,
+    read_signature,
+    secrets_of,
+)
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.survey import Site, choose, survey
+from nnpassport.training import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    fit,
+    total_steps,
+)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Passport:
+    """A passport scheme; `V1`, `V2` and `V3` below are the paper's.
+
+    Attributes:
+        name: as in keys and on the command line.
+        two_branches: train the network to work without its passport too (V2, V3).
+        triggers: size of the trigger set; 0 is none (V1, V2).
+        triggers_per_step: trigger images that each training step mixes into its batch.
+        trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
+        sign_weight: λ_r of equation 1.
+        margin: γ0 of equation 5, in units of γ.
+        decay: factor on Σ γ², a term of the reference code (1e-5) that the paper does not have;
+            nothing where `sign_weight` is 0, as there.
+        late: share of the steps, in [0, 1), that train the public branch and the sign loss only,
+            before the private branch joins. Cheaper: see `docs/log.md` for what it costs.
+    """
+
+    name: str
+    two_branches: bool
+    triggers: int = 0
+    triggers_per_step: int = 2
+    trigger_weight: float | None = None
+    sign_weight: float = 0.1
+    margin: float = 0.1
+    decay: float = 0.0
+    late: float = 0.0
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network of this shape, every secret in it derived from one seed.
+
+        `example` is an input (batch channels height width) that the network runs on; its values do
+        not matter. It tells which layers there are, how large their inputs are and, with triggers,
+        how many classes. `layers` are patterns as in `survey.choose`. `text` is a signature that
+        can be read back; without it the bits are the stream's own. `seed` (32 bytes) repeats a key;
+        by default the operating system draws it.
+
+        Raises:
+            UnsuitableModelError: a pattern names no layer that can carry a passport.
+            BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
+        """
+        sites = choose(model, survey(model, example), layers)
+        context = Context(
+            scheme=self.name,
+            owner=owner,
+            layers=tuple(_shape_of(site) for site in sites),
+            triggers=_trigger_shape(self.triggers, model, example) if self.triggers else None,
+            nonce=os.urandom(16) if seed is None else bytes(16),
+        )
+        return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+
+    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
+        """Wrap the layers that `key` names, in place; V1 presents its passport from then on.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or was made for another network, or
+                V1 could not be released with it; the model is as it was.
+        """
+        if key.context.scheme != self.name:
+            raise UnsuitableModelError(
+                f"the key is for {key.context.scheme}, and this is {self.name}; "
+                "draw a key with this scheme's draw_key, or use the key's own scheme"
+            )
+        surgery.insert(model, secrets_of(key), example, two_branches=self.two_branches)
+        if not self.two_branches:
+            try:
+                surgery.check_releasable(model)
+            except UnsuitableModelError:
+                surgery.remove(model)
+                raise
+        self._rest(model)
+
+    def objective(
+        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+    ) -> Objective:
+        """Equation 1 for a network that carries `key`; `steps` is the length of the whole run.
+
+        V2 and V3 add the losses of both branches, as the paper's code does where its text
+        alternates between them. `normalise` is needed by triggers, which are kept as pixels.
+        """
+        start = round(self.late * steps) if self.two_branches else 0
+        triggers = self._trigger_batches(key, normalise) if self.triggers else None
+
+        def objective(model: nn.Module, batch: Batch) -> Outcome:
+            batch = batch if triggers is None else _mixed(batch, triggers, self.triggers_per_step)
+            branches = self._logits(model, batch, late=batch.step < start)
+            losses = [self._task_loss(logits, batch.labels) for logits in branches]
+            regularisation, match = self._sign_term(model)
+            loss = combined_loss(
+                torch.stack([task for task, _ in losses]).sum(),
+                torch.stack([trigger for _, trigger in losses]).sum(),
+                regularisation,
+                trigger_weight=self.trigger_weight or 0.0,
+                sign_weight=self.sign_weight,
+            )
+            names = ("accuracy", "private_accuracy")
+            right = (_share_right(logits, batch.labels) for logits in branches)
+            return Outcome(loss, {"sign_match": match, **dict(zip(names, right, strict=False))})
+
+        return objective
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: ImageSet,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: ImageSet | None = None,
+        journal: Journal | None = None,
+    ) -> History:
+        """E: insert `key` into `model` and train it in place; the passports stay inserted."""
+        data.require_classes(2)  # before anything is touched
+        example = normalise(data.images[:2]).to(next(model.parameters()))
+        self.insert(model, key, example)
+        history = fit(
+            model,
+            self.objective(key, steps=total_steps(data, recipe), normalise=normalise),
+            data,
+            recipe,
+            normalise=normalise,
+            evaluate=None if validation is None else self.evaluation(validation, normalise),
+            journal=journal,
+        )
+        self._rest(model)
+        return history
+
+    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+        """What to measure, after each epoch say, while the passports are inserted.
+
+        "accuracy" is the network's as it will be used: presented for V1, public for V2 and V3,
+        whose "private_accuracy" is the presented one. "score" is the mean of the two.
+        """
+
+        def evaluate(model: nn.Module) -> dict[str, float]:
+            numbers = {"sign_match": float(self._sign_term(model)[1])}
+            with on_branch(model, Branch.PRIVATE):
+                private = accuracy(model, data, normalise)
+            if not self.two_branches:
+                return {**numbers, "accuracy": private, "score": private}
+            with on_branch(model, Branch.PUBLIC):
+                public = accuracy(model, data, normalise)
+            score = (public + private) / 2
+            return {**numbers, "accuracy": public, "private_accuracy": private, "score": score}
+
+        return evaluate
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1] of a plain network when `key` is presented to it."""
+        return presented_accuracy(model, key, data, normalise, two_branches=self.two_branches)
+
+    def verify(
+        self,
+        weights: Mapping[str, Tensor],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V in white box: does a network with these weights carry `key`?"""
+        return read_signature(weights, key, log10_alpha=log10_alpha)
+
+    def verify_answers(
+        self,
+        answers: Int64[Tensor, " triggers"],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V in black box: does a network that answers the triggers like this carry `key`?"""
+        return read_answers(answers, key, log10_alpha=log10_alpha)
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A plain copy that holds no secret and costs what the plain network costs.
+
+        V1: γ and β folded into the norms. V2, V3: the public branch.
+        """
+        copy = deepcopy(model)
+        if not self.two_branches:
+            surgery.fold(copy)
+        surgery.remove(copy)
+        return copy
+
+    def _rest(self, model: nn.Module) -> None:
+        if self.two_branches:
+            surgery.withhold(model)
+        else:
+            surgery.present(model)
+
+    def _logits(self, model: nn.Module, batch: Batch, *, late: bool) -> tuple[Tensor, ...]:
+        """Outputs of the branches that this step trains, public first."""
+        if not self.two_branches:
+            surgery.present(model)
+            return (model(batch.images),)
+        if late:
+            surgery.withhold(model)
+            return (model(batch.images),)
+        surgery.run_both(model)
+        return model(batch.images).chunk(2)
+
+    def _task_loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_c of the images and of the triggers, which are the last of the batch."""
+        count = self.triggers_per_step if self.triggers else 0
+        if count == 0 or self.trigger_weight is None:
+            return F.cross_entropy(logits, labels), logits.new_zeros(())
+        task = F.cross_entropy(logits[:-count], labels[:-count])
+        return task, F.cross_entropy(logits[-count:], labels[-count:])
+
+    def _sign_term(self, model: nn.Module) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """R of equation 5 summed over the passport layers, and the share of bits that match."""
+        norms = passport_norms(model).values()
+        gamma = torch.cat([norm.affine()[0] for norm in norms])
+        signs = torch.cat([norm.signs for norm in norms])
+        term = sign_loss(gamma, signs, margin=self.margin)
+        if self.decay and self.sign_weight:
+            term = term + self.decay / self.sign_weight * gamma.square().sum()
+        return term, (gamma.detach().sign() == signs).float().mean()
+
+    def _trigger_batches(self, key: Key, normalise: Normalisation | None) -> Batch:
+        if normalise is None:
+            raise UnsuitableModelError(
+                f"{self.name} mixes trigger images into training, and they are kept as pixels; "
+                "pass normalise=, the normalisation that the network's other images get"
+            )
+        images, labels = key.trigger_set()
+        return Batch(normalise(images), labels)
+
+
+V1 = Passport("passport-v1", two_branches=False)
+V2 = Passport("passport-v2", two_branches=True)
+V3 = Passport("passport-v3", two_branches=True, triggers=100)
+
+
+def _shape_of(site: Site) -> LayerShape:
+    weight = tuple(site.layer.get_parameter("weight").shape)
+    space = passport_space(site.space, weight[2:], site.geometry)
+    passport = (weight[1] * site.geometry.groups, *space)
+    return LayerShape(site.name, weight, passport, site.geometry)
+
+
+def _trigger_shape(count: int, model: nn.Module, example: Tensor) -> TriggerShape:
+    with torch.no_grad(), on_branch(model, Branch.PUBLIC):
+        classes = model(example).shape[1]
+    channels, height, width = example.shape[1:]
+    return TriggerShape(count, classes, (channels, height, width))
+
+
+def _mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
+    """The batch with the step's turn of the trigger set at its end; the set cycles."""
+    turn = (batch.step * count + torch.arange(count)) % len(triggers.labels)
+    return Batch(
+        torch.cat([batch.images, triggers.images[turn].to(batch.images)]),
+        torch.cat([batch.labels, triggers.labels[turn].to(batch.labels)]),
+        batch.step,
+    )
+
+
+def _share_right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.detach().argmax(1) == labels).float().mean()

@@ -1,0 +1,191 @@
+"""Read a passport signature, or a trigger set's answers, and say how likely they are by chance."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import replace
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from nnpassport import surgery
+from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
+from nnpassport.evidence.context import LayerShape
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.seed import log10_text_choices
+from nnpassport.fidelity import accuracy, recalibrate
+from nnpassport.functional import mean_patch, read_bits
+from nnpassport.layers import own_statistics
+from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.statistics import (
+    LOG10_ALPHA_UNCOMMITTED,
+    log10_binomial_tail,
+    log10_corrected,
+)
+
+
+def secrets_of(key: Key) -> dict[str, surgery.Secret]:
+    """What surgery needs of a key: each layer's mean patch and signs, by the layer's name."""
+    return {
+        layer.name: surgery.Secret(
+            mean_patch(key.layer_passport(layer.name), layer.weight, layer.geometry),
+            key.layer_signs(layer.name),
+        )
+        for layer in key.context.layers
+    }
+
+
+def read_signature(
+    weights: Mapping[str, Tensor],
+    key: Key,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+) -> Verdict:
+    """V: read sign(Avg(W ∗ P_γ)) off the weights, and how likely so many matches are by chance.
+
+    `weights` is a state dict. Derived bits are uniform and independent of any network that was not
+    trained on them, so their matches are Binomial(n, ½) whatever the weights: the p-value is exact.
+    A key whose passports or bits were chosen freely has no p-value, because a linear system finds
+    passports for any bits.
+
+    Raises:
+        UnsuitableModelError: a layer that the key names is missing or has another shape.
+    """
+    host = {layer.name: _weight(weights, layer) for layer in key.context.layers}
+    counts = {
+        name: (
+            int((read_bits(host[name].cpu(), secret.mean_patch) == secret.signs).sum()),
+            len(secret.signs),
+        )
+        for name, secret in secrets_of(key).items()
+    }
+    verdict = _judged(
+        key,
+        "signature bits",
+        bits=sum(bits for _, bits in counts.values()),
+        matches=sum(matches for matches, _ in counts.values()),
+        chance=0.5,
+        log10_alpha=log10_alpha,
+    )
+    return replace(verdict, layers=counts)
+
+
+def read_signature_as_published(weights: Mapping[str, Tensor], key: Key) -> Verdict:
+    """The paper's own rule: a signature is claimed if and only if all its bits match.
+
+    [Fan19, sect. 4.1]. It says nothing of chance or of forged keys; `read_signature` does.
+    """
+    verdict = read_signature(weights, key)
+    return replace(
+        verdict,
+        log10_p_value=None,
+        marked=verdict.matches == verdict.bits,
+        reason=f"{verdict.matches} of {verdict.bits} signature bits match; the published rule "
+        "needs all of them and knows no p-value",
+    )
+
+
+def read_answers(
+    answers: Int64[Tensor, " triggers"],
+    key: Key,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+) -> Verdict:
+    """V of the trigger set: derived labels are uniform over K classes, so chance matches 1/K.
+
+    `answers` are the predicted classes of the key's trigger images, in order.
+
+    Raises:
+        UnsuitableModelError: the key has no triggers, or the answers are not one for each.
+    """
+    shape = key.context.triggers
+    if shape is None:
+        raise UnsuitableModelError(
+            f"the key is for {key.context.scheme} and has no trigger set; needed: a key of a "
+            "scheme with triggers. Without them a network is verified by its weights"
+        )
+    _, labels = key.trigger_set()
+    if answers.shape != labels.shape:
+        raise UnsuitableModelError(
+            f"got answers of shape {tuple(answers.shape)}; needed: one class for each of the "
+            f"{len(labels)} trigger images, in order"
+        )
+    return _judged(
+        key,
+        "trigger labels",
+        bits=len(labels),
+        matches=int((answers.cpu() == labels).sum()),
+        chance=1 / shape.classes,
+        log10_alpha=log10_alpha,
+    )
+
+
+def presented_accuracy(
+    model: nn.Module,
+    key: Key,
+    data: ImageSet,
+    normalise: Normalisation,
+    *,
+    two_branches: bool,
+    calibration: ImageSet | None = None,
+) -> float:
+    """Accuracy of a plain network when `key` is presented to it; the network is left untouched.
+
+    Running statistics of a private branch are measured from the images of `calibration` (default:
+    of `data`; no label is used), since a released network does not hold them.
+    """
+    copy = deepcopy(model).eval()
+    example = normalise(data.images[:2]).to(next(copy.parameters()))
+    surgery.insert(copy, secrets_of(key), example, two_branches=two_branches)
+    surgery.present(copy)
+    private = own_statistics(copy)
+    if private:
+        source = data if calibration is None else calibration
+        parts = evaluation_batches(source, normalise, size=256, device=example.device)
+        recalibrate(copy, private, parts)
+    return accuracy(copy, data, normalise)
+
+
+def _judged(
+    key: Key, what: str, *, bits: int, matches: int, chance: float, log10_alpha: float
+) -> Verdict:
+    found = f"{matches} of {bits} {what} match"
+    verdict = Verdict(
+        scheme=key.context.scheme,
+        bits=bits,
+        matches=matches,
+        log10_p_value=None,
+        log10_alpha=log10_alpha,
+        marked=False,
+        reason=f"{found}, but the key's passports or bits were chosen and not derived from a seed, "
+        "so they have no p-value: anybody can solve for such a key",
+    )
+    if not key.derived:
+        return verdict
+    log10_p = log10_binomial_tail(matches, bits, chance)
+    if key.text is not None:
+        # A text that nobody has committed to is the claimant's choice among all of its length.
+        log10_p = log10_corrected(log10_p, log10_text_choices(key.text))
+    marked = log10_p <= log10_alpha
+    relation = "at or below" if marked else "above"
+    return replace(
+        verdict,
+        log10_p_value=log10_p,
+        marked=marked,
+        reason=f"{found}; p = 10^{log10_p:.1f} is {relation} α = 10^{log10_alpha:.1f}",
+    )
+
+
+def _weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
+    weight = weights.get(f"{layer.name}.weight")
+    if weight is None:
+        there = [name for name, each in weights.items() if each.dim() > 1]
+        raise UnsuitableModelError(
+            f"the network has no {layer.name}.weight, which the key was made for; needed: one "
+            f"of the owner's architecture; this one has: {', '.join(there[:40]) or 'no layers'}"
+        )
+    if tuple(weight.shape) != layer.weight:
+        raise UnsuitableModelError(
+            f"{layer.name}.weight has shape {tuple(weight.shape)}; the key was made for "
+            f"{layer.weight}; a network of the owner's architecture is needed"
+        )
+    return weight

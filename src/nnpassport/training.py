@@ -1,0 +1,416 @@
+"""The one training loop: `fit(model, objective, data, recipe)`.
+
+Plain training, embedding, fine-tuning, overwriting, distilling and reverse-engineering differ in
+their objective alone. What a step sees is a pure function of (seed, epoch, step), so a run that was
+interrupted anywhere continues to exactly the weights of one that was not.
+"""
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnpassport.checkpoint import load_training, save_training
+from nnpassport.data.images import Augment, ImageSet, Normalisation, batches, steps_per_epoch
+from nnpassport.files import write_atomically
+from nnpassport.scheme import BadRecipeError, Batch
+
+
+def steps_schedule(progress: float) -> float:
+    """The paper's: a tenth of the rate after half of training, a hundredth after three quarters."""
+    return 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+
+
+def one_cycle(progress: float) -> float:
+    """Linear rise over the first quarter, then linear fall to zero."""
+    return min(progress / 0.25, (1 - progress) / 0.75)
+
+
+SCHEDULES: Mapping[str, Callable[[float], float]] = {
+    "steps": steps_schedule,
+    "one-cycle": one_cycle,
+    "constant": lambda _: 1.0,
+}
+PRECISIONS: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How to train; the defaults are the paper's, for 200 epochs on CIFAR.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch: images a step.
+        rate: learning rate of SGD at its highest.
+        momentum: of SGD, in [0, 1).
+        weight_decay: L2 penalty on every parameter, as SGD's.
+        nesterov: Nesterov's form of the momentum.
+        schedule: a key of `SCHEDULES`: factor on the rate by the share of steps done.
+        augment: random crop after padding by 4, and horizontal flip.
+        precision: "float32", or "bfloat16" for autocast (weights stay float32).
+        compile: run the network through `torch.compile`.
+        keep_best: end with the weights that scored highest in `evaluate`, not with the last.
+        seed: of order, augmentation and whatever the network itself draws.
+    """
+
+    epochs: int = 200
+    batch: int = 64
+    rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    nesterov: bool = False
+    schedule: str = "steps"
+    augment: bool = True
+    precision: str = "float32"
+    compile: bool = False
+    keep_best: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise BadRecipeError(
+                    f"{name} {getattr(self, name)!r} is unknown; it is one of: {', '.join(allowed)}"
+                )
+        for name in ("epochs", "batch", "rate"):
+            if not getattr(self, name) > 0:
+                raise BadRecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "paper": Recipe(),
+    "short": Recipe(epochs=15, batch=128, rate=0.05, schedule="one-cycle", nesterov=True),
+}
+"""Named recipes: `paper` is the one of 2019, `short` is sized for a machine without accelerator."""
+
+
+class Outcome(NamedTuple):
+    """What an objective says of one batch: the loss to descend, and facts worth showing."""
+
+    loss: Tensor
+    measures: Mapping[str, Tensor]
+
+
+Objective = Callable[[nn.Module, Batch], Outcome]
+Evaluation = Callable[[nn.Module], Mapping[str, float]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Where a run writes, whether it continues one, and who watches.
+
+    Attributes:
+        folder: gets `metrics.jsonl` and `training.pt`; None writes nothing.
+        resume: continue from the folder's checkpoint, if it has one.
+        show: called every tenth step.
+        tensorboard: also write TensorBoard events (needs the `tensorboard` extra).
+        checkpoint_every: seconds between checkpoints within an epoch.
+    """
+
+    folder: Path | None = None
+    resume: bool = False
+    show: "Callable[[Progress], None]" = lambda _: None
+    tensorboard: bool = False
+    checkpoint_every: float = 120.0
+
+
+class Progress(NamedTuple):
+    """Where a run stands; `measures` are the last logged step's."""
+
+    step: int
+    steps: int
+    epoch: int
+    loss: float
+    images_per_second: float
+    measures: Mapping[str, float]
+
+
+@final
+@dataclass(slots=True)
+class History:
+    """What a run has to tell: one entry for each epoch, with the evaluation's numbers in it."""
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    best: float = -math.inf
+    seconds: float = 0.0
+
+
+def classification(model: nn.Module, batch: Batch) -> Outcome:
+    """Plain training: cross-entropy, nothing else."""
+    logits = model(batch.images)
+    right = (logits.detach().argmax(1) == batch.labels).float().mean()
+    return Outcome(F.cross_entropy(logits, batch.labels), {"accuracy": right})
+
+
+def total_steps(data: ImageSet, recipe: Recipe) -> int:
+    """Optimiser steps in a whole run."""
+    return recipe.epochs * steps_per_epoch(len(data), recipe.batch)
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    data: ImageSet,
+    recipe: Recipe,
+    *,
+    normalise: Normalisation,
+    evaluate: Evaluation | None = None,
+    journal: Journal | None = None,
+) -> History:
+    """Train `model` in place on whatever device Accelerate finds.
+
+    `evaluate` runs after each epoch; its "score" is what `keep_best` compares. Checkpoints are
+    written atomically: every so often, after each epoch, and on Ctrl-C (which then raises
+    KeyboardInterrupt as usual).
+
+    Raises:
+        BadRecipeError: the loss is no longer finite, or `resume` finds another recipe's run.
+    """
+    data.require_classes(2)
+    journal = journal or Journal()
+    accelerator = Accelerator()
+    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run = _Run(model, data, recipe, journal, accelerator)
+    torch.manual_seed(recipe.seed)
+    run.restore()
+    run.open_log()
+    compiled = torch.compile(model) if recipe.compile else model
+    with _interruptible() as interrupted:
+        while run.epoch < recipe.epochs:
+            model.train()
+            for batch in run.batches(normalise):
+                run.step(compiled, objective, batch)  # type: ignore[arg-type]
+                if interrupted():
+                    run.save()
+                    raise KeyboardInterrupt
+                run.save_if_due()
+            run.close_epoch({} if evaluate is None else evaluate(model))
+            run.save()
+            if interrupted():  # during the evaluation, of the last epoch perhaps
+                raise KeyboardInterrupt
+    run.finish()
+    return run.history
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    # A KeyboardInterrupt in the middle of optimizer.step() would leave half of the weights updated,
+    # so Ctrl-C only raises a flag here, which the loop reads between steps.
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class _Run:
+    """State of one training run: what a checkpoint holds, and how it moves by one step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: ImageSet,
+        recipe: Recipe,
+        journal: Journal,
+        accelerator: Accelerator,
+    ) -> None:
+        self.model, self.data, self.recipe = model, data, recipe
+        self.journal, self.folder, self.accelerator = journal, journal.folder, accelerator
+        self.optimizer = torch.optim.SGD(
+            (p for p in model.parameters() if p.requires_grad),
+            lr=recipe.rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.nesterov,
+        )
+        # Hashing the images takes a second for large sets: once, and only where it is written.
+        self._identity: dict[str, Any] = (
+            {}
+            if journal.folder is None
+            else {"recipe": dataclasses.asdict(recipe), "data": data.digest()}
+        )
+        self.done = 0
+        self.per_epoch = steps_per_epoch(len(data), recipe.batch)
+        self.history = History()
+        self.best_weights: dict[str, Tensor] | None = None
+        self._writer: Any = None
+        self._saved = self._started = self._logged = time.monotonic()
+        self._logged_step = 0
+
+    @property
+    def epoch(self) -> int:
+        return len(self.history.epochs)
+
+    def batches(self, normalise: Normalisation) -> Iterator[Batch]:
+        return batches(
+            self.data,
+            normalise,
+            size=self.recipe.batch,
+            seed=self.recipe.seed,
+            epoch=self.epoch,
+            start=self.done - self.epoch * self.per_epoch,
+            augment=Augment() if self.recipe.augment else None,
+            device=self.accelerator.device,
+        )
+
+    def step(self, model: nn.Module, objective: Objective, batch: Batch) -> None:
+        recipe = self.recipe
+        steps = recipe.epochs * self.per_epoch
+        # The middle of the step: at its edges a linear schedule would waste the first or last one.
+        rate = recipe.rate * SCHEDULES[recipe.schedule]((self.done + 0.5) / steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        dtype = PRECISIONS[recipe.precision]
+        with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):
+            outcome = objective(model, batch)
+        self.accelerator.backward(outcome.loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.done += 1
+        if self.done % 10 == 0 or self.done == steps:
+            self._log(outcome, steps)
+
+    def _log(self, outcome: Outcome, steps: int) -> None:
+        now = time.monotonic()
+        loss = outcome.loss.item()
+        if not math.isfinite(loss):
+            raise BadRecipeError(
+                f"the loss is {loss} at step {self.done} of {steps}; training has diverged at rate "
+                f"{self.recipe.rate}; a third of that rate is worth a try"
+            )
+        speed = (self.done - self._logged_step) * self.recipe.batch / max(now - self._logged, 1e-9)
+        measures = {name: value.item() for name, value in outcome.measures.items()}
+        self._logged, self._logged_step = now, self.done
+        self.journal.show(Progress(self.done, steps, self.epoch, loss, speed, measures))
+        self._record({"step": self.done, "loss": loss, "images_per_second": speed, **measures})
+
+    def close_epoch(self, numbers: Mapping[str, float]) -> None:
+        entry = {"epoch": float(self.epoch + 1), "step": float(self.done), **numbers}
+        self.history.epochs.append(entry)
+        self._record(entry)
+        score = numbers.get("score", -math.inf)
+        if self.recipe.keep_best and score > self.history.best:
+            self.history.best = score
+            self.best_weights = deepcopy(self.model.state_dict())
+        self._logged = time.monotonic()  # so that evaluation does not count as training time
+
+    def finish(self) -> None:
+        if self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        self.history.seconds += time.monotonic() - self._started
+        if self._writer is not None:
+            self._writer.close()
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self._saved > self.journal.checkpoint_every:
+            self.save()
+
+    def save(self) -> None:
+        if self.folder is None:
+            return
+        now = time.monotonic()
+        self.history.seconds += now - self._started
+        self._saved = self._started = now
+        state = {
+            **self._identity,
+            "done": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": dataclasses.asdict(self.history),
+            "best_weights": self.best_weights,
+            "generator": torch.get_rng_state(),
+        }
+        save_training(self.folder / "training.pt", state)
+        if self._writer is not None:
+            self._writer.flush()  # a resumed run writes again only what came after
+
+    def restore(self) -> None:
+        if not self.journal.resume or self.folder is None:
+            return
+        if not (self.folder / "training.pt").exists():
+            return
+        state = load_training(self.folder / "training.pt")
+        for name, value in self._identity.items():
+            if state.get(name) != value:
+                raise BadRecipeError(
+                    f"{self.folder} holds a run with another {name}; resuming needs the same one: "
+                    "repeat the options of the first call, or start in an empty folder"
+                )
+        if _shapes(self.model.state_dict()) != _shapes(state["model"]):
+            raise BadRecipeError(
+                f"{self.folder} holds a run with another network; resuming needs the same one: "
+                "repeat the options of the first call, or start in an empty folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = self._logged_step = state["done"]
+        self.history = History(**state["history"])
+        self.best_weights = state["best_weights"]
+        torch.set_rng_state(state["generator"])
+
+    def open_log(self) -> None:
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "metrics.jsonl"
+        # A killed run has logged steps that its checkpoint does not hold; they will be run again.
+        known = path.read_text().splitlines() if self.done and path.exists() else []
+        kept = [line for line in known if self._is_saved(line)]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        if self.journal.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 (optional extra)
+
+            # Written again from the log: TensorBoard orders event files by the second they were
+            # begun in, and would drop a continuation that begins in the second of its predecessor.
+            for events in self.folder.glob("events.out.tfevents.*"):
+                events.unlink()
+            self._writer = SummaryWriter(str(self.folder))
+            for line in kept:
+                self._draw(json.loads(line))
+
+    def _is_saved(self, line: str) -> bool:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # the run was killed in the middle of writing it
+            return False
+        return entry["step"] <= self.done and entry.get("epoch", 0) <= self.epoch
+
+    def _record(self, entry: Mapping[str, float]) -> None:
+        if self.folder is None:
+            return
+        with (self.folder / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(dict(entry)) + "\n")
+        self._draw(entry)
+
+    def _draw(self, entry: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in entry.items():
+                self._writer.add_scalar(name, value, int(entry["step"]))
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}

@@ -1,0 +1,216 @@
+"""Weights from anybody: checked tensors, and the digest of the very bytes they came from.
+
+A suspect is hostile. What is read is read once, within a limit; no pickle may call anything; and
+no tensor may pose as larger than what is stored, or hold NaN or Inf.
+"""
+
+import hashlib
+import io
+import math
+import os
+import struct
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from nnpassport.files import brief, is_text, read_once, reading
+from nnpassport.scheme import UnreadableModelError
+
+WEIGHTS_FILE = "model.safetensors"
+MAX_MODEL_BYTES = 16 * 2**30
+MAX_PICKLE_BYTES = 4 * 2**30
+MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MOST_AXES = 8
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_INTEGERS)
+
+
+class Weights(NamedTuple):
+    """Checked tensors on the CPU by name, and SHA-256 (hex) of the file they came from."""
+
+    tensors: dict[str, Tensor]
+    digests: dict[str, str]
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of a `.safetensors` file, a torch checkpoint, or a folder that holds one.
+
+    In a folder: `model.safetensors`, else `pytorch_model.bin`, else the only `*.pt`. A
+    checkpoint is a state dict, alone or under "state_dict" or "model". No code in it is run.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
+    """
+    path = _weights_file(path)
+    pickled = path.suffix.lower() in _PICKLES
+    data = read_once(path, MAX_PICKLE_BYTES if pickled else MAX_MODEL_BYTES)
+    tensors = _state_dict(unpickle(data, path), path) if pickled else _parse_safetensors(data, path)
+    if (fault := defect(tensors)) is not None:
+        raise UnreadableModelError(f"{path} cannot be used: {fault}")
+    return Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()})
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse NaN and Inf in any floating-point tensor.
+
+    Raises:
+        UnreadableModelError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        if not _is_finite(tensor):
+            raise UnreadableModelError(_not_finite(name))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256, in hex, of every name, dtype, shape and (little-endian) byte.
+
+    The order of the mapping, memory layout and device play no part. Every part is
+    length-prefixed, so that no two different mappings are hashed as the same bytes.
+    """
+    digest = hashlib.sha256(b"nnpassport tensors v1\0")
+    digest.update(struct.pack("<Q", len(tensors)))
+    for name, tensor in sorted(tensors.items()):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        raw = flat.view(torch.uint8).view(-1, flat.element_size())
+        if sys.byteorder == "big":
+            raw = raw.flip(1)
+        shape = struct.pack(f"<{tensor.dim()}Q", *tensor.shape)
+        for part in (name.encode(), str(tensor.dtype).encode(), shape):
+            digest.update(struct.pack("<Q", len(part)) + part)
+        digest.update(struct.pack("<Q", raw.numel()))
+        digest.update(raw.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def unpickle(data: bytes, path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU, without running any code in it.
+
+    Raises:
+        UnreadableModelError: corrupt, a decompression bomb, or not only tensors and plain values.
+    """
+    try:
+        if data.startswith(b"PK\3\4"):
+            _refuse_bombs(data)
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise UnreadableModelError(
+            f"{path} is not a checkpoint that is safe to read ({brief(error)}); needed: tensors "
+            "and plain values as `torch.save` writes them, and nothing that runs code; "
+            "a .safetensors file would work"
+        ) from error
+
+
+def defect(tensors: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the first tensor that cannot be used, or None."""
+    total = 0
+    for name, tensor in tensors.items():
+        if not is_text(name):
+            return f"the name {name[:100]!r} is too long or holds control characters"
+        if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
+            supported = ", ".join(sorted(str(dtype) for dtype in _DTYPES))
+            return f"{name!r} is {tensor.layout} {tensor.dtype}; needed: one of {supported}"
+        size = tensor.numel() * tensor.element_size()
+        total += size
+        # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
+        if tensor.device.type != "cpu" or size > tensor.untyped_storage().nbytes():
+            return f"{name!r} of shape {tuple(tensor.shape)} does not hold all its numbers"
+        if tensor.dim() > _MOST_AXES or total > MAX_MODEL_BYTES:
+            return f"{name!r} exceeds {_MOST_AXES} axes or {MAX_MODEL_BYTES} bytes in total"
+        if not _is_finite(tensor):
+            return _not_finite(name)
+    return None
+
+
+def _weights_file(path: Path) -> Path:
+    if not path.is_dir():
+        if path.suffix.lower() in (".safetensors", *_PICKLES):
+            return path
+        raise UnreadableModelError(
+            f"{path} is neither a folder nor a model file; needed: a folder that holds "
+            f"{WEIGHTS_FILE}, or a file that ends in .safetensors, {', '.join(_PICKLES)}"
+        )
+    for name in (WEIGHTS_FILE, "pytorch_model.bin"):
+        if os.path.lexists(path / name):
+            return path / name
+    with reading(path):
+        pickles = sorted(path.glob("*.pt"))
+    if len(pickles) == 1:
+        return pickles[0]
+    raise UnreadableModelError(
+        f"{path} holds {len(pickles)} files *.pt and no {WEIGHTS_FILE}; "
+        f"needed: {WEIGHTS_FILE}, pytorch_model.bin or a single *.pt, or give the file itself"
+    )
+
+
+def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
+    declared = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or declared > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise UnreadableModelError(
+            f"{path} declares a header of {declared} bytes in a file of {len(data)}, but it "
+            f"must lie in the file and have at most {MAX_HEADER_BYTES}; it is truncated or not a "
+            "safetensors file: copy it again"
+        )
+    try:
+        # The library checks the rest: offsets that overlap, leave gaps or disagree with a shape.
+        return dict(safetensors.torch.load(data))
+    except Exception as error:
+        raise UnreadableModelError(
+            f"{path} is not a sound safetensors file ({brief(error)}); needed: a complete file "
+            "as `safetensors` writes it; copy it again"
+        ) from error
+
+
+def _refuse_bombs(data: bytes) -> None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    # torch.save never compresses, so what is declared can never be more than what is there.
+    if declared > len(data):
+        raise ValueError(
+            f"its parts unpack to {declared} bytes from {len(data)}, as in a decompression bomb"
+        )
+
+
+def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        wrapped = [content[key] for key in ("state_dict", "model") if key in content]
+        wrapped = [inner for inner in wrapped if isinstance(inner, dict)]
+        if len(wrapped) == 1:
+            content = wrapped[0]
+    if not isinstance(content, dict) or not content:
+        found = "an empty dict" if content == {} else type(content).__name__
+    else:
+        strangers = {
+            f"{type(name).__name__} → {type(value).__name__}"
+            for name, value in content.items()
+            if type(name) is not str or type(value) not in (Tensor, nn.Parameter)
+        }
+        if not strangers:
+            # A pickle can hang attributes on a tensor; a fresh view has none of them.
+            return {name: Tensor.detach(value) for name, value in content.items()}
+        found = ", ".join(sorted(strangers)[:5])
+    raise UnreadableModelError(
+        f"{path} holds {found}, but a state dict maps names to tensors; "
+        "save `model.state_dict()`, alone or under 'state_dict' or 'model'"
+    )
+
+
+def _not_finite(name: str) -> str:
+    return (
+        f"tensor {name!r} holds NaN or Inf, but a model needs finite numbers; "
+        "give a checkpoint from before its training diverged"
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # not isfinite().all(): that allocates several times the tensor; extremes propagate NaN
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
