@@ -1,0 +1,61 @@
+"""One thread, CPU only, shapes checked at run time; the small things that several files share."""
+
+import os
+
+import jaxtyping
+
+# Before the modules are imported: the hook rewrites them on their way in.
+jaxtyping.install_import_hook(
+    ["nnpassport.functional", "nnpassport.layers", "nnpassport.schemes"], "beartype.beartype"
+)
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
+import pytest  # noqa: E402 - see above
+import torch  # noqa: E402
+from sklearn.datasets import load_digits  # noqa: E402
+
+from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
+from nnpassport.functional import mean_patch, passport_space  # noqa: E402
+from nnpassport.surgery import Secret  # noqa: E402
+from nnpassport.survey import choose, survey  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests run when they are asked for: -m slow."""
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def draw_secrets():
+    """Random passports and signs for the layers that a network's patterns name."""
+
+    def draw(model, example, patterns=None, *, seed=0):
+        rng = torch.Generator().manual_seed(seed)
+        secrets = {}
+        for site in choose(model, survey(model, example), patterns):
+            weight = site.layer.weight
+            space = passport_space(site.space, tuple(weight.shape[2:]), site.geometry)
+            inputs = weight.shape[1] * site.geometry.groups
+            passport = torch.rand(2, inputs, *space, generator=rng) * 2 - 1
+            signs = torch.randint(0, 2, (len(weight),), generator=rng) * 2.0 - 1
+            patch = mean_patch(passport, tuple(weight.shape), site.geometry)
+            secrets[site.name] = Secret(patch, signs)
+        return secrets
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Training set, test set and normalisation: handwritten digits of 16 by 16 grey pixels."""
+    table = load_digits()
+    pixels = torch.from_numpy(table.images / 16 * 255).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(table.target).long()
+    data = ImageSet(pixels, labels, tuple("0123456789"), "digits").resized(16)
+    train, rest = data.split(0.3, seed=0)
+    return train, rest.subset(torch.arange(256)), Normalisation.measured(train)

@@ -1,0 +1,238 @@
+import json
+import stat
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nnpassport import cli
+from nnpassport.evidence.keyfile import load_key
+
+SHAPE = ["--model", "alexnet", "--set", "width=0.125"]
+DATA = ["--data", "digits", "--split", "train"]
+SHORT = ["--epochs", "5", "--batch", "32", "--no-augment", "--triggers-per-step", "20"]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["nnpassport", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        printed = capsys.readouterr()
+        return exit_.value.code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A folder with a key, a network that carries it, its release, and another's network."""
+    folder = tmp_path_factory.mktemp("house")
+    before = sys.argv
+    for words in (
+        ["key", "new", "--scheme", "passport-v3", *SHAPE, "--owner", "Alice", "-o", "alice.key"],
+        ["embed", *DATA, *SHAPE, *SHORT, "--key", "alice.key", "-o", "alice"],
+        ["release", "alice", "--key", "alice.key", "-o", "released"],
+        ["train", *DATA, *SHAPE, "--epochs", "1", "-o", "other"],
+    ):
+        sys.argv = ["nnpassport", *(str(folder / w) if w in PLACES else w for w in words)]
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code == 0, words
+    sys.argv = before
+    return folder
+
+
+PLACES = {"alice.key", "alice", "released", "other"}
+
+
+def test_accepts_the_release_with_its_key(call, house):
+    code, out, _ = call("verify", house / "released", "--key", house / "alice.key", "--json")
+    verdict = json.loads(out)
+    assert code == 0
+    assert verdict["accepted"] is True
+    assert verdict["matches"] == verdict["bits"] == 112
+    assert verdict["p_value"] <= verdict["alpha"]
+    assert {"scheme", "match_rate", "fidelity", "alignment", "reason", "digests"} <= set(verdict)
+
+
+def test_refuses_a_network_that_does_not_carry_the_key(call, house):
+    code, out, _ = call("verify", house / "other", "--key", house / "alice.key")
+    assert code == 1
+    assert "REFUSED" in out
+
+
+def test_refuses_another_key(call, house, tmp_path):
+    call("key", "new", "--scheme", "passport-v3", *SHAPE, "-o", tmp_path / "bob.key")
+    code, out, _ = call("verify", house / "released", "--key", tmp_path / "bob.key", "--json")
+    assert code == 1
+    assert json.loads(out)["match_rate"] < 0.8
+
+
+def test_measures_fidelity_on_data(call, house):
+    words = ["--data", "digits", "--split", "test", "--tolerance", "0.2", "--json"]
+    code, out, _ = call("verify", house / "released", "--key", house / "alice.key", *words)
+    fidelity = json.loads(out)["fidelity"]
+    assert code == (0 if fidelity["passed"] else 1)
+    assert fidelity["accuracy"] > 0.5
+    assert fidelity["target"] > 0.5
+
+
+def test_verifies_in_black_box_through_predictions(call, house):
+    words = ["--key", house / "alice.key", "--black-box", "--json"]
+    _, mine, _ = call("verify", house / "released", *words)
+    code, other, _ = call("verify", house / "other", *words)
+    assert code == 1
+    assert json.loads(mine)["bits"] == 100
+    assert json.loads(mine)["matches"] > 2 * json.loads(other)["matches"]
+
+
+def test_the_published_rule_needs_every_bit_and_gives_no_p_value(call, house):
+    words = ["--key", house / "alice.key", "--as-published", "--json"]
+    code, out, _ = call("verify", house / "released", *words)
+    assert code == 0
+    assert json.loads(out)["p_value"] is None
+    assert call("verify", house / "other", *words)[0] == 1
+
+
+def test_a_suspect_that_cannot_be_checked_is_neither_accepted_nor_refused(call, house, tmp_path):
+    weights = load_file(house / "released" / "model.safetensors")
+    damaged = {
+        "missing.safetensors": {n: w for n, w in weights.items() if n != "features.8.weight"},
+        "reshaped.safetensors": weights | {"features.8.weight": torch.zeros(3, 3)},
+        "nan.safetensors": weights | {"features.8.weight": torch.full((48, 32, 3, 3), torch.nan)},
+    }
+    for name, tensors in damaged.items():
+        save_file(tensors, tmp_path / name)
+        code, out, err = call("verify", tmp_path / name, "--key", house / "alice.key")
+        assert (code, out) == (2, "")
+        assert "features.8.weight" in err
+    whole = (house / "released" / "model.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert call("verify", tmp_path / "short.safetensors", "--key", house / "alice.key")[0] == 2
+    assert call("verify", tmp_path / "nowhere", "--key", house / "alice.key")[0] == 2
+
+
+def test_a_key_for_another_model_cannot_be_checked(call, house, tmp_path):
+    call("key", "new", "--model", "resnet18", "--set", "width=0.25", "-o", tmp_path / "k")
+    code, _, err = call("verify", house / "released", "--key", tmp_path / "k")
+    assert code == 2
+    assert "layer4" in err
+
+
+def test_a_passphrase_is_needed_and_must_be_right(call, house, tmp_path, monkeypatch):
+    monkeypatch.setenv("NNPASSPORT_PASSPHRASE", "correct horse")
+    path = tmp_path / "locked.key"
+    assert call("key", "new", *SHAPE, "--passphrase", "-o", path)[0] == 0
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert call("key", "show", path)[0] == 0
+    monkeypatch.setenv("NNPASSPORT_PASSPHRASE", "battery staple")
+    code, _, err = call("key", "show", path)
+    assert code == 2
+    assert "battery" not in err
+
+
+def test_key_show_tells_nothing_that_is_secret(call, house):
+    _, text, _ = call("key", "show", house / "alice.key")
+    _, facts, _ = call("key", "show", house / "alice.key", "--json")
+    seed = load_key(house / "alice.key").seed
+    assert "Alice" in text
+    assert seed.hex() not in text + facts
+    assert json.loads(facts)["fingerprint"] == load_key(house / "alice.key").fingerprint
+
+
+def test_a_key_is_never_overwritten(call, house):
+    before = (house / "alice.key").read_bytes()
+    assert call("key", "new", *SHAPE, "-o", house / "alice.key")[0] == 2
+    assert (house / "alice.key").read_bytes() == before
+
+
+def test_a_signature_text_longer_than_the_channels_is_refused(call, tmp_path):
+    code, _, err = call("key", "new", *SHAPE, "--text", "x" * 15, "-o", tmp_path / "k")
+    assert code == 2
+    assert "14" in err
+    assert call("key", "new", *SHAPE, "--text", "x" * 14, "-o", tmp_path / "k")[0] == 0
+
+
+def test_does_not_release_a_network_without_the_mark(call, house, tmp_path):
+    words = ["release", house / "other", "--key", house / "alice.key", "-o", tmp_path / "out"]
+    assert call(*words)[0] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_release_says_nothing_of_its_mark(house):
+    config = json.loads((house / "released" / "config.json").read_text())
+    assert "passport" not in json.dumps(config)
+    assert set(config["metrics"]) <= {"accuracy"}
+
+
+@pytest.mark.parametrize("mode", ["random", "image", "shuffle"])
+def test_passports_of_the_paper_have_no_p_value(call, house, tmp_path, mode):
+    key = tmp_path / "k"
+    extra = ["--plain", house / "other", "--images", "digits", "--images-split", "train"]
+    assert call("key", "new", *SHAPE, "--passports", mode, *extra, "-o", key)[0] == 0
+    code, out, _ = call("verify", house / "released", "--key", key, "--json")
+    assert code == 1
+    assert json.loads(out)["p_value"] is None
+    assert not load_key(key).derived
+
+
+def test_an_output_that_cannot_be_written_is_an_error(call, house, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    words = [
+        "release",
+        house / "alice",
+        "--key",
+        house / "alice.key",
+        "-o",
+        tmp_path / "file" / "x",
+    ]
+    assert call(*words)[0] == 2
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_bug_is_never_taken_for_a_refusal(call, house, monkeypatch):
+    def broken(*_args, **_more):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("nnpassport.ownership.verify", broken)
+    code, _, err = call("verify", house / "released", "--key", house / "alice.key")
+    assert code == 2
+    assert "a bug" in err
+
+
+def test_bad_options_say_what_would_work(call, tmp_path):
+    code, _, err = call("train", *DATA, "--recipe", "long", "-o", tmp_path / "x")
+    assert code == 2
+    assert "short" in err
+    assert call("train", *DATA, "--set", "width", "-o", tmp_path / "x")[0] == 2
+    assert call("train", *DATA, "--epochs", "0", "-o", tmp_path / "x")[0] == 2
+    assert call("train", "--data", tmp_path / "none", "-o", tmp_path / "x")[0] == 2
+    for words in (["nonsense"], ["verify", "x", "--no-such-option", "y"], ["verify"]):
+        code, _, err = call(*words)
+        assert code == 2
+        assert "Traceback" not in err
+
+
+def test_every_command_explains_itself(call):
+    for words in ([], ["key"], *([c] for c in ("demo", "train", "embed", "release", "verify"))):
+        code, out, _ = call(*words, "--help")
+        assert code == 0
+        assert "Usage" in out
+    assert call("--version")[:2] == (0, f"nnpassport {cli.__version__}\n")
+
+
+def test_training_again_in_the_same_folder_resumes_to_the_same_network(call, house, tmp_path):
+    words = ["train", *DATA, *SHAPE, "--epochs", "1", "--resume", "-o", tmp_path / "again"]
+    assert call(*words)[0] == 0
+    first = load_file(tmp_path / "again" / "model.safetensors")
+    assert call(*words)[0] == 0
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    other = load_file(house / "other" / "model.safetensors")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], other[name]) for name in first)

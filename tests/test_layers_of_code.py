@@ -1,0 +1,149 @@
+"""Who may import whom: the package stays in layers, and a new arrow is a decision."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import nnpassport
+
+ROOT = Path(nnpassport.__file__).parent
+CORE = {"scheme", "functional"}
+FOLDERS = {"files", "config", "weights"}
+KEYS = {"evidence.context", "evidence.seed", "evidence.key"}
+EVIDENCE = {"evidence", "evidence.keyfile", *KEYS}
+SCHEMES = (
+    CORE
+    | {"layers", "survey", "fork", "surgery", "statistics", "training", "fidelity"}
+    | {"schemes", "data", "data.triggers", *KEYS}
+)
+ALL = {"*"}
+
+# A module or a package that has no row of its own belongs to the package above it.
+MAY_IMPORT = {
+    "scheme": set(),
+    "functional": set(),
+    "statistics": set(),
+    "provenance": {"__init__"},
+    "models": {"models"},
+    "layers": {"functional"},
+    "survey": {"layers", *CORE},
+    "fork": {"survey", "layers", *CORE},
+    "surgery": {"survey", "fork", "layers", *CORE},
+    "data": {"scheme", "data", "data.triggers"},
+    "data.triggers": {"scheme", "data"},
+    "files": {"scheme"},
+    "config": {"scheme", "models", "files"},
+    "weights": {"scheme", "files"},
+    "checkpoint": {"scheme", "models", *FOLDERS},
+    "training": {"scheme", "data", "checkpoint", "files"},
+    "fidelity": {"scheme", "data"},
+    "evidence.context": CORE,
+    "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
+    "evidence.key": {*CORE, "data.triggers", *KEYS},
+    "evidence.keyfile": {*CORE, *KEYS},
+    "evidence": {*CORE, "statistics", "checkpoint", *FOLDERS, *EVIDENCE},
+    "schemes": SCHEMES,
+    "attacks": {"attacks", *SCHEMES},
+    "remote": {"remote", "statistics", "data", "data.triggers", "scheme", *EVIDENCE},
+    "catalog": {"schemes", "attacks", "scheme"},
+    "ownership": {"catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
+    "marked": {"catalog", *SCHEMES},
+    "bench": {"bench", "models", "provenance", "checkpoint", *FOLDERS, *SCHEMES},
+    "experiments": ALL,  # all but cli, see below
+    "terminal": {"scheme"},
+    "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},
+    "cli": ALL,
+    "demo": ALL,
+    "__main__": ALL,
+    "__init__": ALL,
+}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def dotted(path):
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def row(name):
+    """The longest row of the table that covers this module, or None."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next((prefix for prefix in prefixes if prefix in MAY_IMPORT), None)
+
+
+def imports(source, name, is_package):
+    """Our own modules that a source file names, wherever in the file, without "nnpassport."."""
+    package = ["nnpassport", *name.split(".")] if name != "__init__" else ["nnpassport"]
+    if not is_package:
+        package = package[:-1]
+    for node in ast.walk(ast.parse(source)):
+        found = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found = [f"{base}.{alias.name}" for alias in node.names]
+        for target in found:
+            if target == "nnpassport" or target.startswith("nnpassport."):
+                yield target.removeprefix("nnpassport").removeprefix(".")
+
+
+def forbidden(name, target):
+    """Whether the table lacks the arrow from module `name` to what it imports."""
+    if target == "__version__":
+        return False
+    here, there = row(name), row(target)
+    if there is None or there in {"cli", "__main__"}:
+        return here not in {"cli", "demo", "__main__", "__init__"}
+    return MAY_IMPORT[here] != ALL and there not in MAY_IMPORT[here]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_a_module_imports_only_what_its_row_allows(path):
+    name = dotted(path)
+    assert row(name), f"{name} has no row: decide what it may import, here and in the design"
+    found = imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
+    wrong = sorted({target for target in found if forbidden(name, target)})
+    assert not wrong, f"{name} must not import {', '.join(wrong)}"
+
+
+def test_the_walk_sees_every_form_of_import():
+    source = """
+import nnpassport.cli
+from nnpassport import attacks, __version__
+from nnpassport.data.triggers import abstract_images
+from . import seed
+from ..schemes import passport
+def late():
+    from nnpassport.evidence.judge import judge
+    import torch
+"""
+    assert sorted(imports(source, "evidence.key", False)) == [
+        "__version__",
+        "attacks",
+        "cli",
+        "data.triggers.abstract_images",
+        "evidence.judge.judge",
+        "evidence.seed",
+        "schemes.passport",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("scheme", "functional"),
+        ("models.resnet", "scheme.Batch"),
+        ("checkpoint", "evidence.key.Key"),
+        ("evidence.seed", "evidence.key.Key"),
+        ("evidence.seed", "data.images.ImageSet"),
+        ("schemes.passport", "evidence.claim.Claim"),
+        ("experiments.runs", "cli.main"),
+        ("layers", "unheard_of"),
+    ],
+)
+def test_a_wrong_arrow_is_found(name, target):
+    assert forbidden(name, target)

@@ -1,0 +1,96 @@
+"""The README's commands and the examples, run as they stand."""
+
+import io
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands(text):
+    """The command lines of a document's shell blocks, comments and continuations resolved."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def write_images(path, count, seed):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        pixels = rng.integers(0, 60, (32, 32, 3)).astype(np.uint8)
+        pixels[:, :, i % 3] += np.uint8(18 * (i % 10))
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        rows.append({"bytes": stream.getvalue(), "path": f"{i}.png"})
+    labels = [i % 10 for i in range(count)]
+    pq.write_table(pa.table({"image": rows, "label": labels}), path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "cifar10-train-0.parquet", 40, 0)
+    write_images(tmp_path / "cifar10-train-1.parquet", 40, 1)
+    write_images(tmp_path / "cifar10-test.parquet", 40, 2)
+    return tmp_path
+
+
+def test_the_readme_s_commands_do_what_they_say(folder):
+    ours = [
+        words for words in commands((ROOT / "README.md").read_text()) if words[0] == "nnpassport"
+    ]
+    assert [words[1] for words in ours] == ["key", "embed", "release", "verify"]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",  # tiny networks: more threads only wait for one another
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for words in ours:
+        # A narrow network and small batches: the same commands in a test's time.
+        extra = {
+            "key": ["--set", "width=0.125"],
+            "embed": ["--set", "width=0.125", "--batch", "16"],
+        }
+        run = subprocess.run(
+            [*words, *extra.get(words[1], [])],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # 80 images teach nothing, so F may fail; bits must be read all the same.
+        assert run.returncode in ({0, 1} if words[1] == "verify" else {0}), run.stderr
+    assert "112 of 112" in run.stdout
+
+
+def test_the_readme_s_make_targets_exist():
+    wanted = {w[1] for w in commands((ROOT / "README.md").read_text()) if w[0] == "make"}
+    assert wanted == {"demo", "test"}
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:", makefile, flags=re.M) for target in wanted)
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_example_of_a_loop_of_one_s_own_runs_and_is_accepted(capsys):
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(ROOT / "examples" / "own_training_loop.py"), run_name="__main__")
+    assert done.value.code == 0
+    assert "64 of 64" in capsys.readouterr().out
