@@ -1,0 +1,200 @@
+"""AlexNet on CIFAR-10 under one short budget: plain, V1 and V2, with the numbers in results/.
+
+    python benchmarks/cifar10.py run CELL --data FOLDER    one cell; goes on where it stopped
+    python benchmarks/cifar10.py render                    results/cifar10-alexnet.md from the JSON
+
+FOLDER holds cifar10-train-*.parquet and cifar10-test.parquet. A cell is trained on 95 % of the
+training images (the rest is the validation split); test images are only reported on.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from nnpassport import ownership
+from nnpassport.catalog import scheme_named
+from nnpassport.checkpoint import load_model
+from nnpassport.config import ModelConfig
+from nnpassport.data.images import Normalisation, read_images
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.files import write_atomically
+from nnpassport.provenance import provenance
+from nnpassport.training import RECIPES, Journal
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+class Cell(NamedTuple):
+    """One run: the norm of the network and the scheme, "" for a plain network."""
+
+    norm: str
+    scheme: str
+    late: float = 0.0
+
+
+CELLS = {
+    "plain-gn": Cell("group", ""),
+    "v2-gn": Cell("group", "passport-v2"),
+    "plain-bn": Cell("batch", ""),
+    "v1-bn": Cell("batch", "passport-v1"),
+}
+FORGED = 50  # random passports, as in the paper
+FORGED_IMAGES = 1000  # test images that each of them is tried on
+
+
+def run(
+    name: str, data: Path, runs: Path, *, epochs: int, seed: int, precision: str = "float32"
+) -> None:
+    """Train one cell, or go on with it, and write its JSON."""
+    cell, origin = CELLS[name], provenance()
+    train = read_images(str(data / "cifar10-train-*.parquet"))
+    test = read_images(data / "cifar10-test.parquet")
+    sets = ownership.divide(train, test, validation=0.05, seed=seed)
+    recipe = replace(RECIPES["short"], epochs=epochs, seed=seed, precision=precision)
+    config = ModelConfig(
+        architecture="alexnet",
+        arguments={"classes": 10, "norm": cell.norm},
+        classes=train.classes,
+        input_size=(3, 32, 32),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    folder = runs / f"{name}-{epochs}-{seed}"
+    journal = Journal(folder / "training", resume=True)
+    started = time.monotonic()
+    if cell.scheme:
+        key = _key(folder / "owner.key", config, cell.scheme)
+        scheme = replace(scheme_named(cell.scheme), late=cell.late)
+        done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
+        marks = _marks(folder, key, test.subset(torch.arange(FORGED_IMAGES)), config)
+    else:
+        done = ownership.train(folder, config, sets, recipe, journal=journal)
+        marks = {}
+    entry = {
+        "cell": name,
+        **cell._asdict(),
+        "metrics": dict(done.metrics),
+        **marks,
+        "recipe": asdict(recipe),
+        "train_images": len(sets.train),
+        "test_images": len(test),
+        "wall_seconds_of_this_call": time.monotonic() - started,
+        "command": f"python benchmarks/cifar10.py run {name} --epochs {epochs} --seed {seed}"
+        f" --precision {precision}",
+        "provenance": origin,
+    }
+    path = RESULTS / "cifar10-alexnet" / f"{folder.name}.json"
+    write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+
+
+def _key(path: Path, config: ModelConfig, scheme: str) -> Key:
+    if path.exists():
+        return load_key(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = ownership.draw_key(config, scheme, owner="benchmark")
+    save_key(key, path)
+    return key
+
+
+def _marks(folder: Path, key: Key, images, config: ModelConfig) -> dict:
+    """The owner's key and fifty random ones on the released network."""
+    released = folder / "released"
+    verdict = ownership.release(folder, key, released)
+    loaded = load_model(released)
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    scheme = scheme_named(key.context.scheme)
+    others = [ownership.draw_key(config, scheme.name) for _ in range(FORGED)]
+    verdicts = [scheme.verify(loaded.model.state_dict(), other) for other in others]
+    forged = [scheme.fidelity(loaded.model, other, images, normalise) for other in others]
+    return {
+        "bits": verdict.bits,
+        "matches": verdict.matches,
+        "log10_p_value": verdict.log10_p_value,
+        "genuine_accuracy_on_forged_images": scheme.fidelity(loaded.model, key, images, normalise),
+        "random_passports": {
+            "count": FORGED,
+            "images": FORGED_IMAGES,
+            "accuracies": forged,
+            "match_rates": [other.match_rate for other in verdicts],
+            "accepted": sum(other.accepted for other in verdicts),
+        },
+    }
+
+
+def render() -> str:
+    """A table of all cells that were run, as Markdown; cells not run are not in it."""
+    entries = [
+        json.loads(p.read_text()) for p in sorted((RESULTS / "cifar10-alexnet").glob("*.json"))
+    ]
+    order = {name: i for i, name in enumerate(CELLS)}
+    entries.sort(key=lambda e: (e["recipe"]["epochs"], order[e["cell"]], e["recipe"]["seed"]))
+    lines = [
+        "# AlexNet on CIFAR-10, short budget",
+        "",
+        "Rendered by `python benchmarks/cifar10.py render` from `results/cifar10-alexnet/*.json`.",
+        "Accuracies in %, on all 10,000 test images; random passports on the first "
+        f"{FORGED_IMAGES}.",
+        "",
+        "| cell | norm | epochs | seed | accuracy | private accuracy | bits right | log₁₀ p | "
+        f"{FORGED} random passports: mean (max) accuracy | accepted | random bits matched |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for e in entries:
+        metrics, forged = e["metrics"], e.get("random_passports")
+        private = _percent(metrics.get("private_accuracy"))
+        lines.append(
+            f"| {e['cell']} | {e['norm']} | {e['recipe']['epochs']} | {e['recipe']['seed']} "
+            f"| {100 * metrics['accuracy']:.2f} | {private} "
+            + (
+                f"| {e['matches']} of {e['bits']} | {e['log10_p_value']:.1f} "
+                f"| {100 * statistics.mean(forged['accuracies']):.2f} "
+                f"({100 * max(forged['accuracies']):.2f}) | {forged['accepted']} "
+                f"| {100 * statistics.mean(forged['match_rates']):.1f} % |"
+                if forged
+                else "| | | | | |"
+            )
+        )
+    some = entries[0]["provenance"] if entries else {}
+    lines += ["", f"Device: {some.get('device')}, torch {some.get('torch')}; n = 1 run a cell."]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.2f}"
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("cell", choices=CELLS)
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--runs", type=Path, default=Path("runs"))
+    one.add_argument("--epochs", type=int, default=15)
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--precision", default="float32")
+    commands.add_parser("render")
+    given = parser.parse_args()
+    if given.command == "run":
+        run(
+            given.cell,
+            given.data,
+            given.runs,
+            epochs=given.epochs,
+            seed=given.seed,
+            precision=given.precision,
+        )
+    else:
+        write_atomically(RESULTS / "cifar10-alexnet.md", render().encode())
+
+
+if __name__ == "__main__":
+    main()
