@@ -31,14 +31,16 @@ def derive(seed: bytes, context: bytes, text: str = "") -> dict:
     layers = document["layers"]
     bits, passports = {}, {}
     for layer in layers:
-        name, out = layer["name"], layer["weight"][0]
+        name, out = layer["name"], layer.get("bits", layer["weight"][0])
         packed = stream(seed, context, "signs", name, out // 8 + 1)
         bits[name] = [packed[i // 8] >> (7 - i % 8) & 1 for i in range(out)]
-        size = 2 * math.prod(layer["passport"])
-        drawn = stream(seed, context, "passport", name, 2 * size + 64)
+        purpose, size = "passport", 2 * math.prod(layer["passport"])
+        if "bits" in layer:  # a projection: a row for each bit
+            purpose, size = "projection", out * math.prod(layer["passport"])
+        drawn = stream(seed, context, purpose, name, 2 * size + 64)
         passports[name] = [b - 256 * (b > 127) for b in drawn if b != 128][:size]
     spelled = [byte >> shift & 1 for byte in text.encode("ascii") for shift in range(7, -1, -1)]
-    places = [(layer["name"], i) for layer in layers for i in range(layer["weight"][0])]
+    places = [(layer["name"], i) for layer in layers for i in range(len(bits[layer["name"]]))]
     for (name, i), bit in zip(places, spelled, strict=False):
         bits[name][i] ^= bit
     labels = []

@@ -26,7 +26,7 @@ from nnpassport.scheme import (
     UnsuitableModelError,
 )
 from nnpassport.schemes.passport import V1, V2, V3, Passport
-from nnpassport.schemes.signature import read_signature_as_published, secrets_of
+from nnpassport.schemes.signature import as_published, read_signature, secrets_of
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED as ALPHA
 from nnpassport.statistics import log10_binomial_tail
 from nnpassport.training import Journal, Recipe, classification, fit
@@ -349,7 +349,7 @@ def test_chosen_passports_or_bits_have_no_p_value_whatever_they_match(owned):
         assert (verdict.matches, verdict.log10_p_value, verdict.p_value) == (128, None, None)
         assert not verdict.accepted
         assert "anybody can solve" in verdict.reason
-        published = read_signature_as_published(weights, key)
+        published = as_published(read_signature(weights, key), threshold=1.0)
         assert published.accepted
         assert published.log10_p_value is None
 
@@ -357,12 +357,14 @@ def test_chosen_passports_or_bits_have_no_p_value_whatever_they_match(owned):
 def test_the_published_rule_needs_every_bit(owned, unrelated):
     marked = owned("V2")
     weights = deepcopy(marked.released.state_dict())
-    assert read_signature_as_published(weights, marked.key).accepted
+    assert as_published(read_signature(weights, marked.key), threshold=1.0).accepted
     weights["7.weight"][5].neg_()
-    verdict = read_signature_as_published(weights, marked.key)
+    verdict = as_published(read_signature(weights, marked.key), threshold=1.0)
     assert (verdict.matches, verdict.accepted) == (127, False)
     assert marked.scheme.verify(weights, marked.key).accepted
-    assert not read_signature_as_published(unrelated.state_dict(), marked.key).accepted
+    assert not as_published(
+        read_signature(unrelated.state_dict(), marked.key), threshold=1.0
+    ).accepted
 
 
 def test_zeroed_and_undefined_channels_do_not_match(owned):

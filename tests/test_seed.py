@@ -239,7 +239,7 @@ def test_a_flipped_bit_shows_in_the_text():
 
 @pytest.mark.parametrize("text", ["", "1234567", "x" * 1000])
 def test_refuses_a_text_that_does_not_fit(text):
-    with pytest.raises(BadSignatureError, match=f"{len(text)} characters.*53 channels.*1 to 6"):
+    with pytest.raises(BadSignatureError, match=f"{len(text)} characters.*53 bits.*1 to 6"):
         whiten_text(text, SEED, CONTEXT)
 
 
@@ -471,6 +471,18 @@ def test_the_independent_implementation_agrees(number, text):
         assert torch.equal(signs, ours.layer_signs(layer.name))
         assert torch.equal(numbers.float(), ours.layer_passport(layer.name).flatten())
     assert theirs["labels"] == (derive_labels(seed, context).tolist() if number else [])
+
+
+def test_the_independent_implementation_derives_projections_too():
+    derive = load_example("derive_independently").derive
+    layer = LayerShape("host", (4, 3, 2, 2), (3, 2, 2), CONTEXT.layers[0].geometry, 10)
+    layer = layer._replace(geometry=layer.geometry._replace(groups=1, padding=((0, 0),) * 2))
+    context = replace(CONTEXT, layers=(layer,), triggers=None)
+    theirs, ours = derive(bytes(32), context.encode()), Key(bytes(32), context)
+    assert Context.decode(context.encode()) == context
+    numbers = torch.tensor(theirs["passports"]["host"], dtype=torch.float64) / 127
+    assert torch.equal(numbers.float(), ours.layer_projection("host").flatten())
+    assert torch.equal(torch.tensor(theirs["bits"]["host"]) * 2.0 - 1, ours.layer_signs("host"))
 
 
 def test_the_independent_implementation_is_short_and_imports_only_the_standard_library():

@@ -1,16 +1,20 @@
 """Every scheme as a row; the one place that names them all."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
-from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.passport import V1, V2, V3, Passport
+from nnpassport.scheme import BadRecipeError, UnsuitableModelError
+from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.passport import V1, V2, V3
+from nnpassport.schemes.protocol import Scheme
+from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE
 
 
 class Entry(NamedTuple):
     """One scheme: what embeds and verifies, where it is from, what an owner gets of it."""
 
-    scheme: Passport
+    scheme: Scheme
     source: str
     summary: str
 
@@ -19,10 +23,13 @@ CATALOG: Mapping[str, Entry] = {
     V1.name: Entry(V1, "Fan19 V1", "runs on its passport; released with the passport folded in"),
     V2.name: Entry(V2, "Fan19 V2", "runs with and without its passport; released without"),
     V3.name: Entry(V3, "Fan19 V3", "as V2, and answers secret trigger images: provable remotely"),
+    UCHIDA.name: Entry(UCHIDA, "Uch17", "bits in a projected filter; forged by anybody"),
+    UCHIDA_MSE.name: Entry(UCHIDA_MSE, "Uch17, Che19", "the same, by squares: Eq. 1's R"),
+    ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
 }
 
 
-def scheme_named(name: str) -> Passport:
+def scheme_named(name: str) -> Scheme:
     """The scheme that keys and commands call `name`.
 
     Raises:
@@ -33,3 +40,19 @@ def scheme_named(name: str) -> Passport:
             f"scheme {name!r} is not in the catalog; there are: {', '.join(CATALOG)}"
         )
     return CATALOG[name].scheme
+
+
+def with_settings(scheme: Scheme, **settings: float | None) -> Scheme:
+    """The scheme with other values of its fields; None leaves a field as it is.
+
+    Raises:
+        BadRecipeError: the scheme has no such field.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+    fields = {field.name for field in dataclasses.fields(cast(Any, scheme))}
+    for name in given:
+        if name not in fields:
+            raise BadRecipeError(
+                f"{scheme.name} has no setting {name!r}; it has: {', '.join(sorted(fields))}"
+            )
+    return cast(Scheme, dataclasses.replace(cast(Any, scheme), **given))

@@ -3,7 +3,6 @@
 import json
 import sys
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -88,7 +87,9 @@ def demo(
 @key_app.command("new")
 def key_new(
     out: Out,
-    scheme: Annotated[str, typer.Option(help="passport-v1, -v2 or -v3.")] = "passport-v2",
+    scheme: Annotated[
+        str, typer.Option(help="passport-v1, -v2, -v3, uchida, uchida-mse or adi.")
+    ] = "passport-v2",
     model: Architecture = "alexnet",
     norm: Norm = "group",
     arguments: Arguments = None,
@@ -117,6 +118,12 @@ def key_new(
     plain: Annotated[
         Path | None, typer.Option(help="For image and shuffle: a trained plain model folder.")
     ] = None,
+    triggers: Annotated[
+        Path | None,
+        typer.Option(
+            help="adi, V3: a published trigger set, Parquet, with its labels (no p-value)."
+        ),
+    ] = None,
     factory: Factory = None,
     passphrase: Passphrase = False,
 ) -> None:
@@ -129,8 +136,10 @@ def key_new(
     if passports != "derived":
         source = None if images is None else images_from(images, images_split, config)
         drawn = ownership.redraw_as_published(drawn, passports, plain, source)
+    if triggers is not None:
+        drawn = ownership.with_trigger_file(drawn, triggers)
     save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
-    errors.print(f"{out}: {len(drawn.context.layers)} layers, {drawn.context.channels} bits")
+    errors.print(f"{out}: {len(drawn.context.layers)} layers, {drawn.context.bits} bits")
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
 
 
@@ -146,7 +155,7 @@ def key_show(
     facts = {
         "scheme": key.context.scheme,
         "owner": key.context.owner,
-        "bits": key.context.channels,
+        "bits": key.context.bits,
         "derived": key.derived,
         "fingerprint": key.fingerprint,
         "layers": layers,
@@ -217,11 +226,15 @@ def embed(
     batch: BatchSize = None,
     rate: Rate = None,
     late: Annotated[
-        float, typer.Option(help="V2, V3: share of steps before the private branch joins.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="V2, V3: share of steps before the private branch joins (default: 0)."),
+    ] = None,
     triggers_per_step: Annotated[
-        int, typer.Option(help="V3: trigger images mixed into each step; more for short runs.")
-    ] = 2,
+        int | None,
+        typer.Option(
+            help="V3, adi: trigger images in each step (default: 2); more if epochs are few."
+        ),
+    ] = None,
     precision: Precision = "float32",
     compiled: Compile = False,
     augment: Flip = True,
@@ -237,11 +250,11 @@ def embed(
 ) -> None:
     """Train a network that carries your key. Interrupt at will; --resume goes on exactly there."""
     from nnpassport import ownership  # noqa: PLC0415
-    from nnpassport.catalog import scheme_named  # noqa: PLC0415
+    from nnpassport.catalog import scheme_named, with_settings  # noqa: PLC0415
 
     secret = key_from(key, passphrase)
     named = scheme_named(secret.context.scheme)
-    scheme = replace(named, late=late, triggers_per_step=triggers_per_step)
+    scheme = with_settings(named, late=late, triggers_per_step=triggers_per_step)
     run = recipe_from(recipe, epochs, batch, rate, precision, compiled, augment, keep_best, seed)
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
     sets = sets_from(data, split, test, test_split, base, validation, seed)
@@ -294,7 +307,8 @@ def verify(
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
     ] = False,
     as_published: Annotated[
-        bool, typer.Option("--as-published", help="The paper's rule: all bits, no p-value.")
+        bool,
+        typer.Option("--as-published", help="The rule of the scheme's paper, without p-value."),
     ] = False,
     alpha: Annotated[
         float | None,
@@ -314,7 +328,7 @@ def verify(
     if black_box:
         verdict = ownership.verify_answers(suspect, secret, options=options)
     elif as_published:
-        verdict = ownership.verify_as_published(suspect, secret)
+        verdict = ownership.verify_as_published(suspect, secret, options=options)
     else:
         trial = None
         if data is not None:

@@ -31,6 +31,18 @@ def accuracy(
     return right / len(data)
 
 
+def plain_evaluation(
+    data: ImageSet, normalise: Normalisation
+) -> Callable[[nn.Module], dict[str, float]]:
+    """What to measure of a network with nothing to present: "accuracy", and it is the "score"."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        reached = accuracy(model.eval(), data, normalise)
+        return {"accuracy": reached, "score": reached}
+
+    return evaluate
+
+
 @torch.no_grad()
 def recalibrate(model: nn.Module, norms: Iterable[nn.Module], batches: Iterable[Batch]) -> None:
     """Set the running statistics of `norms`, in place, to the mean over `batches`, without labels.

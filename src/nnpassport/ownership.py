@@ -17,8 +17,9 @@ from nnpassport.catalog import scheme_named
 from nnpassport.checkpoint import Loaded, load_model, load_suspect, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.triggers import read_triggers
 from nnpassport.evidence.key import Key
-from nnpassport.fidelity import accuracy
+from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.scheme import (
     Fidelity,
     UnreadableDataError,
@@ -26,14 +27,15 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
+from nnpassport.schemes.adi import with_published_triggers
 from nnpassport.schemes.drawn import (
     image_passports,
     random_passports,
     shuffled_passports,
     with_passports,
 )
-from nnpassport.schemes.passport import Passport
-from nnpassport.schemes.signature import read_signature_as_published
+from nnpassport.schemes.protocol import Scheme
+from nnpassport.schemes.triggers import answers_to
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.training import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.weights import read_weights
@@ -114,6 +116,13 @@ def redraw_as_published(key: Key, mode: str, plain: Path | None, images: ImageSe
     return with_passports(key, passports, rng)
 
 
+def with_trigger_file(key: Key, path: Path) -> Key:
+    """The key with a published trigger set and its labels; such a key has no p-value."""
+    shape = key.context.triggers
+    images = read_triggers(path, size=32 if shape is None else shape.size[1])
+    return with_published_triggers(key, images)
+
+
 def train(
     folder: Path,
     config: ModelConfig,
@@ -125,7 +134,7 @@ def train(
 ) -> ModelConfig:
     """Train a plain network, without any mark, into `folder`; returns its config with metrics."""
     model = _initial(config, recipe, initial)
-    evaluate = _plain_evaluation(sets.validation, sets.normalise)
+    evaluate = plain_evaluation(sets.validation, sets.normalise)
     fit(
         model,
         classification,
@@ -135,7 +144,7 @@ def train(
         evaluate=evaluate,
         journal=journal,
     )
-    metrics = _reported(model, sets, _plain_evaluation)
+    metrics = _reported(model, sets, plain_evaluation)
     described = _described(config, sets, metrics, {})
     save_model(folder, model.cpu(), described)
     return described
@@ -148,7 +157,7 @@ def embed(
     sets: Sets,
     recipe: Recipe,
     *,
-    scheme: Passport | None = None,
+    scheme: Scheme | None = None,
     initial: Mapping[str, Tensor] | None = None,
     journal: Journal | None = None,
 ) -> ModelConfig:
@@ -185,7 +194,8 @@ def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None
     loaded = load_model(source, trusted_factory=trusted_factory)
     scheme = scheme_named(key.context.scheme)
     model = loaded.model
-    found = scheme.verify(model.state_dict(), key)
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    found = verify_model(model, normalise, key)
     if not (found.marked or found.matches == found.bits):
         raise UnsuitableModelError(
             f"{source} does not carry this key ({found.reason}), so nobody could prove its release "
@@ -197,7 +207,7 @@ def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None
         name: loaded.config.metrics[name] for name in ("accuracy",) if name in loaded.config.metrics
     }
     save_model(folder, plain, replace(loaded.config, metrics=kept, notes={}))
-    return scheme.verify(read_weights(folder).tensors, key)
+    return verify_model(load_model(folder, trusted_factory=trusted_factory).model, normalise, key)
 
 
 @final
@@ -250,11 +260,10 @@ def verify(
         OwnershipError: it could not be checked; which kind says why.
     """
     options = options or Options()
-    weights = read_weights(Path(suspect))
     scheme = scheme_named(key.context.scheme)
-    verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
+    verdict = _verdict(suspect, key, options)
     if trial is None:
-        return replace(verdict, digests=weights.digests)
+        return verdict
     loaded = _load(suspect, options)
     if len(trial.data.classes) != len(loaded.config.classes):
         raise UnreadableDataError(
@@ -276,10 +285,25 @@ def verify(
     )
 
 
-def verify_as_published(suspect: Path, key: Key) -> Verdict:
-    """The paper's own rule on a file from anybody: all bits, or nothing; no p-value."""
-    weights = read_weights(Path(suspect))
-    return replace(read_signature_as_published(weights.tensors, key), digests=weights.digests)
+def verify_as_published(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+    """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
+    verdict = _verdict(suspect, key, options or Options())
+    return scheme_named(key.context.scheme).verify_as_published(verdict)
+
+
+def verify_model(
+    model: nn.Module,
+    normalise: Normalisation,
+    key: Key,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+) -> Verdict:
+    """The same question about a network in memory: by its weights, or else by its answers."""
+    scheme = scheme_named(key.context.scheme)
+    if scheme.reads_weights:
+        return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)
+    answers = answers_to(key, model, normalise)
+    return scheme.verify_answers(answers, key, log10_alpha=log10_alpha)
 
 
 def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
@@ -296,10 +320,8 @@ def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -
             "scheme that has; verify this one by the weights"
         )
     loaded = _load(suspect, options)
-    images, _ = key.trigger_set()
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    with torch.no_grad():
-        answers = loaded.model(normalise(images)).argmax(1)
+    answers = answers_to(key, loaded.model, normalise)
     verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
     return replace(verdict, digests=loaded.digests)
 
@@ -307,6 +329,16 @@ def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -
 def config_of(suspect: Path, options: Options) -> ModelConfig:
     """The config by which a suspect is built: what its images have to look like."""
     return _load(suspect, options).config
+
+
+def _verdict(suspect: Path, key: Key, options: Options) -> Verdict:
+    """By the weights alone if the scheme can: then nothing of the suspect is even built."""
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.reads_weights:
+        return verify_answers(suspect, key, options=options)
+    weights = read_weights(Path(suspect))
+    verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
+    return replace(verdict, digests=weights.digests)
 
 
 def _load(suspect: Path, options: Options) -> Loaded:
@@ -321,14 +353,6 @@ def _initial(
     if weights is not None:
         model.load_state_dict(weights)
     return model
-
-
-def _plain_evaluation(data: ImageSet, normalise: Normalisation) -> Evaluation:
-    def evaluate(model: nn.Module) -> Mapping[str, float]:
-        reached = accuracy(model.eval(), data, normalise)
-        return {"accuracy": reached, "score": reached}
-
-    return evaluate
 
 
 def _described(

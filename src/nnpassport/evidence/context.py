@@ -25,12 +25,25 @@ _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class LayerShape(NamedTuple):
-    """A host layer: its dotted name, its weight's shape and that of one passport (in, *space)."""
+    """A host layer.
+
+    Attributes:
+        name: its dotted name.
+        weight: shape of its weight.
+        passport: shape of one passport (in, *space); of a projection, of the kernel it reads.
+        bits: signature length where a projection reads it; None is a bit for each output channel.
+    """
 
     name: str
     weight: tuple[int, ...]
     passport: tuple[int, ...]
     geometry: Geometry
+    bits: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many signature bits the layer carries."""
+        return self.weight[0] if self.bits is None else self.bits
 
 
 class TriggerShape(NamedTuple):
@@ -71,16 +84,16 @@ class Context:
             _check_layer(layer)
         distinct = len({layer.name for layer in self.layers})
         _require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
-        numbers = sum(2 * math.prod(layer.passport) for layer in self.layers)
+        numbers = sum((each.bits or 2) * math.prod(each.passport) for each in self.layers)
         _require(numbers <= MAX_NUMBERS, f"{numbers} passport numbers", f"at most {MAX_NUMBERS}")
-        _require(self.channels <= MAX_NUMBERS, "too many channels", f"at most {MAX_NUMBERS}")
+        _require(self.bits <= MAX_NUMBERS, "too many signature bits", f"at most {MAX_NUMBERS}")
         if self.triggers is not None:
             _check_triggers(self.triggers)
 
     @property
-    def channels(self) -> int:
-        """Output channels of all layers together: one signature bit each."""
-        return sum(layer.weight[0] for layer in self.layers)
+    def bits(self) -> int:
+        """Signature bits of all layers together."""
+        return sum(layer.length for layer in self.layers)
 
     def layer(self, name: str) -> LayerShape:
         """The layer called `name`.
@@ -96,7 +109,7 @@ class Context:
 
     def encode(self) -> bytes:
         """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""
-        layers = [{**c._asdict(), "geometry": c.geometry._asdict()} for c in self.layers]
+        layers = [_fields_of(layer) for layer in self.layers]
         return canonical_json(
             {
                 "format": _FORMAT,
@@ -181,6 +194,13 @@ def check_member(context: Context, layer: LayerShape) -> None:
     _require(layer in context.layers, given, "the layer that bits or passports are derived for")
 
 
+def _fields_of(layer: LayerShape) -> dict[str, Any]:
+    fields = {**layer._asdict(), "geometry": layer.geometry._asdict()}
+    if layer.bits is None:  # absent, not null: contexts without projections encode as ever
+        del fields["bits"]
+    return fields
+
+
 def _layer_from(fields: Any) -> LayerShape:
     geometry = {key: _tuples(value) for key, value in fields["geometry"].items()}
     shape = {key: _tuples(value) for key, value in fields.items()}
@@ -211,10 +231,14 @@ def _check_name(value: Any, what: str) -> None:
 
 
 def _check_layer(layer: LayerShape) -> None:
-    name, weight, passport, geometry = layer
+    name, weight, passport, geometry, bits = layer
     _check_name(name, "layer name")
     where = f"layer {name!r:.80} with"
-    for sizes in (weight, passport, geometry.stride, geometry.dilation, (geometry.groups,)):
+    lengths = () if bits is None else (bits,)
+    for sizes in (
+        *(weight, passport, geometry.stride, geometry.dilation, (geometry.groups,)),
+        lengths,
+    ):
         valid = isinstance(sizes, tuple) and all(_is_count(size, 1) for size in sizes)
         _require(valid, f"{where} shape {sizes!r:.80}", f"integers from 1 to {_MAX_AXIS}")
     _require(
@@ -241,7 +265,7 @@ def _is_padding(padding: Any) -> bool:
 
 
 def _ranks_agree(layer: LayerShape) -> bool:
-    _, weight, passport, geometry = layer
+    _, weight, passport, geometry, _ = layer
     axes = geometry.axes
     return (
         axes <= 3
@@ -254,7 +278,7 @@ def _ranks_agree(layer: LayerShape) -> bool:
 
 
 def _kernel_fits(layer: LayerShape) -> bool:
-    _, weight, passport, geometry = layer
+    _, weight, passport, geometry, _ = layer
     # A Linear has no kernel: every zip below is then empty.
     axes = zip(weight[2:], passport[1:], geometry.padding, geometry.dilation, strict=False)
     margin = {"reflect": 1, "circular": 0}.get(geometry.padding_mode, -_MAX_AXIS)

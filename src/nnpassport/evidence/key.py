@@ -1,6 +1,7 @@
 """The owner's secret: a seed and its context, or explicit tensors."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
@@ -15,6 +16,7 @@ from nnpassport.evidence.seed import (
     check_text,
     derive_labels,
     derive_passport,
+    derive_projection,
     derive_signs,
     length_prefixed,
     trigger_stream,
@@ -38,7 +40,8 @@ class Key:
         context: what the seed is for; not secret.
         text: signature text, read back from the marked network; None for bits of the stream.
         passports: explicit passports by layer, each (2 in *space) float32.
-        signs: explicit signature bits by layer, each (out) float32 of ±1.
+        signs: explicit signature bits by layer, each (bits) float32 of ±1.
+        projections: explicit projections by layer, each (bits fan_in) float32.
         trigger_images: explicit trigger images (count channel height width), uint8.
         trigger_labels: explicit labels (count), int64.
     """
@@ -50,6 +53,7 @@ class Key:
     signs: Mapping[str, Tensor] | None = None
     trigger_images: Tensor | None = None
     trigger_labels: Tensor | None = None
+    projections: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
@@ -60,7 +64,7 @@ class Key:
             check_text(self.text, self.context)
         _check_explicit(self)
         # Copies, so that a key never changes when the tensors it was made from do.
-        for field in ("passports", "signs"):
+        for field in ("passports", "signs", "projections"):
             mapping = getattr(self, field)
             if mapping is not None:
                 object.__setattr__(self, field, {n: _own(t) for n, t in mapping.items()})
@@ -101,6 +105,7 @@ class Key:
         """The tensors that were chosen and not derived, as "passports/LAYER", "signs/LAYER", …"""
         tensors = {f"passports/{name}": t for name, t in (self.passports or {}).items()}
         tensors |= {f"signs/{name}": t for name, t in (self.signs or {}).items()}
+        tensors |= {f"projections/{n}": t for n, t in (self.projections or {}).items()}
         if self.trigger_images is not None:
             tensors["trigger_images"] = self.trigger_images
         if self.trigger_labels is not None:
@@ -131,6 +136,17 @@ class Key:
             return self.passports[name].clone()
         return derive_passport(self.seed, self.context, layer)
 
+    def layer_projection(self, name: str) -> Float[Tensor, "bits fan_in"]:
+        """Projection X that reads the bits of the layer called `name` off its mean filter.
+
+        Raises:
+            UnreadableKeyError: the key has no such layer.
+        """
+        layer = self.context.layer(name)
+        if self.projections is not None:
+            return self.projections[name].clone()
+        return derive_projection(self.seed, self.context, layer)
+
     def trigger_set(
         self,
     ) -> tuple[UInt8[Tensor, "count channel height width"], Int64[Tensor, " count"]]:
@@ -151,7 +167,8 @@ class Key:
 
 def _check_explicit(key: Key) -> None:
     shapes = {layer.name: layer for layer in key.context.layers}
-    for what, mapping in (("passports", key.passports), ("signs", key.signs)):
+    explicit = {"passports": key.passports, "signs": key.signs, "projections": key.projections}
+    for what, mapping in explicit.items():
         if mapping is not None and set(mapping) != set(shapes):
             raise _bad_key(
                 f"explicit {what} for {len(mapping)} layers", f"them for its {len(shapes)} layers"
@@ -161,9 +178,14 @@ def _check_explicit(key: Key) -> None:
         if not passport.isfinite().all():
             raise _bad_key(f"NaN or Inf in the passport of layer {name!r:.80}", "finite numbers")
     for name, signs in (key.signs or {}).items():
-        _check_tensor(signs, f"signs/{name}", torch.float32, shapes[name].weight[:1])
+        _check_tensor(signs, f"signs/{name}", torch.float32, (shapes[name].length,))
         if not (signs.abs() == 1).all():
             raise _bad_key(f"signs of layer {name!r:.80} other than ±1", "−1 or +1 for a channel")
+    for name, projection in (key.projections or {}).items():
+        shape = (shapes[name].length, math.prod(shapes[name].passport))
+        _check_tensor(projection, f"projections/{name}", torch.float32, shape)
+        if not projection.isfinite().all():
+            raise _bad_key(f"NaN or Inf in the projection of {name!r:.80}", "finite numbers")
     _check_explicit_triggers(key)
 
 

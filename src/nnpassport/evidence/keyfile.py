@@ -116,7 +116,7 @@ def _key_from(path: Path, payload: Any) -> Key:
     key, reason = None, "its parts are of the wrong kind"
     try:
         tensors = load_tensors(_unbase64(payload["tensors"])) if payload["tensors"] else {}
-        groups: dict[str, dict[str, Tensor]] = {"passports": {}, "signs": {}}
+        groups: dict[str, dict[str, Tensor]] = {"passports": {}, "signs": {}, "projections": {}}
         for name, tensor in tensors.items():
             group, _, layer = name.partition("/")
             if group in groups:
@@ -127,6 +127,7 @@ def _key_from(path: Path, payload: Any) -> Key:
             text=payload["text"],
             passports=groups["passports"] or None,
             signs=groups["signs"] or None,
+            projections=groups["projections"] or None,
             trigger_images=tensors.get("trigger_images"),
             trigger_labels=tensors.get("trigger_labels"),
         )

@@ -73,6 +73,20 @@ def derive_passport(
     return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
 
 
+def derive_projection(
+    seed: bytes, context: Context, layer: LayerShape
+) -> Float[Tensor, "bits fan_in"]:
+    """Projection X of one layer: integers uniform in −127…127 divided by 127, a row for each bit.
+
+    Raises:
+        UnreadableKeyError: the context has no such layer.
+    """
+    check_member(context, layer)
+    shape = (layer.length, math.prod(layer.passport))
+    numbers = _signed_bytes(stream(seed, context, "projection", layer.name), math.prod(shape))
+    return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+
+
 def triggers_of(context: Context) -> TriggerShape:
     """Shape of the trigger set.
 
@@ -142,7 +156,7 @@ def read_text(signs: Float[Tensor, " channels"], seed: bytes, context: Context, 
     Raises:
         BadSignatureError: the number of signs is not the key's, or they cannot hold `length`.
     """
-    channels, longest = context.channels, context.channels // 8
+    channels, longest = context.bits, context.bits // 8
     if tuple(signs.shape) != (channels,) or not 0 <= length <= longest:
         raise BadSignatureError(
             f"got {tuple(signs.shape)} signs to read {length} characters from; needed: {channels} "
@@ -160,10 +174,10 @@ def check_text(text: str, context: Context) -> None:
     Raises:
         BadSignatureError: the text is not printable ASCII or has more characters than fit.
     """
-    longest = context.channels // 8
+    longest = context.bits // 8
     if not 1 <= len(text) <= longest:
         raise BadSignatureError(
-            f"the signature text has {len(text)} characters, but the {context.channels} channels "
+            f"the signature text has {len(text)} characters, but the {context.bits} bits "
             f"of the key's layers hold 1 to {longest}; shorten the text or name more layers"
         )
     if not (text.isascii() and text.isprintable()):
@@ -188,7 +202,7 @@ _NO_BITS: NDArray[np.uint8] = np.zeros(0, np.uint8)
 
 def _stream_bits(seed: bytes, context: Context, layer: LayerShape) -> NDArray[np.uint8]:
     check_member(context, layer)
-    count = layer.weight[0]
+    count = layer.length
     data = stream(seed, context, "signs", layer.name)((count + 7) // 8)
     return np.unpackbits(np.frombuffer(data, np.uint8))[:count]
 

@@ -32,7 +32,7 @@ def with_passports(
     if keep_bits:
         signs = {layer.name: key.layer_signs(layer.name) for layer in context.layers}
     else:
-        signs = {layer.name: random_signs(layer.weight[0], rng) for layer in context.layers}
+        signs = {layer.name: random_signs(layer.length, rng) for layer in context.layers}
     tensors = {name: passport.detach().cpu().float() for name, passport in passports.items()}
     return replace(
         key, context=replace(context, layers=layers), text=None, passports=tensors, signs=signs

@@ -23,18 +23,20 @@ from torch.nn import functional as F
 
 from nnpassport import surgery
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape
+from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
 from nnpassport.functional import combined_loss, passport_space, sign_loss
 from nnpassport.layers import Branch, on_branch, passport_norms
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.signature import (
+    as_published,
     presented_accuracy,
     read_answers,
     read_signature,
     secrets_of,
 )
+from nnpassport.schemes.triggers import mixed, share_right, trigger_batch, trigger_shape
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, choose, survey
 from nnpassport.training import (
@@ -105,7 +107,7 @@ class Passport:
             scheme=self.name,
             owner=owner,
             layers=tuple(_shape_of(site) for site in sites),
-            triggers=_trigger_shape(self.triggers, model, example) if self.triggers else None,
+            triggers=trigger_shape(self.triggers, model, example) if self.triggers else None,
             nonce=os.urandom(16) if seed is None else bytes(16),
         )
         return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
@@ -140,10 +142,10 @@ class Passport:
         alternates between them. `normalise` is needed by triggers, which are kept as pixels.
         """
         start = round(self.late * steps) if self.two_branches else 0
-        triggers = self._trigger_batches(key, normalise) if self.triggers else None
+        triggers = trigger_batch(key, normalise) if self.triggers else None
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
-            batch = batch if triggers is None else _mixed(batch, triggers, self.triggers_per_step)
+            batch = batch if triggers is None else mixed(batch, triggers, self.triggers_per_step)
             branches = self._logits(model, batch, late=batch.step < start)
             losses = [self._task_loss(logits, batch.labels) for logits in branches]
             regularisation, match = self._sign_term(model)
@@ -155,7 +157,7 @@ class Passport:
                 sign_weight=self.sign_weight,
             )
             names = ("accuracy", "private_accuracy")
-            right = (_share_right(logits, batch.labels) for logits in branches)
+            right = (share_right(logits, batch.labels) for logits in branches)
             return Outcome(loss, {"sign_match": match, **dict(zip(names, right, strict=False))})
 
         return objective
@@ -233,6 +235,15 @@ class Passport:
         """V in black box: does a network that answers the triggers like this carry `key`?"""
         return read_answers(answers, key, log10_alpha=log10_alpha)
 
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The paper's own rule: a signature is claimed if and only if all its bits match."""
+        return as_published(verdict, threshold=1.0)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether V needs nothing but the weights."""
+        return True
+
     def released(self, model: nn.Module) -> nn.Module:
         """A plain copy that holds no secret and costs what the plain network costs.
 
@@ -279,15 +290,6 @@ class Passport:
             term = term + self.decay / self.sign_weight * gamma.square().sum()
         return term, (gamma.detach().sign() == signs).float().mean()
 
-    def _trigger_batches(self, key: Key, normalise: Normalisation | None) -> Batch:
-        if normalise is None:
-            raise UnsuitableModelError(
-                f"{self.name} mixes trigger images into training, and they are kept as pixels; "
-                "pass normalise=, the normalisation that the network's other images get"
-            )
-        images, labels = key.trigger_set()
-        return Batch(normalise(images), labels)
-
 
 V1 = Passport("passport-v1", two_branches=False)
 V2 = Passport("passport-v2", two_branches=True)
@@ -299,24 +301,3 @@ def _shape_of(site: Site) -> LayerShape:
     space = passport_space(site.space, weight[2:], site.geometry)
     passport = (weight[1] * site.geometry.groups, *space)
     return LayerShape(site.name, weight, passport, site.geometry)
-
-
-def _trigger_shape(count: int, model: nn.Module, example: Tensor) -> TriggerShape:
-    with torch.no_grad(), on_branch(model, Branch.PUBLIC):
-        classes = model(example).shape[1]
-    channels, height, width = example.shape[1:]
-    return TriggerShape(count, classes, (channels, height, width))
-
-
-def _mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
-    """The batch with the step's turn of the trigger set at its end; the set cycles."""
-    turn = (batch.step * count + torch.arange(count)) % len(triggers.labels)
-    return Batch(
-        torch.cat([batch.images, triggers.images[turn].to(batch.images)]),
-        torch.cat([batch.labels, triggers.labels[turn].to(batch.labels)]),
-        batch.step,
-    )
-
-
-def _share_right(logits: Tensor, labels: Tensor) -> Tensor:
-    return (logits.detach().argmax(1) == labels).float().mean()

@@ -1,5 +1,6 @@
 """Read a passport signature, or a trigger set's answers, and say how likely they are by chance."""
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
@@ -50,7 +51,7 @@ def read_signature(
     Raises:
         UnsuitableModelError: a layer that the key names is missing or has another shape.
     """
-    host = {layer.name: _weight(weights, layer) for layer in key.context.layers}
+    host = {layer.name: host_weight(weights, layer) for layer in key.context.layers}
     counts = {
         name: (
             int((read_bits(host[name].cpu(), secret.mean_patch) == secret.signs).sum()),
@@ -58,7 +59,7 @@ def read_signature(
         )
         for name, secret in secrets_of(key).items()
     }
-    verdict = _judged(
+    verdict = judged(
         key,
         "signature bits",
         bits=sum(bits for _, bits in counts.values()),
@@ -69,18 +70,19 @@ def read_signature(
     return replace(verdict, layers=counts)
 
 
-def read_signature_as_published(weights: Mapping[str, Tensor], key: Key) -> Verdict:
-    """The paper's own rule: a signature is claimed if and only if all its bits match.
+def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
+    """The verdict by a rule of the kind that papers state: enough of the mark is there.
 
-    [Fan19, sect. 4.1]. It says nothing of chance or of forged keys; `read_signature` does.
+    `threshold` is the share of it, in [0, 1], that suffices. It says nothing of chance or of forged
+    keys; the exact verdict does.
     """
-    verdict = read_signature(weights, key)
+    needed = math.ceil(threshold * verdict.bits - 1e-9)
     return replace(
         verdict,
         log10_p_value=None,
-        marked=verdict.matches == verdict.bits,
-        reason=f"{verdict.matches} of {verdict.bits} signature bits match; the published rule "
-        "needs all of them and knows no p-value",
+        marked=verdict.matches >= needed,
+        reason=f"{verdict.matches} of {verdict.bits} match; the published rule needs {needed} "
+        "of them and knows no p-value",
     )
 
 
@@ -109,7 +111,7 @@ def read_answers(
             f"got answers of shape {tuple(answers.shape)}; needed: one class for each of the "
             f"{len(labels)} trigger images, in order"
         )
-    return _judged(
+    return judged(
         key,
         "trigger labels",
         bits=len(labels),
@@ -145,9 +147,10 @@ def presented_accuracy(
     return accuracy(copy, data, normalise)
 
 
-def _judged(
+def judged(
     key: Key, what: str, *, bits: int, matches: int, chance: float, log10_alpha: float
 ) -> Verdict:
+    """The exact verdict on so many matches, each by chance with probability `chance`."""
     found = f"{matches} of {bits} {what} match"
     verdict = Verdict(
         scheme=key.context.scheme,
@@ -156,7 +159,7 @@ def _judged(
         log10_p_value=None,
         log10_alpha=log10_alpha,
         marked=False,
-        reason=f"{found}, but the key's passports or bits were chosen and not derived from a seed, "
+        reason=f"{found}, but parts of the key were chosen and not derived from a seed, "
         "so they have no p-value: anybody can solve for such a key",
     )
     if not key.derived:
@@ -175,7 +178,12 @@ def _judged(
     )
 
 
-def _weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
+def host_weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
+    """Weight of a host layer out of a state dict.
+
+    Raises:
+        UnsuitableModelError: it is missing or has another shape.
+    """
     weight = weights.get(f"{layer.name}.weight")
     if weight is None:
         there = [name for name, each in weights.items() if each.dim() > 1]

@@ -1,0 +1,88 @@
+"""E, F and V of a scheme, as a type; I, what attacks it, is in `nnpassport.attacks`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.key import Key
+from nnpassport.scheme import Verdict
+from nnpassport.training import Evaluation, History, Journal, Objective, Recipe
+
+
+class Scheme(Protocol):
+    """An ownership scheme: V = (E, F, V, I) without its attacks.           [Fan19, def. 1]
+
+    Structural: a frozen dataclass with these members is a scheme, and nothing is inherited.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in keys and on the command line."""
+
+    @property
+    def triggers(self) -> int:
+        """Size of the trigger set; 0 is none, and then there is no black-box verification."""
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether V needs nothing but the weights; if not, it needs the network's answers."""
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network of this shape, every secret in it derived from one seed."""
+
+    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
+        """Prepare `model`, in place, for training with `objective`; refuse a key of another."""
+
+    def objective(
+        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+    ) -> Objective:
+        """What a training step of a run of `steps` steps descends."""
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: ImageSet,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: ImageSet | None = None,
+        journal: Journal | None = None,
+    ) -> History:
+        """E: train `model` in place until it carries `key`."""
+
+    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+        """What to measure of a network while it is being trained."""
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1] of a plain network when `key` is presented to it."""
+
+    def verify(
+        self, weights: Mapping[str, Tensor], key: Key, *, log10_alpha: float = ...
+    ) -> Verdict:
+        """V in white box: does a network with these weights carry `key`?"""
+
+    def verify_answers(
+        self, answers: Int64[Tensor, " triggers"], key: Key, *, log10_alpha: float = ...
+    ) -> Verdict:
+        """V in black box: does a network that answers the triggers like this carry `key`?"""
+
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The scheme's own rule, as its paper states it, on what V has read."""
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A plain copy of a trained network, that holds no secret."""

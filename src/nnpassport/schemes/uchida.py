@@ -1,0 +1,268 @@
+"""Uchida's scheme: bits read off one layer's mean filter through a secret projection.
+
+[Uch17] Uchida, Nagai, Sakazawa, Satoh: Embedding Watermarks into Deep Neural Networks, ICMR 2017.
+[Che19] Chen, Rouhani, Fu, Zhao, Koushanfar: DeepMarks, ICMR 2019; its regulariser is the R of
+equation 1 in [Fan19].
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.context import Context, LayerShape
+from nnpassport.evidence.key import Key
+from nnpassport.fidelity import accuracy, plain_evaluation
+from nnpassport.functional import Geometry
+from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.triggers import share_right
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.survey import Site, choose, survey
+from nnpassport.training import Evaluation, History, Journal, Objective, Outcome, Recipe, fit
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Uchida:
+    """Bits b_j = [X_j · w̄ > 0], w̄ the mean over output channels of one layer's weight.   [Uch17]
+
+    The rows of X are drawn uniform where the paper draws Gaussians, so that they are the same
+    integers on every platform; reading depends on their directions alone. The published experiments
+    set all bits to one; ours are drawn, or no exact test would be possible.
+
+    Attributes:
+        name: as in keys and on the command line.
+        squared: pull X·w̄ to b by MSE(b − X·w̄) (DeepMarks) and not by the cross-entropy of bits.
+        bits: signature length T.
+        strength: λ_r, factor on the sum (cross-entropy) or mean (squares) over the bits.
+        threshold: share of the bits that must match by the published rule.
+    """
+
+    name: str
+    squared: bool
+    bits: int = 256
+    strength: float = 0.01
+    threshold: float = 1.0
+
+    @property
+    def triggers(self) -> int:
+        """None: there is no black-box verification."""
+        return 0
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether V needs nothing but the weights."""
+        return True
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network of this shape, projection and bits derived from one seed.
+
+        `layers` names one layer; by default it is the last convolution (or the last linear layer
+        of a network without convolutions) that can hold the bits.
+
+        Raises:
+            UnsuitableModelError: not one layer, a grouped one, or one with fewer numbers than bits.
+        """
+        site = self._host(model, example, layers)
+        context = Context(
+            scheme=self.name,
+            owner=owner,
+            layers=(self._shape(site),),
+            triggers=None,
+            nonce=os.urandom(16) if seed is None else bytes(16),
+        )
+        return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+
+    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
+        """Check that `key` fits `model`; nothing is inserted.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or was made for another network.
+        """
+        if key.context.scheme != self.name:
+            raise UnsuitableModelError(
+                f"the key is for {key.context.scheme}, and this is {self.name}; "
+                "draw a key with this scheme's draw_key, or use the key's own scheme"
+            )
+        for layer in key.context.layers:
+            host_weight(dict(model.named_parameters()), layer)
+
+    def objective(
+        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+    ) -> Objective:
+        """Task loss + λ_r·R, R = Σ_j BCE(σ(X_j·w̄), b_j) or MSE(b − X·w̄)."""
+        (layer,) = key.context.layers
+        projection = key.layer_projection(layer.name)
+        signs = key.layer_signs(layer.name)
+
+        def objective(model: nn.Module, batch: Batch) -> Outcome:
+            logits = model(batch.images)
+            weight = model.get_parameter(f"{layer.name}.weight")
+            # Full precision even under autocast, as for passports.
+            with torch.autocast(weight.device.type, enabled=False):
+                read = read_out(weight, projection)
+                wanted = signs.to(read)
+                regularisation = self._regularisation(read, wanted)
+            loss = F.cross_entropy(logits, batch.labels) + self.strength * regularisation
+            match = (read.detach().sign() == wanted).float().mean()
+            return Outcome(
+                loss, {"sign_match": match, "accuracy": share_right(logits, batch.labels)}
+            )
+
+        return objective
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: ImageSet,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: ImageSet | None = None,
+        journal: Journal | None = None,
+    ) -> History:
+        """E: train `model` in place with the regulariser."""
+        data.require_classes(2)
+        self.insert(model, key, normalise(data.images[:2]))
+        return fit(
+            model,
+            self.objective(key, steps=1),
+            data,
+            recipe,
+            normalise=normalise,
+            evaluate=None if validation is None else self.evaluation(validation, normalise),
+            journal=journal,
+        )
+
+    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+        """Accuracy, which is the score too."""
+        return plain_evaluation(data, normalise)
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
+
+        That is what makes it forgeable.                                   [Fan19, prop. 1]
+        """
+        return accuracy(deepcopy(model).eval(), data, normalise)
+
+    def verify(
+        self,
+        weights: Mapping[str, Tensor],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V in white box. Derived bits match an independent network as Binomial(T, ½): exact.
+
+        Raises:
+            UnsuitableModelError: the host layer is missing or has another shape.
+        """
+        (layer,) = key.context.layers
+        weight = host_weight(weights, layer).detach().cpu().double()
+        read = read_out(weight, key.layer_projection(layer.name)).sign()
+        return judged(
+            key,
+            "projected bits",
+            bits=layer.length,
+            matches=int((read == key.layer_signs(layer.name)).sum()),
+            chance=0.5,
+            log10_alpha=log10_alpha,
+        )
+
+    def verify_answers(
+        self,
+        answers: Int64[Tensor, " triggers"],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """There are no triggers, so this always raises.
+
+        Raises:
+            UnsuitableModelError: always.
+        """
+        return read_answers(answers, key, log10_alpha=log10_alpha)
+
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The paper's rule: `threshold` of the bits (by default all) are read back."""
+        return as_published(verdict, threshold=self.threshold)
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A copy: the mark is in the weights, and nothing else is there."""
+        return deepcopy(model)
+
+    def _regularisation(self, read: Tensor, signs: Tensor) -> Tensor:
+        if self.squared:
+            return F.mse_loss(read, signs)
+        return F.binary_cross_entropy_with_logits(read, (signs + 1) / 2, reduction="sum")
+
+    def _host(self, model: nn.Module, example: Tensor, layers: Sequence[str] | None) -> Site:
+        found = survey(model, example)
+        if layers is None:
+            plain = [s for s in found.sites.values() if s.geometry.groups == 1]
+            large = [s for s in plain if _fan_in(s) >= self.bits]
+            convolutions = [s for s in large if s.geometry.axes]
+            hosts = (convolutions or large)[-1:]
+        else:
+            hosts = choose(model, found, layers)
+        if len(hosts) != 1:
+            raise UnsuitableModelError(
+                f"{self.name} reads {self.bits} bits off one layer, and {len(hosts)} were found; "
+                f"needed: one ungrouped layer with at least {self.bits} numbers a filter; name "
+                f"one of: {', '.join(found.sites) or 'none'}"
+            )
+        (host,) = hosts
+        if host.geometry.groups != 1 or _fan_in(host) < self.bits:
+            raise UnsuitableModelError(
+                f"layer {host.name!r} has {_fan_in(host)} numbers a filter in "
+                f"{host.geometry.groups} group(s); {self.name} needs at least {self.bits}, one for "
+                "each bit, in one group; name another layer or take fewer bits"
+            )
+        return host
+
+    def _shape(self, site: Site) -> LayerShape:
+        weight = tuple(site.layer.get_parameter("weight").shape)
+        axes = site.geometry.axes
+        kernel = weight[1:] if axes else (weight[1], 1)
+        # The mean filter is read as it is, however its layer slides.
+        geometry = Geometry((1,) * axes, ((0, 0),) * axes, (1,) * axes)
+        return LayerShape(site.name, weight, kernel, geometry, self.bits)
+
+
+def read_out(
+    weight: Float[Tensor, "out fan_in *kernel"], projection: Float[Tensor, "bits columns"]
+) -> Float[Tensor, " bits"]:
+    """X·w̄, w̄ the mean filter; its signs are the bits.                        [Uch17, eq. 2]
+
+    Gradients flow to the weight and to the projection.
+    """
+    mean_filter = weight.mean(0).flatten()
+    return projection.to(mean_filter) @ mean_filter
+
+
+def _fan_in(site: Site) -> int:
+    return site.layer.get_parameter("weight")[0].numel()
+
+
+UCHIDA = Uchida("uchida", squared=False)
+UCHIDA_MSE = Uchida("uchida-mse", squared=True, strength=1.0)

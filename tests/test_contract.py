@@ -1,0 +1,207 @@
+"""What every scheme of the catalog must do, whatever it is made of."""
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from nnpassport import ownership
+from nnpassport.catalog import CATALOG, with_settings
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.models import build
+from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
+from nnpassport.schemes.adi import ADI, Adi, with_published_triggers
+from nnpassport.schemes.passport import V2
+from nnpassport.schemes.protocol import Scheme
+from nnpassport.schemes.uchida import UCHIDA, Uchida, read_out
+from nnpassport.statistics import LOG10_ALPHA_COMMITTED
+from nnpassport.training import Recipe
+
+# A dozen triggers and 64 bits: a tiny network learns them in seconds.
+SMALL = {
+    "passport-v3": {"triggers": 24, "triggers_per_step": 8},
+    "uchida": {"bits": 64, "strength": 0.1},
+    "uchida-mse": {"bits": 64},
+    "adi": {"triggers": 24, "triggers_per_step": 8},
+}
+RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+
+
+class Owned(NamedTuple):
+    scheme: Scheme
+    key: Key
+    model: nn.Module
+    data: ImageSet
+    normalise: Normalisation
+
+
+def network(norm="batch"):
+    torch.manual_seed(0)
+    return build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
+
+
+@pytest.fixture(scope="module", params=sorted(CATALOG))
+def owned(request, digits):
+    """A small network that carries a key, released, for each scheme there is."""
+    train, _, normalise = digits
+    data = train.resized(32).subset(torch.arange(640))
+    scheme = with_settings(CATALOG[request.param].scheme, **SMALL.get(request.param, {}))
+    model = network()
+    key = scheme.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    scheme.embed(model, key, data, RECIPE, normalise=normalise)
+    return Owned(scheme, key, scheme.released(model).eval(), data, normalise)
+
+
+def verdict(owned, key, model=None):
+    return ownership.verify_model(model or owned.model, owned.normalise, key)
+
+
+def test_finds_what_it_embedded(owned):
+    found = ownership.verify_model(
+        owned.model, owned.normalise, owned.key, log10_alpha=LOG10_ALPHA_COMMITTED
+    )
+    assert found.matches == found.bits
+    assert found.accepted
+    assert owned.scheme.verify_as_published(found).accepted
+
+
+def test_refuses_a_key_drawn_by_chance(owned):
+    example = torch.zeros(2, 1, 32, 32)
+    for number in range(1, 6):
+        other = owned.scheme.draw_key(owned.model, example, seed=bytes([number] * 32))
+        found = verdict(owned, other)
+        assert not found.accepted
+        assert found.log10_p_value > -5
+        assert not owned.scheme.verify_as_published(found).accepted
+
+
+def test_refuses_an_unrelated_network(owned):
+    torch.manual_seed(1)
+    found = verdict(owned, owned.key, build("alexnet", classes=10, width=0.25, channels=1).eval())
+    assert not found.accepted
+    assert not owned.scheme.verify_as_published(found).accepted
+
+
+def test_the_network_still_does_its_job(owned):
+    assert owned.scheme.fidelity(owned.model, owned.key, owned.data, owned.normalise) > 0.7
+
+
+def test_fidelity_leaves_the_network_alone(owned):
+    before = deepcopy(owned.model.state_dict())
+    owned.scheme.fidelity(owned.model.train(), owned.key, owned.data, owned.normalise)
+    assert owned.model.training
+    owned.model.eval()
+    assert all(torch.equal(v, before[n]) for n, v in owned.model.state_dict().items())
+
+
+def test_a_key_survives_its_file(owned, tmp_path):
+    save_key(owned.key, tmp_path / "key")
+    loaded = load_key(tmp_path / "key")
+    assert loaded.fingerprint == owned.key.fingerprint
+    assert verdict(owned, loaded).matches == verdict(owned, owned.key).bits
+
+
+def test_a_network_survives_its_file(owned):
+    copy = network()
+    copy.load_state_dict(owned.model.state_dict())
+    assert verdict(owned, owned.key, copy.eval()).matches == verdict(owned, owned.key).bits
+
+
+def test_one_seed_gives_one_key(owned):
+    example = torch.zeros(2, 1, 32, 32)
+    again = owned.scheme.draw_key(owned.model, example, seed=bytes(32))
+    other = owned.scheme.draw_key(owned.model, example)
+    assert again.fingerprint == owned.key.fingerprint != other.fingerprint
+
+
+def test_refuses_the_key_of_another_scheme(owned):
+    other = V2 if owned.scheme.name != V2.name else UCHIDA
+    key = other.draw_key(owned.model, torch.zeros(2, 1, 32, 32))
+    with pytest.raises(UnsuitableModelError, match=f"key is for {other.name}"):
+        owned.scheme.insert(deepcopy(owned.model), key, torch.zeros(2, 1, 32, 32))
+
+
+def test_exactly_one_way_of_verifying_without_the_network_is_refused_or_works(owned):
+    answers = torch.zeros(max(owned.scheme.triggers, 1), dtype=torch.int64)
+    if owned.scheme.triggers:
+        assert not owned.scheme.verify_answers(answers, owned.key).accepted
+    else:
+        with pytest.raises(UnsuitableModelError, match="no trigger set"):
+            owned.scheme.verify_answers(answers, owned.key)
+    if not owned.scheme.reads_weights:
+        with pytest.raises(UnsuitableModelError, match="verify_answers"):
+            owned.scheme.verify(owned.model.state_dict(), owned.key)
+
+
+def test_settings_that_a_scheme_lacks_are_refused():
+    assert with_settings(V2, late=None) is not None
+    assert with_settings(V2, late=0.5).late == 0.5
+    with pytest.raises(BadRecipeError, match=r"uchida has no setting 'late'; it has: bits"):
+        with_settings(UCHIDA, late=0.5)
+
+
+def test_uchida_reads_the_mean_filter():
+    weight, projection = torch.randn(5, 3, 2, 2), torch.randn(7, 12)
+    oracle = [
+        sum(float(x * w) for x, w in zip(row, weight.mean(0).flatten(), strict=True))
+        for row in projection
+    ]
+    torch.testing.assert_close(read_out(weight, projection), torch.tensor(oracle))
+
+
+def test_uchida_needs_a_layer_that_holds_the_bits():
+    model, example = network(), torch.zeros(2, 1, 32, 32)
+    with pytest.raises(UnsuitableModelError, match=r"'features.0' has 25 numbers a filter"):
+        UCHIDA.draw_key(model, example, layers=["features.0"])
+    with pytest.raises(UnsuitableModelError, match="2 were found"):
+        UCHIDA.draw_key(model, example, layers=["features.11", "features.14"])
+    hidden = nn.Sequential(nn.Linear(4 * 30 * 30, 8), nn.ReLU(), nn.Linear(8, 2))
+    tiny = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), hidden)
+    assert UCHIDA.draw_key(tiny, example).context.layers[0].name == "2.0"
+    assert replace(UCHIDA, bits=9).draw_key(tiny, example).context.layers[0].name == "0"
+
+
+def test_uchida_text_reads_back_from_the_network(digits):
+    model = network()
+    key = UCHIDA.draw_key(model, torch.zeros(2, 1, 32, 32), text="(c) Zoe")
+    from nnpassport.evidence.seed import read_text
+
+    signs = key.layer_signs(key.context.layers[0].name)
+    assert read_text(signs, key.seed, key.context, 7) == "(c) Zoe"
+
+
+def test_a_bit_of_zero_matches_nothing():
+    model = network()
+    key = UCHIDA.draw_key(model, torch.zeros(2, 1, 32, 32))
+    nn.init.zeros_(model.get_parameter(f"{key.context.layers[0].name}.weight"))
+    assert UCHIDA.verify(model.state_dict(), key).matches == 0
+
+
+def test_adi_with_published_triggers_has_no_p_value(digits):
+    train = digits[0]
+    model = network().eval()
+    pictures = train.resized(32).subset(torch.arange(30))
+    key = ADI.draw_key(model, torch.zeros(2, 1, 32, 32))
+    published = with_published_triggers(key, pictures)
+    assert published.context.triggers.count == 30
+    _, labels = published.trigger_set()
+    found = ADI.verify_answers(labels, published)
+    assert (found.matches, found.log10_p_value, found.accepted) == (30, None, False)
+    assert ADI.verify_as_published(found).accepted
+    with pytest.raises(UnreadableKeyError, match="pictures of"):
+        with_published_triggers(key, train)
+
+
+def test_adi_has_no_layers_to_choose():
+    with pytest.raises(UnsuitableModelError, match="neither layers nor a text"):
+        ADI.draw_key(network(), torch.zeros(2, 1, 32, 32), layers=["features.8"])
+
+
+def test_the_two_baselines_are_rows_and_not_classes_of_their_own():
+    assert {type(CATALOG[n].scheme) for n in ("uchida", "uchida-mse")} == {Uchida}
+    assert type(CATALOG["adi"].scheme) is Adi
