@@ -398,6 +398,38 @@ def test_ctrl_c_is_as_it_was_after_an_error(model, data):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_norms_behind_frozen_layers_can_be_trained():
+    # In channels-last memory torch's group norm would crash the process here.
+    script = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import test_training
+
+test_training.train_norms_only()
+"""
+    folder = str(Path(__file__).parent)
+    run = subprocess.run(
+        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def train_norms_only():
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (32, 4, 8, 8), generator=rng).to(torch.uint8)
+    data = ImageSet(pixels, torch.arange(32) % 2, ("a", "b"))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 2))
+    model = nn.Sequential(nn.Conv2d(4, 32, 3), nn.GroupNorm(2, 32), head).requires_grad_(False)
+    model[1].requires_grad_(True)
+    before = model[1].weight.clone()
+    normalise = Normalisation((0.5,) * 4, (0.2,) * 4)
+    recipe = Recipe(epochs=1, batch=16, rate=0.1, augment=False)
+    fit(model, classification, data, recipe, normalise=normalise)
+    assert not torch.equal(model[1].weight, before)
+    assert not model[1]._forward_pre_hooks
+
+
 def test_another_networks_checkpoint_is_not_continued(model, data, tmp_path):
     journal = Journal(tmp_path, resume=True)
     fit(model, classification, data, RECIPE, normalise=NORMALISE, journal=journal)

@@ -190,7 +190,7 @@ def fit(
     run.restore()
     run.open_log()
     compiled = torch.compile(model) if recipe.compile else model
-    with _interruptible() as interrupted:
+    with _frozen_before_group_norms(model), _interruptible() as interrupted:
         while run.epoch < recipe.epochs:
             model.train()
             for batch in run.batches(normalise):
@@ -205,6 +205,23 @@ def fit(
                 raise KeyboardInterrupt
     run.finish()
     return run.history
+
+
+@contextmanager
+def _frozen_before_group_norms(model: nn.Module) -> Iterator[None]:
+    # torch 2.13 crashes on the CPU (a segmentation fault, no error) in the backward pass of group
+    # norm when its input is in channels-last memory and needs no gradient, as behind frozen layers.
+    def contiguous(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        x = args[0]
+        return None if x.requires_grad or x.is_cuda else (x.contiguous(), *args[1:])
+
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    handles = [norm.register_forward_pre_hook(contiguous) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
