@@ -50,6 +50,13 @@ MAY_IMPORT = {
     "ownership": {"catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "marked": {"catalog", *SCHEMES},
     "bench": {"bench", "models", "provenance", "checkpoint", *FOLDERS, *SCHEMES},
+    "audit": {
+        *("audit", "attacks", "catalog", "ownership", "checkpoint", "provenance"),
+        *SCHEMES,
+        *FOLDERS,
+        *EVIDENCE,
+    },
+    "attacking": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__
+from nnpassport import __version__, attacking
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -352,6 +352,11 @@ def bench(
 
     with progress_bar("bench") as show:
         typer.echo(run(out, full=full, minutes=minutes, show=show))
+
+
+app.command()(attacking.attack)
+app.command("attacks")(attacking.list_attacks)
+app.command()(attacking.audit)
 
 
 def _version(asked: bool) -> None:

@@ -149,7 +149,7 @@ def reverse_engineer(
         for name, norm in norms.items()
     }
     key = key_with(template, affine, model.state_dict(), rng)
-    return Forged(deepcopy(model), key, stop(len(data), recipe.epochs))
+    return Forged(with_statistics(model, trained), key, stop(len(data), recipe.epochs))
 
 
 def insider_passport(
@@ -192,7 +192,8 @@ def insider_passport(
 
     fit(forger, objective, data, recipe, normalise=normalise)
     found = forged(key, forger.passports(), model.state_dict())
-    return Forged(deepcopy(model), found, stop(len(data), recipe.epochs))
+    surgery.remove(presented)
+    return Forged(with_statistics(model, presented), found, stop(len(data), recipe.epochs))
 
 
 @final
@@ -261,6 +262,20 @@ def _public_affine(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         ones if scale is None else scale.detach().cpu(),
         zeros if shift is None else shift.detach().cpu(),
     )
+
+
+def with_statistics(model: nn.Module, trained: nn.Module) -> nn.Module:
+    """A copy of `model` with the running statistics that `trained` has found.
+
+    Training in batches adapts them to the forged scales, as in the published code, and it is this
+    network that the forger shows. Without batch norm there are none.
+    """
+    shown = deepcopy(model)
+    found = dict(trained.named_buffers())
+    with torch.no_grad():
+        for name, buffer in shown.named_buffers():
+            buffer.copy_(found[name])
+    return shown
 
 
 def norms_of(model: nn.Module, layers: Sequence[str], example: Tensor) -> dict[str, str]:

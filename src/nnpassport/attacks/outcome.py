@@ -37,8 +37,8 @@ class Forged(NamedTuple):
     """Outcome of an ambiguity attack: a key, and the network that its forger shows with it.
 
     Attributes:
-        model: an equal copy of the network that was given, or one that computes the same where the
-            forger had to change the weights.
+        model: a copy of the network that was given; where the attack says so, with other running
+            statistics, or other weights that compute the same.
         key: what he presents as his secret.
     """
 

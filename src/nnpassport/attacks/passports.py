@@ -45,8 +45,13 @@ def affine_of(key: Key, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor
 
 
 def solvable(layer: LayerShape) -> bool:
-    """Whether every γ has a passport: a group's filters have no fewer numbers than there are."""
-    return layer.weight[0] // layer.geometry.groups <= math.prod(layer.weight[1:])
+    """Whether every γ has a passport: no more filters than there are numbers that a passport sets.
+
+    Those are the input channels times the ways in which a channel's mean patch can vary: all of the
+    kernel's offsets where edges are padded with zeros, one alone where the map wraps around.
+    """
+    inputs, groups = layer.weight[1], layer.geometry.groups
+    return layer.weight[0] // groups <= inputs * len(_directions(layer)[0])
 
 
 def passports_for(
@@ -58,13 +63,22 @@ def passports_for(
 ) -> Float[Tensor, "2 in *space"]:
     """Passports with Avg(W ∗ P_γ) = γ and Avg(W ∗ P_β) = β, close to ones drawn at random.
 
-    The start is uniform on (−1, 1), as an owner's random passport is; to it comes the smallest
-    change that does it. Least squares where no passport does (see `solvable`).
+    The start is uniform on (−1, 1), as an owner's random passport is; to it comes the change of
+    least norm that does it. Least squares where no passport does (see `solvable`).
     """
     start = (torch.rand((2, *layer.passport), generator=rng) * 2 - 1).double()
+    groups, inputs = layer.geometry.groups, layer.weight[1]
+    strengths, offsets, positions = _directions(layer)
+    rows = weight.detach().cpu().double().reshape(groups, layer.weight[0] // groups, inputs, -1)
+    # What each filter makes of a unit of each direction in which a channel's passport can move.
+    system = (rows @ (offsets * strengths)).flatten(2)
     patch = mean_patch(start, layer.weight, layer.geometry)
-    wanted = torch.stack([gamma, beta]).double()
-    return (start + _spread(_correction(weight, patch, wanted), layer)).float()
+    induced = torch.einsum("goi,pgi->pgo", rows.flatten(2), patch)
+    missing = torch.stack([gamma, beta]).detach().cpu().double().view(2, groups, -1) - induced
+    # gelsd: trained filters are nearly dependent, and it gives the smallest solution all the same.
+    found = torch.linalg.lstsq(system, missing.permute(1, 2, 0), driver="gelsd").solution
+    moves = found.permute(2, 0, 1).reshape(2, groups * inputs, -1) @ positions
+    return (start + moves.view(start.shape)).float()
 
 
 def forged(template: Key, passports: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Key:
@@ -121,22 +135,8 @@ def patch_matrix(layer: LayerShape) -> Float[Tensor, "offsets positions"]:
     return torch.stack(rows)
 
 
-def _correction(
-    weight: Tensor, patch: Float[Tensor, "2 groups columns"], wanted: Float[Tensor, "2 out"]
-) -> Float[Tensor, "2 groups columns"]:
-    """Smallest change of the mean patches that makes them induce what is wanted."""
-    groups = patch.shape[1]
-    rows = weight.detach().cpu().double().reshape(groups, weight.shape[0] // groups, -1)
-    missing = wanted.cpu().view(2, groups, -1) - torch.einsum("goi,pgi->pgo", rows, patch)
-    # gelsd: trained filters are nearly dependent, and it gives the smallest solution all the same.
-    found = torch.linalg.lstsq(rows, missing.permute(1, 2, 0), driver="gelsd").solution
-    return found.permute(2, 0, 1)
-
-
-def _spread(
-    patch: Float[Tensor, "2 groups columns"], layer: LayerShape
-) -> Float[Tensor, "2 in *space"]:
-    """The smallest passports that have these mean patches."""
-    matrix = patch_matrix(layer)
-    channels = patch.reshape(2, layer.passport[0], -1)
-    return (channels @ torch.linalg.pinv(matrix).T).view(2, *layer.passport)
+def _directions(layer: LayerShape) -> tuple[Tensor, Tensor, Tensor]:
+    """K = U·diag(s)·V, cut to its rank: s (r), U (offsets r), V (r positions)."""
+    left, strengths, right = torch.linalg.svd(patch_matrix(layer), full_matrices=False)
+    rank = int((strengths > 1e-9 * strengths[0]).sum())
+    return strengths[:rank], left[:, :rank], right[:rank]

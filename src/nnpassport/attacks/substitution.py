@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from nnpassport.attacks.ambiguity import norms_of
+from nnpassport.attacks.ambiguity import norms_of, with_statistics
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template, key_with
 from nnpassport.data.images import ImageSet, Normalisation
@@ -87,7 +87,8 @@ def _substituted(
     fit(substituted, classification, data, recipe, normalise=normalise)
     affine = dict(zip(norms, substituted.affine(), strict=True))
     key = key_with(template, affine, model.state_dict(), rng)
-    return Forged(deepcopy(model), key, stop(len(data), recipe.epochs))
+    shown = with_statistics(model, substituted.model)
+    return Forged(shown, key, stop(len(data), recipe.epochs))
 
 
 @final

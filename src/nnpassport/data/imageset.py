@@ -101,6 +101,19 @@ class ImageSet:
         order = torch.randperm(len(self), generator=generator_for("split", seed))
         return self.subset(order[held_out:].sort()[0]), self.subset(order[:held_out].sort()[0])
 
+    def at_most(self, count: int | None, *, seed: int) -> "ImageSet":
+        """A random choice of `count` of the images; all of them where there are no more, or None.
+
+        Raises:
+            UnreadableDataError: `count` is below 1.
+        """
+        if count is None or count >= len(self):
+            return self
+        if count < 1:
+            raise UnreadableDataError(f"{count} images were asked for; needed: at least 1")
+        order = torch.randperm(len(self), generator=generator_for("at most", seed))
+        return self.subset(order[:count].sort()[0])
+
     def resized(self, size: int) -> "ImageSet":
         """The square in the middle of every image, scaled to `size` pixels (bicubic).
 

@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,25 +73,29 @@ def svg(panel: Panel, name: str) -> Markup:
 
     `name` is put before every id, so that several can stand in one page.
     """
+    words = " ".join(f"{r.label}: {r.note}." for r in panel.rows)
+    return inline_svg(lambda: _figure([panel]), name, f"{panel.title}. {words}")
+
+
+def inline_svg(draw: "Callable[[], Figure]", name: str, words: str) -> Markup:
+    """A figure as an SVG element that reads `words` aloud; every id in it begins with `name`."""
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with _styled(name):
+    with styled(name):
         file = io.StringIO()
-        _figure([panel]).savefig(file, format="svg", transparent=True, metadata=nothing)
+        draw().savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for tone, colour in TONES.items():
         text = text.replace(colour, f"var(--{tone})")
-    label = Markup.escape(
-        f"{panel.title}. " + " ".join(f"{r.label}: {r.note}." for r in panel.rows)
-    )
+    label = Markup.escape(words)
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))  # noqa: S704
 
 
 def png(panels: Sequence[Panel]) -> bytes:
     """The panels side by side as a picture, for where there is no browser."""
-    with _styled():
+    with styled():
         file = io.BytesIO()
         _figure(panels).savefig(
             file, format="png", dpi=160, facecolor=TONES["paper"], metadata={"Software": None}
@@ -139,7 +143,8 @@ def small(log10: float) -> str:
     return f"{10 ** (log10 - exponent):.1f}·{power_of_ten(exponent)}"
 
 
-def _styled(salt: str = "") -> AbstractContextManager[None]:
+def styled(salt: str = "") -> AbstractContextManager[None]:
+    """Matplotlib's settings for every figure of a page."""
     from matplotlib import rc_context  # noqa: PLC0415 (slow to import)
 
     style: Any = {**_STYLE, "svg.hashsalt": salt}  # a salt makes equal pictures equal bytes

@@ -1,0 +1,290 @@
+"""Run attacks, measure what they leave and what they win, and keep it so that an audit goes on."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnpassport import ownership
+from nnpassport.attacks.outcome import Attacked, Forged
+from nnpassport.attacks.removal import with_head
+from nnpassport.audit.subject import Subject
+from nnpassport.audit.table import ATTACKS, Attack, applies, lacking
+from nnpassport.data.images import ImageSet
+from nnpassport.evidence.key import Key
+from nnpassport.fidelity import accuracy
+from nnpassport.files import write_atomically
+from nnpassport.provenance import provenance
+from nnpassport.scheme import (
+    BadRecipeError,
+    OwnershipError,
+    UnreadableDataError,
+    UnreadableModelError,
+    Verdict,
+)
+from nnpassport.schemes.triggers import answers_to
+
+FORMAT = "nnpassport-audit"
+VERSION = 1
+TOLERANCE = 0.03
+"""ε_f: how far a forged passport's accuracy may fall short; the paper's for AlexNet."""
+
+Show = Callable[[float, float, str], None]
+
+
+def plan(subject: Subject, *, full: bool) -> tuple[list[tuple[str, float]], dict[str, str]]:
+    """The attacks that an audit of this subject runs, and why it leaves the others out."""
+    chosen: list[tuple[str, float]] = []
+    left_out: dict[str, str] = {}
+    for name, attack in ATTACKS.items():
+        strengths = attack.full if full else attack.quick
+        missing = lacking(attack, subject)
+        if not applies(attack, subject):
+            left_out[name] = f"does not apply to {subject.scheme.name}"
+        elif not strengths:
+            left_out[name] = "only in a full audit"
+        elif missing:
+            left_out[name] = f"needs --{', --'.join(missing)}"
+        else:
+            chosen += [(name, strength) for strength in strengths]
+    return chosen, left_out
+
+
+def audit(
+    subject: Subject,
+    path: Path,
+    *,
+    full: bool = False,
+    resume: bool = False,
+    show: Show = lambda *_: None,
+) -> dict[str, Any]:
+    """Attack `subject` with all that `plan` says, into the JSON at `path`; returns what is in it.
+
+    Written after every attack; with `resume` those in the file are not run again.
+
+    Raises:
+        UnreadableDataError: the subject has no test images to measure on.
+        UnreadableModelError: `resume` finds the audit of another network, key or data.
+    """
+    chosen, left_out = plan(subject, full=full)
+    report = _begun(subject, path, resume)
+    report["left_out"] = left_out
+    for done, (name, strength) in enumerate(chosen):
+        show(done, len(chosen), name if not ATTACKS[name].strength else f"{name} {strength:g}")
+        if _find(report, name, strength) is None:
+            report["entries"].append(attempt(subject, name, strength, report["before"]))
+            _write(report, path)
+    _write(report, path)
+    return report
+
+
+def attempt(
+    subject: Subject, name: str, strength: float, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One attack and what came of it, as plain JSON values.
+
+    An attack that cannot be carried out on this network gives an entry that says why.
+    """
+    try:
+        outcome = ATTACKS[name].run(subject, strength)
+    except OwnershipError as error:
+        return {**_facts(name, strength), "impossible": str(error)}
+    return measured(subject, name, strength, outcome, before)
+
+
+def measured(
+    subject: Subject,
+    name: str,
+    strength: float,
+    outcome: Attacked | Forged,
+    before: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What came of an attack, as plain JSON values."""
+    facts = {**_facts(name, strength), "cost": outcome.cost._asdict()}
+    if isinstance(outcome, Forged):
+        return {**facts, **_forgery(subject, outcome, before["accuracy"])}
+    return {**facts, **_remains(subject, outcome)}
+
+
+def _facts(name: str, strength: float) -> dict[str, Any]:
+    attack = ATTACKS[name]
+    return {
+        "attack": name,
+        "family": attack.family.value,
+        "summary": attack.summary,
+        "strength": strength if attack.strength else None,
+        "strength_is": attack.strength,
+    }
+
+
+def before_attacks(subject: Subject) -> dict[str, Any]:
+    """What is there before anybody attacks: accuracy, and the owner's mark."""
+    return {
+        "accuracy": accuracy(subject.model, _test(subject), subject.normalise),
+        **_marks(subject, subject.model),
+    }
+
+
+def _remains(subject: Subject, outcome: Attacked) -> dict[str, Any]:
+    """After a removal: accuracy on the task that the network now has, and the owner's mark."""
+    model, test, task = outcome.model, _test(subject), "same"
+    transfer = subject.transfer
+    outputs = _outputs(model, subject)
+    if transfer is not None and outputs == len(transfer.test.classes) != len(test.classes):
+        test, task = transfer.test, "other"
+    found = {"accuracy": accuracy(model, test, subject.normalise), "task": task}
+    # Triggers are asked with the original head: the new one has other classes.
+    marked = model if task == "same" else with_head(model, subject.model)
+    return {**found, **_marks(subject, marked)}
+
+
+def _marks(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    """The owner's mark in a network: bits by the weights, triggers by the answers."""
+    if subject.key is None:
+        return {}
+    marks: dict[str, Any] = {}
+    scheme, key = subject.scheme, subject.key
+    if scheme.reads_weights:
+        marks["owner"] = _read(lambda: scheme.verify(model.state_dict(), key))
+    if scheme.triggers:
+        answers = answers_to(key, model, subject.normalise)
+        marks["owner_triggers"] = _read(lambda: scheme.verify_answers(answers, key))
+    return marks
+
+
+def _read(verify: Callable[[], Verdict]) -> dict[str, Any]:
+    try:
+        verdict = verify()
+    except OwnershipError as error:
+        return {"unreadable": str(error)}
+    return {
+        "bits": verdict.bits,
+        "matches": verdict.matches,
+        "log10_p_value": verdict.log10_p_value,
+        "log10_alpha": verdict.log10_alpha,
+        "accepted": verdict.accepted,
+    }
+
+
+def _forgery(subject: Subject, outcome: Forged, target: float) -> dict[str, Any]:
+    """After a forgery: what the paper's verification says of the key, and what the exact one."""
+    scheme, key, test = subject.scheme, outcome.key, _test(subject)
+    verdict = ownership.verify_model(outcome.model, subject.normalise, key)
+    reached = scheme.fidelity(outcome.model, key, test, subject.normalise)
+    shown = accuracy(outcome.model, test, subject.normalise)
+    published = scheme.verify_as_published(verdict)
+    faithful = reached >= target - TOLERANCE
+    return {
+        "accuracy": shown,
+        "forged": {
+            "accuracy": reached,
+            "bits": verdict.bits,
+            "matches": verdict.matches,
+            "published_signature": published.marked,
+            "published_fidelity": faithful,
+            "published_accepted": published.marked and faithful,
+            "derived": key.derived,
+            "log10_p_value": verdict.log10_p_value,
+            "accepted": verdict.accepted,
+            "reason": verdict.reason,
+            "differs_from_owner": _difference(subject.key, key),
+        },
+    }
+
+
+def _difference(owner: Key | None, forged: Key) -> float | None:
+    """Share of the forged signature's bits that are not the owner's; None where none compare."""
+    if owner is None:
+        return None
+    known = {layer.name: layer.length for layer in owner.context.layers}
+    same = [layer.name for layer in forged.context.layers if known.get(layer.name) == layer.length]
+    if not same:
+        return None
+    pairs = [(owner.layer_signs(name), forged.layer_signs(name)) for name in same]
+    return float(torch.cat([(mine != theirs).float() for mine, theirs in pairs]).mean())
+
+
+def _outputs(model: nn.Module, subject: Subject) -> int:
+    with torch.no_grad():
+        return int(model(subject.example).shape[1])
+
+
+def _test(subject: Subject) -> ImageSet:
+    if subject.test is None:
+        raise UnreadableDataError(
+            "an audit measures accuracies and has no images to measure on; give some with --data"
+        )
+    return subject.test
+
+
+def _begun(subject: Subject, path: Path, resume: bool) -> dict[str, Any]:
+    identity = _identity(subject)
+    if resume and path.exists():
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if report.get("identity") != identity or report.get("version") != VERSION:
+            raise UnreadableModelError(
+                f"{path} is the audit of another network, key, budget or data; resuming needs the "
+                "same ones: repeat the options of the first call, or write to an empty folder"
+            )
+        return report
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "identity": identity,
+        "scheme": subject.scheme.name,
+        "architecture": subject.config.architecture,
+        "arguments": dict(subject.config.arguments),
+        "test_images": len(_test(subject)),
+        "train_images": 0 if subject.train is None else len(subject.train),
+        "classes": len(subject.config.classes),
+        "budget": subject.budget._asdict(),
+        "tolerance": TOLERANCE,
+        "before": before_attacks(subject),
+        "left_out": {},
+        "entries": [],
+        "provenance": provenance(),
+    }
+
+
+def _identity(subject: Subject) -> str:
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(subject.model.state_dict().items()):
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        hashed.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    transfer = subject.transfer
+    sets = (subject.test, subject.train, *(() if transfer is None else transfer))
+    parts: list[object] = [s.digest() if s is not None else "none" for s in sets]
+    parts.append("none" if subject.key is None else subject.key.fingerprint)
+    parts += [asdict(subject.normalise), subject.budget, subject.seed]
+    hashed.update(repr(parts).encode())
+    return hashed.hexdigest()
+
+
+def _find(report: Mapping[str, Any], name: str, strength: float) -> dict[str, Any] | None:
+    wanted = strength if ATTACKS[name].strength else None
+    found: Iterator[dict[str, Any]] = (
+        entry
+        for entry in report["entries"]
+        if entry["attack"] == name and entry["strength"] == wanted
+    )
+    return next(found, None)
+
+
+def _write(report: Mapping[str, Any], path: Path) -> None:
+    write_atomically(path, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def attack_named(name: str) -> Attack:
+    """The attack called `name`.
+
+    Raises:
+        BadRecipeError: there is none.
+    """
+    if name not in ATTACKS:
+        raise BadRecipeError(f"attack {name!r} is unknown; there are: {', '.join(ATTACKS)}")
+    return ATTACKS[name]

@@ -1,0 +1,316 @@
+"""Forged keys: what the published verification believes, and what derived keys leave of it."""
+
+from copy import deepcopy
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from nnpassport.attacks.ambiguity import (
+    flip_gamma,
+    grind,
+    insider_passport,
+    random_passport,
+    reverse_engineer,
+    solve_passport,
+)
+from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
+from nnpassport.attacks.hashbound import forge_hash_bound, hashed_signs
+from nnpassport.attacks.passports import affine_of, passports_for, patch_matrix, solvable
+from nnpassport.attacks.substitution import substitute_across, substitute_individual
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.context import LayerShape
+from nnpassport.evidence.key import Key
+from nnpassport.fidelity import accuracy
+from nnpassport.functional import Geometry, mean_patch, passport_affine
+from nnpassport.models import build
+from nnpassport.ownership import verify_model
+from nnpassport.scheme import UnsuitableModelError
+from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.passport import V1, V2, Passport
+from nnpassport.schemes.uchida import UCHIDA
+from nnpassport.training import Recipe
+
+EXAMPLE = torch.zeros(2, 1, 32, 32)
+QUICK = Recipe(epochs=1, batch=64, rate=0.05, schedule="constant", augment=False)
+
+
+class Victim(NamedTuple):
+    """A released network and what its owner knows."""
+
+    scheme: Passport
+    model: nn.Module
+    key: Key
+    train: ImageSet
+    test: ImageSet
+    normalise: Normalisation
+
+    def fidelity(self, outcome):
+        """Accuracy with the forged key presented."""
+        return self.scheme.fidelity(outcome.model, outcome.key, self.test, self.normalise)
+
+
+@pytest.fixture(scope="module", params=["v2-group", "v2-batch", "v1-batch"])
+def victim(request, digits):
+    """A small network that carries a passport, for each kind that is attacked differently."""
+    train, test, normalise = digits
+    train = train.subset(torch.arange(640)).resized(32)
+    test = test.subset(torch.arange(128)).resized(32)
+    name, norm = request.param.split("-")
+    scheme = {"v1": V1, "v2": V2}[name]
+    torch.manual_seed(0)
+    model = build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
+    key = scheme.draw_key(model, EXAMPLE, seed=bytes(32))
+    recipe = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+    scheme.embed(model, key, train, recipe, normalise=normalise)
+    return Victim(scheme, scheme.released(model).eval(), key, train, test, normalise)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def forgeries(victim):
+    """Each attack as a function of nothing but its generator."""
+    model, scheme, key, train, _, normalise = victim.model, victim.scheme, *victim[2:]
+    small = train.subset(torch.arange(128))
+    trained = {"normalise": normalise}
+    attacks = {
+        "fake1": lambda g: random_passport(model, scheme, EXAMPLE, g),
+        "grind": lambda g: grind(model, scheme, EXAMPLE, g, tries=3),
+        "solve": lambda g: solve_passport(model, scheme, EXAMPLE, g),
+        "flip": lambda g: flip_gamma(model, key, g, share=0.3),
+        "fake2": lambda g: reverse_engineer(model, scheme, small, QUICK, rng=g, **trained),
+        "fake3": lambda g: insider_passport(
+            model, scheme, key, small, QUICK, rng=g, share=0.5, **trained
+        ),
+        "ierb": lambda g: substitute_individual(model, scheme, small, QUICK, rng=g, **trained),
+        "cerb": lambda g: substitute_across(model, scheme, small, QUICK, rng=g, **trained),
+        "uchida": lambda g: forge_uchida(model, UCHIDA, EXAMPLE, g),
+        "uchida-gradient": lambda g: forge_uchida_by_gradient(model, UCHIDA, EXAMPLE, g),
+        "triggers": lambda g: forge_triggers(model, ADI, EXAMPLE, g, epochs=2, **trained),
+    }
+    if isinstance(model.features[1], nn.BatchNorm2d):
+        attacks["hash-bound"] = lambda g: forge_hash_bound(model, scheme, EXAMPLE, g)
+    return attacks
+
+
+def test_every_attack_keeps_to_the_contract(victim):
+    before = deepcopy(victim.model.state_dict())
+    for name, attack in forgeries(victim).items():
+        first, again = attack(rng()), attack(rng())
+        assert first.key.fingerprint == again.key.fingerprint, name  # reproducible
+        assert first.model is not victim.model
+        state = victim.model.state_dict()
+        assert all(torch.equal(value, before[n]) for n, value in state.items()), name
+        assert not victim.model.training
+        assert all(p.requires_grad for p in victim.model.parameters())
+        assert first.cost.had.startswith("W")
+        assert first.cost.seconds > 0
+        assert (first.cost.samples > 0) == ("D" in first.cost.had), name
+        assert first.key.fingerprint != victim.key.fingerprint
+        # And whatever it is, the exact verification refuses it.
+        assert not verify_model(first.model, victim.normalise, first.key).accepted, name
+
+
+def test_a_random_passport_reads_any_signature_but_ruins_the_network(victim):
+    outcome = random_passport(victim.model, victim.scheme, EXAMPLE, rng())
+    verdict = victim.scheme.verify(outcome.model.state_dict(), outcome.key)
+    assert victim.scheme.verify_as_published(verdict).accepted
+    assert victim.fidelity(outcome) < 0.4
+
+
+def test_a_solved_passport_passes_the_published_verification(victim):
+    outcome = solve_passport(victim.model, victim.scheme, EXAMPLE, rng())
+    verdict = victim.scheme.verify(outcome.model.state_dict(), outcome.key)
+    assert victim.scheme.verify_as_published(verdict).accepted
+    public = accuracy(victim.model, victim.test, victim.normalise)
+    assert victim.fidelity(outcome) > public - 0.02
+    genuine, forged = (
+        torch.cat([key.layer_passport(s.name).flatten() for s in key.context.layers])
+        for key in (victim.key, outcome.key)
+    )
+    assert abs(torch.cosine_similarity(genuine, forged, dim=0)) < 0.05
+    assert verdict.log10_p_value is None  # a key that was solved for is not derived from a seed
+
+
+def test_a_solved_passport_of_v2_has_other_bits_and_one_of_v1_the_same(victim):
+    outcome = solve_passport(victim.model, victim.scheme, EXAMPLE, rng())
+    names = [layer.name for layer in victim.key.context.layers]
+    mine = torch.cat([victim.key.layer_signs(name) for name in names])
+    theirs = torch.cat([outcome.key.layer_signs(name) for name in names])
+    same = (mine == theirs).float().mean()
+    if victim.scheme is V1:
+        assert same == 1  # V1 releases γ and β of its passport: the null space is all there is
+    else:
+        assert 0.35 < same < 0.65
+
+
+def test_grinding_keys_gets_as_far_as_chance(victim):
+    best = grind(victim.model, victim.scheme, EXAMPLE, rng(), tries=60)
+    verdict = victim.scheme.verify(best.model.state_dict(), best.key)
+    assert best.key.derived
+    assert -4.5 < verdict.log10_p_value < -0.5
+    with pytest.raises(ValueError, match="at least 1"):
+        grind(victim.model, victim.scheme, EXAMPLE, rng(), tries=0)
+
+
+def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(victim):
+    results = {}
+    for share in (0.0, 0.5, 1.0):
+        outcome = flip_gamma(victim.model, victim.key, rng(), share=share)
+        results[share] = victim.fidelity(outcome)
+        differs = torch.cat(
+            [
+                (outcome.key.layer_signs(s.name) != victim.key.layer_signs(s.name)).float()
+                for s in victim.key.context.layers
+            ]
+        ).mean()
+        assert abs(differs - share) < 0.01
+    assert results[0.0] > 0.85
+    assert results[1.0] < results[0.5] < results[0.0]
+    with pytest.raises(ValueError, match="share"):
+        flip_gamma(victim.model, victim.key, rng(), share=1.5)
+
+
+def test_trained_scales_and_shifts_beat_random_ones(victim):
+    images = victim.train
+    recipe = replace(QUICK, rate=0.02, epochs=6, batch=32)
+    for attack in (reverse_engineer, substitute_individual, substitute_across):
+        outcome = attack(
+            victim.model, victim.scheme, images, recipe, normalise=victim.normalise, rng=rng()
+        )
+        assert victim.fidelity(outcome) > 0.7, attack.__name__
+
+
+def test_an_insider_moves_bits_if_he_may_train_for_long_enough(victim):
+    images = victim.train.subset(torch.arange(256))
+
+    def changed(epochs):
+        recipe = Recipe(epochs=epochs, batch=64, rate=1.0, schedule="constant", augment=False)
+        outcome = insider_passport(
+            victim.model,
+            victim.scheme,
+            victim.key,
+            images,
+            recipe,
+            normalise=victim.normalise,
+            rng=rng(),
+            share=0.5,
+        )
+        names = [layer.name for layer in victim.key.context.layers]
+        pairs = ((outcome.key.layer_signs(n), victim.key.layer_signs(n)) for n in names)
+        return float(torch.cat([(a != b).float() for a, b in pairs]).mean())
+
+    assert changed(1) < 0.05  # one epoch only frees the copy from the original
+    assert changed(20) > 0.15
+
+
+def test_bits_bound_to_a_hash_are_forged_with_equal_outputs(victim):
+    if not isinstance(victim.model.features[1], nn.BatchNorm2d):
+        with pytest.raises(UnsuitableModelError, match="batch norm"):
+            forge_hash_bound(victim.model, victim.scheme, EXAMPLE, rng())
+        return
+    outcome = forge_hash_bound(victim.model, victim.scheme, EXAMPLE, rng())
+    inputs = victim.normalise(victim.test.images[:64])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            outcome.model(inputs), victim.model(inputs), rtol=1e-3, atol=1e-3
+        )
+    for layer in outcome.key.context.layers:
+        passport = outcome.key.layer_passport(layer.name)
+        hashed = hashed_signs(passport, layer.length)
+        assert torch.equal(outcome.key.layer_signs(layer.name), hashed)
+    verdict = victim.scheme.verify(outcome.model.state_dict(), outcome.key)
+    assert verdict.match_rate > 0.99
+    owner = victim.scheme.verify(outcome.model.state_dict(), victim.key)
+    assert owner.match_rate < 0.65  # on that copy the owner's own bits are gone
+
+
+def test_the_hash_depends_on_every_number():
+    passport = torch.zeros(2, 3, 4, 4)
+    other = passport.clone()
+    other[1, 2, 3, 3] = 1e-6
+    assert not torch.equal(hashed_signs(passport, 64), hashed_signs(other, 64))
+    assert set(hashed_signs(passport, 200).tolist()) == {-1.0, 1.0}
+
+
+def test_uchidas_mark_is_forged_without_touching_the_network(victim):
+    for attack in (forge_uchida, forge_uchida_by_gradient):
+        outcome = attack(victim.model, UCHIDA, EXAMPLE, rng())
+        verdict = UCHIDA.verify(outcome.model.state_dict(), outcome.key)
+        assert verdict.matches == verdict.bits
+        assert UCHIDA.verify_as_published(verdict).accepted
+    with pytest.raises(UnsuitableModelError, match="needed: uchida"):
+        forge_uchida(victim.model, victim.scheme, EXAMPLE, rng())
+
+
+def test_a_forged_projection_is_distributed_like_a_genuine_one(victim):
+    outcome = forge_uchida(victim.model, UCHIDA, EXAMPLE, rng())
+    (layer,) = outcome.key.context.layers
+    forged = outcome.key.layer_projection(layer.name)
+    honest = replace(outcome.key, projections=None, signs=None).layer_projection(layer.name)
+    assert torch.equal(forged.abs(), honest.abs())  # mirrored rows, nothing else
+    assert abs(float(forged.mean())) < 0.01
+
+
+def test_triggers_are_forged_from_noise(victim):
+    few = replace(ADI, triggers=10)
+    outcome = forge_triggers(
+        victim.model, few, EXAMPLE, rng(), normalise=victim.normalise, epochs=60, rate=0.03
+    )
+    verdict = verify_model(outcome.model, victim.normalise, outcome.key)
+    assert verdict.matches >= 9
+    assert few.verify_as_published(verdict).accepted
+    with pytest.raises(UnsuitableModelError, match="no trigger set"):
+        forge_triggers(victim.model, V2, EXAMPLE, rng(), normalise=victim.normalise)
+
+
+GEOMETRIES = {
+    "plain": LayerShape("l", (6, 4, 3, 3), (4, 5, 6), Geometry((1, 1), ((1, 1),) * 2, (1, 1))),
+    "strided": LayerShape("l", (6, 4, 3, 3), (4, 7, 6), Geometry((2, 2), ((1, 0),) * 2, (1, 1))),
+    "grouped": LayerShape("l", (6, 2, 3, 3), (4, 5, 5), Geometry((1, 1), ((1, 1),) * 2, (1, 1), 2)),
+    "dilated": LayerShape("l", (5, 3, 3), (3, 9), Geometry((1,), ((2, 2),), (2,))),
+    "circular": LayerShape(
+        "l", (4, 4, 3, 3), (4, 5, 6), Geometry((1, 1), ((1, 1),) * 2, (1, 1), 1, "circular")
+    ),
+    "linear": LayerShape("l", (7, 9), (9, 4), Geometry()),
+}
+
+
+@pytest.mark.parametrize("layer", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_a_solved_passport_induces_what_was_asked_for(layer):
+    assert solvable(layer)
+    weight = torch.randn(layer.weight, generator=rng(1))
+    gamma, beta = torch.randn(2, layer.weight[0], generator=rng(2))
+    passport = passports_for(weight, gamma, beta, layer, rng(3))
+    got = passport_affine(weight.double(), passport.double(), layer.geometry)
+    torch.testing.assert_close(
+        torch.stack(got).float(), torch.stack([gamma, beta]), atol=1e-4, rtol=0
+    )
+
+
+@pytest.mark.parametrize("layer", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_the_patch_matrix_is_the_mean_patch(layer):
+    passport = torch.randn((2, *layer.passport), generator=rng(4), dtype=torch.float64)
+    product = passport.flatten(2) @ patch_matrix(layer).T
+    patch = mean_patch(passport, layer.weight, layer.geometry)
+    torch.testing.assert_close(product.reshape(patch.shape), patch)
+
+
+def test_a_wide_layer_has_no_passport_for_every_scale():
+    shortcut = LayerShape("l", (8, 4, 1, 1), (4, 3, 3), Geometry((1, 1), ((0, 0),) * 2, (1, 1)))
+    assert not solvable(shortcut)
+
+
+def test_a_layer_that_cannot_be_solved_is_left_out_of_the_claim():
+    model = build("resnet18", classes=10, width=0.125, channels=1).eval()
+    key = solve_passport(model, V2, EXAMPLE, rng()).key
+    names = [layer.name for layer in key.context.layers]
+    assert "layer4.0.conv1" in names
+    assert not any("downsample" in name for name in names)
+    for gamma, beta in affine_of(key, model.state_dict()).values():
+        torch.testing.assert_close(gamma, torch.ones_like(gamma), atol=1e-4, rtol=0)
+        torch.testing.assert_close(beta, torch.zeros_like(beta), atol=1e-4, rtol=0)
