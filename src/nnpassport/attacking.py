@@ -106,6 +106,9 @@ def audit(
         bool,
         typer.Option("--full/--quick", help="All strengths and attacks that train, or minutes."),
     ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this attack; repeatable (default: all).")
+    ] = None,
     train: AttackerImages = None,
     train_split: AttackerSplit = None,
     transfer: OtherTask = None,
@@ -133,7 +136,9 @@ def audit(
         passphrase=passphrase,
     )
     with progress_bar("audit") as show:
-        report = auditing.audit_to(out, subject, full=full, resume=resume, show=show)
+        report = auditing.audit_to(
+            out, subject, full=full, only=only or (), resume=resume, show=show
+        )
     if as_json:
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
         return

@@ -6,6 +6,7 @@ paper's V finds every bit, and what decides is F, the accuracy with the passport
 
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -17,6 +18,7 @@ from nnpassport import surgery
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import (
     affine_of,
+    draw_seed,
     draw_template,
     forged,
     key_with,
@@ -63,7 +65,8 @@ def grind(
         raise ValueError(f"tries is {tries}; needed: at least 1")
     stop = stopwatch("W")
     weights = model.state_dict()
-    keys = (draw_template(scheme, model, example, rng) for _ in range(tries))
+    template = draw_template(scheme, model, example, rng)
+    keys = (replace(template, seed=draw_seed(rng)) for _ in range(tries))
     best = max(keys, key=lambda key: scheme.verify(weights, key).matches)
     return Forged(deepcopy(model), best, stop())
 

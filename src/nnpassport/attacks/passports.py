@@ -32,8 +32,12 @@ def draw_template(
     layers: Sequence[str] | None = None,
 ) -> Key:
     """A key as anybody can draw it for this network: what a forger starts from."""
-    seed = torch.randint(256, (32,), generator=rng, dtype=torch.uint8).numpy().tobytes()
-    return scheme.draw_key(model, example, owner="forger", layers=layers, seed=seed)
+    return scheme.draw_key(model, example, owner="forger", layers=layers, seed=draw_seed(rng))
+
+
+def draw_seed(rng: torch.Generator) -> bytes:
+    """32 bytes for a forger's or attacker's key: repeatable, and so no secret to rely on."""
+    return torch.randint(256, (32,), generator=rng, dtype=torch.uint8).numpy().tobytes()
 
 
 def affine_of(key: Key, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

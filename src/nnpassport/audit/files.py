@@ -1,5 +1,6 @@
 """An audit in a folder, and one attack with what it made."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,17 @@ from nnpassport.files import write_atomically
 
 
 def audit_to(
-    folder: Path, subject: Subject, *, full: bool, resume: bool, show: Show
+    folder: Path,
+    subject: Subject,
+    *,
+    full: bool,
+    only: Sequence[str] = (),
+    resume: bool,
+    show: Show,
 ) -> dict[str, Any]:
     """Audit `subject` into `folder`: audit.json, written after every attack, and audit.html."""
-    report = audit(subject, folder / "audit.json", full=full, resume=resume, show=show)
+    path = folder / "audit.json"
+    report = audit(subject, path, full=full, only=only, resume=resume, show=show)
     write_atomically(folder / "audit.html", html(report).encode())
     return report
 

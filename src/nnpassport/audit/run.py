@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,14 +37,24 @@ TOLERANCE = 0.03
 Show = Callable[[float, float, str], None]
 
 
-def plan(subject: Subject, *, full: bool) -> tuple[list[tuple[str, float]], dict[str, str]]:
-    """The attacks that an audit of this subject runs, and why it leaves the others out."""
+def plan(
+    subject: Subject, *, full: bool, only: Sequence[str] = ()
+) -> tuple[list[tuple[str, float]], dict[str, str]]:
+    """The attacks that an audit of this subject runs, and why it leaves the others out.
+
+    Raises:
+        BadRecipeError: `only` names an attack that there is not.
+    """
+    for name in only:
+        attack_named(name)
     chosen: list[tuple[str, float]] = []
     left_out: dict[str, str] = {}
     for name, attack in ATTACKS.items():
         strengths = attack.full if full else attack.quick
         missing = lacking(attack, subject)
-        if not applies(attack, subject):
+        if only and name not in only:
+            left_out[name] = "not asked for"
+        elif not applies(attack, subject):
             left_out[name] = f"does not apply to {subject.scheme.name}"
         elif not strengths:
             left_out[name] = "only in a full audit"
@@ -60,18 +70,19 @@ def audit(
     path: Path,
     *,
     full: bool = False,
+    only: Sequence[str] = (),
     resume: bool = False,
     show: Show = lambda *_: None,
 ) -> dict[str, Any]:
     """Attack `subject` with all that `plan` says, into the JSON at `path`; returns what is in it.
 
-    Written after every attack; with `resume` those in the file are not run again.
+    `only` narrows it to attacks of these names. Written after every attack; with `resume` those in the file are not run again.
 
     Raises:
         UnreadableDataError: the subject has no test images to measure on.
         UnreadableModelError: `resume` finds the audit of another network, key or data.
     """
-    chosen, left_out = plan(subject, full=full)
+    chosen, left_out = plan(subject, full=full, only=only)
     report = _begun(subject, path, resume)
     report["left_out"] = left_out
     for done, (name, strength) in enumerate(chosen):

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, unique
 from typing import NamedTuple
 
-import torch
-
 from nnpassport.attacks import ambiguity, forging, hashbound, obfuscation, perturbation, removal
 from nnpassport.attacks import substitution as fully_connected
 from nnpassport.attacks.extraction import distil_soft, extract_hard
 from nnpassport.attacks.outcome import Attacked, Forged
+from nnpassport.attacks.passports import draw_seed
 from nnpassport.audit.subject import Subject
 from nnpassport.data.images import ImageSet
 from nnpassport.schemes.uchida import Uchida
@@ -79,8 +78,7 @@ def _transferred(form: str) -> Callable[[Subject, float], Attacked]:
 
 def _overwritten(subject: Subject, _: float) -> Attacked:
     recipe = subject.recipe(0.01)
-    rng = subject.rng("overwrite")
-    seed = torch.randint(256, (32,), generator=rng, dtype=torch.uint8).numpy().tobytes()
+    seed = draw_seed(subject.rng("overwrite"))
     theirs = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
     return removal.overwrite(
         subject.model,
@@ -165,13 +163,13 @@ def _reversed(subject: Subject, _: float) -> Forged:
 
 
 def _insider(subject: Subject, share: float) -> Forged:
-    # Thirty times the rate of the published code, which has ten times the steps and more.
+    # A hundred times the rate of the published code, which takes a hundred times the steps.
     return ambiguity.insider_passport(
         subject.model,
         subject.scheme,
         subject.owner_key(),
         subject.images(),
-        subject.recipe(0.3),
+        subject.recipe(1.0),
         normalise=subject.normalise,
         rng=subject.rng(f"fake3 {share}"),
         share=share,
