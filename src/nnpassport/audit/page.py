@@ -1,13 +1,14 @@
 """The page of an audit: what each attack left of the mark, what each forger won, in one table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
+from nnpassport.audit.table import KINDS
 from nnpassport.evidence.curves import Line, Plot, plot_svg
-from nnpassport.evidence.report import Panel, Row, page, percent, power_of_ten, svg
+from nnpassport.evidence.report import Panel, Row, page, percent, power_of_ten, svg, unbroken
 
 Entry = Mapping[str, Any]
 USEFUL = 0.05
@@ -26,11 +27,11 @@ def html(report: Mapping[str, Any]) -> str:
         "rows": [],
         "report": report,
         "before": _before(report),
-        "removals": [_removal_row(report, e) for e in removals],
-        "forgeries": [_forgery_row(e) for e in forgeries],
+        "removals": _grouped(removals, lambda e: _removal_row(report, e)),
+        "forgeries": _grouped(forgeries, _forgery_row),
         "charts": charts(report),
-        "useful": percent(USEFUL, 0),
-        "tolerance": percent(report["tolerance"], 0),
+        "useful": f"{100 * USEFUL:.0f}",
+        "tolerance": f"{100 * report['tolerance']:.0f}",
         "made": report["provenance"],
         "left_out": report["left_out"],
     }
@@ -200,8 +201,7 @@ def _gathered(entries: Sequence[Entry]) -> list[Entry]:
         return list(entries)
     best = max(drawn, key=lambda e: e["forged"]["accuracy"])
     rest = [e for e in entries if e["attack"] != "fake1"]
-    label = f"{best['summary']}, the best of {len(drawn)}"
-    return [{**best, "summary": label, "strength_is": ""}, *rest]
+    return [{**best, "summary": f"{best['summary']}: the best of {len(drawn)}"}, *rest]
 
 
 def _before(report: Mapping[str, Any]) -> str:
@@ -215,14 +215,39 @@ def _mark_words(mark: Mapping[str, Any]) -> str:
     if "unreadable" in mark:
         return "cannot be read: the layers have other shapes"
     p = mark["log10_p_value"]
-    exact = "no p-value" if p is None else f"p = {power_of_ten(p)}"
+    exact = "no p-value" if p is None else unbroken(f"p = {power_of_ten(p)}")
     return f"{mark['matches']} of {mark['bits']} ({percent(_rate(mark))}), {exact}"
 
 
+def _grouped(
+    entries: Sequence[Entry], row: Callable[[Entry], dict[str, str]]
+) -> list[dict[str, Any]]:
+    """Rows under the attack that they are of, in the order in which the attacks were run."""
+    groups: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        name = entry["attack"]
+        group = groups.setdefault(name, {"name": name, "summary": entry["summary"], "rows": []})
+        group["rows"].append(row(entry))
+    return list(groups.values())
+
+
+def _strength(entry: Entry) -> str:
+    """How strong, as people say it."""
+    strength, what = entry["strength"], entry["strength_is"]
+    if strength is None:
+        return ""
+    if what == "grid":
+        return KINDS[int(strength)]
+    if what.startswith("share"):
+        return f"{percent(strength, 0)} {what.removeprefix('share ')}"
+    if what.startswith("number"):
+        return ""
+    return f"{strength:g} {what}"
+
+
 def _what(entry: Entry) -> str:
-    if not entry["strength_is"]:
-        return str(entry["summary"])
-    return f"{entry['summary']}: {entry['strength']:g} ({entry['strength_is']})"
+    strength = _strength(entry)
+    return f"{entry['summary']}; {strength}" if strength else str(entry["summary"])
 
 
 def _had(entry: Entry) -> str:
@@ -244,7 +269,7 @@ def _removal_row(report: Mapping[str, Any], entry: Entry) -> dict[str, str]:
     if verdict == "hidden" and not _is_useful(report, entry):
         verdict = "hidden, and the network is useless"
     return {
-        "name": entry["attack"],
+        "strength": _strength(entry),
         "what": _what(entry),
         "had": _had(entry),
         "accuracy": percent(entry["accuracy"]) + task,
@@ -260,9 +285,11 @@ def _forgery_row(entry: Entry) -> dict[str, str]:
     differs = forged["differs_from_owner"]
     other = "" if differs is None else f"; {percent(differs)} of the bits are not the owner's"
     p = forged["log10_p_value"]
-    exact = "no p-value: the key was chosen" if p is None else f"p = {power_of_ten(p)}"
+    exact = "the key was chosen, so there is no p-value"
+    if p is not None:
+        exact = unbroken(f"p = {power_of_ten(p)}")
     return {
-        "name": entry["attack"],
+        "strength": _strength(entry),
         "what": _what(entry),
         "had": _had(entry),
         "accuracy": percent(forged["accuracy"]),
@@ -273,4 +300,4 @@ def _forgery_row(entry: Entry) -> dict[str, str]:
 
 
 def _impossible(entry: Entry) -> dict[str, str]:
-    return {"name": entry["attack"], "what": _what(entry), "impossible": entry["impossible"]}
+    return {"strength": _strength(entry), "what": _what(entry), "impossible": entry["impossible"]}

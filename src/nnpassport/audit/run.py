@@ -76,7 +76,8 @@ def audit(
 ) -> dict[str, Any]:
     """Attack `subject` with all that `plan` says, into the JSON at `path`; returns what is in it.
 
-    `only` narrows it to attacks of these names. Written after every attack; with `resume` those in the file are not run again.
+    `only` narrows it to attacks of these names. Written after every attack; with `resume` those in
+    the file are not run again.
 
     Raises:
         UnreadableDataError: the subject has no test images to measure on.
