@@ -1,0 +1,309 @@
+"""The audit: what it runs, what it measures, that it goes on where it stopped, and its page."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nnpassport.attacks import ambiguity, removal
+from nnpassport.audit import ATTACKS, Budget, Subject, Transfer, audit, html, plan, ruling
+from nnpassport.audit.table import KINDS, Family, applies
+from nnpassport.catalog import CATALOG
+from nnpassport.checkpoint import save_model
+from nnpassport.cli import app
+from nnpassport.config import ModelConfig
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.scheme import (
+    BadRecipeError,
+    UnreadableDataError,
+    UnreadableKeyError,
+    UnreadableModelError,
+)
+from nnpassport.schemes.passport import V2
+from nnpassport.training import Recipe
+
+CHEAP = ("prune", "quantise", "combine", "insert-dummies", "fake1", "solve", "flip", "grind")
+
+
+@pytest.fixture(scope="module")
+def subject(digits):
+    """A small V2 network with batch norm, its owner's key, and digits for everybody."""
+    train, test, normalise = digits
+    train, test = train.resized(32), test.subset(torch.arange(128)).resized(32)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        architecture="alexnet",
+        arguments={"classes": 10, "norm": "batch", "width": 0.25, "channels": 1},
+        classes=tuple("0123456789"),
+        input_size=(1, 32, 32),
+        mean=normalise.mean,
+        std=normalise.std,
+    )
+    model = config.build()
+    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(range(32)))
+    recipe = Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+    V2.embed(model, key, train, recipe, normalise=normalise)
+    few = train.subset(torch.arange(128))
+    odd = replace(few, labels=few.labels % 2, classes=("even", "odd"))
+    return Subject(
+        model=V2.released(model).eval(),
+        config=config,
+        scheme=V2,
+        normalise=normalise,
+        key=key,
+        test=test,
+        train=few,
+        transfer=Transfer(odd, odd),
+        budget=Budget(epochs=1, batch=32),
+    )
+
+
+@pytest.fixture(scope="module")
+def report(subject, tmp_path_factory):
+    """A quick audit of attacks that need no training."""
+    return audit(subject, tmp_path_factory.mktemp("audit") / "audit.json", only=CHEAP)
+
+
+def entries(report, name):
+    return [entry for entry in report["entries"] if entry["attack"] == name]
+
+
+def test_before_the_attacks_the_mark_is_there(report):
+    assert report["before"]["accuracy"] > 0.8
+    assert report["before"]["owner"]["accepted"]
+
+
+def test_removals_are_measured_by_accuracy_and_mark(report):
+    light, heavy = entries(report, "prune")[0], entries(report, "prune")[-1]
+    assert light["owner"]["accepted"]
+    assert light["accuracy"] > report["before"]["accuracy"] - 0.05
+    assert heavy["accuracy"] < 0.5
+    assert [entry["strength"] for entry in entries(report, "quantise")] == [*range(len(KINDS))]
+    assert all(entry["cost"]["seconds"] > 0 for entry in report["entries"])
+
+
+def test_an_equal_network_hides_the_mark_at_no_cost(report):
+    (combined,) = entries(report, "combine")
+    assert combined["accuracy"] == pytest.approx(report["before"]["accuracy"], abs=0.01)
+    assert not combined["owner"]["accepted"]
+    assert combined["owner"]["matches"] / combined["owner"]["bits"] < 0.65
+    (inserted,) = entries(report, "insert-dummies")
+    assert "has shape" in inserted["owner"]["unreadable"]
+
+
+def test_the_contrast_of_published_and_exact_verification(report):
+    (solved,) = entries(report, "solve")
+    assert solved["forged"]["published_accepted"]
+    assert not solved["forged"]["accepted"]
+    assert solved["forged"]["log10_p_value"] is None
+    assert 0.3 < solved["forged"]["differs_from_owner"] < 0.7
+    for drawn in entries(report, "fake1"):
+        assert drawn["forged"]["published_signature"]
+        assert not drawn["forged"]["published_fidelity"]
+    ground = entries(report, "grind")[-1]["forged"]
+    assert ground["derived"]
+    assert -6 < ground["log10_p_value"] < 0
+    assert not ground["accepted"]
+
+
+def test_flipped_bits_are_counted(report):
+    shares = [entry["forged"]["differs_from_owner"] for entry in entries(report, "flip")]
+    assert shares == pytest.approx([0, 0.1, 0.25, 0.5, 0.75, 1], abs=0.01)
+
+
+def test_attacks_that_train_report_what_they_had(subject, tmp_path):
+    names = ("ftal", "transfer-rtal", "overwrite", "distil-unrelated", "fake2", "substitute-cerb")
+    report = audit(subject, tmp_path / "audit.json", full=True, only=names)
+    assert {entry["attack"] for entry in report["entries"]} == set(names)
+    assert not any("impossible" in entry for entry in report["entries"])
+    (tuned,) = entries(report, "ftal")
+    assert tuned["cost"]["had"] == "W, D"
+    assert (tuned["cost"]["samples"], tuned["cost"]["epochs"]) == (128, 1)
+    (moved,) = entries(report, "transfer-rtal")
+    assert moved["task"] == "other"
+    assert tuned["task"] == "same"
+    assert moved["owner"]["accepted"]  # passports sit in the weights, and a new head leaves them
+    assert entries(report, "distil-unrelated")[0]["cost"]["had"] == "Q"
+    assert not entries(report, "distil-unrelated")[0]["owner"]["accepted"]
+
+
+def test_an_audit_goes_on_where_it_stopped(subject, tmp_path, monkeypatch):
+    path = tmp_path / "audit.json"
+    names = ("prune", "solve")
+
+    def stop_at_the_fourth(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit(subject, path, only=names, show=stop_at_the_fourth)
+    begun = json.loads(path.read_text())
+    assert len(begun["entries"]) == 3
+    whole = audit(subject, path, only=names, resume=True)
+    assert whole["entries"][:3] == begun["entries"]
+    assert len(whole["entries"]) == 10
+    again = audit(subject, path, only=names, resume=True)
+    assert again == whole  # nothing was run twice: the seconds would differ
+    other = replace(subject, seed=1)
+    with pytest.raises(UnreadableModelError, match="another network, key"):
+        audit(other, path, only=names, resume=True)
+    assert json.loads(path.read_text()) == whole
+
+
+def test_an_audit_without_test_images_is_refused(subject, tmp_path):
+    with pytest.raises(UnreadableDataError, match="--data"):
+        audit(replace(subject, test=None), tmp_path / "audit.json")
+    assert not (tmp_path / "audit.json").exists()
+
+
+def test_what_is_not_run_is_named_with_its_reason(subject):
+    bare = replace(subject, train=None, transfer=None, key=None)
+    _, left_out = plan(bare, full=True)
+    assert left_out["ftal"] == "needs --train"
+    assert left_out["transfer-rtal"] == "needs --transfer"
+    assert left_out["fake3"] == "needs --key, --train"
+    assert left_out["forge-projection"] == "does not apply to passport-v2"
+    chosen, quick = plan(subject, full=False)
+    assert quick["distil"] == "only in a full audit"
+    assert {name for name, _ in chosen} | set(quick) == set(ATTACKS)
+    with pytest.raises(BadRecipeError, match=r"'prun' is unknown; there are: prune"):
+        plan(subject, full=True, only=["prun"])
+
+
+def test_every_attack_applies_to_a_scheme_of_the_catalog(subject):
+    for name, attack in ATTACKS.items():
+        schemes = [replace(subject, scheme=entry.scheme) for entry in CATALOG.values()]
+        assert any(applies(attack, each) for each in schemes), name
+        assert attack.full, name
+        assert (attack.family is Family.AMBIGUITY) or not attack.marks
+
+
+def test_an_insider_needs_the_key(subject):
+    with pytest.raises(UnreadableKeyError, match="--key"):
+        ATTACKS["flip"].run(replace(subject, key=None), 0.5)
+    with pytest.raises(UnreadableDataError, match="--train"):
+        ATTACKS["ftal"].run(replace(subject, train=None), 0.0)
+
+
+def test_the_page_fetches_nothing_and_runs_nothing(report):
+    text = html(report)
+    assert "<script" not in text
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert not re.search(r"https?://(?!www\.w3\.org)", text)
+    for name in ("Pruning", "Accuracy by passport", "Other bits, other accuracy"):
+        assert f">{name}<" in text
+    assert "cannot be read: the layers have other shapes" in text
+    assert ruling(report) in text.replace("&#39;", "'")
+    assert "ftal: not asked for" in text
+
+
+def test_the_ruling_counts_what_the_entries_say(report):
+    forged = [entry for entry in report["entries"] if "forged" in entry]
+    passed = sum(entry["forged"]["published_accepted"] for entry in forged)
+    assert f"{passed} of {len(forged)} forged keys pass the published verification" in ruling(
+        report
+    )
+    assert "0 the exact one" in ruling(report)
+    assert ruling({**report, "entries": []}) == "Nothing was attacked."
+
+
+def test_a_page_says_what_was_impossible(report):
+    entry = {
+        "attack": "hash-bound",
+        "family": "ambiguity",
+        "summary": "forge",
+        "strength": None,
+        "strength_is": "",
+        "impossible": "no <batch> norm",
+    }
+    text = html({**report, "entries": [*report["entries"], entry]})
+    assert "not possible here: no &lt;batch&gt; norm" in text
+
+
+def test_no_secret_is_in_a_report(subject, report):
+    text = json.dumps(report)
+    assert subject.key.seed.hex() not in text
+    assert subject.key.fingerprint not in text
+
+
+@pytest.fixture
+def files(subject, tmp_path):
+    """The subject as its owner and the world have it: a released folder and a key file."""
+    save_model(tmp_path / "released", subject.model, subject.config)
+    save_key(subject.key, tmp_path / "owner.key")
+    return tmp_path
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_command_forges_a_key_that_the_published_rule_accepts(files):
+    forged = files / "forged.key"
+    done = invoke(
+        *("attack", "solve", files / "released", "--data", "digits", "--split", "test"),
+        *("--limit", 64, "--key", files / "owner.key", "--out", forged, "--json"),
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["forged"]["published_accepted"]
+    assert not load_key(forged).derived
+    assert forged.stat().st_mode & 0o077 == 0
+    assert invoke("verify", files / "released", "--key", forged, "--as-published").exit_code == 0
+    assert invoke("verify", files / "released", "--key", forged).exit_code == 1
+
+
+def test_the_command_writes_the_attacked_network(files):
+    done = invoke(
+        *("attack", "flip-signs", files / "released", "--data", "digits", "--split", "test"),
+        *("--limit", 64, "--key", files / "owner.key", "--out", files / "flipped"),
+    )
+    assert done.exit_code == 0, done.output
+    assert "hidden" in done.stdout
+    key = ("--key", files / "owner.key")
+    assert invoke("verify", files / "released", *key).exit_code == 0
+    assert invoke("verify", files / "flipped", *key).exit_code == 1
+
+
+def test_a_forger_who_changes_the_network_gets_both(files):
+    forged = files / "bound.key"
+    done = invoke(
+        *("attack", "hash-bound", files / "released", "--data", "digits", "--split", "test"),
+        *("--limit", 64, "--out", forged),
+    )
+    assert done.exit_code == 0, done.output
+    model = files / "bound.key.model"
+    assert invoke("verify", model, "--key", forged, "--as-published").exit_code == 0
+    assert invoke("verify", model, "--key", files / "owner.key").exit_code == 1
+
+
+def test_the_audit_command_writes_report_and_page(files):
+    done = invoke(
+        *("audit", files / "released", "--data", "digits", "--split", "test", "--limit", 64),
+        *("--key", files / "owner.key", "--only", "solve", "--only", "permute"),
+        *("--out", files / "audit"),
+    )
+    assert done.exit_code == 0, done.output
+    assert "1 of 1 forged keys pass the published verification, 0 the exact one" in done.stdout
+    report = json.loads((files / "audit" / "audit.json").read_text())
+    assert report["format"] == "nnpassport-audit"
+    assert (files / "audit" / "audit.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_list_names_every_attack():
+    listed = json.loads(invoke("attacks", "--json").stdout)
+    assert [row["name"] for row in listed] == list(ATTACKS)
+    assert "substitute-cerb" in invoke("attacks").stdout
+
+
+def test_an_unknown_attack_is_no_refusal(files):
+    done = invoke("attack", "wish", files / "released", "--data", "digits")
+    assert isinstance(done.exception, BadRecipeError)
+
+
+def test_the_recipes_of_attackers_stay_within_the_budget(subject):
+    assert subject.recipe(0.1).epochs == 1
+    assert subject.recipe(0.1, epochs=7).epochs == 7
+    assert removal.TRANSFER.rate == ambiguity.REVERSE.rate == 0.01
