@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,3 +308,8 @@ def test_the_recipes_of_attackers_stay_within_the_budget(subject):
     assert subject.recipe(0.1).epochs == 1
     assert subject.recipe(0.1, epochs=7).epochs == 7
     assert removal.TRANSFER.rate == ambiguity.REVERSE.rate == 0.01
+
+
+def test_the_documents_name_every_attack():
+    text = (Path(__file__).parent.parent / "docs" / "attacks.md").read_text()
+    assert [name for name in ATTACKS if f"`{name}`" not in text] == []

@@ -50,12 +50,15 @@ def test_the_readme_s_commands_do_what_they_say(folder):
     ours = [
         words for words in commands((ROOT / "README.md").read_text()) if words[0] == "nnpassport"
     ]
-    assert [words[1] for words in ours] == ["key", "embed", "release", "verify"]
+    assert [words[1] for words in ours] == [
+        *("key", "embed", "release", "verify", "attacks", "attack", "audit")
+    ]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",  # tiny networks: more threads only wait for one another
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
+    printed = {}
     for words in ours:
         # A narrow network and small batches: the same commands in a test's time.
         extra = {
@@ -72,7 +75,11 @@ def test_the_readme_s_commands_do_what_they_say(folder):
         )
         # 80 images teach nothing, so F may fail; bits must be read all the same.
         assert run.returncode in ({0, 1} if words[1] == "verify" else {0}), run.stderr
-    assert "112 of 112" in run.stdout
+        printed[words[1]] = run.stdout
+    assert "112 of 112" in printed["verify"]
+    assert "published verification" in printed["attack"]
+    assert (folder / "forged.key").exists()
+    assert "forged keys pass the published verification, 0 the exact one" in printed["audit"]
 
 
 def test_the_readme_s_make_targets_exist():
