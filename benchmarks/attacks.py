@@ -1,10 +1,8 @@
 """Audits of the networks of cifar10.py, as tables beside the paper's numbers.
 
-    nnpassport audit RUNS/v2-gn-5-0/released --key RUNS/v2-gn-5-0/owner.key \\
-        --data cifar10-test.parquet --limit 1000 --train "cifar10-train-*.parquet" \\
-        --train-limit 4000 --epochs 5 --precision bfloat16 --full --out AUDIT
-    cp AUDIT/audit.json results/attacks-alexnet/v2-gn.json
-    python benchmarks/attacks.py render                results/attacks-alexnet.md from the JSON
+python benchmarks/attacks.py render writes results/attacks-alexnet.md from the audit.json files that
+are kept, each under the name of its network, in results/attacks-alexnet/. How each was made is a
+command of its own, which README.md beside this file gives.
 """
 
 import argparse
@@ -35,11 +33,11 @@ def render() -> str:
     lines = [
         "# Attacks on AlexNet, CIFAR-10",
         "",
-        "Rendered by `python benchmarks/attacks.py render` from `results/attacks-alexnet/*.json`; how",
-        "they were made is in `benchmarks/attacks.py`. Accuracies in %; what each attack does is in",
-        "[docs/attacks.md](../docs/attacks.md). One network of each kind, one run of each attack; the",
-        "attackers have a part of the training images and train for few epochs, which is said below,",
-        "so the attacks that train are weaker than the published ones.",
+        "Rendered by `python benchmarks/attacks.py render` from JSON files; how they were made is",
+        "in [benchmarks/README.md](../benchmarks/README.md), what each attack does is in",
+        "[docs/attacks.md](../docs/attacks.md). Accuracies in %. One network of each kind, one run",
+        "of each attack. Attackers have a part of the training images and train for few epochs,",
+        "as said below, so the attacks that train are weaker than the published ones.",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         lines += _audit(path.stem, json.loads(path.read_text()))
@@ -55,9 +53,10 @@ def _audit(name: str, report: dict) -> list[str]:
         f"## {name}: {report['scheme']}, {report['arguments'].get('norm')} norm",
         "",
         f"Before: {_percent(before['accuracy'])} on {report['test_images']} test images, "
-        f"{mark['matches']} of {mark['bits']} bits, log₁₀ p = {mark['log10_p_value']:.1f}. Attackers "
-        f"have {report['train_images']} images, {budget['epochs']} epochs of batch {budget['batch']}, "
-        f"{budget['precision']}. {made['device']}, torch {made['torch']}, {made['date']}.",
+        f"{mark['matches']} of {mark['bits']} bits, log₁₀ p = {mark['log10_p_value']:.1f}. "
+        f"Attackers have {report['train_images']} images, {budget['epochs']} epochs, batch "
+        f"{budget['batch']}, {budget['precision']}. {made['device']}, "
+        f"torch {made['torch']}, {made['date']}.",
     ]
     entries = [e for e in report["entries"] if "impossible" not in e]
     removals = [e for e in entries if e["family"] != "ambiguity"]

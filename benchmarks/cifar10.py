@@ -143,8 +143,9 @@ def render() -> str:
         f"{FORGED_IMAGES}.",
         "",
         "| cell | norm | epochs | seed | accuracy | private accuracy | bits right | log₁₀ p | "
-        f"{FORGED} random passports: mean (max) accuracy | accepted | random bits matched |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"{FORGED} random passports: mean (max) accuracy | accepted | random bits matched "
+        "| device, precision |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for e in entries:
         metrics, forged = e["metrics"], e.get("random_passports")
@@ -156,13 +157,14 @@ def render() -> str:
                 f"| {e['matches']} of {e['bits']} | {e['log10_p_value']:.1f} "
                 f"| {100 * statistics.mean(forged['accuracies']):.2f} "
                 f"({100 * max(forged['accuracies']):.2f}) | {forged['accepted']} "
-                f"| {100 * statistics.mean(forged['match_rates']):.1f} % |"
+                f"| {100 * statistics.mean(forged['match_rates']):.1f} % "
                 if forged
-                else "| | | | | |"
+                else "| | | | | "
             )
+            + f"| {e['provenance']['device']}, {e['recipe']['precision']} |"
         )
-    some = entries[0]["provenance"] if entries else {}
-    lines += ["", f"Device: {some.get('device')}, torch {some.get('torch')}; n = 1 run a cell."]
+    versions = sorted({e["provenance"]["torch"] for e in entries})
+    lines += ["", f"torch {', '.join(versions)}; n = 1 run a cell."]
     return "\n".join(lines) + "\n"
 
 

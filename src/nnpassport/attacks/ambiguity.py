@@ -230,11 +230,14 @@ class _Forger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The network with the forged passports presented."""
-        for layer in self._layers:
-            passport = self.passports()[layer.name].flatten(2)
-            patch = passport @ self._matrices[layer.name].to(passport).T
-            norm = self._norms[layer.name]
-            norm.mean_patch = patch.reshape(norm.mean_patch.shape)
+        passports = self.passports()
+        # Full precision even under autocast, as for genuine passports.
+        with torch.autocast(self.forgery.device.type, enabled=False):
+            for layer in self._layers:
+                passport = passports[layer.name].flatten(2)
+                patch = passport @ self._matrices[layer.name].to(passport).T
+                norm = self._norms[layer.name]
+                norm.mean_patch = patch.reshape(norm.mean_patch.shape)
         return self.model(x)
 
     def _parts(self, vector: Tensor) -> dict[str, Tensor]:
