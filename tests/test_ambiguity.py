@@ -306,12 +306,38 @@ def test_a_wide_layer_has_no_passport_for_every_scale():
     assert not solvable(shortcut)
 
 
-def test_a_layer_that_cannot_be_solved_is_left_out_of_the_claim():
-    model = build("resnet18", classes=10, width=0.125, channels=1).eval()
-    key = solve_passport(model, V2, EXAMPLE, rng()).key
-    names = [layer.name for layer in key.context.layers]
-    assert "layer4.0.conv1" in names
-    assert not any("downsample" in name for name in names)
+def test_a_shortcut_is_stretched_until_it_can_be_solved():
+    torch.manual_seed(0)  # with other seeds, no direction may have all the signs: see below
+    model = build("resnet18", classes=10, width=0.125, channels=1).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 1.5, generator=rng(5))
+            nn.init.normal_(module.bias, 0, 0.3, generator=rng(6))
+            module.running_mean.normal_(0, 0.5, generator=rng(7))
+            module.running_var.uniform_(0.1, 2, generator=rng(8))
+    shortcut = model.layer4[0].downsample[0]
+    wide = shortcut.weight.clone()
+    outcome = solve_passport(model, V2, EXAMPLE.double(), rng())
+    names = [layer.name for layer in outcome.key.context.layers]
+    assert "layer4.0.downsample.0" in names
+    assert torch.equal(shortcut.weight, wide)  # the network that was given is untouched
+    inputs = torch.randn(4, 1, 32, 32, generator=rng(9)).double()
+    torch.testing.assert_close(outcome.model(inputs), model(inputs), rtol=1e-6, atol=1e-8)
+    state = outcome.model.state_dict()
+    for name, (gamma, beta) in affine_of(outcome.key, state).items():
+        norm = name.replace("downsample.0", "downsample.1").replace(".conv", ".bn")
+        torch.testing.assert_close(gamma, state[f"{norm}.weight"], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(beta, state[f"{norm}.bias"], atol=1e-3, rtol=1e-3)
+
+
+def test_a_shortcut_that_cannot_be_stretched_is_left_out_of_the_claim():
+    for norm, seed in (("group", 0), ("batch", 1)):
+        torch.manual_seed(seed)
+        model = build("resnet18", classes=10, width=0.125, channels=1, norm=norm).eval()
+        key = solve_passport(model, V2, EXAMPLE, rng()).key
+        names = [layer.name for layer in key.context.layers]
+        assert "layer4.0.conv1" in names
+        assert not any("downsample" in name for name in names)
     for gamma, beta in affine_of(key, model.state_dict()).values():
         torch.testing.assert_close(gamma, torch.ones_like(gamma), atol=1e-4, rtol=0)
         torch.testing.assert_close(beta, torch.zeros_like(beta), atol=1e-4, rtol=0)

@@ -25,6 +25,7 @@ from nnpassport.attacks.passports import (
     patch_matrix,
     solvable,
 )
+from nnpassport.attacks.stretching import stretch
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.key import Key
 from nnpassport.functional import sign_loss
@@ -81,22 +82,24 @@ def solve_passport(
     no training, seconds. On a V1 network, whose norms hold the passport's own γ and β, it gives
     another passport with equal outputs and equal bits.
 
-    A layer with more filters than numbers in a filter (a 1×1 shortcut) is left out: which layers
-    carry his passports is the forger's to say.
+    A layer with more filters than numbers in a filter (a 1×1 shortcut) has no such passport. With
+    batch norm behind it its filters are rescaled first, which changes no output (`stretch`); where
+    that is not enough it is left out: which layers carry his passports is the forger's to say.
 
     Raises:
         UnsuitableModelError: no layer is left.
     """
     stop = stopwatch("W")
     template = draw_template(scheme, model, example, rng)
-    sites = survey(model, example).sites
+    shown = deepcopy(model)
+    sites = survey(shown, example).sites
     affine = {
-        layer.name: _public_affine(model, sites[layer.name])
+        layer.name: _public_affine(shown, sites[layer.name])
         for layer in template.context.layers
-        if solvable(layer)
+        if solvable(layer) or stretch(shown, layer, sites[layer.name].norm, rng)
     }
-    key = key_with(template, affine, model.state_dict(), rng)
-    return Forged(deepcopy(model), key, stop())
+    key = key_with(template, affine, shown.state_dict(), rng)
+    return Forged(shown, key, stop())
 
 
 def flip_gamma(model: nn.Module, key: Key, rng: torch.Generator, *, share: float) -> Forged:

@@ -72,10 +72,8 @@ def passports_for(
     """
     start = (torch.rand((2, *layer.passport), generator=rng) * 2 - 1).double()
     groups, inputs = layer.geometry.groups, layer.weight[1]
-    strengths, offsets, positions = _directions(layer)
+    system, positions = system_of(weight, layer)
     rows = weight.detach().cpu().double().reshape(groups, layer.weight[0] // groups, inputs, -1)
-    # What each filter makes of a unit of each direction in which a channel's passport can move.
-    system = (rows @ (offsets * strengths)).flatten(2)
     patch = mean_patch(start, layer.weight, layer.geometry)
     induced = torch.einsum("goi,pgi->pgo", rows.flatten(2), patch)
     missing = torch.stack([gamma, beta]).detach().cpu().double().view(2, groups, -1) - induced
@@ -83,6 +81,20 @@ def passports_for(
     found = torch.linalg.lstsq(system, missing.permute(1, 2, 0), driver="gelsd").solution
     moves = found.permute(2, 0, 1).reshape(2, groups * inputs, -1) @ positions
     return (start + moves.view(start.shape)).float()
+
+
+def system_of(
+    weight: Float[Tensor, "out fan_in *kernel"], layer: LayerShape
+) -> tuple[Float[Tensor, "groups out directions"], Float[Tensor, "rank positions"]]:
+    """What each filter makes of a unit of each direction in which passports can move, float64.
+
+    Directions run over the input channels and, for each, over the rank of `patch_matrix`; the
+    second part says which passport of one channel a direction is.
+    """
+    groups, inputs = layer.geometry.groups, layer.weight[1]
+    strengths, offsets, positions = _directions(layer)
+    rows = weight.detach().cpu().double().reshape(groups, layer.weight[0] // groups, inputs, -1)
+    return (rows @ (offsets * strengths)).flatten(2), positions
 
 
 def forged(template: Key, passports: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Key:
