@@ -16,15 +16,13 @@ from nnpassport.files import write_atomically
 RESULTS = Path(__file__).parent.parent / "results" / "attacks-alexnet"
 # What the paper (and [Che23] for substitution) reports for AlexNet on CIFAR-10.
 REPORTED = {
-    "prune": "60 % pruned: about 100 % of the bits, accuracy −5 … −25",
-    "fake1": "about 10 %, at most 35 %",
-    "fake2": "at best 84 % of 91",
-    "fake3": "10 % of the bits flipped: −5 points; 50 %: −50",
-    "flip": "",
-    "substitute-cerb": "88.2 of 88.9 with 10 % of the data, 84.2 with 2 %",
-    "substitute-ierb": "",
-    "overwrite": "",
-    "transfer-rtal": "99.91 % of the bits",
+    ("prune", 0.6): "about 100 % of the bits; accuracy −5 … −25 points",
+    ("fake1", None): "about 10 %, at most 35 %",
+    ("fake2", None): "84 % at best, of 89",
+    ("fake3", 0.1): "−5 points",
+    ("fake3", 0.5): "−50 points",
+    ("substitute-cerb", 0.1): "88.2 of 88.9 [Che23]",
+    ("substitute-cerb", 0.02): "84.2 of 90.2 [Che23]",
 }
 
 
@@ -95,7 +93,7 @@ def _removal(entry: dict) -> str:
         read = f"{_percent(mark['matches'] / mark['bits'])} | {p} | {found}"
     return (
         f"| {entry['attack']} | {_strength(entry)} | {_percent(entry['accuracy'])} | {read} "
-        f"| {_cost(entry)} | {REPORTED.get(entry['attack'], '')} |"
+        f"| {_cost(entry)} | {_reported(entry)} |"
     )
 
 
@@ -108,7 +106,7 @@ def _forgery(entry: dict) -> str:
         f"| {'accepted' if forged['published_accepted'] else 'refused'} "
         f"| {'none' if p is None else f'{p:.1f}'} "
         f"| {'accepted' if forged['accepted'] else 'refused'} "
-        f"| {_cost(entry)} | {REPORTED.get(entry['attack'], '')} |"
+        f"| {_cost(entry)} | {_reported(entry)} |"
     )
 
 
@@ -119,7 +117,7 @@ def _random(drawn: list[dict]) -> str:
     return (
         f"| fake1 | {len(drawn)} passports | mean {_percent(fmean(reached))}, "
         f"max {_percent(max(reached))} | {_percent(differs)} | {passed} accepted | none | refused "
-        f"| {_cost(drawn[0])} | {REPORTED['fake1']} |"
+        f"| {_cost(drawn[0])} | {REPORTED['fake1', None]} |"
     )
 
 
@@ -130,6 +128,10 @@ def _strength(entry: dict) -> str:
     if what == "grid":
         return KINDS[int(strength)]
     return f"{100 * strength:g} %" if what.startswith("share") else f"{strength:g}"
+
+
+def _reported(entry: dict) -> str:
+    return REPORTED.get((entry["attack"], entry["strength"]), "")
 
 
 def _cost(entry: dict) -> str:
