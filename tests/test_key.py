@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save as save_tensors
 
 from nnpassport.evidence import keyfile
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.evidence.context import (
+    Context,
+    LayerShape,
+    TriggerShape,
+    base64_bytes,
+    base64_text,
+    canonical_json,
+)
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.evidence.seed import (
@@ -418,12 +425,12 @@ def test_any_altered_byte_of_a_protected_file_is_refused(sealed, tmp_path_factor
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_bytes_have_one_spelling_in_base64(size):
-    text = keyfile._base64(bytes(size))
-    assert keyfile._unbase64(text) == bytes(size)
+    text = base64_text(bytes(size))
+    assert base64_bytes(text) == bytes(size)
     for other in (text.replace("A=", "B="), text.rstrip("="), text + "=", text + "\n"):
         if other != text:
             with pytest.raises(ValueError, match=r"base64|padding|characters|discontinuous|Excess"):
-                keyfile._unbase64(other)
+                base64_bytes(other)
 
 
 @given(length=st.integers(0, 3000))

@@ -3,6 +3,7 @@
 `docs/derivation.md` is the same specification for those who do not read Python.
 """
 
+import base64
 import json
 import math
 from dataclasses import dataclass
@@ -182,6 +183,24 @@ def parse_canonical(data: bytes, what: str, *, limit: int) -> dict[str, Any]:
             "corrupt or was edited: use the original file or a backup"
         )
     return document
+
+
+def base64_text(data: bytes) -> str:
+    """The bytes in base64, padded, without line breaks."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def base64_bytes(text: str) -> bytes:
+    """The bytes that `text` is the only base64 of.
+
+    Raises:
+        ValueError: `text` is not what `base64_text` writes.
+    """
+    data = base64.b64decode(text.encode("ascii"), validate=True)
+    # The last characters of base64 have spare bits: several texts would give the same bytes.
+    if base64_text(data) != text:
+        raise ValueError("not canonical base64")
+    return data
 
 
 def check_member(context: Context, layer: LayerShape) -> None:

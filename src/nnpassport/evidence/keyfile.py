@@ -1,6 +1,5 @@
 """The file that holds a key: private from its first byte, and encrypted if its owner wants it."""
 
-import base64
 import hashlib
 import os
 import secrets
@@ -16,7 +15,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from nnpassport.evidence.context import Context, canonical_json, parse_canonical
+from nnpassport.evidence.context import (
+    Context,
+    base64_bytes,
+    base64_text,
+    canonical_json,
+    parse_canonical,
+)
 from nnpassport.evidence.key import Key
 from nnpassport.scheme import OwnershipError, UnreadableKeyError, UnwritableOutputError
 
@@ -60,7 +65,7 @@ def save_key(
         header["protection"] = {**protection, "salt": salt.hex(), "nonce": nonce.hex()}
         cipher = AESGCM(_stretch(passphrase, salt, _SCRYPT["n"]))
         sealed = cipher.encrypt(nonce, canonical_json(payload), canonical_json(header))
-        data = canonical_json({**header, "secret": _base64(sealed)})
+        data = canonical_json({**header, "secret": base64_text(sealed)})
     if len(data) > MAX_FILE_BYTES:
         raise UnwritableOutputError(
             f"the key takes {len(data)} bytes, but at most {MAX_FILE_BYTES} are read back; use "
@@ -106,7 +111,7 @@ def _payload(key: Key) -> dict[str, Any]:
         "seed": key.seed.hex(),
         "context": key.context.encode().decode("ascii"),
         "text": key.text,
-        "tensors": _base64(save_tensors(tensors)) if tensors else None,
+        "tensors": base64_text(save_tensors(tensors)) if tensors else None,
         "fingerprint": key.fingerprint,
     }
 
@@ -115,7 +120,7 @@ def _key_from(path: Path, payload: Any) -> Key:
     """The key in a payload; errors say nothing of what the payload holds."""
     key, reason = None, "its parts are of the wrong kind"
     try:
-        tensors = load_tensors(_unbase64(payload["tensors"])) if payload["tensors"] else {}
+        tensors = load_tensors(base64_bytes(payload["tensors"])) if payload["tensors"] else {}
         groups: dict[str, dict[str, Tensor]] = {"passports": {}, "signs": {}, "projections": {}}
         for name, tensor in tensors.items():
             group, _, layer = name.partition("/")
@@ -166,7 +171,7 @@ def _unseal(path: Path, header: dict[str, Any], sealed: Any, passphrase: str) ->
     protection = header["protection"]
     try:
         cost, salt = protection["n"], bytes.fromhex(protection["salt"])
-        nonce, secret = bytes.fromhex(protection["nonce"]), _unbase64(sealed)
+        nonce, secret = bytes.fromhex(protection["nonce"]), base64_bytes(sealed)
         expected = {"kdf": "scrypt", **_SCRYPT, "n": cost, "cipher": "AES-256-GCM"}
         expected |= {"salt": salt.hex(), "nonce": nonce.hex()}
         known = protection == expected and (len(salt), len(nonce)) == (16, 12)
@@ -187,18 +192,6 @@ def _unseal(path: Path, header: dict[str, Any], sealed: Any, passphrase: str) ->
             f"{path} does not open: the passphrase is wrong or the file was altered; try the "
             "passphrase again, or a backup of the file"
         ) from None
-
-
-def _base64(data: bytes) -> str:
-    return base64.b64encode(data).decode("ascii")
-
-
-def _unbase64(text: str) -> bytes:
-    data = base64.b64decode(text.encode("ascii"), validate=True)
-    # The last characters of base64 have spare bits: several texts would give the same bytes.
-    if _base64(data) != text:
-        raise ValueError("not canonical base64")
-    return data
 
 
 def _read(path: Path) -> bytes:
