@@ -11,7 +11,9 @@ ROOT = Path(nnpassport.__file__).parent
 CORE = {"scheme", "functional"}
 FOLDERS = {"files", "config", "weights"}
 KEYS = {"evidence.context", "evidence.seed", "evidence.key"}
-EVIDENCE = {"evidence", "evidence.keyfile", *KEYS}
+SIGNED = {"evidence.signing", "evidence.timestamp", "evidence.claimfile"}
+CLAIMS = {"evidence.claim", *SIGNED}
+EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
     CORE
     | {"layers", "survey", "fork", "surgery", "statistics", "training", "fidelity"}
@@ -42,6 +44,10 @@ MAY_IMPORT = {
     "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
     "evidence.key": {*CORE, "data.triggers", *KEYS},
     "evidence.keyfile": {*CORE, *KEYS},
+    "evidence.signing": {"scheme", "files", "evidence.context"},
+    "evidence.timestamp": {"scheme", "files", "evidence.signing"},
+    "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
+    "evidence.claim": {"scheme", *KEYS, *SIGNED},
     "evidence": {*CORE, "statistics", "checkpoint", *FOLDERS, *EVIDENCE},
     "schemes": SCHEMES,
     "attacks": {"attacks", *SCHEMES},
@@ -57,6 +63,7 @@ MAY_IMPORT = {
         *EVIDENCE,
     },
     "attacking": ALL,
+    "claiming": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__, attacking
+from nnpassport import __version__, attacking, claiming
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -60,6 +60,7 @@ app = typer.Typer(
 )
 key_app = typer.Typer(help="Draw and inspect secret keys.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
+app.add_typer(claiming.app, name="claim")
 
 
 @app.command()

@@ -9,6 +9,8 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── UnsuitableModelError     the network or the named layer cannot carry this scheme
     ├── UnreadableModelError     a model file is missing, corrupt, hostile or of another shape
     ├── UnreadableKeyError       a key file is missing, corrupt, locked or made for something else
+    ├── UnreadableClaimError     a claim file is missing, corrupt or not in its one form
+    ├── NoTimestampError         an authority gave no token, or there is no root to check one
     ├── UnreadableDataError      images or labels are missing, corrupt or of the wrong kind
     ├── BadSignatureError        a signature text or a digital signature that cannot be used
     ├── BadRecipeError           training was asked for something that cannot be done
@@ -37,6 +39,14 @@ class UnreadableModelError(OwnershipError):
 
 class UnreadableKeyError(OwnershipError):
     """A key file is missing, corrupt, locked or made for another model."""
+
+
+class UnreadableClaimError(OwnershipError):
+    """A claim file is missing, corrupt or not in the one form that there is."""
+
+
+class NoTimestampError(OwnershipError):
+    """A timestamp authority gave no usable token, or no root was given to check one against."""
 
 
 class UnreadableDataError(OwnershipError):
