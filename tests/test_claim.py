@@ -2,6 +2,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -987,3 +988,103 @@ def test_no_claim_is_written_where_no_token_came(call, house, website):
     code, _, err = call(*NEW, "--authority", website.url, "--authority-root", "root.pem")
     assert (code, "NoTimestampError" in err) == (2, True)
     assert not Path("zoe.claim.json").exists()
+
+
+# The format, for ever
+
+
+def test_claims_of_version_1_hold_for_ever():
+    owner = load_public_key(GOLDEN / "claim-v1-owner.pub.pem")
+    finding = check_claim(read_signed(GOLDEN / "claim-v1.json"), owner, key=KEY)
+    assert finding.holds
+    assert finding.claim == CLAIM
+    roots = load_roots(GOLDEN / "claim-v1-root.pem")
+    stamped = read_signed(GOLDEN / "claim-v1-stamped.json")
+    finding = check_claim(stamped, owner, roots=roots, key=KEY)
+    assert finding.holds
+    assert finding.timestamp.as_dict() == {
+        "time": "2026-11-23T02:00:00Z",
+        "authority": "CN=Golden Authority",
+        "policy": "1.2.3.4.1",
+        "serial": "2",
+    }
+
+
+def test_claims_are_still_written_as_in_version_1():
+    assert encode_signed(SIGNED) == (GOLDEN / "claim-v1.json").read_bytes()
+
+
+def page():
+    return (ROOT / "docs" / "claim-format.md").read_text(encoding="utf-8")
+
+
+def test_the_vectors_of_the_specification_without_our_code():
+    (block,) = re.findall(r"```json\n(.*?)\n```", page(), re.DOTALL)
+    vectors = json.loads(block)
+    signing = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(vectors["signing_seed"]))
+    public = signing.public_key().public_bytes_raw().hex()
+    payload = vectors["payload"].encode("ascii")
+    kind = "application/vnd.nnpassport.claim.v1+json"
+    signed = f"DSSEv1 {len(kind)} {kind} {len(payload)} ".encode() + payload
+    signature = signing.sign(signed)
+    envelope = (
+        f'{{"payload":"{base64.b64encode(payload).decode()}","payloadType":"{kind}",'
+        f'"signatures":[{{"keyid":"{public}","sig":"{base64.b64encode(signature).decode()}"}}]}}'
+    ).encode()
+    file = b'{"envelope":' + envelope + b',"timestamp":null}'
+    claim = json.loads(payload)
+    context = claim["context"].encode()
+    parts = (b"nnpassport/key/v1", bytes.fromhex(vectors["key_seed"]), context, b"no text")
+    prefixed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
+    assert claim["fingerprint"] == hashlib.sha256(prefixed).hexdigest()
+    assert claim["owner_key"] == public == vectors["owner_key"]
+    assert claim["owner"] == json.loads(context)["owner"]
+    assert vectors["signed_sha256"] == hashlib.sha256(signed).hexdigest()
+    assert vectors["signature"] == signature.hex()
+    assert vectors["timestamped_sha256"] == hashlib.sha256(envelope).hexdigest()
+    assert vectors["file_sha256"] == hashlib.sha256(file).hexdigest()
+    assert file == (GOLDEN / "claim-v1.json").read_bytes()
+
+
+def test_the_commands_of_the_specification_check_a_claim_by_hand(tmp_path):
+    missing = [name for name in ("jq", "openssl", "sh", "base64") if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"there is no {', '.join(missing)}, which the page uses")
+    script = re.findall(r"```sh\n(.*?)```", page(), re.DOTALL)[1]
+    for name, file in (
+        ("claim.json", "claim-v1-stamped.json"),
+        ("owner.pub.pem", "claim-v1-owner.pub.pem"),
+        ("root.pem", "claim-v1-root.pem"),
+    ):
+        shutil.copy(GOLDEN / file, tmp_path / name)
+    lived = check_claim(
+        read_signed(tmp_path / "claim.json"), OWNER, roots=load_roots(tmp_path / "root.pem")
+    )
+    then = int(lived.timestamp.time.timestamp())
+    script = script.replace("-CAfile", f"-attime {then} -CAfile")
+    done = subprocess.run(
+        ["sh", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "Signature Verified Successfully" in said
+    assert "Verification: OK" in said
+    assert (tmp_path / "claim").read_bytes() == CLAIM.encode()
+
+
+def test_the_page_lists_exactly_the_fields_of_a_claim():
+    table = page().split("## The claim\n")[1].split("\n\n**")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(
+        json.loads(CLAIM.encode())
+    )
+
+
+def test_a_stronger_signing_key_made_with_openssl_opens(pems, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl binary")
+    stronger = tmp_path / "stronger.pem"
+    command = re.search(r"`(openssl pkcs8 .*?)`", page(), re.DOTALL).group(1)
+    words = command.replace("alice.pem", str(pems[0])).replace("stronger.pem", str(stronger))
+    words = words.replace("1000000", "20000")  # the million takes a second
+    subprocess.run([*words.split(), "-passout", "pass:horse"], check=True, capture_output=True)
+    assert load_signing_key(stronger, passphrase="horse").private_bytes_raw() == SIGNING_SEED
