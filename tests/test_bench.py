@@ -1,8 +1,11 @@
 """The benchmark: what is compared is comparable, and no number is made up."""
 
+import itertools
 import json
 import runpy
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,10 +106,18 @@ def test_cells_are_timed_in_turns_and_warm_up_does_not_count(monkeypatch, hurrie
 def test_a_short_sample_is_made_of_many_calls(monkeypatch):
     calls = []
     monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: calls.append(1))
-    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 1e-3)
+    # A clock of our own: on a busy machine even an empty call may take a millisecond.
+    ticks = itertools.count()
+    clock = SimpleNamespace(
+        perf_counter=lambda: next(ticks) * 1e-3,
+        process_time=time.process_time,
+        monotonic=time.monotonic,
+    )
+    monkeypatch.setattr(timing, "time", clock)
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.1)
     (measured,) = bench.measure(TINY[:1], repeats=1, warmup=1)
-    assert len(calls) > 10
-    assert measured.seconds[0] < 1e-3
+    assert len(calls) == 1 + 100
+    assert measured.seconds[0] == pytest.approx(1e-3 / 100)
 
 
 def test_every_cell_and_every_ratio_comes_out(hurried):

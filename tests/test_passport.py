@@ -403,7 +403,7 @@ def test_a_key_is_drawn_afresh_or_repeated_from_its_seed(digits):
 
 def test_a_text_that_does_not_fit_is_refused(digits):
     example = digits[2](digits[0].images[:2])
-    with pytest.raises(BadSignatureError, match="64 channels"):
+    with pytest.raises(BadSignatureError, match="64 bits"):
         V2.draw_key(network("batch"), example, layers=["7"], text="nine chars")
 
 
