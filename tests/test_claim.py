@@ -544,7 +544,8 @@ class Signer:
         lines = ["[tsa]", "default_tsa = t", "[t]", f"serial = {folder}/serial"]
         lines += [f"signer_cert = {folder}/tsa.pem", f"signer_key = {folder}/tsa.key"]
         lines += [f"certs = {folder}/along.pem"] if along else []
-        lines += ["signer_digest = sha256", "default_policy = 1.2.3.4.1", "digests = sha256"]
+        lines += ["signer_digest = sha256", "default_policy = 1.2.3.4.1"]
+        lines += ["digests = sha256, sha512"]
         (folder / "tsa.cnf").write_text("\n".join([*lines, "accuracy = secs:1", ""]))
 
     def answer(self, query):
@@ -752,6 +753,25 @@ def test_a_changed_byte_of_a_token_is_refused_or_changes_nothing(stamped, signer
             continue
         believed += 1
     assert believed < 20
+
+
+def test_a_token_over_another_digest_is_refused(signer):
+    from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
+
+    query = TimestampRequestBuilder(b"data", HashAlgorithm.SHA512).build().as_bytes()
+    with pytest.raises(BadSignatureError, match="another digest than SHA-256"):
+        check_timestamp(signer.answer(query), b"data", [signer.root])
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["of the token", "of its signer"])
+def test_a_token_with_another_version_is_refused(stamped, signer, which):
+    old, new = (
+        (b"\x02\x01\x03\x31", b"\x02\x01\x01\x31"),
+        (b"\x02\x01\x01\x30", b"\x02\x01\x03\x30"),
+    )[which]
+    head, _, tail = stamped.response.rpartition(old)
+    with pytest.raises(BadSignatureError, match="CMS versions"):
+        check_timestamp(head + new + tail, timestamped_bytes(SIGNED.envelope), [signer.root])
 
 
 @pytest.mark.parametrize(
