@@ -10,10 +10,20 @@ import torch
 from typer.testing import CliRunner
 
 from nnpassport.attacks import ambiguity, removal
-from nnpassport.audit import ATTACKS, Budget, Subject, Transfer, audit, html, plan, ruling
+from nnpassport.audit import (
+    ATTACKS,
+    Budget,
+    Subject,
+    Transfer,
+    attack_once,
+    audit,
+    html,
+    plan,
+    ruling,
+)
 from nnpassport.audit.table import KINDS, Family, applies
 from nnpassport.catalog import CATALOG
-from nnpassport.checkpoint import save_model
+from nnpassport.checkpoint import load_model, save_model
 from nnpassport.cli import app
 from nnpassport.config import ModelConfig
 from nnpassport.evidence.keyfile import load_key, save_key
@@ -22,8 +32,11 @@ from nnpassport.scheme import (
     UnreadableDataError,
     UnreadableKeyError,
     UnreadableModelError,
+    UnsuitableModelError,
+    UnwritableOutputError,
 )
-from nnpassport.schemes.passport import V2
+from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.passport import V2, V3
 from nnpassport.training import Recipe
 
 CHEAP = ("prune", "quantise", "combine", "insert-dummies", "fake1", "solve", "flip", "grind")
@@ -196,19 +209,82 @@ def test_the_page_fetches_nothing_and_runs_nothing(report):
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
     for name in ("Pruning", "Accuracy by passport", "Other bits, other accuracy"):
         assert f">{name}<" in text
-    assert "cannot be read: the layers have other shapes" in text
+    assert "could not be read" in text
     assert ruling(report) in text.replace("&#39;", "'")
     assert "ftal: not asked for" in text
 
 
 def test_the_ruling_counts_what_the_entries_say(report):
     forged = [entry for entry in report["entries"] if "forged" in entry]
+    forged = [e for e in forged if (e["attack"], e["strength"]) != ("flip", 0)]  # the genuine one
     passed = sum(entry["forged"]["published_accepted"] for entry in forged)
     assert f"{passed} of {len(forged)} forged keys pass the published verification" in ruling(
         report
     )
     assert "0 the exact one" in ruling(report)
     assert ruling({**report, "entries": []}) == "Nothing was attacked."
+
+
+def test_a_mark_is_hidden_only_if_no_verification_finds_it(report):
+    (gone,) = entries(report, "combine")
+    found = {**gone["owner"], "accepted": True}
+    by_triggers = {**gone, "owner_triggers": found}
+    assert ruling({**report, "entries": [gone]}).startswith("1 of 1 attempts")
+    assert ruling({**report, "entries": [by_triggers]}).startswith("0 of 1 attempts")
+    unread = {**gone, "owner": {"unreadable": "other shapes"}}
+    assert "After 1 more it could not be read" in ruling({**report, "entries": [unread]})
+
+
+def test_a_key_that_the_network_does_not_carry_is_no_subject(subject, tmp_path):
+    other = V2.draw_key(subject.model, subject.example)
+    with pytest.raises(UnsuitableModelError, match="does not carry this key"):
+        audit(replace(subject, key=other), tmp_path / "audit.json")
+    few = subject.test.subset(torch.arange(8))
+    few = replace(few, labels=few.labels % 2, classes=("even", "odd"))
+    with pytest.raises(UnreadableDataError, match="2 classes"):
+        audit(replace(subject, test=few), tmp_path / "audit.json")
+
+
+def test_mistakes_are_errors_and_not_attacks_that_are_impossible(subject, tmp_path):
+    path = tmp_path / "audit.json"
+    with pytest.raises(BadRecipeError, match="float33"):
+        audit(replace(subject, budget=Budget(precision="float33")), path)
+    with pytest.raises(BadRecipeError, match="nothing is left to run: ftal only in a full audit"):
+        audit(subject, path, only=["ftal"])
+    for name, strength in (("quantise", 9.0), ("grind", 0.0), ("flip", 3.0), ("prune", 2.0)):
+        with pytest.raises(BadRecipeError):
+            attack_once(subject, name, strength, None)
+    with pytest.raises(BadRecipeError, match="does not apply to adi"):
+        attack_once(replace(subject, scheme=ADI, key=None), "fake1", 0.0, None)
+    path.write_text("{")
+    with pytest.raises(UnreadableModelError, match="no report of an audit"):
+        audit(subject, path, only=["solve"], resume=True)
+
+
+def test_an_insider_s_forgery_does_not_give_the_owner_s_seed_away(subject):
+    for name in ("flip", "fake3"):
+        forged = ATTACKS[name].run(subject, 0.5).key
+        assert forged.seed != subject.key.seed
+        assert forged.context.owner == "forger"
+        assert forged.context.nonce != subject.key.context.nonce
+
+
+def test_forged_triggers_are_judged_by_answers(subject):
+    shown = replace(subject, scheme=replace(V3, triggers=8), key=None)
+    entry = attack_once(shown, "forge-triggers", 0.0, None)
+    assert entry["forged"]["bits"] == 8
+    assert entry["forged"]["accuracy"] == entry["accuracy"]
+
+
+def test_a_transfer_is_measured_on_its_own_task_even_with_as_many_classes(subject, tmp_path):
+    moved = replace(subject.train, labels=(subject.train.labels + 1) % 10)
+    shifted = replace(subject, transfer=Transfer(moved, moved), budget=Budget(4, 16))
+    entry = attack_once(shifted, "transfer-rtal", 0.0, tmp_path / "moved")
+    assert entry["task"] == "other"
+    assert entry["accuracy"] > 0.5
+    assert load_model(tmp_path / "moved").config.metrics == {}
+    with pytest.raises(UnwritableOutputError, match="exists already"):
+        attack_once(shifted, "transfer-rtal", 0.0, tmp_path / "moved")
 
 
 def test_a_page_says_what_was_impossible(report):

@@ -1,15 +1,21 @@
 """What every scheme of the catalog must do, whatever it is made of."""
 
+import io
 from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from nnpassport import ownership
 from nnpassport.catalog import CATALOG, with_settings
+from nnpassport.checkpoint import save_model
+from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import load_key, save_key
@@ -205,3 +211,51 @@ def test_adi_has_no_layers_to_choose():
 def test_the_two_baselines_are_rows_and_not_classes_of_their_own():
     assert {type(CATALOG[n].scheme) for n in ("uchida", "uchida-mse")} == {Uchida}
     assert type(CATALOG["adi"].scheme) is Adi
+
+
+def folder_of(owned, path):
+    """The owned network as a model folder."""
+    mean, std = owned.normalise.mean, owned.normalise.std
+    config = ModelConfig(
+        architecture="alexnet",
+        arguments={"classes": 10, "norm": "batch", "width": 0.25, "channels": 1},
+        classes=tuple("0123456789"),
+        input_size=(1, 32, 32),
+        mean=mean,
+        std=std,
+    )
+    save_model(path, owned.model, config)
+    return path
+
+
+def test_a_folder_is_verified_and_released_whatever_the_scheme(owned, tmp_path):
+    folder = folder_of(owned, tmp_path / "model")
+    options = ownership.Options(log10_alpha=LOG10_ALPHA_COMMITTED)
+    found = ownership.verify(folder, owned.key, options=options)
+    assert found.accepted
+    assert found.digests
+    assert ownership.verify_as_published(folder, owned.key).accepted
+    trial = ownership.Trial(owned.data, target=1.0, tolerance=0.3)
+    assert ownership.verify(folder, owned.key, trial=trial, options=options).fidelity.passed
+    if not owned.scheme.name.startswith("passport"):  # passports are released from their own folder
+        assert ownership.release(folder, owned.key, tmp_path / "released").matches == found.bits
+
+
+def test_a_published_trigger_set_is_read_from_a_file(tmp_path):
+    rows = []
+    for number in range(6):
+        stream = io.BytesIO()
+        Image.new("L", (32, 32), 40 * number).save(stream, "PNG")
+        rows.append({"bytes": stream.getvalue(), "path": f"{number}.png"})
+    table = pa.table({"image": rows, "label": [3, 1, 4, 1, 5, 9]})
+    pq.write_table(table, tmp_path / "triggers.parquet")
+    key = ADI.draw_key(network(), torch.zeros(2, 3, 32, 32)[:, :1])
+    with pytest.raises(UnreadableKeyError, match="pictures of"):  # they come in colour
+        ownership.with_trigger_file(key, tmp_path / "triggers.parquet")
+    torch.manual_seed(0)
+    model = build("alexnet", classes=10, width=0.125)
+    key = ADI.draw_key(model, torch.zeros(2, 3, 32, 32))
+    images, labels = ownership.with_trigger_file(key, tmp_path / "triggers.parquet").trigger_set()
+    assert labels.tolist() == [3, 1, 4, 1, 5, 9]
+    assert images.shape == (6, 3, 32, 32)
+    assert images[:, 0, 0, 0].tolist() == [0, 40, 80, 120, 160, 200]

@@ -30,7 +30,7 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.key import Key
 from nnpassport.functional import sign_loss
 from nnpassport.layers import passport_norms
-from nnpassport.scheme import Batch, UnsuitableModelError
+from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 from nnpassport.schemes.drawn import random_passports
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import secrets_of
@@ -60,10 +60,10 @@ def grind(
     is why a claim that nobody has dated needs p ≤ 2⁻¹⁰⁰.
 
     Raises:
-        ValueError: `tries` is below 1.
+        BadRecipeError: `tries` is below 1.
     """
     if tries < 1:
-        raise ValueError(f"tries is {tries}; needed: at least 1")
+        raise BadRecipeError(f"tries is {tries}; needed: at least 1")
     stop = stopwatch("W")
     weights = model.state_dict()
     template = draw_template(scheme, model, example, rng)
@@ -106,7 +106,7 @@ def flip_gamma(model: nn.Module, key: Key, rng: torch.Generator, *, share: float
     """An insider's passports with the signs of a random share of all γ negated, nothing trained.
 
     Raises:
-        ValueError: `share` is not in [0, 1].
+        BadRecipeError: `share` is not in [0, 1].
     """
     stop = stopwatch("W, P")
     weights = model.state_dict()
@@ -117,7 +117,7 @@ def flip_gamma(model: nn.Module, key: Key, rng: torch.Generator, *, share: float
         name: (gamma.abs() * sign, beta)
         for (name, (gamma, beta)), sign in zip(genuine.items(), parts, strict=True)
     }
-    return Forged(deepcopy(model), key_with(key, affine, weights, rng), stop())
+    return Forged(deepcopy(model), key_with(_as_forger(key, rng), affine, weights, rng), stop())
 
 
 def reverse_engineer(
@@ -176,7 +176,7 @@ def insider_passport(
     of all passports together are clipped to norm 2.                       [Fan19, sect. 4.2]
 
     Raises:
-        ValueError: `share` is not in [0, 1].
+        BadRecipeError: `share` is not in [0, 1].
     """
     stop = stopwatch("W, D, P, S")
     wanted = _flipped(
@@ -197,7 +197,7 @@ def insider_passport(
         return Outcome(loss + forger.closeness(), {"sign_match": match})
 
     fit(forger, objective, data, recipe, normalise=normalise)
-    found = forged(key, forger.passports(), model.state_dict())
+    found = forged(_as_forger(key, rng), forger.passports(), model.state_dict())
     surgery.remove(presented)
     return Forged(with_statistics(model, presented), found, stop(len(data), recipe.epochs))
 
@@ -206,15 +206,16 @@ def insider_passport(
 class _Forger(nn.Module):
     """A network on passports that are parameters: one long vector, so that it is clipped as one."""
 
+    _genuine: Tensor
+
     def __init__(self, model: nn.Module, key: Key, rng: torch.Generator) -> None:
         super().__init__()
         self.model = model
         self._layers = key.context.layers
-        self._genuine = torch.cat(
-            [key.layer_passport(layer.name).flatten() for layer in self._layers]
-        )
-        noise = 0.001 * torch.randn(self._genuine.shape, generator=rng)
-        self.forgery = nn.Parameter(self._genuine + noise)
+        genuine = torch.cat([key.layer_passport(layer.name).flatten() for layer in self._layers])
+        self.register_buffer("_genuine", genuine, persistent=False)
+        noise = 0.001 * torch.randn(genuine.shape, generator=rng)
+        self.forgery = nn.Parameter(genuine + noise)
         self.forgery.register_hook(_clipped)
         self._matrices = {layer.name: patch_matrix(layer).float() for layer in self._layers}
         names = [layer.name for layer in self._layers]
@@ -249,13 +250,22 @@ class _Forger(nn.Module):
         return {n: part.view(shapes[n]) for n, part in zip(shapes, parts, strict=True)}
 
 
+def _as_forger(key: Key, rng: torch.Generator) -> Key:
+    """What an insider makes of the owner's key: its layers, and nothing that is derived of it.
+
+    The seed above all must not come along: a forged key is written to files and shown around.
+    """
+    context = replace(key.context, owner="forger", nonce=draw_seed(rng)[:16])
+    return Key(seed=draw_seed(rng), context=context)
+
+
 def _clipped(gradient: Tensor) -> Tensor:
     return gradient * (2 / gradient.norm().clamp(min=2))
 
 
 def _flipped(signs: Tensor, share: float, rng: torch.Generator) -> Tensor:
     if not 0 <= share <= 1:
-        raise ValueError(f"share must be in [0, 1], got {share}")
+        raise BadRecipeError(f"share must be in [0, 1], got {share}")
     flipped = signs.clone()
     flipped[torch.randperm(len(signs), generator=rng)[: round(share * len(signs))]] *= -1
     return flipped

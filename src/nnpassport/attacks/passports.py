@@ -17,7 +17,7 @@ from nnpassport.evidence.key import Key
 from nnpassport.functional import Geometry, collapsed_affine, convolve, mean_patch
 from nnpassport.scheme import UnsuitableModelError
 from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.signature import secrets_of
+from nnpassport.schemes.signature import host_weight, secrets_of
 
 Affine = Mapping[str, tuple[Tensor, Tensor]]
 """γ and β (out) of each passport layer, by the layer's name."""
@@ -41,9 +41,14 @@ def draw_seed(rng: torch.Generator) -> bytes:
 
 
 def affine_of(key: Key, weights: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """γ and β that the key's passports induce through these weights, in float64."""
+    """γ and β that the key's passports induce through these weights, in float64.
+
+    Raises:
+        UnsuitableModelError: a layer that the key names is missing or has another shape.
+    """
+    hosts = {layer.name: host_weight(weights, layer) for layer in key.context.layers}
     return {
-        name: collapsed_affine(weights[f"{name}.weight"].double(), secret.mean_patch.double())
+        name: collapsed_affine(hosts[name].detach().cpu().double(), secret.mean_patch.double())
         for name, secret in secrets_of(key).items()
     }
 

@@ -1,6 +1,8 @@
 """An audit in a folder, and one attack with what it made."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,11 @@ from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.audit.page import html
 from nnpassport.audit.run import Show, attack_named, audit, before_attacks, measured
 from nnpassport.audit.subject import Subject
+from nnpassport.audit.table import why_not
 from nnpassport.checkpoint import save_model
 from nnpassport.evidence.keyfile import save_key
 from nnpassport.files import write_atomically
+from nnpassport.scheme import BadRecipeError, UnwritableOutputError
 
 
 def audit_to(
@@ -38,19 +42,29 @@ def attack_once(subject: Subject, name: str, strength: float, out: Path | None) 
     Raises:
         OwnershipError: the attack cannot be carried out on this subject; the message says why.
     """
-    outcome = attack_named(name).run(subject, strength)
-    if out is not None:
-        _save(subject, outcome, out)
+    attack = attack_named(name)
+    if (reason := why_not(attack, subject)) is not None:
+        raise BadRecipeError(f"attack {name} {reason}")
+    if out is not None and os.path.lexists(out):
+        raise UnwritableOutputError(f"{out} exists already; choose another name")
     before = before_attacks(subject)
+    outcome = attack.run(subject, strength)
+    if out is not None:
+        _save(subject, outcome, out, other_task=attack.other_task)
     return {"before": before, **measured(subject, name, strength, outcome, before)}
 
 
-def _save(subject: Subject, outcome: Attacked | Forged, out: Path) -> None:
+def _save(subject: Subject, outcome: Attacked | Forged, out: Path, *, other_task: bool) -> None:
+    config = replace(subject.config, metrics={}, notes={})
     if isinstance(outcome, Attacked):
-        save_model(out, outcome.model, subject.config)
+        if other_task:
+            classes = subject.other_task().train.classes
+            arguments = {**config.arguments, "classes": len(classes)}
+            config = replace(config, classes=classes, arguments=arguments)
+        save_model(out, outcome.model, config)
         return
     save_key(outcome.key, out)
     same = subject.model.state_dict()
     theirs = outcome.model.state_dict()
     if any(not value.equal(same[name]) for name, value in theirs.items()):
-        save_model(out.with_name(f"{out.name}.model"), outcome.model, subject.config)
+        save_model(out.with_name(f"{out.name}.model"), outcome.model, config)

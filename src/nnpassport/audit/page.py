@@ -42,7 +42,7 @@ def ruling(report: Mapping[str, Any]) -> str:
     """The audit in a few sentences."""
     tried = [e for e in report["entries"] if "impossible" not in e]
     removals = [e for e in tried if e["family"] != "ambiguity" and "owner" in _owner(e)]
-    forged = [e for e in tried if e["family"] == "ambiguity"]
+    forged = [e for e in tried if e["family"] == "ambiguity" and not _is_genuine(e)]
     gone = len(_removed(report))
     published = sum(e["forged"]["published_accepted"] for e in forged)
     exact = len(_owned_by_forgers(report))
@@ -52,6 +52,9 @@ def ruling(report: Mapping[str, Any]) -> str:
             f"{gone} of {len(removals)} attempts at removal hid the mark and left the network "
             "useful."
         )
+    unread = sum(_unreadable(e) for e in removals)
+    if unread:
+        parts.append(f"After {unread} more it could not be read.")
     if forged:
         parts.append(
             f"{published} of {len(forged)} forged keys pass the published verification, "
@@ -90,10 +93,10 @@ def charts(report: Mapping[str, Any]) -> dict[str, Markup]:
         lines = [Line("accuracy", [(e["strength"], e["accuracy"]) for e in pruned], "plain")]
         if all("owner" in _owner(e) and "matches" in _owner(e)["owner"] for e in pruned):
             marks = [(e["strength"], _rate(_owner(e)["owner"])) for e in pruned]
-            lines.append(Line("owner's bits found", marks, "genuine"))
-        plot = Plot(
-            "Pruning", lines, "share of all parameters that is zeroed", (0.5, "bits by chance")
-        )
+            lines.append(Line("owner's mark found", marks, "genuine"))
+        by_weights = "owner" in pruned[0]
+        level = (0.5, "bits by chance") if by_weights else (chance, "labels by chance")
+        plot = Plot("Pruning", lines, "share of all parameters that is zeroed", level)
         found["pruning"] = plot_svg(plot, "pruning")
     rows = _forged_rows(report)
     if rows:
@@ -120,6 +123,11 @@ def charts(report: Mapping[str, Any]) -> dict[str, Markup]:
         )
         found["flips"] = plot_svg(plot, "flips")
     return found
+
+
+def _is_genuine(entry: Entry) -> bool:
+    """Whether a forgery changes no bit: it is there for the curve, and the owner's passport."""
+    return entry["attack"] in {"flip", "fake3"} and entry["strength"] == 0
 
 
 def _forged_rows(report: Mapping[str, Any]) -> list[Row]:
@@ -169,8 +177,15 @@ def _rate(mark: Mapping[str, Any]) -> float:
 
 
 def _hidden(entry: Entry) -> bool:
-    mark = _owner(entry).get("owner", {})
-    return not mark.get("accepted", False)
+    """Whether no verification finds the mark: neither by the weights nor by the triggers."""
+    return not any(
+        entry[name].get("accepted", False) for name in ("owner", "owner_triggers") if name in entry
+    )
+
+
+def _unreadable(entry: Entry) -> bool:
+    """Whether the mark is not refused but cannot be read: the network has other shapes."""
+    return _hidden(entry) and "unreadable" in _owner(entry).get("owner", {})
 
 
 def _is_useful(report: Mapping[str, Any], entry: Entry) -> bool:
@@ -186,6 +201,7 @@ def _removed(report: Mapping[str, Any]) -> list[Entry]:
         and "impossible" not in e
         and _owner(e)
         and _hidden(e)
+        and not _unreadable(e)
         and _is_useful(report, e)
     ]
 
@@ -213,10 +229,15 @@ def _before(report: Mapping[str, Any]) -> str:
 
 def _mark_words(mark: Mapping[str, Any]) -> str:
     if "unreadable" in mark:
-        return "cannot be read: the layers have other shapes"
+        return f"cannot be read: {mark['unreadable']}"
     p = mark["log10_p_value"]
     exact = "no p-value" if p is None else unbroken(f"p = {power_of_ten(p)}")
     return f"{mark['matches']} of {mark['bits']} ({percent(_rate(mark))}), {exact}"
+
+
+def _all_marks(entry: Entry) -> str:
+    names = {"owner": "", "owner_triggers": "triggers: "}
+    return "; ".join(f"{names[n]}{_mark_words(entry[n])}" for n in names if n in entry)
 
 
 def _grouped(
@@ -266,14 +287,16 @@ def _removal_row(report: Mapping[str, Any], entry: Entry) -> dict[str, str]:
     mark = _owner(entry).get("owner")
     task = " (other task)" if entry["task"] == "other" else ""
     verdict = "" if mark is None else ("found" if not _hidden(entry) else "hidden")
-    if verdict == "hidden" and not _is_useful(report, entry):
+    if verdict == "hidden" and _unreadable(entry):
+        verdict = "could not be read"
+    elif verdict == "hidden" and not _is_useful(report, entry):
         verdict = "hidden, and the network is useless"
     return {
         "strength": _strength(entry),
         "what": _what(entry),
         "had": _had(entry),
         "accuracy": percent(entry["accuracy"]) + task,
-        "mark": "" if mark is None else _mark_words(mark),
+        "mark": _all_marks(entry),
         "verdict": verdict,
     }
 

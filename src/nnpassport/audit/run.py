@@ -14,7 +14,7 @@ from nnpassport import ownership
 from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.removal import with_head
 from nnpassport.audit.subject import Subject
-from nnpassport.audit.table import ATTACKS, Attack, applies, lacking
+from nnpassport.audit.table import ATTACKS, Attack, applies, why_not
 from nnpassport.data.images import ImageSet
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
@@ -25,6 +25,7 @@ from nnpassport.scheme import (
     OwnershipError,
     UnreadableDataError,
     UnreadableModelError,
+    UnsuitableModelError,
     Verdict,
 )
 from nnpassport.schemes.triggers import answers_to
@@ -43,7 +44,7 @@ def plan(
     """The attacks that an audit of this subject runs, and why it leaves the others out.
 
     Raises:
-        BadRecipeError: `only` names an attack that there is not.
+        BadRecipeError: `only` names an attack that there is not, or leaves none to run.
     """
     for name in only:
         attack_named(name)
@@ -51,17 +52,20 @@ def plan(
     left_out: dict[str, str] = {}
     for name, attack in ATTACKS.items():
         strengths = attack.full if full else attack.quick
-        missing = lacking(attack, subject)
+        reason = why_not(attack, subject)
         if only and name not in only:
             left_out[name] = "not asked for"
         elif not applies(attack, subject):
-            left_out[name] = f"does not apply to {subject.scheme.name}"
+            left_out[name] = str(reason)
         elif not strengths:
             left_out[name] = "only in a full audit"
-        elif missing:
-            left_out[name] = f"needs --{', --'.join(missing)}"
+        elif reason is not None:
+            left_out[name] = reason
         else:
             chosen += [(name, strength) for strength in strengths]
+    if only and not chosen:
+        reasons = "; ".join(f"{name} {left_out[name]}" for name in only)
+        raise BadRecipeError(f"nothing is left to run: {reasons}")
     return chosen, left_out
 
 
@@ -84,8 +88,10 @@ def audit(
         UnreadableModelError: `resume` finds the audit of another network, key or data.
     """
     chosen, left_out = plan(subject, full=full, only=only)
+    subject.recipe(0.01)  # a budget that makes no recipe is an error of the whole audit
     report = _begun(subject, path, resume)
-    report["left_out"] = left_out
+    there = {entry["attack"] for entry in report["entries"]}
+    report["left_out"] = {name: why for name, why in left_out.items() if name not in there}
     for done, (name, strength) in enumerate(chosen):
         show(done, len(chosen), name if not ATTACKS[name].strength else f"{name} {strength:g}")
         if _find(report, name, strength) is None:
@@ -104,7 +110,7 @@ def attempt(
     """
     try:
         outcome = ATTACKS[name].run(subject, strength)
-    except OwnershipError as error:
+    except UnsuitableModelError as error:
         return {**_facts(name, strength), "impossible": str(error)}
     return measured(subject, name, strength, outcome, before)
 
@@ -119,8 +125,9 @@ def measured(
     """What came of an attack, as plain JSON values."""
     facts = {**_facts(name, strength), "cost": outcome.cost._asdict()}
     if isinstance(outcome, Forged):
-        return {**facts, **_forgery(subject, outcome, before["accuracy"])}
-    return {**facts, **_remains(subject, outcome)}
+        by_answers = ATTACKS[name].marks == "triggers"
+        return {**facts, **_forgery(subject, outcome, before["accuracy"], by_answers=by_answers)}
+    return {**facts, **_remains(subject, outcome, other_task=ATTACKS[name].other_task)}
 
 
 def _facts(name: str, strength: float) -> dict[str, Any]:
@@ -135,20 +142,36 @@ def _facts(name: str, strength: float) -> dict[str, Any]:
 
 
 def before_attacks(subject: Subject) -> dict[str, Any]:
-    """What is there before anybody attacks: accuracy, and the owner's mark."""
-    return {
-        "accuracy": accuracy(subject.model, _test(subject), subject.normalise),
-        **_marks(subject, subject.model),
-    }
+    """What is there before anybody attacks: accuracy, and the owner's mark.
+
+    Raises:
+        UnsuitableModelError: the network does not carry the key that was given.
+        UnreadableDataError: there are no test images, or they are of another task.
+    """
+    test = _test(subject)
+    if len(test.classes) != len(subject.config.classes):
+        raise UnreadableDataError(
+            f"the images have {len(test.classes)} classes and the network "
+            f"{len(subject.config.classes)}; needed: images of the network's own task"
+        )
+    marks = _marks(subject, subject.model)
+    for mark in marks.values():
+        if "unreadable" in mark:
+            raise UnsuitableModelError(mark["unreadable"])
+        if not (mark["accepted"] or mark["matches"] == mark["bits"]):
+            raise UnsuitableModelError(
+                f"the network does not carry this key ({mark['matches']} of {mark['bits']} match), "
+                "so nothing could be said of what attacks leave of it; give the key that it was "
+                "marked with, or none"
+            )
+    return {"accuracy": accuracy(subject.model, test, subject.normalise), **marks}
 
 
-def _remains(subject: Subject, outcome: Attacked) -> dict[str, Any]:
+def _remains(subject: Subject, outcome: Attacked, *, other_task: bool) -> dict[str, Any]:
     """After a removal: accuracy on the task that the network now has, and the owner's mark."""
     model, test, task = outcome.model, _test(subject), "same"
-    transfer = subject.transfer
-    outputs = _outputs(model, subject)
-    if transfer is not None and outputs == len(transfer.test.classes) != len(test.classes):
-        test, task = transfer.test, "other"
+    if other_task:
+        test, task = subject.other_task().test, "other"
     found = {"accuracy": accuracy(model, test, subject.normalise), "task": task}
     # Triggers are asked with the original head: the new one has other classes.
     marked = model if task == "same" else with_head(model, subject.model)
@@ -183,12 +206,18 @@ def _read(verify: Callable[[], Verdict]) -> dict[str, Any]:
     }
 
 
-def _forgery(subject: Subject, outcome: Forged, target: float) -> dict[str, Any]:
+def _forgery(
+    subject: Subject, outcome: Forged, target: float, *, by_answers: bool
+) -> dict[str, Any]:
     """After a forgery: what the paper's verification says of the key, and what the exact one."""
     scheme, key, test = subject.scheme, outcome.key, _test(subject)
-    verdict = ownership.verify_model(outcome.model, subject.normalise, key)
-    reached = scheme.fidelity(outcome.model, key, test, subject.normalise)
     shown = accuracy(outcome.model, test, subject.normalise)
+    if by_answers:  # triggers alone were forged: nothing is presented to the network
+        answers = answers_to(key, outcome.model, subject.normalise)
+        verdict, reached = scheme.verify_answers(answers, key), shown
+    else:
+        verdict = ownership.verify_model(outcome.model, subject.normalise, key)
+        reached = scheme.fidelity(outcome.model, key, test, subject.normalise)
     published = scheme.verify_as_published(verdict)
     faithful = reached >= target - TOLERANCE
     return {
@@ -221,11 +250,6 @@ def _difference(owner: Key | None, forged: Key) -> float | None:
     return float(torch.cat([(mine != theirs).float() for mine, theirs in pairs]).mean())
 
 
-def _outputs(model: nn.Module, subject: Subject) -> int:
-    with torch.no_grad():
-        return int(model(subject.example).shape[1])
-
-
 def _test(subject: Subject) -> ImageSet:
     if subject.test is None:
         raise UnreadableDataError(
@@ -237,7 +261,12 @@ def _test(subject: Subject) -> ImageSet:
 def _begun(subject: Subject, path: Path, resume: bool) -> dict[str, Any]:
     identity = _identity(subject)
     if resume and path.exists():
-        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UnreadableModelError(
+                f"{path} is no report of an audit; remove it, or write to an empty folder"
+            ) from error
         if report.get("identity") != identity or report.get("version") != VERSION:
             raise UnreadableModelError(
                 f"{path} is the audit of another network, key, budget or data; resuming needs the "
@@ -272,7 +301,7 @@ def _identity(subject: Subject) -> str:
     sets = (subject.test, subject.train, *(() if transfer is None else transfer))
     parts: list[object] = [s.digest() if s is not None else "none" for s in sets]
     parts.append("none" if subject.key is None else subject.key.fingerprint)
-    parts += [asdict(subject.normalise), subject.budget, subject.seed]
+    parts += [asdict(subject.normalise), subject.budget, subject.seed, subject.scheme.name]
     hashed.update(repr(parts).encode())
     return hashed.hexdigest()
 

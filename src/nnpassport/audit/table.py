@@ -11,6 +11,7 @@ from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.passports import draw_seed
 from nnpassport.audit.subject import Subject
 from nnpassport.data.images import ImageSet
+from nnpassport.scheme import BadRecipeError
 from nnpassport.schemes.uchida import Uchida
 
 
@@ -32,6 +33,7 @@ class Attack(NamedTuple):
         quick: strengths of a quick audit.
         full: strengths of a full one.
         needs: what a subject must have beside the network: "key", "train", "transfer".
+        other_task: whether the network has another task afterwards.
         marks: the schemes it applies to, by the part they share; "" is all of them.
     """
 
@@ -43,6 +45,7 @@ class Attack(NamedTuple):
     full: Sequence[float] = (0.0,)
     needs: frozenset[str] = frozenset()
     marks: str = ""
+    other_task: bool = False
 
 
 ONCE = (0.0,)
@@ -50,6 +53,14 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLIPS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 KINDS = tuple(perturbation.KINDS)
 REMOVAL, OBFUSCATION, AMBIGUITY = Family.REMOVAL, Family.OBFUSCATION, Family.AMBIGUITY
+
+
+def _kind(number: float) -> str:
+    if number not in range(len(KINDS)):
+        raise BadRecipeError(
+            f"grid {number:g} is unknown; there are 0 to {len(KINDS) - 1}: {', '.join(KINDS)}"
+        )
+    return KINDS[int(number)]
 
 
 def _needs(*what: str) -> frozenset[str]:
@@ -143,6 +154,8 @@ def _forged(attack: Callable[..., Forged]) -> Callable[[Subject, float], Forged]
 def _ground(subject: Subject, tries: float) -> Forged:
     rng = subject.rng(f"grind {tries}")
     model, scheme, example = subject.model, subject.scheme, subject.example
+    if not 1 <= tries < 1e9:
+        raise BadRecipeError(f"{tries:g} keys cannot be drawn; needed: at least 1")
     return ambiguity.grind(model, scheme, example, rng, tries=int(tries))
 
 
@@ -238,7 +251,7 @@ ATTACKS: Mapping[str, Attack] = {
     "quantise": Attack(
         REMOVAL,
         f"round the weights: 0 to {len(KINDS) - 1} are {', '.join(KINDS)}",
-        lambda s, kind: perturbation.quantise(s.model, KINDS[int(kind)]),
+        lambda s, kind: perturbation.quantise(s.model, _kind(kind)),
         "grid",
         tuple(map(float, range(len(KINDS)))),
         tuple(map(float, range(len(KINDS)))),
@@ -268,6 +281,7 @@ ATTACKS: Mapping[str, Attack] = {
             f"fine-tune to another task ({form.upper()}; the paper's Table 2 is RTAL)",
             _transferred(form),
             needs=_needs("transfer"),
+            other_task=True,
         )
         for form in ("rtal", "rtll")
     },
@@ -455,6 +469,14 @@ def applies(attack: Attack, subject: Subject) -> bool:
         "passport": scheme.reads_weights and not projection,
     }
     return facts[attack.marks]
+
+
+def why_not(attack: Attack, subject: Subject) -> str | None:
+    """Why the attack cannot be run on this subject, or None."""
+    if not applies(attack, subject):
+        return f"does not apply to {subject.scheme.name}"
+    missing = lacking(attack, subject)
+    return f"needs --{', --'.join(missing)}" if missing else None
 
 
 def lacking(attack: Attack, subject: Subject) -> list[str]:
