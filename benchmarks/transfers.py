@@ -173,11 +173,10 @@ def render() -> str:
         (e["network"], e["target"]): e
         for e in (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
     }
-    some = {}
     for key in ((n, t) for n in NETWORKS for t in TARGETS):
         if key not in found:
             continue
-        e = some = found[key]
+        e = found[key]
         forged = "; ".join(
             f"{n}: {_rate(e['marks_after'][n])} ({_rate(e['marks_before'][n])})"
             for n in e["marks_before"]
@@ -190,8 +189,9 @@ def render() -> str:
             f"| {_rate(after)} ({_rate(real)}) | {after['log10_p_value']:.1f} "
             f"({real['log10_p_value']:.1f}) | {forged} | {e['reported']} |"
         )
-    made = some.get("provenance", {})
-    lines += ["", f"Device: {made.get('device')}, torch {made.get('torch')}; n = 1 run a cell."]
+    made = {(e["provenance"]["device"], e["provenance"]["torch"]) for e in found.values()}
+    devices = "; ".join(f"{device}, torch {torch_}" for device, torch_ in sorted(made))
+    lines += ["", f"Device: {devices}; n = 1 run a cell."]
     return "\n".join(lines) + "\n"
 
 

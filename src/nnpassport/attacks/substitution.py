@@ -25,9 +25,6 @@ from nnpassport.training import Recipe, classification, fit
 HIDDEN = 10
 """Hidden units for each channel in the individual form."""
 
-SUBSTITUTION = Recipe(epochs=30, batch=64, rate=0.01, schedule="one-cycle")
-"""For a tenth of CIFAR-10; take as many times more epochs as there is less data."""
-
 Block = Callable[[int, torch.Generator], nn.Module]
 
 
