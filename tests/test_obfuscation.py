@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from nnpassport.attacks.channels import Channels, Producer, channels_of
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -18,6 +17,7 @@ from nnpassport.attacks.obfuscation import (
     rescale,
     split_channels,
 )
+from nnpassport.channels import Channels, Producer, channels_of
 from nnpassport.functional import read_bits
 from nnpassport.models import build
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError

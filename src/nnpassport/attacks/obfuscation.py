@@ -24,7 +24,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from nnpassport.attacks.channels import (
+from nnpassport.attacks.outcome import Attacked, stopwatch
+from nnpassport.attacks.perturbation import check_share
+from nnpassport.channels import (
     Channels,
     Producer,
     channels_of,
@@ -39,8 +41,6 @@ from nnpassport.attacks.channels import (
     spread_over,
     width,
 )
-from nnpassport.attacks.outcome import Attacked, stopwatch
-from nnpassport.attacks.perturbation import check_share
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 _KEEPS_STATISTICS = nn.modules.batchnorm._NormBase
