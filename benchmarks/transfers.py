@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from nnpassport import ownership
+from nnpassport import ownership, verification
 from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.removal import fine_tune, with_head
 from nnpassport.catalog import scheme_named, with_settings
@@ -147,7 +147,7 @@ def forgeries(name: str, model, normalise) -> dict:
 
 def marks(model, key, normalise) -> dict:
     """What V reads: matches, and the p-value where the key is derived."""
-    verdict = ownership.verify_model(model, normalise, key)
+    verdict = verification.verify_model(model, normalise, key)
     return {
         "bits": verdict.bits,
         "matches": verdict.matches,

@@ -26,12 +26,12 @@ from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
 from nnpassport.functional import Geometry, mean_patch, passport_affine
 from nnpassport.models import build
-from nnpassport.ownership import verify_model
 from nnpassport.scheme import UnsuitableModelError
 from nnpassport.schemes.adi import ADI
 from nnpassport.schemes.passport import V1, V2, Passport
 from nnpassport.schemes.uchida import UCHIDA
 from nnpassport.training import Recipe
+from nnpassport.verification import verify_model
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 QUICK = Recipe(epochs=1, batch=64, rate=0.05, schedule="constant", augment=False)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nnpassport import ownership
+from nnpassport import ownership, verification
 from nnpassport.catalog import CATALOG, with_settings
 from nnpassport.checkpoint import save_model
 from nnpassport.config import ModelConfig
@@ -64,11 +64,11 @@ def owned(request, digits):
 
 
 def verdict(owned, key, model=None):
-    return ownership.verify_model(model or owned.model, owned.normalise, key)
+    return verification.verify_model(model or owned.model, owned.normalise, key)
 
 
 def test_finds_what_it_embedded(owned):
-    found = ownership.verify_model(
+    found = verification.verify_model(
         owned.model, owned.normalise, owned.key, log10_alpha=LOG10_ALPHA_COMMITTED
     )
     assert found.matches == found.bits
@@ -230,13 +230,13 @@ def folder_of(owned, path):
 
 def test_a_folder_is_verified_and_released_whatever_the_scheme(owned, tmp_path):
     folder = folder_of(owned, tmp_path / "model")
-    options = ownership.Options(log10_alpha=LOG10_ALPHA_COMMITTED)
-    found = ownership.verify(folder, owned.key, options=options)
+    options = verification.Options(log10_alpha=LOG10_ALPHA_COMMITTED)
+    found = verification.verify(folder, owned.key, options=options)
     assert found.accepted
     assert found.digests
-    assert ownership.verify_as_published(folder, owned.key).accepted
-    trial = ownership.Trial(owned.data, target=1.0, tolerance=0.3)
-    assert ownership.verify(folder, owned.key, trial=trial, options=options).fidelity.passed
+    assert verification.verify_as_published(folder, owned.key).accepted
+    trial = verification.Trial(owned.data, target=1.0, tolerance=0.3)
+    assert verification.verify(folder, owned.key, trial=trial, options=options).fidelity.passed
     if not owned.scheme.name.startswith("passport"):  # passports are released from their own folder
         assert ownership.release(folder, owned.key, tmp_path / "released").matches == found.bits
 

@@ -123,28 +123,47 @@ def reorder(model: nn.Module, channels: Channels, order: Int64[Tensor, " channel
         weight.copy_(weight[:, columns.to(weight.device)])
 
 
-def grow(model: nn.Module, channels: Channels, source: Int64[Tensor, " grown"]) -> None:
-    """Make as many channels as `source` names, in place, each a copy of an old channel.
+def take(model: nn.Module, channels: Channels, source: Int64[Tensor, " taken"]) -> None:
+    """Make as many channels as `source` names, in place, each a copy of an old one; −1 is zeros.
 
     The consumers read each copy in full: it is the caller's to scale their columns. A group norm
-    gets more groups of the same size.
+    gets more or fewer groups of the same size.
     """
-    old = width(model, channels)
+    old, there = width(model, channels), source >= 0
     for producer in channels.producers:
         size = group_size(model, producer.norm)
         for part in parts_of(model, producer):
             for name, values in per_channel(part).items():
                 _replace(part, name, values[source.to(values.device)])
             _state_outputs(part, len(source), size)
+            for values in part.parameters(recurse=False):
+                scale_rows(values.detach(), there)
     for name in channels.consumers:
         layer = model.get_submodule(name)
         weight = layer.get_parameter("weight")
-        columns = spread_over(source, weight.shape[1] // old)
+        columns = spread_over(source % old, weight.shape[1] // old)
         _replace(layer, "weight", weight[:, columns.to(weight.device)])
+        scale_columns(layer.get_parameter("weight").detach(), there)
         if isinstance(layer, nn.Conv2d):
             layer.in_channels = len(columns)
         elif isinstance(layer, nn.Linear):
             layer.in_features = len(columns)
+
+
+def affine(model: nn.Module, producer: Producer) -> dict[str, Tensor]:
+    """Weight and bias of what comes last: the norm, or the layer that has none."""
+    return dict(parts_of(model, producer)[-1].named_parameters(recurse=False))
+
+
+def negate(model: nn.Module, producer: Producer, sign: Float[Tensor, " channels"]) -> None:
+    """Multiply channels by ±1 between a layer and its norm, in place; the norm takes it back.
+
+    Exact where all channels of a norm's group have one sign; see `group_size`.
+    """
+    layer, norm = map(per_channel, parts_of(model, producer))
+    turned = [norm[name] for name in ("weight", "running_mean") if name in norm]
+    for values in (*layer.values(), *turned):
+        scale_rows(values, sign)
 
 
 def _replace(module: nn.Module, name: str, values: Tensor) -> None:
@@ -165,7 +184,7 @@ def _state_outputs(module: nn.Module, channels: int, group: int) -> None:
         case nn.Linear():
             module.out_features = channels
         case nn.GroupNorm():
-            module.num_channels, module.num_groups = channels, channels // group
+            module.num_channels, module.num_groups = channels, max(1, channels // group)
         case nn.modules.batchnorm._NormBase():
             module.num_features = channels
 

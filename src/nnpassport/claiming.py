@@ -1,4 +1,4 @@
-"""The commands `claim keygen`, `new`, `show` and `verify`: commit to a key before any dispute."""
+"""The commands `claim …`: commit to a key before any dispute, and disclose it in one."""
 
 import json
 import os
@@ -164,6 +164,23 @@ def verify(
     )
     _print_finding(finding.as_dict(), as_json)
     raise typer.Exit(0 if finding.holds else 1)
+
+
+@app.command()
+def disclose(
+    path: ClaimFile,
+    key: KeyFile,
+    out: Out,
+    reference: Annotated[
+        Path | None, typer.Option(help="The released model folder that the claim commits to.")
+    ] = None,
+    passphrase: Passphrase = False,
+) -> None:
+    """Put claim, key and reference into a folder for a judge. The key is secret no longer."""
+    from nnpassport import hearing  # noqa: PLC0415
+
+    hearing.disclose(path, key_from(key, passphrase), out, reference=reference)
+    errors.print(f"{out}: give it to the judge, and to nobody else before.", soft_wrap=True)
 
 
 def _ppm(share: float) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__, attacking, claiming
+from nnpassport import __version__, attacking, claiming, judging
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -25,7 +25,6 @@ from nnpassport.options import (
     Initial,
     KeyFile,
     Norm,
-    OptionalImages,
     Out,
     Passphrase,
     Precision,
@@ -104,6 +103,12 @@ def key_new(
         ),
     ] = None,
     owner: Annotated[str, typer.Option(help="Your name, for the record.")] = "unnamed",
+    signing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your public key, PEM, from `claim keygen`: nobody else can claim this key then."
+        ),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(help="Signature that can be read back, ASCII (default: random bits)."),
@@ -132,6 +137,10 @@ def key_new(
     from nnpassport import ownership  # noqa: PLC0415
     from nnpassport.evidence.keyfile import save_key  # noqa: PLC0415
 
+    if signing is not None:
+        from nnpassport.evidence.signing import bound_name, load_public_key  # noqa: PLC0415
+
+        owner = bound_name(owner, load_public_key(signing))
     config = config_from(model, norm, arguments, classes, (channels, size, size), factory)
     drawn = ownership.draw_key(config, scheme, owner=owner, layers=layer, text=text)
     if passports != "derived":
@@ -291,56 +300,6 @@ def release(
 
 
 @app.command()
-def verify(
-    suspect: Annotated[Path, typer.Argument(help="Model folder or weights file, from anybody.")],
-    key: KeyFile,
-    data: OptionalImages = None,
-    split: Split = None,
-    target: Annotated[
-        float | None,
-        typer.Option(help="Accuracy that was declared, 0 to 1 (default: the suspect's own)."),
-    ] = None,
-    tolerance: Annotated[float, typer.Option(help="ε_f of the fidelity test, 0 to 1.")] = 0.03,
-    like: Annotated[
-        Path | None, typer.Option(help="Model folder whose architecture the suspect has.")
-    ] = None,
-    black_box: Annotated[
-        bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
-    ] = False,
-    as_published: Annotated[
-        bool,
-        typer.Option("--as-published", help="The rule of the scheme's paper, without p-value."),
-    ] = False,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="log10 of the threshold on p (default: -30.1, that is 2^-100)."),
-    ] = None,
-    factory: Factory = None,
-    passphrase: Passphrase = False,
-    as_json: AsJson = False,
-) -> None:
-    """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
-    from nnpassport import ownership  # noqa: PLC0415
-    from nnpassport.config import read_config  # noqa: PLC0415
-
-    secret = key_from(key, passphrase)
-    reference = None if like is None else read_config(like)
-    options = ownership.Options(reference, factory, alpha)
-    if black_box:
-        verdict = ownership.verify_answers(suspect, secret, options=options)
-    elif as_published:
-        verdict = ownership.verify_as_published(suspect, secret, options=options)
-    else:
-        trial = None
-        if data is not None:
-            config = ownership.config_of(suspect, options)
-            trial = ownership.Trial(images_from(data, split, config), target, tolerance)
-        verdict = ownership.verify(suspect, secret, trial=trial, options=options)
-    print_verdict(verdict, as_json)
-    raise typer.Exit(0 if verdict.accepted else 1)
-
-
-@app.command()
 def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
     full: Annotated[
@@ -355,6 +314,8 @@ def bench(
         typer.echo(run(out, full=full, minutes=minutes, show=show))
 
 
+app.command()(judging.verify)
+app.command()(judging.judge)
 app.command()(attacking.attack)
 app.command("attacks")(attacking.list_attacks)
 app.command()(attacking.audit)

@@ -1,4 +1,4 @@
-"""The owner's acts on files: train or embed into a folder, release it, verify a suspect.
+"""The owner's acts on files: draw a key, train or embed into a folder, release it.
 
 What the command line does, for programs: every function reads and writes model folders.
 """
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from nnpassport import surgery
 from nnpassport.catalog import scheme_named
-from nnpassport.checkpoint import Loaded, load_model, load_suspect, save_model
+from nnpassport.checkpoint import load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
 from nnpassport.evidence.key import Key
-from nnpassport.fidelity import accuracy, plain_evaluation
+from nnpassport.fidelity import plain_evaluation
 from nnpassport.scheme import (
-    Fidelity,
     UnreadableDataError,
     UnreadableKeyError,
     UnsuitableModelError,
@@ -35,10 +34,8 @@ from nnpassport.schemes.drawn import (
     with_passports,
 )
 from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.triggers import answers_to
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.training import Evaluation, Journal, Recipe, classification, fit
-from nnpassport.weights import read_weights
+from nnpassport.verification import verify_model
 
 # How many images each of γ and β is made of, in the paper's modes.
 PUBLISHED_PASSPORTS: Mapping[str, int] = {"random": 0, "image": 1, "shuffle": 20}
@@ -208,141 +205,6 @@ def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None
     }
     save_model(folder, plain, replace(loaded.config, metrics=kept, notes={}))
     return verify_model(load_model(folder, trusted_factory=trusted_factory).model, normalise, key)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How to look at a suspect.
-
-    Attributes:
-        reference: config of the owner's network, for suspects that bring none of ours.
-        trusted_factory: the caller's own "package.module:factory"; see `checkpoint.load_suspect`.
-        log10_alpha: threshold on log₁₀ p; None is 2⁻¹⁰⁰, right for a claim nobody has dated.
-    """
-
-    reference: ModelConfig | None = None
-    trusted_factory: str | None = None
-    log10_alpha: float | None = None
-
-    @property
-    def threshold(self) -> float:
-        """log₁₀ α."""
-        return LOG10_ALPHA_UNCOMMITTED if self.log10_alpha is None else self.log10_alpha
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class Trial:
-    """What F is measured on.
-
-    Attributes:
-        data: labelled images of the network's task.
-        target: accuracy in [0, 1] that the owner declared; None is the suspect's own, as it is.
-        tolerance: ε_f, in [0, 1]; the paper takes 0.03 for AlexNet and 0.2 for ResNet-18.
-    """
-
-    data: ImageSet
-    target: float | None = None
-    tolerance: float = 0.03
-
-
-def verify(
-    suspect: Path, key: Key, *, trial: Trial | None = None, options: Options | None = None
-) -> Verdict:
-    """Does the network in `suspect`, a folder or file from anybody, carry `key`?
-
-    Bits are read from the weights alone. With a `trial` the network is also built (from its own
-    config if that names an architecture of ours, else from the reference) and F is measured: does
-    the passport sustain the accuracy?
-
-    Raises:
-        OwnershipError: it could not be checked; which kind says why.
-    """
-    options = options or Options()
-    scheme = scheme_named(key.context.scheme)
-    verdict = _verdict(suspect, key, options)
-    if trial is None:
-        return verdict
-    loaded = _load(suspect, options)
-    if len(trial.data.classes) != len(loaded.config.classes):
-        raise UnreadableDataError(
-            f"the images have {len(trial.data.classes)} classes and the suspect "
-            f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
-        )
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    target = trial.target
-    if target is None:
-        target = accuracy(loaded.model, trial.data, normalise)
-    presented = scheme.fidelity(loaded.model, key, trial.data, normalise)
-    fidelity = Fidelity(presented, target, trial.tolerance)
-    return replace(
-        verdict,
-        fidelity=fidelity,
-        digests=loaded.digests,
-        reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
-        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}",
-    )
-
-
-def verify_as_published(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
-    """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
-    verdict = _verdict(suspect, key, options or Options())
-    return scheme_named(key.context.scheme).verify_as_published(verdict)
-
-
-def verify_model(
-    model: nn.Module,
-    normalise: Normalisation,
-    key: Key,
-    *,
-    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-) -> Verdict:
-    """The same question about a network in memory: by its weights, or else by its answers."""
-    scheme = scheme_named(key.context.scheme)
-    if scheme.reads_weights:
-        return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)
-    answers = answers_to(key, model, normalise)
-    return scheme.verify_answers(answers, key, log10_alpha=log10_alpha)
-
-
-def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
-    """The same question in black box: only the suspect's predictions on the triggers are used.
-
-    Raises:
-        OwnershipError: it could not be checked; the key has no triggers, say.
-    """
-    options = options or Options()
-    scheme = scheme_named(key.context.scheme)
-    if not scheme.triggers:
-        raise UnsuitableModelError(
-            f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
-            "scheme that has; verify this one by the weights"
-        )
-    loaded = _load(suspect, options)
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    answers = answers_to(key, loaded.model, normalise)
-    verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
-    return replace(verdict, digests=loaded.digests)
-
-
-def config_of(suspect: Path, options: Options) -> ModelConfig:
-    """The config by which a suspect is built: what its images have to look like."""
-    return _load(suspect, options).config
-
-
-def _verdict(suspect: Path, key: Key, options: Options) -> Verdict:
-    """By the weights alone if the scheme can: then nothing of the suspect is even built."""
-    scheme = scheme_named(key.context.scheme)
-    if not scheme.reads_weights:
-        return verify_answers(suspect, key, options=options)
-    weights = read_weights(Path(suspect))
-    verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
-    return replace(verdict, digests=weights.digests)
-
-
-def _load(suspect: Path, options: Options) -> Loaded:
-    return load_suspect(Path(suspect), options.reference, trusted_factory=options.trusted_factory)
 
 
 def _initial(

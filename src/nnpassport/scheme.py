@@ -24,9 +24,23 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+_LONGEST_MESSAGE = 4_000  # characters
+
 
 class OwnershipError(ValueError):
-    """Ownership could not be embedded, read or checked; the message says what would work."""
+    """Ownership could not be embedded, read or checked; the message says what would work.
+
+    Messages quote files that may be hostile: they are kept short, and what could drive a terminal
+    is spelled out.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        whole = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"
+        super().__init__("".join(map(_spelled, whole)))
+
+
+def _spelled(letter: str) -> str:
+    return letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
 
 
 class UnsuitableModelError(OwnershipError):
@@ -104,6 +118,7 @@ class Verdict:
         log10_alpha: the threshold that was declared; the mark counts when p ≤ α.
         fidelity: outcome of F, or None where no data were given.
         alignment: what alignment did to the suspect before it was read, or None.
+        claim: the claim that the verdict was given under, and whether it holds, or None.
         digests: SHA-256 of every file that was read, by name.
     """
 
@@ -116,6 +131,7 @@ class Verdict:
     marked: bool
     fidelity: Fidelity | None = None
     alignment: Mapping[str, Any] | None = None
+    claim: Mapping[str, Any] | None = None
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 

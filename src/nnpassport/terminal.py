@@ -71,9 +71,37 @@ def print_verdict(verdict: Verdict, as_json: bool) -> None:
         reached = f"{100 * f.accuracy:.2f} % with the passport presented"
         declared = f"target {100 * f.target:.2f} %, tolerance {100 * f.tolerance:.2f} points"
         rows.append(("fidelity", f"{'passed' if f.passed else 'failed'}: {reached}; {declared}"))
+    if (a := verdict.alignment) is not None:
+        null = a["null"]
+        likeness = ", ".join(f"{name} {value:.2f}" for name, value in a["cosines"].items())
+        rows += [
+            ("alignment", f"mean |cosine|: {likeness}"),
+            ("null", f"{null['networks']}: {null['matches']} of {null['bits']} match"),
+        ]
+    if verdict.claim is not None:
+        rows += [("claim", f"{verdict.claim['reason']}; {verdict.claim['age']}")]
     rows += [("reason", verdict.reason)]
     rows += [(f"sha256 {name}", digest) for name, digest in verdict.digests.items()]
     print_table(("", ""), rows)
+
+
+def print_ruling(facts: Any) -> None:
+    """Print a ruling, its reasons, and what every reading found."""
+    owner, ruling = facts["owner"], str(facts["ruling"])
+    Console().print(Text(f"OWNER: {owner}" if owner else ruling.upper(), style="bold"))
+    rows = []
+    for each in facts["claimants"]:
+        for how, found in each["readings"].items():
+            p = "none" if found["log10_p_value"] is None else f"10^{found['log10_p_value']:.1f}"
+            said = "accepted" if found["accepted"] else "refused"
+            count = f"{found['matches']} of {found['bits']}"
+            rows.append((each["name"], how, count, f"p = {p}", said))
+        if not each["readings"]:
+            why = "not checked" if each["unchecked"] else "claim does not hold"
+            rows.append((each["name"], "", "", "", why))
+    print_table(("claimant", "read", "matches", "p-value", ""), rows)
+    for number, reason in enumerate(facts["reasons"], 1):
+        Console(highlight=False).print(Text(f"{number}. {reason}"))
 
 
 def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:

@@ -29,16 +29,18 @@ from nnpassport.attacks.perturbation import check_share
 from nnpassport.channels import (
     Channels,
     Producer,
+    affine,
     channels_of,
     common_groups,
     group_size,
-    grow,
+    negate,
     parts_of,
     per_channel,
     reorder,
     scale_columns,
     scale_rows,
     spread_over,
+    take,
     width,
 )
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
@@ -72,14 +74,11 @@ def flip_signs(model: nn.Module, rng: torch.Generator, *, share: float = 0.5) ->
         )
     flipped = deepcopy(model)
     sizes = [group_size(flipped, host.norm) for host in hosts]
-    groups = [len(_affine(flipped, h)["weight"]) // s for h, s in zip(hosts, sizes, strict=True)]
+    groups = [len(affine(flipped, h)["weight"]) // s for h, s in zip(hosts, sizes, strict=True)]
     chosen = torch.randperm(sum(groups), generator=rng) < round(share * sum(groups))
     for host, mask, size in zip(hosts, chosen.split(groups), sizes, strict=True):
         sign = torch.where(mask.repeat_interleave(size), -1.0, 1.0)
-        layer, norm = map(per_channel, parts_of(flipped, host))
-        turned = [norm[name] for name in ("weight", "running_mean") if name in norm]
-        for values in (*layer.values(), *turned):
-            scale_rows(values, sign)
+        negate(flipped, host, sign)
     return Attacked(flipped, stop())
 
 
@@ -129,7 +128,7 @@ def rescale(model: nn.Module, rng: torch.Generator, *, spread: float = 2.0) -> A
     for channels in found:
         factor = _log_uniform(width(rescaled, channels), spread, rng)
         for producer in channels.producers:
-            for values in _affine(rescaled, producer).values():
+            for values in affine(rescaled, producer).values():
                 scale_rows(values, factor)
         for name in channels.consumers:
             scale_columns(rescaled.get_submodule(name).get_parameter("weight"), 1 / factor)
@@ -254,11 +253,6 @@ def _growable(model: nn.Module) -> list[Channels]:
     return found
 
 
-def _affine(model: nn.Module, producer: Producer) -> dict[str, Tensor]:
-    """Weight and bias of what comes last: the norm, or the layer that has none."""
-    return dict(parts_of(model, producer)[-1].named_parameters(recurse=False))
-
-
 def _log_uniform(count: int, spread: float, rng: torch.Generator) -> Float[Tensor, " count"]:
     exponent = torch.rand(count, generator=rng, dtype=torch.float64) * 2 - 1
     return (exponent * math.log(spread)).exp()
@@ -294,7 +288,7 @@ def _duplicate(
     old = torch.arange(width(model, channels) // size)
     gaps = torch.rand(len(sources), generator=rng) * (len(old) + 1)
     order = torch.cat([old + 1.0, gaps]).argsort()
-    grow(model, channels, spread_over(torch.cat([old, sources])[order], size))
+    take(model, channels, spread_over(torch.cat([old, sources])[order], size))
     return order.argsort()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnpassport import ownership
+from nnpassport import verification
 from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.removal import with_head
 from nnpassport.audit.subject import Subject
@@ -216,7 +216,7 @@ def _forgery(
         answers = answers_to(key, outcome.model, subject.normalise)
         verdict, reached = scheme.verify_answers(answers, key), shown
     else:
-        verdict = ownership.verify_model(outcome.model, subject.normalise, key)
+        verdict = verification.verify_model(outcome.model, subject.normalise, key)
         reached = scheme.fidelity(outcome.model, key, test, subject.normalise)
     published = scheme.verify_as_published(verdict)
     faithful = reached >= target - TOLERANCE

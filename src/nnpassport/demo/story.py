@@ -23,11 +23,12 @@ from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.evidence.report import percent, png
 from nnpassport.files import write_atomically
 from nnpassport.models import AlexNet
-from nnpassport.ownership import Sets, Trial, divide, embed, release, train, verify
+from nnpassport.ownership import Sets, divide, embed, release, train
 from nnpassport.provenance import provenance
 from nnpassport.scheme import UnwritableOutputError
 from nnpassport.schemes.passport import V2
 from nnpassport.training import Recipe
+from nnpassport.verification import Trial, verify
 
 SIZE = 32
 """Pixels a side, which AlexNet's form for small images needs; the digits are scaled up to it."""

@@ -22,7 +22,7 @@ from nnpassport.evidence.claimfile import (
 )
 from nnpassport.evidence.context import Context, canonical_json
 from nnpassport.evidence.key import Key
-from nnpassport.evidence.signing import open_envelope, public_hex, sign
+from nnpassport.evidence.signing import binding_of, open_envelope, public_hex, sign
 from nnpassport.evidence.timestamp import (
     MAX_RESPONSE_BYTES,
     Timestamp,
@@ -80,6 +80,12 @@ class Claim:
         names = (self.context.owner, *(layer.name for layer in self.context.layers))
         for name in names:  # they will be printed, and come from anybody
             _require(name.isprintable(), f"the name {name!a:.80}", "printable characters")
+        bound = binding_of(self.context.owner)
+        if bound not in (None, self.owner_key):
+            raise BadSignatureError(
+                f"the key was drawn for the owner of the public key {bound}, and the claim is by "
+                f"{self.owner_key!s:.64}; nobody but the first can claim it"
+            )
         alpha = self.log10_alpha
         sound = type(alpha) is int and _LEAST_ALPHA <= alpha <= -1
         _require(sound, f"log10_alpha {alpha!r:.20}", f"an integer from {_LEAST_ALPHA} to -1")
@@ -280,7 +286,7 @@ def _parsed(payload: bytes, owner: Ed25519PublicKey) -> Claim:
         # Encoding again also catches unknown fields, another version, and an owner who is not
         # the one of the context.
         known = claim.encode() == payload
-    except UnreadableClaimError:
+    except (UnreadableClaimError, BadSignatureError):
         raise
     except (KeyError, TypeError, ValueError, AttributeError):
         known = False

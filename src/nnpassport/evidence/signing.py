@@ -4,6 +4,7 @@ signed bytes = "DSSEv1" ␣ |type| ␣ type ␣ |payload| ␣ payload          [
 """
 
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from nnpassport.scheme import (
 )
 
 _MAX_PEM = 2**16
+_BOUND = re.compile(r".* \(ed25519:([0-9a-f]{64})\)", re.DOTALL)
 _FIELDS = {"payload", "payloadType", "signatures"}
 
 
@@ -111,6 +113,21 @@ def public_hex(owner: Ed25519PublicKey) -> str:
     return owner.public_bytes_raw().hex()
 
 
+def bound_name(name: str, owner: Ed25519PublicKey) -> str:
+    """An owner's name with his public key in it, for the context of a key.
+
+    Every secret of the key then depends on the public key, and a claim to it that another has
+    signed does not hold.
+    """
+    return f"{name} (ed25519:{public_hex(owner)})"
+
+
+def binding_of(name: str) -> str | None:
+    """The public key, in hexadecimal, that an owner's name is bound to, or None."""
+    found = _BOUND.fullmatch(name)
+    return None if found is None else found[1]
+
+
 def public_from_hex(text: str) -> Ed25519PublicKey:
     """The public key that `public_hex` wrote.
 
@@ -173,7 +190,7 @@ def load_signing_key(path: Path, *, passphrase: str | None = None) -> Ed25519Pri
     data = read_small(path, "signing key", _MAX_PEM, UnreadableKeyError)
     try:
         signing = serialization.load_pem_private_key(data, secret)
-    except (ValueError, TypeError):  # TypeError: a passphrase too many, or too few
+    except Exception:  # the library has many, and this is a TypeError: a passphrase too many
         signing = None
     # Raised out here so that no error about the secret's bytes is carried along as the context.
     if not isinstance(signing, Ed25519PrivateKey):
@@ -194,7 +211,7 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
     data = read_small(path, "public key", _MAX_PEM, UnreadableKeyError)
     try:
         owner = serialization.load_pem_public_key(data)
-    except ValueError:
+    except Exception:  # as above
         owner = None
     if not isinstance(owner, Ed25519PublicKey):
         raise UnreadableKeyError(

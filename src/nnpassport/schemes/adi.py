@@ -170,6 +170,10 @@ class Adi:
             "ask the network for its answers to the triggers and use verify_answers"
         )
 
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """None: V reads no weights."""
+        return {}
+
     def verify_answers(
         self,
         answers: Int64[Tensor, " triggers"],

@@ -225,6 +225,10 @@ class Passport:
         """V in white box: does a network with these weights carry `key`?"""
         return read_signature(weights, key, log10_alpha=log10_alpha)
 
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies a flattened filter with: m(P_γ), one for each group."""
+        return {name: secret.mean_patch[0] for name, secret in secrets_of(key).items()}
+
     def verify_answers(
         self,
         answers: Int64[Tensor, " triggers"],

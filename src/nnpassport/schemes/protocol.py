@@ -76,6 +76,9 @@ class Scheme(Protocol):
     ) -> Verdict:
         """V in white box: does a network with these weights carry `key`?"""
 
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies a flattened filter with to read bits (forms columns)."""
+
     def verify_answers(
         self, answers: Int64[Tensor, " triggers"], key: Key, *, log10_alpha: float = ...
     ) -> Verdict:

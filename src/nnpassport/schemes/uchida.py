@@ -189,6 +189,10 @@ class Uchida:
             log10_alpha=log10_alpha,
         )
 
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies a flattened filter with: the rows of X."""
+        return {layer.name: key.layer_projection(layer.name) for layer in key.context.layers}
+
     def verify_answers(
         self,
         answers: Int64[Tensor, " triggers"],

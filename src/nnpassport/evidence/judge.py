@@ -1,0 +1,164 @@
+"""Rule between rival claimants of one suspect, from facts that others have checked.
+
+A mark says that a network is related to a key. It does not say who was first: whoever copies a
+network can embed a mark of his own on top, or turn its channels until they read as his bits. So
+where several marks are there, order decides, by two kinds of evidence:
+
+1. X's mark stands, as it is read without alignment, in the network that Y committed to, and Y's is
+   not in X's by any reading: then Y's network was made from one of X's. A mark as it stands cannot
+   be put into a file that another has committed to. (An aligned reading does not count here: a copy
+   with turned channels matches its original in both directions.)
+2. X's claim is proved by a timestamp to be older than Y's, or X's is dated and Y's is not.
+
+Neither: undecided. Nothing here reads a file; `nnpassport.hearing` does.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from typing import Any, NamedTuple, final
+
+from nnpassport.scheme import Verdict
+
+AS_IT_STANDS = "as it stands"
+ALIGNED = "aligned"
+
+
+class Outcome(Enum):
+    """What a ruling says."""
+
+    OWNER = "owner"
+    NOBODY = "nobody"
+    UNDECIDED = "undecided"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Claimant:
+    """One claimant and what was found of him.
+
+    Attributes:
+        name: what the judge calls him.
+        owner: what he calls himself; whether it is true is not for a program to say.
+        fingerprint: of the disclosed key, or None where none could be read.
+        refused: why his claim does not hold, or None.
+        unchecked: why his claim could not be checked, or None.
+        time: when a trusted timestamp authority saw the claim, or None.
+        readings: verdicts on the suspect, by how it was read; p-values for all claimants together.
+        elsewhere: by another claimant's name, verdicts on the network that *he* committed to.
+        notes: what else the judge should know, in words.
+    """
+
+    name: str
+    owner: str = ""
+    fingerprint: str | None = None
+    refused: str | None = None
+    unchecked: str | None = None
+    time: datetime | None = None
+    readings: Mapping[str, Verdict] = field(default_factory=dict)
+    elsewhere: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    @property
+    def proves(self) -> bool:
+        """Whether his claim holds and his mark is in the suspect."""
+        sound = self.refused is None and self.unchecked is None
+        return sound and any(verdict.accepted for verdict in self.readings.values())
+
+    def stands_in(self, other: "Claimant") -> bool:
+        """Whether his mark is in the other's network as that one is."""
+        found = self.elsewhere.get(other.name, {}).get(AS_IT_STANDS)
+        return found is not None and found.marked
+
+    def absent_from(self, other: "Claimant") -> bool:
+        """Whether his mark was looked for in the other's network, and no reading finds it."""
+        found = self.elsewhere.get(other.name, {})
+        return AS_IT_STANDS in found and not any(each.marked for each in found.values())
+
+
+class Ruling(NamedTuple):
+    """A ruling and its reasons, in the order in which they were found."""
+
+    outcome: Outcome
+    owner: str | None
+    reasons: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {"ruling": self.outcome.value, "owner": self.owner, "reasons": list(self.reasons)}
+
+
+def rule(claimants: Sequence[Claimant]) -> Ruling:
+    """An owner, nobody, or undecided.
+
+    Nobody: every claim was checked, and none proves anything. A claim that could not be checked
+    leaves it undecided, unless another is proved.
+
+    Raises:
+        ValueError: two claimants have one name.
+    """
+    if len({each.name for each in claimants}) < len(claimants):
+        raise ValueError("two claimants have one name; needed: distinct ones")
+    reasons = [sentence for each in claimants for sentence in _found(each)]
+    proved = [each for each in claimants if each.proves]
+    if not proved:
+        unchecked = [each.name for each in claimants if each.unchecked is not None]
+        if unchecked:
+            reasons.append(
+                f"the claim of {_list(unchecked)} could not be checked; no other is proved"
+            )
+            return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
+        return Ruling(Outcome.NOBODY, None, (*reasons, "no claim is proved"))
+    if len(proved) == 1:
+        reasons.append(f"{proved[0].name} alone proves a claim")
+        return Ruling(Outcome.OWNER, proved[0].name, tuple(reasons))
+    firsts = []
+    for one in proved:
+        orders = [(_before(one, other), other) for other in proved if other is not one]
+        if all(why is not None for why, _ in orders):
+            firsts.append(one)
+            reasons += [f"{one.name} was there before {other.name}: {why}" for why, other in orders]
+    if len(firsts) == 1:
+        others = [each.name for each in proved if each is not firsts[0]]
+        reasons.append(
+            f"the mark of {_list(others)} is there too, and later: a copy or a derivative, and "
+            "whether a licensed one is not written in the network"
+        )
+        return Ruling(Outcome.OWNER, firsts[0].name, tuple(reasons))
+    names = _list([each.name for each in proved])
+    reasons.append(f"{names} all prove a mark, and nothing shows whose was first")
+    return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
+
+
+def _found(claimant: Claimant) -> list[str]:
+    """What was found of one claimant, in words."""
+    name = claimant.name
+    if claimant.unchecked is not None:
+        return [f"{name}: could not be checked: {claimant.unchecked}"]
+    if claimant.refused is not None:
+        return [f"{name}: the claim does not hold: {claimant.refused}"]
+    said = "proves" if claimant.proves else "does not prove"
+    readings = [f"{how}: {verdict.reason}" for how, verdict in claimant.readings.items()]
+    return [f"{name}: the claim holds and {said} a mark: {'; '.join(readings)}", *claimant.notes]
+
+
+def _before(one: Claimant, other: Claimant) -> str | None:
+    """Why one was before the other, or None."""
+    if one.stands_in(other) and other.absent_from(one):
+        return f"its mark stands in {other.name}'s network, and the other's not in its own"
+    if other.stands_in(one) and one.absent_from(other):
+        return None  # the same evidence, the other way: stronger than any date
+    if one.time is None or (other.time is not None and one.time >= other.time):
+        return None
+    if other.time is None:
+        return f"its claim is dated {_day(one.time)}, and nothing dates that of {other.name}"
+    return f"its claim is dated {_day(one.time)}, that of {other.name} {_day(other.time)}"
+
+
+def _day(time: datetime) -> str:
+    return time.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(names)

@@ -1,0 +1,122 @@
+"""How well networks match after alignment that have nothing to do with the owner's.
+
+Without alignment committed bits match any independent network as Binomial(n, ½), exactly. Alignment
+looks at the reference, which was trained on the bits, so that is no longer certain: each bit may
+match with a chance above ½. How far above is measured on unrelated networks, and the tail is taken
+at the highest rate that any of them reached, if that is more than ½.
+
+Where nobody gives unrelated networks, they are made of the suspect: mixtures of its own filters.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.evidence.alignment import Aligned, Forms, align
+from nnpassport.scheme import Verdict
+from nnpassport.statistics import log10_binomial_tail, log10_corrected
+
+READINGS = 2
+"""A suspect can be read as it stands and aligned; whoever shows one may have looked at both."""
+
+Read = Callable[[Mapping[str, Tensor]], Verdict]
+"""V with one key, on a state dict."""
+
+
+class Unrelated(NamedTuple):
+    """Networks that have nothing to do with the reference, and where they are from."""
+
+    networks: Iterable[Mapping[str, Tensor]]
+    origin: str
+
+
+class AlignedVerdict(NamedTuple):
+    """The verdict on an aligned network, and that network."""
+
+    verdict: Verdict
+    aligned: Aligned
+
+
+def aligned_verdict(
+    read: Read,
+    weights: Mapping[str, Tensor],
+    reference: nn.Module,
+    forms: Forms,
+    unrelated: Unrelated,
+) -> AlignedVerdict:
+    """V on the suspect with these weights once it is aligned to `reference`.
+
+    Its p-value is the more cautious of the analytic one and the one at the rate of the unrelated
+    network that matches best, and corrected for the choice between reading with and without.
+
+    Raises:
+        UnsuitableModelError: suspect and reference cannot be aligned.
+    """
+    aligned = align(weights, reference, forms)
+    found = read(aligned.model.state_dict())
+    matches = [
+        read(align(each, reference, forms).model.state_dict()).matches
+        for each in unrelated.networks
+    ]
+    cautious = with_null(found, matches)
+    facts = {
+        "cosines": dict(aligned.cosines),
+        "dropped": aligned.dropped,
+        "missing": aligned.missing,
+        "null": {
+            "networks": unrelated.origin,
+            "bits": found.bits,
+            "matches": matches,
+            "log10_p_analytic": found.log10_p_value,
+            "log10_p_empirical": cautious.log10_p_value,
+        },
+        "readings": READINGS,
+    }
+    return AlignedVerdict(replace(cautious, alignment=facts), aligned)
+
+
+def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:
+    """The verdict, were every bit matched as often as in the best of networks with these matches.
+
+    And were this the better of `READINGS` readings. A verdict without p-value is returned as it is.
+    """
+    if verdict.log10_p_value is None:
+        return verdict
+    rate = max([chance, *(count / verdict.bits for count in matches)])
+    analytic = log10_binomial_tail(verdict.matches, verdict.bits, chance)
+    empirical = 0.0 if rate >= 1 else log10_binomial_tail(verdict.matches, verdict.bits, rate)
+    cautious = min(0.0, verdict.log10_p_value + max(empirical, analytic) - analytic)
+    log10_p = log10_corrected(cautious, math.log10(READINGS))
+    marked = log10_p <= verdict.log10_alpha
+    relation = "at or below" if marked else "above"
+    return replace(
+        verdict,
+        log10_p_value=log10_p,
+        marked=marked,
+        reason=f"aligned, {verdict.matches} of {verdict.bits} match; unrelated networks reach "
+        f"{rate:.3f} of the bits at most, so p = 10^{log10_p:.1f} (for {READINGS} readings) is "
+        f"{relation} α = 10^{verdict.log10_alpha:.1f}",
+    )
+
+
+def mixtures(
+    weights: Mapping[str, Tensor], layers: Iterable[str], rng: torch.Generator, count: int
+) -> Iterator[dict[str, Tensor]]:
+    """Networks whose filters in each of `layers` are random rotations among the suspect's own.
+
+    They have the suspect's filters' second moments, so they look to alignment like a network of
+    that kind, and no filter of it is left.
+    """
+    names = [f"{layer}.weight" for layer in layers]
+    for _ in range(count):
+        mixed = dict(weights)
+        for name in names:
+            rows = weights[name].flatten(1).double()
+            noise = torch.randn(len(rows), len(rows), generator=rng, dtype=torch.float64)
+            rotation = torch.linalg.qr(noise).Q
+            mixed[name] = (rotation @ rows).view_as(weights[name]).to(weights[name])
+        yield mixed

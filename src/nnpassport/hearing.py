@@ -1,0 +1,301 @@
+"""Hear a case: one suspect, rival claimants, everything derived again from what they disclose.
+
+An exhibit is a folder that a claimant hands in: `claim.json`, `disclosed.key` (the key, which is
+secret no longer) and, if the claim commits to one, `reference/`, the released network. `nnpassport
+claim disclose` makes it. Nothing in it is believed before it is checked.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from cryptography import x509
+
+from nnpassport.catalog import scheme_named
+from nnpassport.config import CONFIG_FILE, read_config
+from nnpassport.data.images import ImageSet
+from nnpassport.evidence.claimfile import read_signed, write_signed
+from nnpassport.evidence.judge import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.evidence.null import READINGS
+from nnpassport.evidence.signing import public_from_hex
+from nnpassport.evidence.standing import Standing, standing_of
+from nnpassport.files import make_folder, read_once, write_atomically, writing
+from nnpassport.scheme import (
+    BadSignatureError,
+    OwnershipError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    Verdict,
+)
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, log10_corrected
+from nnpassport.verification import Alignment, Options, Trial, declared_trial, verify
+from nnpassport.weights import MAX_MODEL_BYTES, read_weights, tensors_digest
+
+CLAIM_FILE, KEY_FILE, REFERENCE = "claim.json", "disclosed.key", "reference"
+
+Show = Callable[[float, float, str], None]
+"""Told how many readings are done, of how many, and which is next."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the judge brings.
+
+    Attributes:
+        roots: certificates of timestamp authorities that he trusts.
+        appeared: when the suspect is known to have been there first, or None.
+        unrelated: models that have nothing to do with any claimant: the null of aligned readings.
+        images: labelled images to measure F on, against what each claimant declared.
+    """
+
+    roots: Sequence[x509.Certificate] = ()
+    appeared: datetime | None = None
+    unrelated: tuple[Path, ...] = ()
+    images: ImageSet | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """A ruling and all that it rests on; `standings` are of those whose claims could be read."""
+
+    ruling: Ruling
+    claimants: Sequence[Claimant]
+    standings: Mapping[str, Standing]
+    digests: Mapping[str, str]
+    appeared: datetime | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; no key is in it."""
+        return {
+            **self.ruling.as_dict(),
+            "suspect": {
+                "digests": dict(self.digests),
+                "appeared": None if self.appeared is None else self.appeared.isoformat(),
+            },
+            "claimants": [
+                {
+                    "name": each.name,
+                    "owner": each.owner,
+                    "fingerprint": each.fingerprint,
+                    "proves": each.proves,
+                    "refused": each.refused,
+                    "unchecked": each.unchecked,
+                    "readings": {how: found.as_dict() for how, found in each.readings.items()},
+                    "elsewhere": {
+                        other: {how: found.as_dict() for how, found in readings.items()}
+                        for other, readings in each.elsewhere.items()
+                    },
+                    "notes": list(each.notes),
+                    "standing": None
+                    if each.name not in self.standings
+                    else self.standings[each.name].as_dict(),
+                }
+                for each in self.claimants
+            ],
+        }
+
+
+class Exhibit(NamedTuple):
+    """What a claimant has handed in, checked; `reference` only if it is what he committed to."""
+
+    standing: Standing
+    key: Key
+    reference: Path | None
+    note: str | None
+
+
+def hear(
+    suspect: Path, folders: Sequence[Path], bench: Bench, *, show: Show | None = None
+) -> Hearing:
+    """Who, of those who handed in these folders, owns the network in `suspect`?
+
+    Every mark is read as the suspect stands and, where there is a committed reference, aligned; and
+    so is every claimant's mark in every other's reference. p-values are corrected for the readings
+    and for the number of claimants.
+
+    Raises:
+        UnreadableModelError: the suspect cannot be read at all.
+    """
+    digests = read_weights(suspect).digests
+    names = _distinct([folder.resolve().name for folder in folders])
+    claimants: dict[str, Claimant] = {}
+    exhibits: dict[str, Exhibit] = {}
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            exhibits[name] = exhibit = read_exhibit(folder, bench)
+            claimants[name] = _claimant(name, exhibit)
+        except OwnershipError as error:
+            claimants[name] = Claimant(name, unchecked=str(error))
+    steps, done = len(exhibits) ** 2, 0
+    for name, exhibit in exhibits.items():
+        if claimants[name].refused is not None:
+            continue
+        if show is not None:
+            show(done, steps, f"{name}: the suspect")
+        found = _on_suspect(suspect, exhibit, bench, len(folders), digests)
+        done += 1
+        elsewhere = {}
+        for other, theirs in exhibits.items():
+            if other != name and theirs.reference is not None:
+                done += 1
+                if show is not None:
+                    show(done, steps, f"{name}: {other}'s network")
+                strict = Options(log10_alpha=LOG10_ALPHA_UNCOMMITTED)
+                found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
+                elsewhere[other] = found_there.verdicts
+        claimants[name] = _with_findings(claimants[name], found, elsewhere)
+    everyone = list(claimants.values())
+    standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
+    return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
+
+
+def disclose(claim: Path, key: Key, folder: Path, *, reference: Path | None = None) -> None:
+    """Make the folder that a claimant hands to a judge; the key in it is not encrypted.
+
+    Raises:
+        BadSignatureError: the claim does not hold with this key.
+        UnsuitableModelError: `reference` is not the network that the claim commits to.
+        UnwritableOutputError: the folder cannot be written to, or holds a key already.
+    """
+    signed = read_signed(claim)
+    standing = standing_of(signed, public_from_hex(signed.envelope.keyid), key)
+    if not standing.finding.holds or standing.claim is None:
+        raise BadSignatureError(f"{claim} does not hold with this key: {standing.finding.reason}")
+    files = {}
+    if reference is not None:
+        weights = read_weights(reference)
+        if tensors_digest(weights.tensors) != standing.claim.reference:
+            raise UnsuitableModelError(
+                f"{reference} is not the network that {claim} commits to; needed: the released "
+                "folder that `claim new --reference` was given, or none"
+            )
+        names = (CONFIG_FILE, *weights.digests)
+        files = {name: read_once(reference / name, MAX_MODEL_BYTES) for name in names}
+    with writing(folder), make_folder(folder / REFERENCE if files else folder):
+        save_key(key, folder / KEY_FILE)
+        write_signed(signed, folder / CLAIM_FILE)
+        for name, content in files.items():
+            write_atomically(folder / REFERENCE / name, content)
+
+
+def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
+    """What is in a claimant's folder, checked as far as it can be without the suspect.
+
+    Raises:
+        OwnershipError: something in it cannot be read.
+    """
+    signed = read_signed(folder / CLAIM_FILE)
+    key = load_key(folder / KEY_FILE)
+    owner = public_from_hex(signed.envelope.keyid)
+    standing = standing_of(signed, owner, key, roots=bench.roots, appeared=bench.appeared)
+    committed = None if standing.claim is None else standing.claim.reference
+    path = folder / REFERENCE
+    if committed is None:
+        note = "no reference network was committed to, so nothing can be aligned to one"
+        return Exhibit(standing, key, None, note if path.exists() else None)
+    if not path.exists():
+        return Exhibit(standing, key, None, "the network that the claim commits to is not there")
+    if tensors_digest(read_weights(path).tensors) != committed:
+        note = "the reference network is not the one that the claim commits to, so it is not used"
+        return Exhibit(standing, key, None, note)
+    return Exhibit(standing, key, path, None)
+
+
+class _Readings(NamedTuple):
+    verdicts: dict[str, Verdict]
+    failures: dict[str, str]
+
+
+def _claimant(name: str, exhibit: Exhibit) -> Claimant:
+    finding = exhibit.standing.finding
+    return Claimant(
+        name,
+        owner=exhibit.key.context.owner,
+        fingerprint=exhibit.key.fingerprint,
+        refused=None if finding.holds else finding.reason,
+        time=exhibit.standing.time,
+        notes=() if exhibit.note is None else (f"{name}: {exhibit.note}",),
+    )
+
+
+def _on_suspect(
+    suspect: Path, exhibit: Exhibit, bench: Bench, claimants: int, digests: Mapping[str, str]
+) -> _Readings:
+    """The suspect's readings, with p-values for all claimants and both readings together."""
+    trial = None
+    if bench.images is not None:
+        trial = declared_trial(bench.images, standing=exhibit.standing)
+    base = Options(standing=exhibit.standing)
+    found = _readings(suspect, exhibit, base, bench.unrelated, trial)
+    for how, verdict in found.verdicts.items():
+        if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
+            raise UnreadableModelError(
+                f"{suspect} changed while it was being read; needed: a file that stays as it is"
+            )
+        # An aligned reading has been corrected for both readings already.
+        readings = 1 if how == ALIGNED else READINGS
+        found.verdicts[how] = _corrected(verdict, readings, claimants)
+    return found
+
+
+def _readings(
+    network: Path,
+    exhibit: Exhibit,
+    base: Options,
+    unrelated: tuple[Path, ...],
+    trial: Trial | None = None,
+) -> _Readings:
+    """A claimant's mark in a network: as it stands, and aligned to his own reference."""
+    own = exhibit.reference
+    options = replace(base, reference=None if own is None else read_config(own))
+    ways = {AS_IT_STANDS: options}
+    if own is not None and scheme_named(exhibit.key.context.scheme).reads_weights:
+        ways[ALIGNED] = replace(options, alignment=Alignment(own, unrelated))
+    found = _Readings({}, {})
+    for how, each in ways.items():
+        try:
+            found.verdicts[how] = verify(network, exhibit.key, trial=trial, options=each)
+        except OwnershipError as error:
+            found.failures[how] = str(error)
+    return found
+
+
+def _corrected(verdict: Verdict, readings: int, claimants: int) -> Verdict:
+    """The verdict at a p-value for the best of so many readings and claimants."""
+    if verdict.log10_p_value is None:
+        return verdict
+    log10_p = log10_corrected(verdict.log10_p_value, math.log10(readings * claimants))
+    return replace(
+        verdict,
+        log10_p_value=log10_p,
+        marked=verdict.marked and log10_p <= verdict.log10_alpha,
+        reason=f"{verdict.reason}; for {claimants} claimants together p = 10^{log10_p:.1f}",
+    )
+
+
+def _with_findings(
+    claimant: Claimant, found: _Readings, elsewhere: Mapping[str, Mapping[str, Verdict]]
+) -> Claimant:
+    failures = [f"{claimant.name}: {how}: {why}" for how, why in found.failures.items()]
+    return replace(
+        claimant,
+        readings=found.verdicts,
+        elsewhere=elsewhere,
+        unchecked=None if found.verdicts else "; ".join(found.failures.values()),
+        notes=(*claimant.notes, *(failures if found.verdicts else ())),
+    )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that come more than once."""
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
+        for index, name in enumerate(names)
+    ]

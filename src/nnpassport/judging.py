@@ -1,0 +1,192 @@
+"""The commands `verify` and `judge`: one key and one suspect, or rival claims to it."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnpassport.options import (
+    AsJson,
+    Factory,
+    KeyFile,
+    OptionalImages,
+    Passphrase,
+    Split,
+    images_from,
+    key_from,
+)
+from nnpassport.terminal import errors, print_ruling, print_verdict, progress_bar
+
+Suspect = Annotated[Path, typer.Argument(help="Model folder or weights file, from anybody.")]
+Appeared = Annotated[
+    str | None,
+    typer.Option(
+        help="When the suspect is known to have been there first, ISO 8601, UTC unless it says "
+        "otherwise: a claim proved to be older may use the α it declares."
+    ),
+]
+Unrelated = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A network that has nothing to do with the owner's, of the same architecture; "
+        "repeatable (default: mixtures of the suspect's own filters)."
+    ),
+]
+Roots = Annotated[
+    list[Path] | None,
+    typer.Option("--root", help="Root certificate of a timestamp authority, PEM; repeatable."),
+]
+Report = Annotated[
+    Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
+]
+
+
+def verify(
+    suspect: Suspect,
+    key: KeyFile,
+    data: OptionalImages = None,
+    split: Split = None,
+    target: Annotated[
+        float | None,
+        typer.Option(help="Accuracy that was declared, 0 to 1 (default: the claim's, or its own)."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="ε_f of the fidelity test, 0 to 1 (default: the claim's, or 0.03)."),
+    ] = None,
+    align: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your released model folder: undo moved, negated and scaled channels first."
+        ),
+    ] = None,
+    unrelated: Unrelated = None,
+    claim: Annotated[
+        Path | None, typer.Option(help="Your claim file; the verdict is no better than it.")
+    ] = None,
+    owner: Annotated[
+        Path | None,
+        typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
+    ] = None,
+    root: Roots = None,
+    appeared: Appeared = None,
+    like: Annotated[
+        Path | None, typer.Option(help="Model folder whose architecture the suspect has.")
+    ] = None,
+    black_box: Annotated[
+        bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
+    ] = False,
+    as_published: Annotated[
+        bool,
+        typer.Option("--as-published", help="The rule of the scheme's paper, without p-value."),
+    ] = False,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="log10 of the threshold on p (default: the claim's, or -30.1: 2^-100)."),
+    ] = None,
+    factory: Factory = None,
+    report: Report = None,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
+    from nnpassport import verification  # noqa: PLC0415
+    from nnpassport.config import read_config  # noqa: PLC0415
+
+    if align is not None and (black_box or as_published):
+        raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
+    secret = key_from(key, passphrase)
+    options = verification.Options(
+        reference=None if like is None else read_config(like),
+        trusted_factory=factory,
+        log10_alpha=alpha,
+        alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
+        standing=None if claim is None else _standing(claim, owner, secret, root, appeared),
+    )
+    if black_box:
+        verdict = verification.verify_answers(suspect, secret, options=options)
+    elif as_published:
+        verdict = verification.verify_as_published(suspect, secret, options=options)
+    else:
+        trial = None
+        if data is not None:
+            images = images_from(data, split, verification.config_of(suspect, options))
+            trial = verification.declared_trial(images, target, tolerance, options.standing)
+        verdict = verification.verify(suspect, secret, trial=trial, options=options)
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_verdict_page  # noqa: PLC0415
+
+        write_verdict_page(verdict, report)
+    print_verdict(verdict, as_json)
+    raise typer.Exit(0 if verdict.accepted else 1)
+
+
+def judge(
+    suspect: Suspect,
+    exhibits: Annotated[
+        list[Path], typer.Argument(help="A folder of each claimant, from `claim disclose`.")
+    ],
+    root: Roots = None,
+    appeared: Appeared = None,
+    unrelated: Unrelated = None,
+    data: OptionalImages = None,
+    split: Split = None,
+    report: Report = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whose is it? 0: one claimant's. 1: nobody proves a claim. 2: not checked. 3: undecided."""
+    from nnpassport import hearing, verification  # noqa: PLC0415
+
+    images = None
+    if data is not None:
+        config = verification.config_of(suspect, verification.Options())
+        images = images_from(data, split, config)
+    bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
+    with progress_bar("judge") as show:
+        heard = hearing.hear(suspect, exhibits, bench, show=show)
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
+
+        write_hearing_page(heard.as_dict(), report)
+    if as_json:
+        typer.echo(json.dumps(heard.as_dict(), indent=2))
+    else:
+        print_ruling(heard.as_dict())
+    codes = {"owner": 0, "nobody": 1, "undecided": 3}
+    raise typer.Exit(codes[heard.ruling.outcome.value])
+
+
+def _standing(
+    path: Path, owner: Path | None, key: Any, roots: list[Path] | None, appeared: str | None
+) -> Any:
+    from nnpassport.evidence import signing  # noqa: PLC0415
+    from nnpassport.evidence.claimfile import read_signed  # noqa: PLC0415
+    from nnpassport.evidence.standing import standing_of  # noqa: PLC0415
+
+    signed = read_signed(path)
+    if owner is None:
+        public = signing.public_from_hex(signed.envelope.keyid)
+        errors.print("The claim is checked against the public key in itself; --owner gives one.")
+    else:
+        public = signing.load_public_key(owner)
+    return standing_of(signed, public, key, roots=_roots(roots), appeared=_time(appeared))
+
+
+def _roots(paths: list[Path] | None) -> list[Any]:
+    from nnpassport.evidence.timestamp import load_roots  # noqa: PLC0415
+
+    return [root for path in paths or () for root in load_roots(path)]
+
+
+def _time(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"--appeared {text!r} is no time, such as 2026-01-31 or 2026-01-31T12:00:00Z"
+        ) from None
+    return time if time.tzinfo is not None else time.replace(tzinfo=UTC)

@@ -1,0 +1,298 @@
+"""V and F on files from anybody: what `verify`, `release` and the judge ask of a suspect.
+
+Every function here either gives a verdict or raises, and then nothing was decided.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.catalog import scheme_named
+from nnpassport.channels import channels_of
+from nnpassport.checkpoint import Loaded, load_model, load_suspect
+from nnpassport.config import ModelConfig
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.claim import MILLION
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.null import AlignedVerdict, Unrelated, aligned_verdict, mixtures
+from nnpassport.evidence.standing import Standing
+from nnpassport.fidelity import accuracy
+from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
+from nnpassport.schemes.triggers import answers_to
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.weights import Weights, read_weights, tensors_digest
+
+TOLERANCE = 0.03
+"""ε_f where none is declared: the paper's for AlexNet."""
+
+MIXTURES = 8
+"""How many networks are made of the suspect's own filters where no unrelated ones are given."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What to align a suspect to.
+
+    Attributes:
+        reference: the owner's released model folder.
+        unrelated: models that have nothing to do with it, of the same architecture: the null.
+    """
+
+    reference: Path
+    unrelated: tuple[Path, ...] = ()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to look at a suspect.
+
+    Attributes:
+        reference: config of the owner's network, for suspects that bring none of ours.
+        trusted_factory: the caller's own "package.module:factory"; see `checkpoint.load_suspect`.
+        log10_alpha: threshold on log₁₀ p; None is that of `standing`, or 2⁻¹⁰⁰ without one.
+        alignment: bring the suspect's channels into the owner's order before they are read.
+        standing: a claim that was checked. The verdict is no better than it.
+    """
+
+    reference: ModelConfig | None = None
+    trusted_factory: str | None = None
+    log10_alpha: float | None = None
+    alignment: Alignment | None = None
+    standing: Standing | None = None
+
+    @property
+    def threshold(self) -> float:
+        """log₁₀ α."""
+        if self.log10_alpha is not None:
+            return self.log10_alpha
+        return LOG10_ALPHA_UNCOMMITTED if self.standing is None else self.standing.log10_alpha
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """What F is measured on.
+
+    Attributes:
+        data: labelled images of the network's task.
+        target: accuracy in [0, 1] that the owner declared; None is the suspect's own, as it is.
+        tolerance: ε_f, in [0, 1]; the paper takes 0.03 for AlexNet and 0.2 for ResNet-18.
+    """
+
+    data: ImageSet
+    target: float | None = None
+    tolerance: float = TOLERANCE
+
+
+def verify(
+    suspect: Path, key: Key, *, trial: Trial | None = None, options: Options | None = None
+) -> Verdict:
+    """Does the network in `suspect`, a folder or file from anybody, carry `key`?
+
+    Bits are read from the weights alone. With a `trial` the network is also built (from its own
+    config if that names an architecture of ours, else from the reference) and F is measured: does
+    the passport sustain the accuracy? With alignment both are of the aligned network.
+
+    Raises:
+        OwnershipError: it could not be checked; which kind says why.
+    """
+    options = options or Options()
+    verdict, aligned = _verdict(Path(suspect), key, options)
+    if trial is not None:
+        verdict = _with_fidelity(verdict, Path(suspect), key, trial, options, aligned)
+    return verdict if options.standing is None else under_claim(verdict, options.standing)
+
+
+def declared_trial(
+    data: ImageSet,
+    target: float | None = None,
+    tolerance: float | None = None,
+    standing: Standing | None = None,
+) -> Trial:
+    """What F is measured against: what is given, else what the claim declares, else the default."""
+    claim = None if standing is None else standing.claim
+    if claim is not None and claim.fidelity is not None:
+        target = claim.fidelity.target_ppm / MILLION if target is None else target
+        tolerance = claim.fidelity.tolerance_ppm / MILLION if tolerance is None else tolerance
+    return Trial(data, target, TOLERANCE if tolerance is None else tolerance)
+
+
+def verify_as_published(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+    """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
+    verdict, _ = _verdict(Path(suspect), key, options or Options())
+    return scheme_named(key.context.scheme).verify_as_published(verdict)
+
+
+def verify_model(
+    model: nn.Module,
+    normalise: Normalisation,
+    key: Key,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+) -> Verdict:
+    """The same question about a network in memory: by its weights, or else by its answers."""
+    scheme = scheme_named(key.context.scheme)
+    if scheme.reads_weights:
+        return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)
+    answers = answers_to(key, model, normalise)
+    return scheme.verify_answers(answers, key, log10_alpha=log10_alpha)
+
+
+def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+    """The same question in black box: only the suspect's predictions on the triggers are used.
+
+    Raises:
+        OwnershipError: it could not be checked; the key has no triggers, say.
+    """
+    options = options or Options()
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.triggers:
+        raise UnsuitableModelError(
+            f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
+            "scheme that has; verify this one by the weights"
+        )
+    loaded = _load(suspect, options)
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    answers = answers_to(key, loaded.model, normalise)
+    verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
+    verdict = replace(verdict, digests=loaded.digests)
+    return verdict if options.standing is None else under_claim(verdict, options.standing)
+
+
+def verify_aligned(
+    weights: Mapping[str, Tensor],
+    key: Key,
+    reference: nn.Module,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    unrelated: Unrelated | None = None,
+) -> AlignedVerdict:
+    """V on weights that are first brought into the order of `reference`, a released network.
+
+    Without `unrelated` networks the null is `MIXTURES` of the suspect's own filters, drawn from the
+    digest of its weights: whoever repeats it finds the same.
+
+    Raises:
+        UnsuitableModelError: the mark is not one of weights, or the two cannot be aligned.
+    """
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.reads_weights:
+        raise UnsuitableModelError(
+            f"a mark of {scheme.name} is in the answers, which moved channels do not change; "
+            "verify it without alignment"
+        )
+    if unrelated is None:
+        unrelated = _of_its_own(weights, reference)
+    return aligned_verdict(
+        lambda tensors: scheme.verify(tensors, key, log10_alpha=log10_alpha),
+        weights,
+        reference,
+        scheme.forms(key),
+        unrelated,
+    )
+
+
+def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
+    """The verdict, and whether the claim that it rests on holds; if not, nothing is marked."""
+    holds = standing.finding.holds
+    reason = standing.age if holds else f"the claim does not hold: {standing.finding.reason}"
+    return replace(
+        verdict,
+        marked=verdict.marked and holds,
+        reason=f"{verdict.reason}; {reason}",
+        claim=standing.as_dict(),
+    )
+
+
+def config_of(suspect: Path, options: Options) -> ModelConfig:
+    """The config by which a suspect is built: what its images have to look like."""
+    if options.alignment is not None:
+        return load_model(
+            options.alignment.reference, trusted_factory=options.trusted_factory
+        ).config
+    return _load(suspect, options).config
+
+
+def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
+    """By the weights alone if the scheme can: then nothing of the suspect is even built.
+
+    With alignment also the aligned network, and the config of the reference.
+    """
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.reads_weights and options.alignment is None:
+        return verify_answers(suspect, key, options=replace(options, standing=None)), None
+    weights = read_weights(suspect)
+    if options.alignment is None:
+        verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
+        return replace(verdict, digests=weights.digests), None
+    reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
+    unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
+    found = verify_aligned(
+        weights.tensors,
+        key,
+        reference.model,
+        log10_alpha=options.threshold,
+        unrelated=_given(unrelated) if unrelated else None,
+    )
+    digests = {**weights.digests, **_named("reference", reference.digests)}
+    for name, each in unrelated.items():
+        digests |= _named(name, each.digests)
+    return replace(found.verdict, digests=digests), reference._replace(model=found.aligned.model)
+
+
+def _given(unrelated: Mapping[str, Weights]) -> Unrelated:
+    origin = f"{len(unrelated)} unrelated networks that were given"
+    return Unrelated([each.tensors for each in unrelated.values()], origin)
+
+
+def _of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
+    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
+    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
+    rng = torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
+
+
+def _with_fidelity(
+    verdict: Verdict,
+    suspect: Path,
+    key: Key,
+    trial: Trial,
+    options: Options,
+    aligned: Loaded | None,
+) -> Verdict:
+    """The verdict and F, of the aligned network if there is one."""
+    loaded = _load(suspect, options) if aligned is None else aligned
+    if len(trial.data.classes) != len(loaded.config.classes):
+        raise UnreadableDataError(
+            f"the images have {len(trial.data.classes)} classes and the suspect "
+            f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
+        )
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    target = trial.target
+    if target is None:
+        target = accuracy(loaded.model, trial.data, normalise)
+    presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
+    fidelity = Fidelity(presented, target, trial.tolerance)
+    images = {"images": trial.data.images, "labels": trial.data.labels}
+    return replace(
+        verdict,
+        fidelity=fidelity,
+        digests={**verdict.digests, **loaded.digests, "images": tensors_digest(images)},
+        reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
+        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}",
+    )
+
+
+def _named(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
+    return {f"{folder}/{name}": digest for name, digest in digests.items()}
+
+
+def _load(suspect: Path, options: Options) -> Loaded:
+    return load_suspect(Path(suspect), options.reference, trusted_factory=options.trusted_factory)
