@@ -68,10 +68,11 @@ def decode_all(
             differ in size or channels, none is left, or they do not fit into memory.
     """
     images: Pixels | None = None
-    labels = np.empty(count, np.int64)
-    kept, done, skipped = 0, 0, list[str]()
+    labels, done, skipped = list[int](), 0, list[str]()
     with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
         while chunk := list(islice(pictures, _CHUNK)):
+            done += len(chunk)
+            _as_declared(done, count, source, complete=False)
             tasks = [chunk[i : i + _TASK] for i in range(0, len(chunk), _TASK)]
             results = [
                 r for task in pool.map(lambda t: _decode_some(t, wanted), tasks) for r in task
@@ -81,18 +82,25 @@ def decode_all(
                 images = _reserve(count, good[0][1].shape, source) if images is None else images
                 _same_shape(images.shape[1:], good, source)
                 for picture, pixels in good:
-                    images[kept] = pixels
-                    labels[kept] = picture.label or 0
-                    kept += 1
-            done += len(chunk)
+                    images[len(labels)] = pixels
+                    labels.append(picture.label or 0)
             if progress is not None:
                 progress(done, count)
+    _as_declared(done, count, source, complete=True)
     if images is None:
         raise UnreadableDataError(
             f"{source}: none of {count} pictures can be decoded ({_some(skipped)}); "
             f"needed: pictures in one of {', '.join(FORMATS)}"
         )
-    return Decoded(images[:kept], labels[:kept], tuple(skipped))
+    return Decoded(images[: len(labels)], np.array(labels, np.int64), tuple(skipped))
+
+
+def _as_declared(found: int, count: int, source: str, *, complete: bool) -> None:
+    if found > count or (complete and found < count):
+        raise UnreadableDataError(
+            f"{source}: there are {'at least ' * (not complete)}{found} pictures where {count} are "
+            "declared; needed: a file that is whole; fetch it again"
+        )
 
 
 def _sift(
@@ -118,7 +126,7 @@ def _sift(
 def _reserve(count: int, shape: tuple[int, ...], source: str) -> Pixels:
     try:
         return np.empty((count, *shape), np.uint8)
-    except MemoryError:
+    except (MemoryError, ValueError):  # ValueError: more than an address can say
         gigabytes = count * int(np.prod(shape)) / 1e9
         raise UnreadableDataError(
             f"{source}: {count} pictures of {_geometry(shape)} take {gigabytes:.0f} GB, more than "

@@ -4,10 +4,12 @@ A `Source` knows how many pictures there are and names their classes; it decodes
 """
 
 import glob
+import os
 import re
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from nnpassport.scheme import UnreadableDataError
 
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 _MOST_CLASSES = 1_000_000
+_ALWAYS_UNPACKED = 2**28  # bytes
+_MOST_PACKED = 100  # times: pictures are packed tenfold at best, zeros a thousandfold
 
 
 class Source(NamedTuple):
@@ -198,8 +202,12 @@ def in_arrays(path: Path) -> Table:
     """
     try:
         # Opened here: numpy leaves a file open when it finds that it is no archive.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        with path.open("rb") as file:
+            _refuse_bombs(file)
+            with np.load(file, allow_pickle=False) as stored:
+                # asarray: numpy hands out as bytes what is no array
+                arrays = {name: np.asarray(stored[name]) for name in stored.files}
+        names = tuple(map(str, np.ravel(arrays.get("classes", ()))))
     # Damaged zip and array headers raise many types.
     except Exception as error:
         raise UnreadableDataError(
@@ -217,10 +225,19 @@ def in_arrays(path: Path) -> Table:
             "needed: uint8 pixels and one whole number for each image"
         )
     ordered = _channels_first(images, path)
-    classes = tuple(map(str, arrays.get("classes", ()))) or classes_of(
-        iter(labels.tolist()), path.name
-    )
+    classes = names or classes_of(iter(labels.tolist()), path.name)
     return Table(np.ascontiguousarray(ordered), labels.astype(np.int64), classes)
+
+
+def _refuse_bombs(file: BinaryIO) -> None:
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        declared = sum(entry.file_size for entry in archive.infolist())
+    if declared > max(_ALWAYS_UNPACKED, _MOST_PACKED * size):
+        raise ValueError(
+            f"it unpacks to {declared} bytes from {size}, as a decompression bomb does"
+        )
+    file.seek(0)
 
 
 def _channels_first(images: np.ndarray[Any, Any], path: Path) -> np.ndarray[Any, Any]:

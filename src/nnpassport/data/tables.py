@@ -13,6 +13,7 @@ from nnpassport.data.sources import Columns, Source, classes_of, index_of
 from nnpassport.scheme import UnreadableDataError
 
 _ROWS = 1_024  # that are in memory together
+_MOST_ROWS = 50_000_000
 
 
 def in_parquet(files: Sequence[Path], name: str, columns: Columns) -> Source:
@@ -66,11 +67,17 @@ def column_names(file: Path) -> list[str]:
 def _schema(file: Path) -> tuple[Any, int]:
     try:
         with parquet.ParquetFile(file) as table:
-            return table.schema_arrow, table.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
+            schema, rows = table.schema_arrow, table.metadata.num_rows
+    except Exception as error:  # pyarrow's own and others; bytes from anybody
         raise UnreadableDataError(
             f"{file} is not a readable Parquet file: {error}; needed: a complete .parquet file"
         ) from error
+    # Run-length encoding: a few bytes may stand for any number of rows.
+    if not 0 <= rows <= _MOST_ROWS:
+        raise UnreadableDataError(
+            f"{file} declares {rows} rows; needed: at most {_MOST_ROWS}; split the file"
+        )
+    return schema, rows
 
 
 def _check_columns(schema: Any, file: Path, columns: Columns) -> None:
@@ -105,7 +112,7 @@ def _has_bytes(kind: Any) -> bool:
 def _named_classes(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...] | None:
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return tuple(map(str, names)) if isinstance(names, list) and names else None
 
@@ -115,7 +122,7 @@ def _rows(file: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
         with parquet.ParquetFile(file) as table:
             for batch in table.iter_batches(batch_size=_ROWS, columns=columns):
                 yield from zip(*(batch.column(c).to_pylist() for c in columns), strict=True)
-    except (pa.ArrowException, OSError) as error:
+    except Exception as error:  # as above
         raise UnreadableDataError(f"{file} is damaged: {error}; fetch it again") from error
 
 

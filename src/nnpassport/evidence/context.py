@@ -22,6 +22,7 @@ _VERSION = 1
 _MAX_AXIS = 2**24
 _MAX_NAME = 1_000
 _MAX_JSON = 2**24
+_MAX_COMMAS = 2**20
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -170,6 +171,13 @@ def parse_canonical(data: bytes, what: str, *, limit: int) -> dict[str, Any]:
     if len(data) > limit:
         raise UnreadableKeyError(
             f"the {what} has {len(data)} bytes, but at most {limit} are read; use the original file"
+        )
+    # A value takes two bytes of JSON and a hundred of memory. Each but the first of a list or an
+    # object needs a comma, and how deep they nest is limited by the parser.
+    if data.count(b",") > _MAX_COMMAS:
+        raise UnreadableKeyError(
+            f"the {what} has more than {_MAX_COMMAS} commas, too many for one of ours; use the "
+            "original file"
         )
     try:
         document = json.loads(data.decode("ascii"))

@@ -114,7 +114,7 @@ def load_roots(path: Path) -> list[x509.Certificate]:
     data = read_small(path, "root certificate", _MAX_ROOTS, UnreadableKeyError)
     try:
         return x509.load_pem_x509_certificates(data)
-    except ValueError as error:
+    except Exception as error:  # ValueError, InvalidVersion and others; bytes from anybody
         raise UnreadableKeyError(
             f"{path} holds no certificates ({brief(error)}); needed: PEM, as the authority "
             "publishes its root"
