@@ -26,6 +26,7 @@ WEIGHTS_FILE = "model.safetensors"
 MAX_MODEL_BYTES = 16 * 2**30
 MAX_PICKLE_BYTES = 4 * 2**30
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -156,6 +157,12 @@ def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
             f"{path} declares a header of {declared} bytes in a file of {len(data)}, but it "
             f"must lie in the file and have at most {MAX_HEADER_BYTES}; it is truncated or not a "
             "safetensors file: copy it again"
+        )
+    # A tensor without numbers takes forty bytes of the file, but a thousand of memory.
+    if (count := data.count(b"{", 8, 8 + declared)) > _MOST_TENSORS:
+        raise UnreadableModelError(
+            f"{path} has a header of {count} entries, but at most {_MOST_TENSORS} tensors are "
+            "read; split it"
         )
     try:
         # The library checks the rest: offsets that overlap, leave gaps or disagree with a shape.

@@ -23,6 +23,7 @@ _MAX_AXIS = 2**24
 _MAX_NAME = 1_000
 _MAX_JSON = 2**24
 _MAX_COMMAS = 2**20
+_MAX_PRODUCTS = 2**36
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -88,6 +89,10 @@ class Context:
         _require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
         numbers = sum((each.bits or 2) * math.prod(each.passport) for each in self.layers)
         _require(numbers <= MAX_NUMBERS, f"{numbers} passport numbers", f"at most {MAX_NUMBERS}")
+        costs = [_costs(layer) for layer in self.layers]
+        padded, products = sum(each[0] for each in costs), sum(each[1] for each in costs)
+        _require(padded <= MAX_NUMBERS, f"{padded} numbers with padding", f"at most {MAX_NUMBERS}")
+        _require(products <= _MAX_PRODUCTS, f"{products} products", f"at most {_MAX_PRODUCTS}")
         _require(self.bits <= MAX_NUMBERS, "too many signature bits", f"at most {MAX_NUMBERS}")
         if self.triggers is not None:
             _check_triggers(self.triggers)
@@ -313,6 +318,26 @@ def _kernel_fits(layer: LayerShape) -> bool:
         dilation * (kernel - 1) < size + before + after and max(before, after) <= size - margin
         for kernel, size, (before, after), dilation in axes
     )
+
+
+def _costs(layer: LayerShape) -> tuple[int, int]:
+    """What reading bits through the layer takes: numbers of its padded passport, and products."""
+    _, weight, passport, geometry, bits = layer
+    if bits is not None:  # no passport slides
+        return 0, 0
+    inputs, *space = passport
+    kernel = weight[2:]
+    # A Linear has no padding and meets each position once.
+    padding = geometry.padding or ((0, 0),)
+    sides = [size + sum(pair) for size, pair in zip(space, padding, strict=True)]
+    steps = [
+        (side - dilation * (width - 1) - 1) // stride + 1
+        for side, width, stride, dilation in zip(
+            sides, kernel, geometry.stride, geometry.dilation, strict=False
+        )
+    ]
+    positions = math.prod(steps or sides)
+    return inputs * math.prod(sides), inputs * math.prod(kernel) * positions
 
 
 def _check_triggers(triggers: TriggerShape) -> None:
