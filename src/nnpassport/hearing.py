@@ -215,13 +215,14 @@ class _Readings(NamedTuple):
 
 def _claimant(name: str, exhibit: Exhibit) -> Claimant:
     finding = exhibit.standing.finding
+    notes = [exhibit.standing.age, *([] if exhibit.note is None else [exhibit.note])]
     return Claimant(
         name,
         owner=exhibit.key.context.owner,
         fingerprint=exhibit.key.fingerprint,
         refused=None if finding.holds else finding.reason,
         time=exhibit.standing.time,
-        notes=() if exhibit.note is None else (f"{name}: {exhibit.note}",),
+        notes=tuple(f"{name}: {note}" for note in notes),
     )
 
 

@@ -284,7 +284,11 @@ def _with_fidelity(
     return replace(
         verdict,
         fidelity=fidelity,
-        digests={**verdict.digests, **loaded.digests, "images": tensors_digest(images)},
+        digests={
+            **verdict.digests,
+            **({} if aligned is not None else loaded.digests),
+            "images": tensors_digest(images),
+        },
         reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
         f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}",
     )

@@ -138,9 +138,24 @@ def _found(claimant: Claimant) -> list[str]:
         return [f"{name}: could not be checked: {claimant.unchecked}"]
     if claimant.refused is not None:
         return [f"{name}: the claim does not hold: {claimant.refused}"]
-    said = "proves" if claimant.proves else "does not prove"
-    readings = [f"{how}: {verdict.reason}" for how, verdict in claimant.readings.items()]
-    return [f"{name}: the claim holds and {said} a mark: {'; '.join(readings)}", *claimant.notes]
+    said = "proves its mark" if claimant.proves else "does not prove a mark"
+    read = [f"{how}, {_counted(verdict)}" for how, verdict in claimant.readings.items()]
+    return [f"{name}: the claim holds and {said}: {'; '.join(read)}", *claimant.notes]
+
+
+def _counted(verdict: Verdict) -> str:
+    found = f"{verdict.matches} of {verdict.bits} match"
+    if verdict.log10_p_value is None:
+        return f"{found}, but parts of the key were chosen, so there is no p-value"
+    relation = "at or below" if verdict.log10_p_value <= verdict.log10_alpha else "above"
+    p = f"p = 10^{verdict.log10_p_value:.1f}, {relation} α = 10^{verdict.log10_alpha:.1f}"
+    if verdict.fidelity is None or verdict.fidelity.passed:
+        return f"{found}, {p}"
+    f = verdict.fidelity
+    return (
+        f"{found}, {p}, but the accuracy with the passport is {f.accuracy:.4f}, not within "
+        f"{f.tolerance:.4f} of {f.target:.4f}"
+    )
 
 
 def _before(one: Claimant, other: Claimant) -> str | None:
