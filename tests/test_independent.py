@@ -1,0 +1,299 @@
+"""A judge who trusts nobody's code reaches our verdict with his own."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.torch import load_file, save_file
+from test_claim import KEY, OWNER
+from test_seed import load_example
+from torch import nn
+
+from nnpassport import cli
+from nnpassport.catalog import CATALOG, scheme_named
+from nnpassport.evidence.claim import check_claim
+from nnpassport.evidence.claimfile import document_of, read_signed
+from nnpassport.evidence.context import canonical_json
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.evidence.signing import public_hex, sign
+from nnpassport.evidence.timestamp import load_roots
+from nnpassport.functional import collapsed_affine, mean_patch
+from nnpassport.models import build
+from nnpassport.schemes.signature import read_signature
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = ROOT / "examples" / "check_claim_independently.py"
+GOLDEN = ROOT / "tests" / "golden"
+FILES = ("claim.json", "owner.pub.pem", "owner.key", "suspect.safetensors")
+
+
+def mark(model, key, *, wrong=0):
+    """Turn each host filter round that reads the wrong bit; leave the first `wrong` bits wrong."""
+    for layer in key.context.layers:
+        weight = model.get_parameter(f"{layer.name}.weight")
+        patch = mean_patch(key.layer_passport(layer.name), layer.weight, layer.geometry)
+        gamma, _ = collapsed_affine(weight.detach().double(), patch)
+        signs = key.layer_signs(layer.name)
+        signs[:wrong] *= -1
+        wrong = max(0, wrong - len(signs))
+        with torch.no_grad():
+            weight[gamma.sign() != signs] *= -1
+
+
+def network():
+    torch.manual_seed(0)
+    return build("alexnet", classes=10, norm="group", width=0.25)
+
+
+class Odd(nn.Sequential):
+    """Layers of every geometry: stride, dilation, groups, uneven kernels, one axis, none."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 12, (3, 5), stride=(2, 1), padding=(2, 1), dilation=(1, 2)),
+            nn.GroupNorm(3, 12),
+            nn.ReLU(),
+            nn.Conv2d(12, 16, (2, 2), padding=(0, 1), groups=4),
+            nn.GroupNorm(4, 16),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(2),
+            nn.Conv1d(16, 8, 2),
+            nn.BatchNorm1d(8),
+            nn.Flatten(),
+            nn.Linear(24, 20),
+            nn.ReLU(),
+            nn.Linear(20, 10),
+        )
+
+
+def case(folder, model, *, text=None, wrong=0, layers=None):
+    """A claim made by our commands, its key, and a suspect that carries it."""
+    key = scheme_named("passport-v2").draw_key(
+        model, torch.zeros(2, 3, 32, 32), owner="Zoë", layers=layers, text=text, seed=b"s" * 32
+    )
+    mark(model, key, wrong=wrong)
+    save_key(key, folder / "owner.key")
+    save_file(model.state_dict(), folder / "suspect.safetensors")
+    run_ours("claim", "keygen", "-o", folder / "owner.pem")
+    new = ("claim", "new", "--key", folder / "owner.key", "--signing", folder / "owner.pem")
+    run_ours(*new, "-o", folder / "claim.json")
+    return key
+
+
+def run_ours(*words):
+    """A command of ours, which must succeed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["nnpassport", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+    assert left.value.code in (None, 0)
+
+
+def check(folder, *files):
+    """Exit code and output of the independent program."""
+    command = [sys.executable, "-I", PROGRAM, *(files or FILES)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def found(said):
+    """Matches, bits and log10 p in the output."""
+    matches, bits = map(int, re.search(r"bits: (\d+) of (\d+) match", said).groups())
+    return matches, bits, float(re.search(r"p-value: 10\^(\S+)", said)[1])
+
+
+def ours(folder):
+    """The same by our own code."""
+    key = load_key(folder / "owner.key")
+    verdict = read_signature(load_file(folder / "suspect.safetensors"), key)
+    return verdict.matches, verdict.bits, pytest.approx(verdict.log10_p_value, abs=2e-6)
+
+
+@pytest.mark.parametrize(("make", "layers"), [(network, None), (Odd, ["0", "3", "7", "10"])])
+@pytest.mark.parametrize("text", [None, "(c) Z"])
+@pytest.mark.parametrize("wrong", [0, 7])
+def test_it_reads_what_we_read(tmp_path, make, layers, text, wrong):
+    torch.manual_seed(0)
+    key = case(tmp_path, make(), text=text, wrong=wrong, layers=layers)
+    assert len(key.context.layers) == len(layers or ("8", "11", "14"))
+    code, said = check(tmp_path)
+    assert found(said) == ours(tmp_path), said
+    matches, bits, log10_p = found(said)
+    assert matches == bits - wrong
+    assert code == (0 if log10_p <= -30.10299 else 1)
+    assert ("at most α" in said) == (code == 0)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("good")
+    case(folder, network())
+    assert check(folder)[0] == 0
+    return folder
+
+
+@pytest.fixture
+def folder(good, tmp_path):
+    """The same files again, to be spoiled."""
+    for name in FILES:
+        shutil.copy(good / name, tmp_path / name)
+    return tmp_path
+
+
+def edit(path, change):
+    document = json.loads(path.read_bytes())
+    change(document)
+    path.write_bytes(canonical_json(document))
+
+
+def test_a_weight_of_the_other_sign_is_one_match_less(folder):
+    before = found(check(folder)[1])
+    path, key = folder / "suspect.safetensors", load_key(folder / "owner.key")
+    weights = load_file(path)
+    weights[f"{key.context.layers[-1].name}.weight"][3] *= -1
+    save_file(weights, path)
+    after = found(check(folder)[1])
+    assert after == ours(folder)
+    assert after[0] == before[0] - 1
+
+
+def test_an_unrelated_network_is_refused(folder):
+    torch.manual_seed(9)
+    other = build("alexnet", classes=10, norm="group", width=0.25)
+    save_file(other.state_dict(), folder / "suspect.safetensors")
+    code, said = check(folder)
+    assert code == 1
+    assert found(said) == ours(folder)
+    assert found(said)[2] > -5
+
+
+def test_one_byte_of_the_claim_is_enough_to_refuse_it(folder):
+    path = folder / "claim.json"
+    data = path.read_bytes()
+    for place in range(20, len(data), len(data) // 12):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        code, said = check(folder)
+        assert code != 0
+        assert "bits:" not in said
+
+
+def test_one_bit_of_the_seed_is_enough_to_refuse_it(folder):
+    def change(document):
+        seed = document["secret"]["seed"]
+        document["secret"]["seed"] = f"{int(seed[:2], 16) ^ 1:02x}{seed[2:]}"
+
+    edit(folder / "owner.key", change)
+    code, said = check(folder)
+    assert code == 1
+    assert "REFUSED: the key has another fingerprint" in said
+
+
+def test_another_key_another_owner_and_another_context_are_refused(folder):
+    key = load_key(folder / "owner.key")
+    save_key(Key(bytes(32), key.context), folder / "owner.key", overwrite=True)
+    assert "another fingerprint" in check(folder)[1]
+    other = scheme_named("passport-v2").draw_key(network(), torch.zeros(2, 3, 32, 32))
+    save_key(other, folder / "owner.key", overwrite=True)
+    assert "another context" in check(folder)[1]
+    shutil.copy(GOLDEN / "claim-v1-owner.pub.pem", folder / "owner.pub.pem")
+    code, said = check(folder)
+    assert code == 1
+    assert "REFUSED: the signature does not hold" in said
+
+
+def test_a_key_that_was_chosen_has_no_p_value(folder):
+    key = load_key(folder / "owner.key")
+    passports = {layer.name: key.layer_passport(layer.name) for layer in key.context.layers}
+    save_key(Key(key.seed, key.context, passports=passports), folder / "owner.key", overwrite=True)
+    code, said = check(folder)
+    assert code == 1
+    assert "no p-value" in said
+
+
+def test_what_it_does_not_read_it_says(tmp_path):
+    model = network()
+    key = CATALOG["uchida"].scheme.draw_key(model, torch.zeros(2, 3, 32, 32))
+    save_key(key, tmp_path / "owner.key")
+    save_file(model.state_dict(), tmp_path / "suspect.safetensors")
+    run_ours("claim", "keygen", "-o", tmp_path / "owner.pem")
+    new = ("claim", "new", "--key", tmp_path / "owner.key", "--signing", tmp_path / "owner.pem")
+    run_ours(*new, "-o", tmp_path / "claim.json")
+    code, said = check(tmp_path)
+    assert code == 2
+    assert "NOT CHECKED: bits that a projection reads" in said
+
+
+def test_a_key_that_was_drawn_for_another_public_key_is_refused(good):
+    program, key = load_example("check_claim_independently"), load_key(good / "owner.key")
+    for owner, holds in ((f"Zoë (ed25519:{'0' * 64})", False), ("Zoë", True)):
+        stolen = Key(key.seed, replace(key.context, owner=owner))
+        file, pem = signed_by_hand(program, stolen)
+        if holds:
+            assert program.opened_claim(file, pem)["owner"] == owner
+        else:
+            with pytest.raises(SystemExit):
+                program.opened_claim(file, pem)
+
+
+def signed_by_hand(program, key):
+    """A claim file, and the public key, of a thief who signs another's key without our code."""
+    thief = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    payload = canonical_json(
+        {
+            "owner": key.context.owner,
+            "owner_key": public_hex(thief.public_key()),
+            "context": key.context.encode().decode(),
+        }
+    )
+    pem, spki = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    envelope = document_of(sign(payload, program.TYPE.decode(), thief))
+    return {"envelope": envelope}, thief.public_key().public_bytes(pem, spki)
+
+
+def test_the_command_that_it_prints_checks_the_timestamp(tmp_path):
+    if shutil.which("openssl") is None or shutil.which("jq") is None:
+        pytest.skip("there is no openssl or jq, which the command uses")
+    for name, file in (
+        ("claim.json", "claim-v1-stamped.json"),
+        ("owner.pub.pem", "claim-v1-owner.pub.pem"),
+        ("root.pem", "claim-v1-root.pem"),
+    ):
+        shutil.copy(GOLDEN / file, tmp_path / name)
+    save_key(KEY, tmp_path / "owner.key")
+    torch.manual_seed(0)
+    weights = {f"{each.name}.weight": torch.randn(each.weight) for each in KEY.context.layers}
+    save_file(weights, tmp_path / "suspect.safetensors")
+    code, said = check(tmp_path)
+    assert code == 1
+    assert found(said) == ours(tmp_path)
+    script = "\n".join(line for line in said.splitlines() if line.startswith("  "))
+    stamp = check_claim(
+        read_signed(tmp_path / "claim.json"), OWNER, roots=load_roots(tmp_path / "root.pem")
+    ).timestamp
+    script = script.replace("-CAfile", f"-attime {int(stamp.time.timestamp())} -CAfile")
+    done = subprocess.run(
+        ["sh", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "Verification: OK" in done.stdout + done.stderr, done.stderr
+
+
+def test_it_is_short_and_imports_nothing_of_ours():
+    source = PROGRAM.read_text(encoding="utf-8")
+    modules = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    assert modules - set(sys.stdlib_module_names) == {"numpy", "safetensors", "cryptography"}
+    assert len(source.splitlines()) <= 170
