@@ -14,6 +14,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── UnreadableDataError      images or labels are missing, corrupt or of the wrong kind
     ├── BadSignatureError        a signature text or a digital signature that cannot be used
     ├── BadRecipeError           training was asked for something that cannot be done
+    ├── UnreachableServiceError  a service does not answer, or too seldom to tell anything
     └── UnwritableOutputError    a result could not be saved; what was there before is untouched
 """
 
@@ -73,6 +74,10 @@ class BadSignatureError(OwnershipError):
 
 class BadRecipeError(OwnershipError):
     """A training recipe that cannot be carried out."""
+
+
+class UnreachableServiceError(OwnershipError):
+    """A service gives no usable answers, or too few of them to tell anything."""
 
 
 class UnwritableOutputError(OwnershipError):

@@ -94,10 +94,14 @@ def read_answers(
 ) -> Verdict:
     """V of the trigger set: derived labels are uniform over K classes, so chance matches 1/K.
 
-    `answers` are the predicted classes of the key's trigger images, in order.
+    `answers` are the predicted classes of the key's trigger images, in order; −1 is no answer.
+    Derived labels are independent of whatever an independent network does, and so of which
+    images it declines: the matches among the n answers are Binomial(n, 1/K) all the same. That
+    holds if the images to ask about were settled before the first answer was seen.
 
     Raises:
-        UnsuitableModelError: the key has no triggers, or the answers are not one for each.
+        UnsuitableModelError: the key has no triggers, the answers are not one for each, or none
+            of them was answered.
     """
     shape = key.context.triggers
     if shape is None:
@@ -111,10 +115,16 @@ def read_answers(
             f"got answers of shape {tuple(answers.shape)}; needed: one class for each of the "
             f"{len(labels)} trigger images, in order"
         )
+    answered = int((answers >= 0).sum())
+    if not answered:
+        raise UnsuitableModelError(
+            f"none of the {len(labels)} trigger images was answered, so nothing can be said; "
+            "needed: predicted classes from 0; ask again, or verify by the weights"
+        )
     return judged(
         key,
         "trigger labels",
-        bits=len(labels),
+        bits=answered,
         matches=int((answers.cpu() == labels).sum()),
         chance=1 / shape.classes,
         log10_alpha=log10_alpha,
