@@ -1,6 +1,7 @@
 """A judge who trusts nobody's code reaches our verdict with his own."""
 
 import ast
+import hashlib
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
@@ -285,6 +287,25 @@ def test_the_command_that_it_prints_checks_the_timestamp(tmp_path):
         ["sh", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "Verification: OK" in done.stdout + done.stderr, done.stderr
+
+
+def test_the_vectors_of_a_claims_key_hold_for_both():
+    page = (ROOT / "docs" / "claim-format.md").read_text(encoding="utf-8")
+    vectors = json.loads(page.split("```json\n")[1].split("```")[0])
+    assert vectors["payload_sha256"] == hashlib.sha256(vectors["payload"].encode()).hexdigest()
+    claim, seed = json.loads(vectors["payload"]), bytes.fromhex(vectors["key_seed"])
+    assert vectors["fingerprint"] == claim["fingerprint"] == KEY.fingerprint
+    context, theirs = claim["context"].encode(), load_example("check_claim_independently").stream
+    assert context == KEY.context.encode()
+    assert set(vectors["signs"]) == set(vectors["passports"]) == {"layer4.conv", "fc"}
+    for name, first in vectors["passports"].items():
+        drawn = theirs(seed, context, b"passport", name, 64).view(np.int8)
+        assert drawn[drawn != -128][:8].tolist() == first
+        assert (KEY.layer_passport(name).flatten()[:8] * 127).round().tolist() == first
+        packed = theirs(seed, context, b"signs", name, 5)
+        signs = "".join("1" if sign > 0 else "0" for sign in KEY.layer_signs(name))
+        assert vectors["signs"][name] == signs
+        assert "".join(map(str, np.unpackbits(packed)))[: len(signs)] == signs
 
 
 def test_it_is_short_and_imports_nothing_of_ours():
