@@ -166,6 +166,26 @@ def negate(model: nn.Module, producer: Producer, sign: Float[Tensor, " channels"
         scale_rows(values, sign)
 
 
+def keeps_statistics(norm: nn.Module) -> bool:
+    """Whether the norm has a running mean and variance, which rows can be scaled against."""
+    return getattr(norm, "running_var", None) is not None
+
+
+def scale_before_norm(
+    layer: nn.Module, norm: nn.Module, factor: Float[Tensor, " channels"]
+) -> None:
+    """Scale a layer's rows and its norm's running statistics, in place; γ makes up for eps."""
+    for values in per_channel(layer).values():
+        scale_rows(values, factor)
+    statistics = per_channel(norm)
+    variance = statistics["running_var"].double()
+    factor = factor.to(variance)
+    scaled, eps = factor.square() * variance, float(norm.eps)  # type: ignore[arg-type]
+    scale_rows(statistics["running_mean"], factor)
+    scale_rows(statistics["weight"], ((scaled + eps) / (variance + eps)).sqrt() / factor)
+    statistics["running_var"].copy_(scaled)
+
+
 def _replace(module: nn.Module, name: str, values: Tensor) -> None:
     """Put a tensor of another shape in the place of a parameter or buffer, laid out as that was."""
     old = per_channel(module)[name]

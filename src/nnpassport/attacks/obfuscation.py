@@ -33,10 +33,11 @@ from nnpassport.channels import (
     channels_of,
     common_groups,
     group_size,
+    keeps_statistics,
     negate,
     parts_of,
-    per_channel,
     reorder,
+    scale_before_norm,
     scale_columns,
     scale_rows,
     spread_over,
@@ -44,8 +45,6 @@ from nnpassport.channels import (
     width,
 )
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
-
-_KEEPS_STATISTICS = nn.modules.batchnorm._NormBase
 
 Obfuscation = Callable[[nn.Module, torch.Generator], Attacked]
 
@@ -134,8 +133,10 @@ def rescale(model: nn.Module, rng: torch.Generator, *, spread: float = 2.0) -> A
             scale_columns(rescaled.get_submodule(name).get_parameter("weight"), 1 / factor)
     for producer in _normed(found):
         layer, norm = parts_of(rescaled, producer)
-        if isinstance(norm, _KEEPS_STATISTICS) and norm.running_var is not None:
-            _scale_before_norm(layer, norm, _log_uniform(norm.num_features, spread, rng))
+        if keeps_statistics(norm):
+            scale_before_norm(
+                layer, norm, _log_uniform(len(norm.get_buffer("running_var")), spread, rng)
+            )
     return Attacked(rescaled, stop())
 
 
@@ -256,21 +257,6 @@ def _growable(model: nn.Module) -> list[Channels]:
 def _log_uniform(count: int, spread: float, rng: torch.Generator) -> Float[Tensor, " count"]:
     exponent = torch.rand(count, generator=rng, dtype=torch.float64) * 2 - 1
     return (exponent * math.log(spread)).exp()
-
-
-def _scale_before_norm(
-    layer: nn.Module, norm: _KEEPS_STATISTICS, factor: Float[Tensor, " channels"]
-) -> None:
-    """Scale a layer's rows and its norm's running statistics, and let γ make up for eps."""
-    for values in per_channel(layer).values():
-        scale_rows(values, factor)
-    statistics = per_channel(norm)
-    variance = statistics["running_var"].double()
-    factor = factor.to(variance)
-    scaled = factor.square() * variance
-    scale_rows(statistics["running_mean"], factor)
-    scale_rows(statistics["weight"], ((scaled + norm.eps) / (variance + norm.eps)).sqrt() / factor)
-    statistics["running_var"].copy_(scaled)
 
 
 def _at_least_one(share: float, count: float) -> int:

@@ -29,8 +29,10 @@ from nnpassport.channels import (
     Producer,
     affine,
     channels_of,
+    keeps_statistics,
     negate,
     per_channel,
+    scale_before_norm,
     scale_columns,
     scale_rows,
     take,
@@ -205,8 +207,9 @@ def _place(
     wanted, found = linear_sum_assignment(likeness.numpy(), maximize=True)
     order[torch.as_tensor(wanted)] = torch.as_tensor(found)
     take(suspect, axis, order)
-    larger = _size(suspect, axis) / _size(reference, axis)
-    larger = torch.where(larger.isfinite() & (larger > 0), larger, 1.0)
+    for producer in compared:  # first this, because γ makes up for a part of it
+        _match_before_norm(suspect, reference, producer)
+    larger = _ratio(_size(suspect, compared), _size(reference, compared))
     for producer in axis.producers:
         for values in affine(suspect, producer).values():
             scale_rows(values, 1 / larger)
@@ -247,9 +250,27 @@ def _effect(model: nn.Module, producer: Producer) -> Float[Tensor, "channels par
     return torch.stack([scale, last.get("bias", torch.zeros_like(scale)).double()], dim=1)
 
 
-def _size(model: nn.Module, axis: Channels) -> Float[Tensor, " channels"]:
-    effects = [_effect(model, producer) for producer in axis.producers]
+def _size(model: nn.Module, producers: Sequence[Producer]) -> Float[Tensor, " channels"]:
+    effects = [_effect(model, producer) for producer in producers]
     return torch.cat(effects, dim=1).norm(dim=1)
+
+
+def _match_before_norm(suspect: nn.Module, reference: nn.Module, producer: Producer) -> None:
+    """Bring rows to the reference's length, where a norm with running statistics undoes it."""
+    layer, norm = suspect.get_submodule(producer.layer), producer.norm
+    if norm is None or not keeps_statistics(suspect.get_submodule(norm)):
+        return
+    lengths = [
+        model.get_submodule(producer.layer).get_parameter("weight").double().flatten(1).norm(dim=1)
+        for model in (reference, suspect)
+    ]
+    scale_before_norm(layer, suspect.get_submodule(norm), _ratio(*lengths))
+
+
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    """One / other, and 1 where that is no positive number."""
+    ratio = one / other
+    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
 
 
 def _unit(rows: Tensor) -> Tensor:

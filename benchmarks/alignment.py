@@ -1,0 +1,240 @@
+"""What alignment recovers, and what it does to networks that it has no business with.
+
+    python benchmarks/alignment.py recover NETWORK --data FOLDER --runs FOLDER
+    python benchmarks/alignment.py null NETWORK --runs FOLDER --unrelated FOLDER [--keys 1000]
+    python benchmarks/alignment.py power
+    python benchmarks/alignment.py time
+    python benchmarks/alignment.py render          results/alignment.md from the JSON
+
+NETWORK is v2-gn or v1-bn, trained on CIFAR-10 by benchmarks/cifar10.py into RUNS. `null` reads fresh
+keys off every trained network in UNRELATED, each of which was trained from its own random start; it
+goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+
+from nnpassport import ownership
+from nnpassport.attacks.obfuscation import (
+    combine,
+    flip_signs,
+    insert_dummies,
+    permute,
+    rescale,
+    split_channels,
+)
+from nnpassport.attacks.perturbation import prune, quantise
+from nnpassport.attacks.removal import fine_tune
+from nnpassport.catalog import scheme_named
+from nnpassport.checkpoint import load_model, save_model
+from nnpassport.config import ModelConfig
+from nnpassport.data.images import Normalisation, read_images
+from nnpassport.evidence.alignment import align
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.files import write_atomically
+from nnpassport.provenance import provenance
+from nnpassport.statistics import (
+    LOG10_ALPHA_COMMITTED,
+    LOG10_ALPHA_UNCOMMITTED,
+    log10_binomial_tail,
+    matches_needed,
+)
+from nnpassport.training import Recipe
+from nnpassport.verification import verify_aligned
+from nnpassport.weights import read_weights
+
+RESULTS = Path(__file__).parent.parent / "results"
+FOLDER = RESULTS / "alignment"
+SAME_SHAPE = (flip_signs, permute, rescale)
+EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
+RTAL = Recipe(epochs=3, batch=64, rate=0.01, schedule="constant", precision="bfloat16")
+IMAGES = 20_000  # of CIFAR-100, for the transfer
+RATES = (0.5, 0.53, 0.55)  # chances that a bit matches in a network that is unrelated
+
+
+def owned(name: str, runs: Path):
+    """The released network of a benchmark run, its config and key."""
+    folder = runs / f"{name}-5-0"
+    loaded = load_model(folder / "released")
+    return loaded.model, loaded.config, load_key(folder / "owner.key")
+
+
+def recover(name: str, data: Path, runs: Path) -> None:
+    """Obfuscate, do something else to it, and read the bits as they stand and aligned."""
+    origin = provenance()
+    reference, config, key = owned(name, runs)
+    normalise = Normalisation(config.mean, config.std)
+    after = {
+        "nothing else": lambda model: model,
+        "60 % pruned": lambda model: prune(model, share=0.6).model,
+        "int8": lambda model: quantise(model, "int8-channel").model,
+        "int4": lambda model: quantise(model, "int4-channel").model,
+        "fine-tuned to CIFAR-100": partial(to_cifar100, data=data, normalise=normalise),
+    }
+    entries = []
+    for shape, attacks in (("same shapes", SAME_SHAPE), ("more channels", EVERYTHING)):
+        obfuscated = combine(reference, torch.Generator().manual_seed(1), attacks=attacks).model
+        for what, change in after.items():
+            suspect = change(obfuscated).state_dict()
+            entries.append(
+                {"obfuscation": shape, "then": what, **readings(suspect, reference, key)}
+            )
+            print(entries[-1], flush=True)
+    save(f"recover-{name}", {"network": name, "entries": entries, "recipe": asdict(RTAL)}, origin)
+
+
+def to_cifar100(model, *, data: Path, normalise: Normalisation):
+    """RTAL: a new head, and all layers trained."""
+    train = read_images(str(data / "cifar100-train-q12.parquet")).at_most(IMAGES, seed=0)
+    return fine_tune(model, train, RTAL, normalise=normalise, form="rtal").model
+
+
+def readings(suspect: Mapping[str, torch.Tensor], reference, key) -> dict:
+    """Matches and p as the suspect stands (where its shapes allow) and aligned."""
+    try:
+        stands = scheme_named(key.context.scheme).verify(suspect, key).matches
+    except ValueError:
+        stands = None
+    started = time.monotonic()
+    verdict, aligned = verify_aligned(suspect, key, reference)
+    return {
+        "bits": verdict.bits,
+        "matches_as_it_stands": stands,
+        "matches_aligned": verdict.matches,
+        "log10_p_value": verdict.log10_p_value,
+        "accepted": verdict.accepted,
+        "null_matches": verdict.alignment["null"]["matches"],
+        "cosines": dict(aligned.cosines),
+        "dropped": aligned.dropped,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def null(name: str, runs: Path, unrelated: Path, keys: int) -> None:
+    """Fresh keys on unrelated networks, without and with alignment; and the owner's own key."""
+    reference, config, own = owned(name, runs)
+    scheme = scheme_named(own.context.scheme)
+    folders = sorted(path.parent for path in unrelated.glob("*/model.safetensors"))
+    for folder in folders:
+        path = FOLDER / f"null-{name}" / f"{folder.name}.json"
+        if path.exists():
+            continue
+        started, origin = time.monotonic(), provenance()
+        weights = read_weights(folder).tensors
+        stands, aligned = [], []
+        for _ in range(keys):
+            fresh = ownership.draw_key(config, scheme.name)
+            stands.append(scheme.verify(weights, fresh).matches)
+            found = align(weights, reference, scheme.forms(fresh))
+            aligned.append(scheme.verify(found.model.state_dict(), fresh).matches)
+        genuine, blind = verify_aligned(weights, own, reference)
+        whole = align(weights, reference, {})
+        entry = {
+            "network": folder.name,
+            "bits": own.context.bits,
+            "fresh_as_it_stands": stands,
+            "fresh_aligned": aligned,
+            "own_as_it_stands": scheme.verify(weights, own).matches,
+            "own_aligned": genuine.matches,
+            "own_aligned_by_whole_filters": scheme.verify(whole.model.state_dict(), own).matches,
+            "own_mixtures": genuine.alignment["null"]["matches"],
+            "cosines": dict(blind.cosines),
+            "seconds": time.monotonic() - started,
+        }
+        save(f"null-{name}/{folder.name}", entry, origin)
+        print(folder.name, f"{entry['seconds']:.0f} s", flush=True)
+
+
+def power() -> None:
+    """The smallest share of surviving bits that is still accepted; the others match by chance."""
+    rows = []
+    for bits in (896, 2560):
+        for log10_alpha in (LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED):
+            for rate in RATES:
+                needed = matches_needed(bits, log10_alpha, rate)
+                # On average (1 − s)·½ of the bits match by chance where s survive.
+                share = 2 * needed / bits - 1
+                rows.append(
+                    {"bits": bits, "log10_alpha": log10_alpha, "rate": rate, "needed": needed}
+                    | {"surviving": share}
+                )
+    save("power", {"rows": rows}, provenance())
+
+
+def time_verification() -> None:
+    """Whole processes of `nnpassport verify` on ResNet-18: imports, loading, hashing, reading."""
+    origin, entries = provenance(), []
+    config = ModelConfig(
+        architecture="resnet18",
+        arguments={"classes": 10, "norm": "batch"},
+        classes=tuple(map(str, range(10))),
+        input_size=(3, 32, 32),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, key = Path(scratch) / "net", Path(scratch) / "owner.key"
+        torch.manual_seed(0)
+        save_model(folder, config.build().eval(), config)
+        save_key(ownership.draw_key(config, "passport-v2"), key)
+        base = [sys.executable, "-m", "nnpassport", "verify", str(folder), "--key", str(key)]
+        for what, more in (("as it stands", []), ("aligned", ["--align", str(folder)])):
+            seconds = []
+            for _ in range(7):
+                started = time.monotonic()
+                subprocess.run([*base, *more, "--json"], capture_output=True, check=False)
+                seconds.append(time.monotonic() - started)
+            entries.append({"reading": what, "seconds": sorted(seconds)})
+            print(entries[-1], flush=True)
+    save("time", {"architecture": "resnet18", "entries": entries}, origin)
+
+
+def save(name: str, entry: dict, origin: dict) -> None:
+    """Write one JSON of results with its provenance."""
+    path = FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python", "benchmarks/alignment.py", *sys.argv[1:3]])
+    content = {**entry, "command": command, "provenance": origin}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("recover", "null"):
+        command = commands.add_parser(name)
+        command.add_argument("network", choices=("v2-gn", "v1-bn"))
+        command.add_argument("--runs", type=Path, required=True)
+        command.add_argument("--data", type=Path)
+        command.add_argument("--unrelated", type=Path)
+        command.add_argument("--keys", type=int, default=1000)
+    for name in ("power", "time", "render"):
+        commands.add_parser(name)
+    chosen = parser.parse_args()
+    match chosen.command:
+        case "recover":
+            recover(chosen.network, chosen.data, chosen.runs)
+        case "null":
+            null(chosen.network, chosen.runs, chosen.unrelated, chosen.keys)
+        case "power":
+            power()
+        case "time":
+            time_verification()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,326 @@
+"""Channels put back where the owner's network has them, and what that does to other networks."""
+
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnpassport.attacks.obfuscation import (
+    combine,
+    flip_signs,
+    insert_dummies,
+    permute,
+    rescale,
+    split_channels,
+)
+from nnpassport.attacks.perturbation import prune, quantise
+from nnpassport.attacks.removal import fine_tune
+from nnpassport.channels import channels_of, negate, take
+from nnpassport.evidence.alignment import MOST_TIMES_WIDER, align
+from nnpassport.evidence.null import READINGS, Unrelated, mixtures, with_null
+from nnpassport.models import build
+from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.passport import V2
+from nnpassport.schemes.uchida import UCHIDA
+from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
+from nnpassport.training import Recipe, classification, fit
+from nnpassport.verification import MIXTURES, verify_aligned
+
+SAME_SHAPE = (flip_signs, permute, rescale)
+EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
+RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def marked(architecture="alexnet", norm="batch", *, scheme=V2, seed=0, **arguments):
+    """A random network whose filters are turned to read a fresh key; untrained, for speed."""
+    torch.manual_seed(seed)
+    model = build(architecture, norm=norm, **{"width": 0.25, **arguments}).eval()
+    draw = rng(seed + 1)
+    for module in model.modules():  # no scale is 1, no shift 0, no statistic the initial one
+        for name, values in (*module._parameters.items(), *module._buffers.items()):
+            if values is not None and values.dim() == 1:
+                values.data.normal_(0, 0.3, generator=draw)
+                if name in {"running_var", "weight"}:
+                    values.data.abs_().add_(0.1)
+    key = scheme.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes([seed + 7] * 32))
+    for name, form in scheme.forms(key).items():
+        weight = model.get_submodule(name).weight.data
+        read = weight.flatten(1) @ form[0].to(weight)
+        wrong = read.sign() != key.layer_signs(name)
+        step = 2.1 * read / form[0].square().sum()
+        turned = weight.flatten(1) - torch.where(wrong, step, 0.0)[:, None] * form[0].to(weight)
+        weight.copy_(turned.view_as(weight))
+    assert scheme.verify(model.state_dict(), key).match_rate == 1
+    return model, key
+
+
+def matches(aligned, key, scheme=V2):
+    return scheme.verify(aligned.model.state_dict(), key).matches
+
+
+@pytest.mark.parametrize("architecture", ["alexnet", "resnet18"])
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "instance", "none"])
+def test_undoes_everything_that_keeps_the_shapes(architecture, norm):
+    model, key = marked(architecture, norm)
+    attacks = SAME_SHAPE if norm != "none" else (permute, rescale)
+    suspect = combine(model, rng(3), attacks=attacks).model
+    assert V2.verify(suspect.state_dict(), key).match_rate < 0.7
+    aligned = align(suspect.state_dict(), model, V2.forms(key))
+    assert matches(aligned, key) == key.context.bits
+    assert aligned.dropped == aligned.missing == 0
+    images = torch.randn(3, 3, 32, 32, generator=rng())
+    torch.testing.assert_close(aligned.model(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "instance", "none"])
+@pytest.mark.parametrize("architecture", ["alexnet", "resnet18"])
+def test_undoes_added_channels_and_all_the_rest_on_top(architecture, norm):
+    model, key = marked(architecture, norm)
+    attacks = EVERYTHING if norm != "none" else (insert_dummies, split_channels, permute, rescale)
+    suspect = combine(model, rng(3), attacks=attacks).model
+    aligned = align(suspect.state_dict(), model, V2.forms(key))
+    assert matches(aligned, key) == key.context.bits
+    assert aligned.dropped > 0
+    images = torch.randn(3, 3, 32, 32, generator=rng())
+    torch.testing.assert_close(aligned.model(images), model(images), rtol=1e-3, atol=1e-3)
+
+
+def test_a_network_that_is_in_order_stays_as_it_is():
+    model, key = marked()
+    before = deepcopy(model.state_dict())
+    aligned = align(model.state_dict(), model, V2.forms(key))
+    for name, values in aligned.model.state_dict().items():
+        torch.testing.assert_close(values, before[name])
+        assert torch.equal(model.state_dict()[name], before[name])
+    assert all(value > 0.9999 for value in aligned.cosines.values())
+
+
+def test_reads_through_a_head_of_another_task():
+    model, key = marked()
+    suspect = combine(model, rng(3), attacks=SAME_SHAPE).model
+    suspect.classifier = torch.nn.Linear(suspect.classifier.in_features, 101)
+    aligned = align(suspect.state_dict(), model, V2.forms(key))
+    assert matches(aligned, key) == key.context.bits
+    assert len(aligned.model.classifier.weight) == 101
+
+
+def test_channels_that_were_cut_off_are_missing_and_help_nobody():
+    model, key = marked()
+    suspect, axis = deepcopy(model), channels_of(model)[2]
+    with torch.no_grad():
+        take(suspect, axis, torch.arange(20, 96))
+    aligned = align(suspect.state_dict(), model, V2.forms(key))
+    assert aligned.missing == 20
+    found = V2.verify(aligned.model.state_dict(), key)
+    assert found.layers["features.8"] == (76, 96)
+    assert found.matches >= key.context.bits - 20 - 20  # the next layer reads 76 of 96 channels
+
+
+def test_uchidas_mark_is_recovered_too():
+    torch.manual_seed(0)
+    model = build("alexnet", norm="batch", width=0.25).eval()
+    key = UCHIDA.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes(32))
+    before = UCHIDA.verify(model.state_dict(), key).matches
+    suspect = combine(model, rng(3), attacks=SAME_SHAPE).model
+    assert UCHIDA.verify(suspect.state_dict(), key).matches != before
+    aligned = align(suspect.state_dict(), model, UCHIDA.forms(key))
+    assert matches(aligned, key, UCHIDA) == before
+
+
+def test_a_mark_of_answers_needs_no_alignment():
+    model, _ = marked()
+    key = ADI.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes(32))
+    with pytest.raises(UnsuitableModelError, match="answers"):
+        verify_aligned(model.state_dict(), key, model)
+
+
+def test_another_network_cannot_be_aligned():
+    model, key = marked()
+    other, _ = marked("resnet18")
+    with pytest.raises(UnsuitableModelError, match="features"):
+        align(other.state_dict(), model, V2.forms(key))
+    extra = {**model.state_dict(), "strange.weight": torch.ones(3)}
+    with pytest.raises(UnsuitableModelError, match="strange"):
+        align(extra, model, V2.forms(key))
+    narrow = build("alexnet", norm="batch", width=0.25, channels=1)
+    with pytest.raises(UnsuitableModelError, match="shape"):
+        align(narrow.state_dict(), model, V2.forms(key))
+
+
+def test_a_suspect_of_absurd_width_is_not_looked_at():
+    model, key = marked()
+    weights = dict(model.state_dict())
+    count = MOST_TIMES_WIDER * len(weights["features.0.weight"]) + 1
+    weights["features.0.weight"] = torch.zeros(count, 3, 5, 5)
+    with pytest.raises(UnsuitableModelError, match=f"{count} channels"):
+        align(weights, model, V2.forms(key))
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_any_order_and_any_signs_are_found_again(seed):
+    model, key = marked()
+    suspect = combine(model, rng(seed), attacks=(permute, partial(flip_signs, share=0.3))).model
+    assert matches(align(suspect.state_dict(), model, V2.forms(key)), key) == key.context.bits
+
+
+# The null, on networks that were trained
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    train, _, normalise = digits
+    data = train.resized(32).subset(torch.arange(640))
+    torch.manual_seed(0)
+    model = build("alexnet", classes=10, norm="batch", width=0.25, channels=1)
+    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    V2.embed(model, key, data, RECIPE, normalise=normalise)
+    return V2.released(model).eval(), key, data, normalise
+
+
+@pytest.fixture(scope="module")
+def strangers(trained):
+    """Networks that were trained on the same images, from other starts and without a mark."""
+    _, _, data, normalise = trained
+    networks = []
+    for seed in range(1, 5):
+        torch.manual_seed(seed)
+        model = build("alexnet", classes=10, norm="batch", width=0.25, channels=1)
+        fit(model, classification, data, replace(RECIPE, seed=seed), normalise=normalise)
+        networks.append(model.eval())
+    return networks
+
+
+def test_whole_filters_would_match_what_is_unrelated_and_blind_ones_do_not(trained, strangers):
+    """The bias that the projection removes: real, large, and gone."""
+    model, key, _, _ = trained
+    rates = {"whole": [], "blind": []}
+    for other in strangers:
+        for how, forms in (("whole", {}), ("blind", V2.forms(key))):
+            found = matches(align(other.state_dict(), model, forms), key)
+            rates[how].append(found / key.context.bits)
+    average = {how: sum(each) / len(each) for how, each in rates.items()}
+    # 4 × 224 bits: the standard deviation of a mean is 0.017.
+    assert average["whole"] > 0.56
+    assert abs(average["blind"] - 0.5) < 4 * 0.017
+
+
+def test_mixtures_keep_second_moments_and_no_filter():
+    model, _ = marked()
+    weights = model.state_dict()
+    (mixed,) = mixtures(weights, ["features.8"], rng(), 1)
+    old, new = weights["features.8.weight"].flatten(1), mixed["features.8.weight"].flatten(1)
+    torch.testing.assert_close(new.T @ new, old.T @ old, rtol=1e-3, atol=1e-3)
+    cosines = (
+        torch.nn.functional.normalize(old, dim=1) @ torch.nn.functional.normalize(new, dim=1).T
+    )
+    assert cosines.abs().max() < 0.6
+    assert torch.equal(mixed["features.4.weight"], weights["features.4.weight"])
+
+
+def test_mixtures_look_like_unrelated_networks_to_the_aligner(trained, strangers):
+    model, key, _, _ = trained
+    layers = [p.layer for axis in channels_of(model) for p in axis.producers]
+    forms = {}  # whole filters, where the bias is large: the surrogate must show it
+    mixed = [
+        matches(align(each, model, forms), key)
+        for each in mixtures(strangers[0].state_dict(), layers, rng(), 4)
+    ]
+    others = [matches(align(each.state_dict(), model, forms), key) for each in strangers]
+    assert min(sum(mixed), sum(others)) / 4 / key.context.bits > 0.54
+
+
+def verdict(matches, log10_p):
+    return Verdict("s", 100, matches, log10_p, LOG10_ALPHA_COMMITTED, "", marked=True)
+
+
+def test_the_more_cautious_p_value_counts_and_both_readings():
+    analytic = log10_binomial_tail(90, 100)
+    low = with_null(verdict(90, analytic), [40, 48])
+    assert low.log10_p_value == pytest.approx(analytic + torch.tensor(READINGS).log10().item())
+    high = with_null(verdict(90, analytic), [40, 60])
+    assert high.log10_p_value == pytest.approx(
+        log10_binomial_tail(90, 100, 0.6) + torch.tensor(READINGS).log10().item()
+    )
+    assert low.marked
+    assert not with_null(verdict(90, analytic), [89]).marked
+    assert with_null(verdict(90, analytic), [100]).log10_p_value == 0
+    assert with_null(verdict(90, None), [40]).log10_p_value is None
+
+
+def test_the_same_suspect_gives_the_same_null():
+    model, key = marked()
+    first = verify_aligned(model.state_dict(), key, model).verdict
+    second = verify_aligned(model.state_dict(), key, model).verdict
+    assert first.alignment["null"] == second.alignment["null"]
+    assert len(first.alignment["null"]["matches"]) == MIXTURES
+    assert first.accepted
+
+
+def test_a_relative_among_the_unrelated_spoils_the_verdict():
+    """Better refused than accepted by a null that is none."""
+    model, key = marked()
+    given_networks = Unrelated([model.state_dict()], "one that is a copy")
+    found = verify_aligned(model.state_dict(), key, model, unrelated=given_networks).verdict
+    assert not found.accepted
+    assert found.log10_p_value == 0
+
+
+# On a network that was trained
+
+
+CHANGES = {
+    "nothing": lambda model, data, normalise: model,
+    "60 % pruned": lambda model, data, normalise: prune(model, share=0.6).model,
+    "int8": lambda model, data, normalise: quantise(model, "int8-tensor").model,
+}
+
+
+def to_parity(model, data, normalise):
+    """Another task on other pixels: is the digit odd, black on white?"""
+    task = type(data)(255 - data.images, data.labels % 2, ("even", "odd"), "parity")
+    recipe = Recipe(epochs=2, batch=32, rate=0.01, schedule="constant")
+    return fine_tune(model, task, recipe, normalise=normalise, form="rtal").model
+
+
+CHANGES["fine-tuned to other labels"] = to_parity
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("attacks", [SAME_SHAPE, EVERYTHING], ids=["same shapes", "more channels"])
+def test_recovers_the_mark_of_a_trained_network(trained, change, attacks):
+    model, key, data, normalise = trained
+    suspect = CHANGES[change](combine(model, rng(5), attacks=attacks).model, data, normalise)
+    found = verify_aligned(
+        suspect.state_dict(), key, model, log10_alpha=LOG10_ALPHA_COMMITTED
+    ).verdict
+    assert found.log10_p_value < -9
+    assert found.accepted
+    if change == "nothing":
+        assert found.matches == found.bits
+
+
+def test_unrelated_trained_networks_are_refused(trained, strangers):
+    model, key, _, _ = trained
+    for other in strangers:
+        found = verify_aligned(other.state_dict(), key, model).verdict
+        assert not found.accepted
+        assert found.log10_p_value > -3
+
+
+def test_flipping_is_only_undone_with_the_norm():
+    """A producer without a norm keeps its signs: a ReLU does not let one pass."""
+    model, key = marked(norm="none")
+    producer = channels_of(model)[2].producers[0]
+    with pytest.raises(ValueError, match="unpack"):
+        negate(model, producer, -torch.ones(96))
+    assert matches(align(model.state_dict(), model, V2.forms(key)), key) == key.context.bits
