@@ -1,12 +1,15 @@
 """Whatever is in a file, only our own errors come out; bombs take neither memory nor time."""
 
 import base64
+import contextlib
 import inspect
 import re
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 import zlib
 from pathlib import Path
@@ -22,9 +25,10 @@ from nnpassport.data.decoding import Encoded, Wanted, decode_all
 from nnpassport.data.images import read_images
 from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.signing import load_public_key, load_signing_key
-from nnpassport.evidence.timestamp import load_roots
+from nnpassport.evidence.timestamp import load_roots, request_timestamp
 from nnpassport.functional import Geometry
 from nnpassport.scheme import (
+    NoTimestampError,
     OwnershipError,
     UnreadableDataError,
     UnreadableKeyError,
@@ -207,6 +211,29 @@ def test_a_context_cannot_ask_for_endless_work():
         context((8, 3, 3, 3), (3, 8, 8), (2**24, 2**24))
     with pytest.raises(UnreadableKeyError, match="products"):
         context((1, 1, 4096, 4096), (1, 8192, 8192), (0, 0))
+
+
+def test_headers_that_never_end_are_given_up(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    over = threading.Event()
+
+    def drip(listener):
+        connection, _ = listener.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\n")
+            while not over.wait(0.02):
+                connection.sendall(b"a: b\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        try:
+            with pytest.raises(NoTimestampError, match="does not answer within"):
+                request_timestamp(b"data", url, [], timeout=0.5)
+        finally:
+            over.set()
+            thread.join()
 
 
 # Bombs: in a process that may not take much more memory than it has

@@ -4,8 +4,10 @@ The authority sees SHA-256 of the bytes and nothing else. Whether a certificate 
 asked: that would need the network, and an answer that is still there years later.
 """
 
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,7 +63,7 @@ def request_timestamp(
     from rfc3161_client import HashAlgorithm, TimestampRequestBuilder  # noqa: PLC0415
 
     request = TimestampRequestBuilder(data, HashAlgorithm.SHA256, nonce=True, cert_req=True).build()
-    response = _in_order(_post(url, request.as_bytes(), timeout))
+    response = _in_order(_within(timeout, url, lambda: _post(url, request.as_bytes(), timeout)))
     try:
         token = _parse(response)
         if token.tst_info.nonce != request.nonce:
@@ -205,6 +207,29 @@ def _whole(data: bytes, start: int, end: int) -> list[bytes]:
     """The DER elements between `start` and `end`, tags and lengths included."""
     stops = [stop for _, stop in _elements(data, start, end)]
     return [data[a:b] for a, b in zip([start, *stops], stops, strict=False)]
+
+
+def _within(seconds: float, url: str, ask: Callable[[], bytes]) -> bytes:
+    """What `ask` returns, if that is soon enough.
+
+    A server that sends its headers byte by byte never exceeds the limits of the HTTP library, which
+    are for one read each. The thread ends with the connection, or with the program.
+    """
+    answer: Future[bytes] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # to be raised where it is waited for
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        return answer.result(seconds)
+    except TimeoutError as error:
+        raise NoTimestampError(
+            f"the authority at {url} does not answer within {seconds:g} seconds; ask another one"
+        ) from error
 
 
 def _post(url: str, query: bytes, timeout: float) -> bytes:
