@@ -94,6 +94,7 @@ def verify(
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport import verification  # noqa: PLC0415
     from nnpassport.config import read_config  # noqa: PLC0415
+    from nnpassport.provenance import made_with  # noqa: PLC0415
 
     if align is not None and (black_box or as_published):
         raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
@@ -115,11 +116,21 @@ def verify(
             images = images_from(data, split, verification.config_of(suspect, options))
             trial = verification.declared_trial(images, target, tolerance, options.standing)
         verdict = verification.verify(suspect, secret, trial=trial, options=options)
+    time = _time(appeared)
+    facts = {
+        **verdict.as_dict(),
+        "suspect": {"file": str(suspect), "appeared": None if time is None else time.isoformat()},
+        "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
+        "made_with": made_with(),
+    }
     if report is not None:
         from nnpassport.evidence.verdictpage import write_verdict_page  # noqa: PLC0415
 
-        write_verdict_page(verdict, report)
-    print_verdict(verdict, as_json)
+        write_verdict_page(facts, report)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        print_verdict(verdict, False)
     raise typer.Exit(0 if verdict.accepted else 1)
 
 
@@ -138,6 +149,7 @@ def judge(
 ) -> None:
     """Whose is it? 0: one claimant's. 1: nobody proves a claim. 2: not checked. 3: undecided."""
     from nnpassport import hearing, verification  # noqa: PLC0415
+    from nnpassport.provenance import made_with  # noqa: PLC0415
 
     images = None
     if data is not None:
@@ -146,14 +158,17 @@ def judge(
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
         heard = hearing.hear(suspect, exhibits, bench, show=show)
+    facts = heard.as_dict()
+    facts["suspect"]["file"] = str(suspect)
+    facts["made_with"] = made_with()
     if report is not None:
         from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
 
-        write_hearing_page(heard.as_dict(), report)
+        write_hearing_page(facts, report)
     if as_json:
-        typer.echo(json.dumps(heard.as_dict(), indent=2))
+        typer.echo(json.dumps(facts, indent=2))
     else:
-        print_ruling(heard.as_dict())
+        print_ruling(facts)
     codes = {"owner": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
 

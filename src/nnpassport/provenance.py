@@ -2,12 +2,18 @@
 
 import os
 import platform
+import re
+import shlex
 import subprocess
+import sys
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
 
 
 def provenance() -> dict[str, Any]:
@@ -24,6 +30,20 @@ def provenance() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def made_with() -> dict[str, Any]:
+    """`provenance` and what it takes to repeat a finding: the command, the versions, the time.
+
+    Names of files are in the command, what is in them never; whoever is named in an address is not.
+    """
+    command = shlex.join(["nnpassport", *sys.argv[1:]])
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "command": _USER.sub("", command),
+        **provenance(),
+        **{name: version(name) for name in ("numpy", "scipy", "safetensors", "cryptography")},
     }
 
 
