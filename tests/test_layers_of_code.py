@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "evidence": {*CORE, "statistics", "checkpoint", "channels", *FOLDERS, *EVIDENCE},
     "schemes": SCHEMES,
     "attacks": {"attacks", "channels", *SCHEMES},
-    "remote": {"remote", "statistics", "data", "data.triggers", "scheme", *EVIDENCE},
+    "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
     "catalog": {"schemes", "attacks", "scheme"},
     "verification": {"catalog", "channels", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "hearing": {"verification", "catalog", *FOLDERS, *SCHEMES, *EVIDENCE, "evidence.judge"},
@@ -68,6 +68,7 @@ MAY_IMPORT = {
     "attacking": ALL,
     "claiming": ALL,
     "judging": ALL,
+    "probing": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__, attacking, claiming, judging
+from nnpassport import __version__, attacking, claiming, judging, probing
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -316,6 +316,7 @@ def bench(
 
 app.command()(judging.verify)
 app.command()(judging.judge)
+app.command()(probing.probe)
 app.command()(attacking.attack)
 app.command("attacks")(attacking.list_attacks)
 app.command()(attacking.audit)

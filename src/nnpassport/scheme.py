@@ -13,7 +13,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── NoTimestampError         an authority gave no token, or there is no root to check one
     ├── UnreadableDataError      images or labels are missing, corrupt or of the wrong kind
     ├── BadSignatureError        a signature text or a digital signature that cannot be used
-    ├── BadRecipeError           training was asked for something that cannot be done
+    ├── BadRecipeError           training, or a probe, was asked for what cannot be done
     ├── UnreachableServiceError  a service does not answer, or too seldom to tell anything
     └── UnwritableOutputError    a result could not be saved; what was there before is untouched
 """
@@ -73,7 +73,7 @@ class BadSignatureError(OwnershipError):
 
 
 class BadRecipeError(OwnershipError):
-    """A training recipe that cannot be carried out."""
+    """A training recipe, or the terms of a probe, that cannot be carried out."""
 
 
 class UnreachableServiceError(OwnershipError):

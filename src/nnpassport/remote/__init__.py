@@ -1,0 +1,5 @@
+"""Black-box verification of a service that returns only predictions.
+
+`services.py` says how each protocol asks and answers, `asking.py` sends one question warily,
+`journal.py` keeps the answers, and `probe.py` hides the triggers among ordinary images and judges.
+"""
