@@ -13,7 +13,6 @@ goes on where it stopped.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,9 +22,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
 
 from nnpassport import ownership
 from nnpassport.attacks.obfuscation import (
@@ -49,7 +46,6 @@ from nnpassport.provenance import provenance
 from nnpassport.statistics import (
     LOG10_ALPHA_COMMITTED,
     LOG10_ALPHA_UNCOMMITTED,
-    log10_binomial_tail,
     matches_needed,
 )
 from nnpassport.training import Recipe
@@ -123,7 +119,7 @@ def readings(suspect: Mapping[str, torch.Tensor], reference, key) -> dict:
     }
 
 
-def null(name: str, runs: Path, unrelated: Path, keys: int) -> None:
+def null(name: str, runs: Path, unrelated: Path, keys: int, aligned_keys: int) -> None:
     """Fresh keys on unrelated networks, without and with alignment; and the owner's own key."""
     reference, config, own = owned(name, runs)
     scheme = scheme_named(own.context.scheme)
@@ -135,9 +131,11 @@ def null(name: str, runs: Path, unrelated: Path, keys: int) -> None:
         started, origin = time.monotonic(), provenance()
         weights = read_weights(folder).tensors
         stands, aligned = [], []
-        for _ in range(keys):
+        for number in range(keys):
             fresh = ownership.draw_key(config, scheme.name)
             stands.append(scheme.verify(weights, fresh).matches)
+            if number >= aligned_keys:
+                continue
             found = align(weights, reference, scheme.forms(fresh))
             aligned.append(scheme.verify(found.model.state_dict(), fresh).matches)
         genuine, blind = verify_aligned(weights, own, reference)
@@ -190,7 +188,7 @@ def time_verification() -> None:
         torch.manual_seed(0)
         save_model(folder, config.build().eval(), config)
         save_key(ownership.draw_key(config, "passport-v2"), key)
-        base = [sys.executable, "-m", "nnpassport", "verify", str(folder), "--key", str(key)]
+        base = [sys.executable, "-m", "nnpassport.cli", "verify", str(folder), "--key", str(key)]
         for what, more in (("as it stands", []), ("aligned", ["--align", str(folder)])):
             seconds = []
             for _ in range(7):
@@ -222,6 +220,7 @@ def main() -> None:
         command.add_argument("--data", type=Path)
         command.add_argument("--unrelated", type=Path)
         command.add_argument("--keys", type=int, default=1000)
+        command.add_argument("--aligned-keys", type=int, default=1000)
     for name in ("power", "time", "render"):
         commands.add_parser(name)
     chosen = parser.parse_args()
@@ -229,7 +228,7 @@ def main() -> None:
         case "recover":
             recover(chosen.network, chosen.data, chosen.runs)
         case "null":
-            null(chosen.network, chosen.runs, chosen.unrelated, chosen.keys)
+            null(chosen.network, chosen.runs, chosen.unrelated, chosen.keys, chosen.aligned_keys)
         case "power":
             power()
         case "time":
