@@ -114,14 +114,18 @@ def probe(
         found = ask_all(
             asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
         )
-    _print(found, out, as_json)
+    _print(found, secret, out, as_json)
     raise typer.Exit(0 if found.verdict.accepted else 1)
 
 
-def _print(found: Any, out: Path | None, as_json: bool) -> None:
+def _print(found: Any, key: Any, out: Path | None, as_json: bool) -> None:
     from nnpassport.files import write_atomically  # noqa: PLC0415
+    from nnpassport.provenance import made_with  # noqa: PLC0415
 
-    facts = json.dumps(found.as_dict(), indent=2)
+    # Without the command: an address may have a token in it.
+    made = {name: value for name, value in made_with().items() if name != "command"}
+    known = {"owner": key.context.owner, "fingerprint": key.fingerprint}
+    facts = json.dumps({**found.as_dict(), "key": known, "made_with": made}, indent=2)
     if out is not None:
         write_atomically(out, facts.encode())
     if as_json:

@@ -108,11 +108,9 @@ def finding(
     triggers, covers = answers
     both, verdict = (*triggers, *covers), _verdict(key, terms, triggers)
     constant, right = _constant(both), None
-    if cover is not None:
-        verdict = replace(verdict, digests={"covers": cover.digest()})
-        if len(cover.classes) == triggers_of(key.context).classes:
-            pairs = zip(covers, cover.labels.tolist(), strict=True)
-            right = [answer.label == truth for answer, truth in pairs if answer.label != NO_CLASS]
+    if cover is not None and len(cover.classes) == triggers_of(key.context).classes:
+        pairs = zip(covers, cover.labels.tolist(), strict=True)
+        right = [answer.label == truth for answer, truth in pairs if answer.label != NO_CLASS]
     if constant:
         verdict = replace(verdict, reason=f"{verdict.reason}; {constant}")
     return Probed(

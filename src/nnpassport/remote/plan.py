@@ -26,12 +26,23 @@ class Terms:
             triggers and their covers. The first triggers of the key are taken, so that there is
             nothing to choose.
         covers_per_trigger: ordinary images asked about for each trigger.
-        log10_alpha: threshold on log₁₀ p.
+        log10_alpha: threshold on log₁₀ p, below 0.
+
+    Raises:
+        BadRecipeError: a number makes no sense.
     """
 
     budget: int | None = None
     covers_per_trigger: int = 1
     log10_alpha: float = LOG10_ALPHA_UNCOMMITTED
+
+    def __post_init__(self) -> None:
+        asks = self.budget is None or self.budget >= 1
+        if not (asks and self.covers_per_trigger >= 0 and self.log10_alpha < 0):
+            raise BadRecipeError(
+                f"the terms are {self}; needed: a budget of at least 1 query, no fewer covers than "
+                "0, and log10 of α below 0"
+            )
 
 
 class Plan(NamedTuple):
@@ -45,21 +56,14 @@ def settle(shape: TriggerShape, terms: Terms, cover: ImageSet | None) -> Plan:
     """How many triggers and covers a run asks about.
 
     Raises:
-        BadRecipeError: the budget is below 1, or there are fewer covers than none.
         UnreadableDataError: the covers have another size than the triggers.
     """
-    each, budget = terms.covers_per_trigger, terms.budget
-    if each < 0 or (budget is not None and budget < 1):
-        raise BadRecipeError(
-            f"a budget of {budget} queries and {each} covers for a trigger were asked for; needed: "
-            "at least one query, and no fewer covers than 0"
-        )
     if cover is not None and tuple(cover.images.shape[1:]) != shape.size:
         raise UnreadableDataError(
             f"the covers are images of {tuple(cover.images.shape[1:])} and the triggers of "
             f"{shape.size}; needed: the same size, or everybody could tell them apart"
         )
-    each = each if cover is not None else 0
+    budget, each = terms.budget, terms.covers_per_trigger if cover is not None else 0
     available = len(cover) if cover is not None else 0
     triggers = shape.count if budget is None else min(shape.count, max(1, budget // (1 + each)))
     room = available if budget is None else min(available, budget - triggers)
