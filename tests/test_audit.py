@@ -209,7 +209,7 @@ def test_the_page_fetches_nothing_and_runs_nothing(report):
     assert not re.search(r"https?://(?!www\.w3\.org)", text)
     for name in ("Pruning", "Accuracy by passport", "Other bits, other accuracy"):
         assert f">{name}<" in text
-    assert "could not be read" in text
+    assert "found once aligned" in text
     assert ruling(report) in text.replace("&#39;", "'")
     assert "ftal: not asked for" in text
 
@@ -226,7 +226,11 @@ def test_the_ruling_counts_what_the_entries_say(report):
 
 
 def test_a_mark_is_hidden_only_if_no_verification_finds_it(report):
-    (gone,) = entries(report, "combine")
+    (aligned,) = entries(report, "combine")
+    assert not aligned["owner"]["accepted"]
+    assert aligned["owner_aligned"]["matches"] == aligned["owner_aligned"]["bits"]
+    assert ruling({**report, "entries": [aligned]}).startswith("0 of 1 attempts")
+    gone = {name: fact for name, fact in aligned.items() if name != "owner_aligned"}
     found = {**gone["owner"], "accepted": True}
     by_triggers = {**gone, "owner_triggers": found}
     assert ruling({**report, "entries": [gone]}).startswith("1 of 1 attempts")
@@ -338,10 +342,11 @@ def test_the_command_writes_the_attacked_network(files):
         *("--limit", 64, "--key", files / "owner.key", "--out", files / "flipped"),
     )
     assert done.exit_code == 0, done.output
-    assert "hidden" in done.stdout
+    assert "found once aligned" in done.stdout
     key = ("--key", files / "owner.key")
     assert invoke("verify", files / "released", *key).exit_code == 0
     assert invoke("verify", files / "flipped", *key).exit_code == 1
+    assert invoke("verify", files / "flipped", *key, "--align", files / "released").exit_code == 0
 
 
 def test_a_forger_who_changes_the_network_gets_both(files):

@@ -14,6 +14,8 @@ Entry = Mapping[str, Any]
 USEFUL = 0.05
 """A removal counts while no more accuracy than this is lost: what is left is still worth having."""
 
+_MARKS = {"owner": "", "owner_aligned": "aligned: ", "owner_triggers": "triggers: "}
+
 
 def html(report: Mapping[str, Any]) -> str:
     """The self-contained page of an audit's report."""
@@ -177,10 +179,8 @@ def _rate(mark: Mapping[str, Any]) -> float:
 
 
 def _hidden(entry: Entry) -> bool:
-    """Whether no verification finds the mark: neither by the weights nor by the triggers."""
-    return not any(
-        entry[name].get("accepted", False) for name in ("owner", "owner_triggers") if name in entry
-    )
+    """Whether no verification finds the mark: by the weights, by them aligned, by the triggers."""
+    return not any(entry[name].get("accepted", False) for name in _MARKS if name in entry)
 
 
 def _unreadable(entry: Entry) -> bool:
@@ -236,8 +236,7 @@ def _mark_words(mark: Mapping[str, Any]) -> str:
 
 
 def _all_marks(entry: Entry) -> str:
-    names = {"owner": "", "owner_triggers": "triggers: "}
-    return "; ".join(f"{names[n]}{_mark_words(entry[n])}" for n in names if n in entry)
+    return "; ".join(f"{said}{_mark_words(entry[n])}" for n, said in _MARKS.items() if n in entry)
 
 
 def _grouped(
@@ -287,6 +286,8 @@ def _removal_row(report: Mapping[str, Any], entry: Entry) -> dict[str, str]:
     mark = _owner(entry).get("owner")
     task = " (other task)" if entry["task"] == "other" else ""
     verdict = "" if mark is None else ("found" if not _hidden(entry) else "hidden")
+    if verdict == "found" and mark is not None and not mark.get("accepted", False):
+        verdict = "found once aligned" if "owner_aligned" in entry else "found by its answers"
     if verdict == "hidden" and _unreadable(entry):
         verdict = "could not be read"
     elif verdict == "hidden" and not _is_useful(report, entry):

@@ -14,7 +14,7 @@ from nnpassport import verification
 from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.removal import with_head
 from nnpassport.audit.subject import Subject
-from nnpassport.audit.table import ATTACKS, Attack, applies, why_not
+from nnpassport.audit.table import ATTACKS, Attack, Family, applies, why_not
 from nnpassport.data.images import ImageSet
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
@@ -127,7 +127,10 @@ def measured(
     if isinstance(outcome, Forged):
         by_answers = ATTACKS[name].marks == "triggers"
         return {**facts, **_forgery(subject, outcome, before["accuracy"], by_answers=by_answers)}
-    return {**facts, **_remains(subject, outcome, other_task=ATTACKS[name].other_task)}
+    found = _remains(subject, outcome, other_task=ATTACKS[name].other_task)
+    if ATTACKS[name].family is Family.OBFUSCATION:
+        found |= _aligned(subject, outcome.model)
+    return {**facts, **found}
 
 
 def _facts(name: str, strength: float) -> dict[str, Any]:
@@ -190,6 +193,16 @@ def _marks(subject: Subject, model: nn.Module) -> dict[str, Any]:
         answers = answers_to(key, model, subject.normalise)
         marks["owner_triggers"] = _read(lambda: scheme.verify_answers(answers, key))
     return marks
+
+
+def _aligned(subject: Subject, model: nn.Module) -> dict[str, Any]:
+    """The owner's mark once channels are put back where the network had them before."""
+    key = subject.key
+    if key is None or not subject.scheme.reads_weights:
+        return {}
+    weights, reference = model.state_dict(), subject.model
+    found = _read(lambda: verification.verify_aligned(weights, key, reference).verdict)
+    return {"owner_aligned": found}
 
 
 def _read(verify: Callable[[], Verdict]) -> dict[str, Any]:
