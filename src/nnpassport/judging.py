@@ -119,6 +119,7 @@ def verify(
     time = _time(appeared)
     facts = {
         **verdict.as_dict(),
+        "read": _read(black_box, as_published, align),
         "suspect": {"file": str(suspect), "appeared": None if time is None else time.isoformat()},
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
         "made_with": made_with(),
@@ -171,6 +172,14 @@ def judge(
         print_ruling(facts)
     codes = {"owner": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
+
+
+def _read(black_box: bool, as_published: bool, align: Path | None) -> str:
+    from nnpassport.evidence import verdictwords as words  # noqa: PLC0415
+
+    if black_box or as_published:
+        return words.ANSWERS if black_box else words.AS_PUBLISHED
+    return words.AS_IT_STANDS if align is None else words.ALIGNED
 
 
 def _standing(

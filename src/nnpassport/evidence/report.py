@@ -197,7 +197,7 @@ def _draw_row(axes: "Axes", index: int, row: Row, limits: tuple[float, float]) -
     many = len(row.values) > 1
     axes.scatter(
         row.values,
-        [middle + offset for offset in _stacked(row.values, limits)],
+        [middle + offset for offset in stacked(row.values, limits)],
         s=12 if many else 60,
         marker=_MARKERS[row.tone],
         color=TONES[row.tone],
@@ -208,11 +208,11 @@ def _draw_row(axes: "Axes", index: int, row: Row, limits: tuple[float, float]) -
     )
 
 
-def _stacked(values: Sequence[float], limits: tuple[float, float]) -> list[float]:
+def stacked(values: Sequence[float], limits: tuple[float, float]) -> list[float]:
     """How far each point is moved off its row's middle, so that equal values do not hide."""
     low, high = limits
     bins = [round((value - low) / (high - low) * _BINS) for value in values]
-    most = max(bins.count(each) for each in set(bins))
+    most = max((bins.count(each) for each in bins), default=1)
     step = min(0.08, 0.44 / most)
     order = [bins[:index].count(each) for index, each in enumerate(bins)]
     return [(-1) ** rank * ((rank + 1) // 2) * step for rank in order]
