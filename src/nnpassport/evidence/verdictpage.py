@@ -157,18 +157,22 @@ def _row(claimant: Facts, where: str | None, how: str, found: Facts) -> dict[str
         "how": how,
         "matches": f"{matched(found)} ({percent(found['match_rate'])})",
         "p": p_value(found),
-        "log10_p": None if log10_p is None else f"{log10_p:.2f}",
+        "log10_p": None if log10_p is None else _signed(log10_p),
         "alpha": small(found["log10_alpha"]),
-        "log10_alpha": f"{found['log10_alpha']:.2f}",
+        "log10_alpha": _signed(found["log10_alpha"]),
         "accuracy": accuracy(found),
         "finding": finding(found),
-        "found": found["accepted"],
+        "tone": "yes" if found["accepted"] else "no" if where is None else "",
         "layers": found["layers"],
         "cosines": {} if alignment is None else alignment["cosines"],
         "alignment": alignment,
         "null": None if alignment is None else alignment["null"],
         "scheme": found["scheme"],
     }
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−").replace("−0.00", "0.00")
 
 
 def _digests(case: Facts) -> list[tuple[str, str]]:

@@ -46,7 +46,9 @@ def timeline(case: Facts) -> Markup:
     low, high = min(times), max(times)
     pad = max((high - low) * 0.06, _DAY)
     ticks = {low: _day(low)} if high - low < _DAY else {at: _day(at) for at in (low, high)}
-    tracks = Tracks("When", lines, "date, UTC", (low - pad, high + pad), ticks)
+    tracks = Tracks(
+        "Claims and suspect in time", lines, "date, UTC", (low - pad, high + pad), ticks
+    )
     return tracks_svg(tracks, "timeline")
 
 
@@ -95,10 +97,9 @@ def _null(case: Facts) -> Tracks:
         rates = [count / null["bits"] for count in null["matches"]]
         whose = f"{name}: " if name else ""
         others = [Dot(rate, "forged") for rate in rates]
-        unrelated = "unrelated network" if len(rates) == 1 else "unrelated networks"
         lines += [
             Track(
-                f"{whose}{len(rates)} {unrelated}",
+                f"{whose}{len(rates)} unrelated",
                 f"best {percent(max(rates))}",
                 others,
                 zone=(*_chance(null["bits"]), "rule"),
@@ -119,7 +120,7 @@ def _accuracy(case: Facts) -> Tracks:
     lines = [
         Track(
             f"{name}, {how}" if name else how.capitalize(),
-            f"{percent(f['accuracy'], 2)}; declared {percent(f['target'], 2)}",
+            f"{percent(f['accuracy'], 2)}; target {percent(f['target'], 2)}",
             [Dot(f["accuracy"], "genuine" if f["passed"] else "plain")],
             zone=(max(0.0, f["target"] - f["tolerance"]), 1.0, "zone"),
             mark=f["target"],
@@ -136,13 +137,13 @@ def _layers(claimant: Facts) -> Tracks:
     names = list(dict.fromkeys(name for found in readings.values() for name in found["layers"]))
     lines = []
     for layer in names[:_MOST_LAYERS]:
-        counts = [(how, *found["layers"][layer]) for how, found in readings.items()]
+        counts = [found["layers"][layer] for found in readings.values()]
         dots = [
-            Dot(hits / bits, "genuine" if how == ALIGNED else "plain", how != ALIGNED)
-            for how, hits, bits in counts
+            Dot(hits / bits, "genuine" if found["marked"] else "plain", how != ALIGNED)
+            for (how, found), (hits, bits) in zip(readings.items(), counts, strict=True)
         ]
-        note = " → ".join(str(hits) for _, hits, _ in counts) + f" of {counts[0][2]}"
-        band = (*_chance(counts[0][2]), "rule")
+        note = " → ".join(str(hits) for hits, _ in counts) + f" of {counts[0][1]}"
+        band = (*_chance(counts[0][1]), "rule")
         lines.append(Track(short(layer, 28), note, dots, zone=band, mark=0.5))
     return Tracks(f"Layers: {_name(claimant)}", lines, "bits that match", (0, 1), _SHARES)
 

@@ -62,9 +62,10 @@ def hearing_ruling(facts: Facts) -> str:
     if facts["ruling"] == "nobody":
         return f"Nobody, of {count(claimants)}, proves a claim to {network}."
     if proved:
+        all_ = "both" if len(proved) == 2 else "all"
         return (
-            f"Undecided: {' and '.join(proved)} all prove a mark in {network}, and nothing shows "
-            "whose was first."
+            f"Undecided: {' and '.join(proved)} {all_} prove a mark in {network}, and nothing "
+            "shows whose was first."
         )
     unchecked = [quoted(each["name"]) for each in claimants if each["unchecked"] is not None]
     return (
@@ -129,7 +130,7 @@ def finding(found: Facts) -> str:
         return "mark found, accuracy not"
     if found["log10_p_value"] is None:
         return "no p-value"
-    return "above the threshold" if found["log10_p_value"] > found["log10_alpha"] else "refused"
+    return "not found" if found["log10_p_value"] > found["log10_alpha"] else "claim does not hold"
 
 
 def p_value(found: Facts) -> str:
@@ -203,7 +204,7 @@ def _age(standing: Facts) -> str:
 def _read(how: str, found: Facts) -> str:
     ways = {
         AS_IT_STANDS: "read as the network stands",
-        ALIGNED: "read once its channels are back in the order of the owner’s own network",
+        ALIGNED: "read once the network’s channels are back in the order of the owner’s own",
         ANSWERS: "by nothing but answers to secret test images",
         AS_PUBLISHED: "by the rule of the scheme’s paper",
     }
