@@ -852,9 +852,14 @@ def test_the_command_accepts_refuses_and_says_what_could_not_be_checked(
     token = ("--header", "Authorization=TOKEN_OF_MINE")
     common = ("probe", server.url, "--cover", files / "cover.npz", "--json")
     out = files / "result.json"
-    code, text, _ = run(capsys, *common, "--key", files / "alice.key", *token, "--out", out)
+    page = files / "page.html"
+    shown = ("--out", out, "--report", page)
+    code, text, _ = run(capsys, *common, "--key", files / "alice.key", *token, *shown)
     assert code == 0
     facts = json.loads(text)
+    assert "carries the mark of the key of" in page.read_text()
+    assert facts["key"]["fingerprint"] in page.read_text()
+    assert "hf_secret" not in page.read_text()
     assert facts == json.loads(out.read_text())
     assert facts["accepted"]
     assert facts["matches"] == facts["bits"] == 40

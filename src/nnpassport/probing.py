@@ -83,6 +83,9 @@ def probe(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal of --out.")] = (
         False
     ),
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
+    ] = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,22 +117,32 @@ def probe(
         found = ask_all(
             asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
         )
-    _print(found, secret, out, as_json)
+    facts = _facts(found, secret)
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_probe_page  # noqa: PLC0415
+
+        write_probe_page(facts, report)
+    _print(found, facts, out, as_json)
     raise typer.Exit(0 if found.verdict.accepted else 1)
 
 
-def _print(found: Any, key: Any, out: Path | None, as_json: bool) -> None:
-    from nnpassport.files import write_atomically  # noqa: PLC0415
+def _facts(found: Any, key: Any) -> dict[str, Any]:
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
     # Without the command: an address may have a token in it.
     made = {name: value for name, value in made_with().items() if name != "command"}
     known = {"owner": key.context.owner, "fingerprint": key.fingerprint}
-    facts = json.dumps({**found.as_dict(), "key": known, "made_with": made}, indent=2)
+    return {**found.as_dict(), "key": known, "made_with": made}
+
+
+def _print(found: Any, facts: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from nnpassport.files import write_atomically  # noqa: PLC0415
+
+    text = json.dumps(facts, indent=2)
     if out is not None:
-        write_atomically(out, facts.encode())
+        write_atomically(out, text.encode())
     if as_json:
-        typer.echo(facts)
+        typer.echo(text)
         return
     print_verdict(found.verdict, False)
     print_table(("", ""), _rows(found))

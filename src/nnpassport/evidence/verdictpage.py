@@ -124,7 +124,7 @@ def _page(kind: str, case: Facts, ruling: str, accepted: bool, said: list[tuple[
 
 def _commands(case: Facts) -> list[str]:
     """How to find the same, and that the suspect is the same."""
-    if case["made_with"] is None:
+    if case["made_with"] is None or "command" not in case["made_with"]:
         return []
     file, names = case["suspect"]["file"], case["suspect"].get("digests")
     if names is None:

@@ -72,7 +72,7 @@ def _p_values(case: Facts) -> Tracks:
         (max(-r["log10_p_value"], -r["log10_alpha"]) for _, _, r in readings), default=1.0
     )
     tens = int(furthest // 10) + 1
-    every = 1 + tens // 6
+    every = next(step for step in (1, 2, 5, 10, 20, 50, 10**6) if tens <= 6 * step)
     limits = (0.0, 10.0 * tens)
     lines = [
         Track(

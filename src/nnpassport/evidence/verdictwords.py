@@ -111,13 +111,15 @@ def limits(facts: Facts) -> list[str]:
             "A mark that is not found does not prove that the network is independent. It may have "
             "been removed or hidden, or the network made without copying any weights."
         )
-        if any(found["layers"] and found["alignment"] is None for found in readings):
+        if any(found["layers"] for found in readings) and not all(
+            any(found["alignment"] for found in each["readings"].values()) for each in claimants
+        ):
             said.append(
                 "Read as it stands, a network hides its mark from this test if its channels were "
                 "moved, negated or rescaled, which changes nothing that it computes. A reading "
                 "aligned to the owner’s released network (verify --align) undoes that."
             )
-    if not any(found["fidelity"] for found in readings):
+    if not any(found["fidelity"] or not found["layers"] for found in readings):
         said.append("Accuracy with the passport was not measured; no test images were given.")
     return said
 
