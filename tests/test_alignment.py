@@ -98,10 +98,120 @@ def test_a_network_that_is_in_order_stays_as_it_is():
     model, key = marked()
     before = deepcopy(model.state_dict())
     aligned = align(model.state_dict(), model, V2.forms(key))
-    for name, values in aligned.model.state_dict().items():
-        torch.testing.assert_close(values, before[name])
-        assert torch.equal(model.state_dict()[name], before[name])
+    for name, values in model.state_dict().items():
+        assert torch.equal(values, before[name])
+        if values.dim() > 1:  # statistics are folded into the norms
+            torch.testing.assert_close(aligned.model.state_dict()[name], values)
+    images = torch.randn(3, 3, 32, 32, generator=rng())
+    torch.testing.assert_close(aligned.model(images), model(images), rtol=1e-4, atol=1e-4)
     assert all(value > 0.9999 for value in aligned.cosines.values())
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+def scale_against_the_variance(model):
+    """γ·k with (σ² + eps)·k²."""
+    for norm in batch_norms(model):
+        factor = (torch.rand(norm.num_features, generator=rng(1)) * 2 - 1).mul(3.4).exp()
+        norm.weight *= factor
+        norm.running_var.copy_(factor**2 * (norm.running_var + norm.eps) - norm.eps)
+
+
+def shift_with_the_mean(model):
+    """β + d with a mean that takes d back."""
+    for norm in batch_norms(model):
+        shift = torch.randn(norm.num_features, generator=rng(1)) * 10
+        norm.bias += shift
+        norm.running_mean += shift * (norm.running_var + norm.eps).sqrt() / norm.weight
+
+
+def append_a_chain_of_near_twins(model):
+    """Each is nearly the next one's copy, the first not the last one's; only the last is read."""
+    for axis in channels_of(model):
+        count, producer = (
+            len(model.get_submodule(axis.producers[0].layer).weight),
+            axis.producers[0],
+        )
+        filters = model.get_submodule(producer.layer).weight.flatten(1).clone()
+        take(model, axis, torch.arange(count).repeat(3))
+        noise = torch.randn(filters.shape, generator=rng(5))
+        unit = torch.nn.functional.normalize(filters, dim=1)
+        noise = torch.nn.functional.normalize(noise - (noise * unit).sum(1, keepdim=True) * unit)
+        noise *= filters.norm(dim=1, keepdim=True)
+        weight = model.get_submodule(producer.layer).weight
+        weight[:count] = (filters + 0.018 * noise).view_as(weight[:count])
+        weight[count : 2 * count] = (filters + 0.009 * noise).view_as(weight[:count])
+        for name in axis.consumers:
+            columns = model.get_submodule(name).weight
+            columns[:, : 2 * columns.shape[1] // 3] = 0
+
+
+def hide_twins_behind_their_statistics(model):
+    """Twins whose scale and variance differ, read by c + r and −r."""
+    for axis in channels_of(model):
+        producer = axis.producers[0]
+        count = len(model.get_submodule(producer.layer).weight)
+        take(model, axis, torch.arange(count).repeat(2))
+        norm = model.get_submodule(producer.norm)
+        norm.weight[count:] *= 1.5
+        norm.running_var[count:] = 2.25 * (norm.running_var[count:] + norm.eps) - norm.eps
+        for name in axis.consumers:
+            columns = model.get_submodule(name).weight
+            half = columns.shape[1] // 2
+            noise = torch.randn(columns[:, :half].shape, generator=rng(7)) * columns.std() * 3
+            columns[:, :half] += noise
+            columns[:, half:] = -noise
+
+
+def drown_the_columns(model):
+    """What is loud is read by tiny columns, and mute dummies by ordinary ones."""
+    for axis in channels_of(model):
+        producer = axis.producers[0]
+        count = len(model.get_submodule(producer.layer).weight)
+        take(model, axis, torch.arange(count).repeat(2))
+        weight = model.get_submodule(producer.layer).weight
+        weight[count:] = torch.randn(weight[count:].shape, generator=rng(6)) * weight.std()
+        norm = model.get_submodule(producer.norm)
+        for values in (norm.weight, norm.bias):
+            values[:count] *= 2**20
+            values[count:] *= 2**-40
+        for name in axis.consumers:
+            columns = model.get_submodule(name).weight
+            columns[:, : columns.shape[1] // 2] *= 2**-20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_against_the_variance,
+        shift_with_the_mean,
+        append_a_chain_of_near_twins,
+        hide_twins_behind_their_statistics,
+        drown_the_columns,
+    ],
+)
+def test_undoes_what_an_attacker_would_think_of_next(change):
+    """Free changes that are no part of the attacks above, each on top of them."""
+    model, key = marked()
+    suspect = combine(model, rng(3), attacks=SAME_SHAPE).model
+    with torch.no_grad():
+        change(suspect)
+    images = torch.randn(3, 3, 32, 32, generator=rng())
+    scale = model(images).abs().max()
+    torch.testing.assert_close(suspect(images) / scale, model(images) / scale, rtol=0, atol=1e-4)
+    assert matches(align(suspect.state_dict(), model, V2.forms(key)), key) == key.context.bits
+
+
+@pytest.mark.parametrize("size", [1e300, 1e38])
+def test_numbers_that_cannot_be_compared_are_refused(size):
+    model, key = marked()
+    weights = dict(model.state_dict())
+    huge = weights["features.4.weight"].double()
+    weights["features.4.weight"] = huge * (size / huge.abs().max())
+    with pytest.raises(UnsuitableModelError, match="large|long"):
+        align(weights, model, V2.forms(key))
 
 
 def test_reads_through_a_head_of_another_task():

@@ -171,6 +171,29 @@ def keeps_statistics(norm: nn.Module) -> bool:
     return getattr(norm, "running_var", None) is not None
 
 
+def fold_statistics(model: nn.Module, producer: Producer) -> None:
+    """Write running statistics into the norm's scale and shift, in place: one form for all.
+
+        γ/√(σ² + eps), β − γ·μ/√(σ² + eps)  with  μ = 0, σ² = 1 − eps
+
+    Of all the norms that compute the same in evaluation mode this is the only one.
+    """
+    if producer.norm is None or not keeps_statistics(norm := model.get_submodule(producer.norm)):
+        return
+    layer, values = model.get_submodule(producer.layer), per_channel(norm)
+    mean, variance = values["running_mean"], values["running_var"]
+    eps = float(norm.eps)  # type: ignore[arg-type]
+    scale = values["weight"].double() / (variance.double() + eps).sqrt()
+    shift = values["bias"].double() - scale * mean.double()
+    if (bias := per_channel(layer).get("bias")) is not None:
+        shift += scale * bias.double()
+        bias.zero_()
+    values["weight"].copy_(scale)
+    values["bias"].copy_(shift)
+    mean.zero_()
+    variance.fill_(1 - eps)
+
+
 def scale_before_norm(
     layer: nn.Module, norm: nn.Module, factor: Float[Tensor, " channels"]
 ) -> None:

@@ -20,7 +20,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -29,10 +29,10 @@ from nnpassport.channels import (
     Producer,
     affine,
     channels_of,
+    fold_statistics,
     keeps_statistics,
     negate,
     per_channel,
-    scale_before_norm,
     scale_columns,
     scale_rows,
     take,
@@ -40,8 +40,11 @@ from nnpassport.channels import (
 )
 from nnpassport.scheme import UnsuitableModelError
 
-MOST_TIMES_WIDER = 8
-"""A suspect with a layer that is this many times wider than the reference's is not looked at."""
+MOST_TIMES_WIDER = 4
+"""A suspect with a layer that is more times wider than the reference's is not looked at."""
+
+MOST_CHANNELS = 8192
+"""Nor is one with more channels than this on one axis: matching takes their square in memory."""
 
 _MOST_CLASSES = 2**20
 _TWINS = 1e-2  # sine of the angle between a channel and its copy, at most; half precision rounds
@@ -55,7 +58,8 @@ class Aligned(NamedTuple):
     """A suspect in the reference's order.
 
     Attributes:
-        model: the suspect's own weights, with as many channels as the reference has.
+        model: the suspect's own weights, with as many channels as the reference has; running
+            statistics are folded into the norms' scale and shift.
         cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
         dropped: channels that were left out because they are copies, or read by nobody.
         missing: channels of the reference for which the suspect had none: they are zero.
@@ -79,17 +83,21 @@ def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> 
             this kind share channels.
     """
     axes = channels_of(reference)
+    reference, bases = deepcopy(reference), _bases(forms)
     suspect = _as_wide(weights, reference, axes)
+    for producer in (each for axis in axes for each in axis.producers):
+        fold_statistics(reference, producer)
+        fold_statistics(suspect, producer)
     dropped = sum(_drop_copies(suspect, axis, width(reference, axis)) for axis in axes)
     missing = 0
     for axis, ready in _in_order(axes):
-        missing += _place(suspect, reference, axis, ready, forms)
+        missing += _place(suspect, reference, axis, ready, bases)
     for axis in axes:  # streams once more, now that all who write them can be compared
         if len(axis.producers) > 1:
-            _place(suspect, reference, axis, axis.producers, forms)
+            _place(suspect, reference, axis, axis.producers, bases)
     cosines = {}
     for producer in (each for axis in axes for each in axis.producers):
-        along = _cosines(suspect, reference, producer, forms).diagonal()
+        along = _cosines(suspect, reference, producer, bases).diagonal()
         if producer.norm is not None:
             negate(suspect, producer, torch.where(along < 0, -1.0, 1.0))
         cosines[producer.layer] = float(along.abs().mean())
@@ -110,7 +118,8 @@ def _as_wide(
         if not 0 < count <= MOST_TIMES_WIDER * most:
             raise UnsuitableModelError(
                 f"the suspect has {count or 'no'} channels at {name}, and the reference {most}; "
-                f"needed for alignment: from 1 to {MOST_TIMES_WIDER} times as many; verify without "
+                f"needed for alignment: at most {MOST_TIMES_WIDER} times as many, and no more than "
+                f"{MOST_CHANNELS}; verify without "
                 "it, or give the reference that the suspect is a copy of"
             )
         take(suspect, axis, torch.arange(count) % most)
@@ -131,6 +140,12 @@ def _as_wide(
             "alignment: the same layers, though their channels may be more or fewer"
         )
     suspect.load_state_dict(dict(weights))
+    # A finite float64 may be infinite in the reference's own dtype.
+    if any(not values.isfinite().all() for values in suspect.state_dict().values()):
+        raise UnsuitableModelError(
+            "the suspect's numbers are too large for the reference's type; needed for alignment: "
+            "weights that can be stored in it"
+        )
     return suspect
 
 
@@ -157,8 +172,7 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     size = torch.cat([_effect(model, producer) for producer in axis.producers], dim=1)
     angles = [unit @ unit.T for unit in (*directions, _unit(size))]
     twins = torch.stack(angles).amin(0) > 1 - _TWINS**2 / 2
-    twins.fill_diagonal_(True)
-    first = twins.int().argmax(1)  # of all that it is parallel to, itself included
+    first = _first_of_each(twins)
     scale = size.norm(dim=1) / size.norm(dim=1)[first]
     read = torch.zeros(len(first), dtype=torch.float64)
     for name in axis.consumers:
@@ -169,11 +183,25 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
         weight.copy_(gathered.flatten(1, 2))
         read += gathered.transpose(0, 1).flatten(1).square().sum(1)
     own = first == torch.arange(len(first))
-    kept = own & (read.sqrt() > _UNREAD * read[own].sqrt().median())
+    heard = read.sqrt() * size.norm(dim=1)  # small columns may read what is loud
+    kept = own & (heard > _UNREAD * heard[own].median())
     if kept.sum() < enough:  # a network that was pruned: whatever is there may still be read
         kept = own
     take(model, axis, kept.nonzero().flatten())
     return len(kept) - int(kept.sum())
+
+
+def _first_of_each(twins: Bool[Tensor, "channels channels"]) -> Int64[Tensor, " channels"]:
+    """For each channel the first that it is a copy of, itself if there is none before it.
+
+    To be a copy is not transitive, so only those count that are nobody's copy themselves.
+    """
+    first = torch.arange(len(twins))
+    for index in range(1, len(twins)):
+        before = twins[index, :index] & (first[:index] == torch.arange(index))
+        if before.any():
+            first[index] = before.int().argmax()
+    return first
 
 
 def _in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
@@ -196,13 +224,18 @@ def _place(
     reference: nn.Module,
     axis: Channels,
     compared: Sequence[Producer],
-    forms: Forms,
+    bases: Forms,
 ) -> int:
     """Bring an axis into the reference's order and scale; how many of its channels are missing."""
     likeness = torch.zeros(width(reference, axis), width(suspect, axis))
     for producer in compared:
-        cosines = _cosines(suspect, reference, producer, forms)
+        cosines = _cosines(suspect, reference, producer, bases)
         likeness += cosines.abs() if producer.norm is not None else cosines
+    if not likeness.isfinite().all():
+        raise UnsuitableModelError(
+            f"filters of {axis.producers[0].layer} are too long to be compared; needed for "
+            "alignment: weights whose squares can be summed up"
+        )
     order = torch.full((len(likeness),), -1)
     wanted, found = linear_sum_assignment(likeness.numpy(), maximize=True)
     order[torch.as_tensor(wanted)] = torch.as_tensor(found)
@@ -219,20 +252,27 @@ def _place(
 
 
 def _cosines(
-    suspect: nn.Module, reference: nn.Module, producer: Producer, forms: Forms
+    suspect: nn.Module, reference: nn.Module, producer: Producer, bases: Forms
 ) -> Float[Tensor, "reference suspect"]:
     """Between each filter of the reference's layer and of the suspect's, without what V reads."""
-    read = forms.get(producer.layer)
-    # An orthonormal basis of what V reads; of many forms, only as many as are independent.
-    basis = None if read is None else torch.linalg.svd(read.float(), full_matrices=False)
-    sides = []
+    basis, sides = bases.get(producer.layer), []
     for model in (reference, suspect):
         rows = model.get_submodule(producer.layer).get_parameter("weight").flatten(1).float()
         if basis is not None:
-            along = basis.Vh[1e-6 * basis.S[0] < basis.S]
-            rows = rows - rows @ along.T @ along
+            rows = rows - rows @ basis.T @ basis
         sides.append(_unit(rows))
     return sides[0] @ sides[1].T
+
+
+def _bases(forms: Forms) -> Forms:
+    """Orthonormal rows for what V reads, by layer."""
+    for name, read in forms.items():
+        if len(read) >= read.shape[1]:
+            raise UnsuitableModelError(
+                f"V reads {len(read)} bits off filters of {read.shape[1]} numbers in {name}, so "
+                "nothing is left to align them by; verify without alignment"
+            )
+    return {name: torch.linalg.qr(read.float().T).Q.T for name, read in forms.items()}
 
 
 def _direction(model: nn.Module, producer: Producer) -> Float[Tensor, "channels columns"]:
@@ -244,10 +284,20 @@ def _direction(model: nn.Module, producer: Producer) -> Float[Tensor, "channels 
 
 
 def _effect(model: nn.Module, producer: Producer) -> Float[Tensor, "channels parts"]:
-    """How large what comes out of each channel is, and its shift."""
+    """How large what comes out of each channel is, and its shift.
+
+    Behind running statistics, which are folded by now, a longer filter gives more.
+    """
     last = affine(model, producer)
     scale = last["weight"].double().reshape(len(last["weight"]), -1).norm(dim=1)
+    if producer.norm is not None and keeps_statistics(model.get_submodule(producer.norm)):
+        scale = scale.abs() * _lengths(model, producer)
     return torch.stack([scale, last.get("bias", torch.zeros_like(scale)).double()], dim=1)
+
+
+def _lengths(model: nn.Module, producer: Producer) -> Float[Tensor, " channels"]:
+    weight = model.get_submodule(producer.layer).get_parameter("weight")
+    return weight.double().flatten(1).norm(dim=1)
 
 
 def _size(model: nn.Module, producers: Sequence[Producer]) -> Float[Tensor, " channels"]:
@@ -256,15 +306,13 @@ def _size(model: nn.Module, producers: Sequence[Producer]) -> Float[Tensor, " ch
 
 
 def _match_before_norm(suspect: nn.Module, reference: nn.Module, producer: Producer) -> None:
-    """Bring rows to the reference's length, where a norm with running statistics undoes it."""
-    layer, norm = suspect.get_submodule(producer.layer), producer.norm
-    if norm is None or not keeps_statistics(suspect.get_submodule(norm)):
+    """Bring rows to the reference's length, where folded statistics let the norm undo it."""
+    if producer.norm is None or not keeps_statistics(suspect.get_submodule(producer.norm)):
         return
-    lengths = [
-        model.get_submodule(producer.layer).get_parameter("weight").double().flatten(1).norm(dim=1)
-        for model in (reference, suspect)
-    ]
-    scale_before_norm(layer, suspect.get_submodule(norm), _ratio(*lengths))
+    longer = _ratio(_lengths(reference, producer), _lengths(suspect, producer))
+    for values in per_channel(suspect.get_submodule(producer.layer)).values():
+        scale_rows(values, longer)
+    scale_rows(affine(suspect, producer)["weight"], 1 / longer)
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
