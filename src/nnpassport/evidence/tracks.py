@@ -69,7 +69,7 @@ def _figure(tracks: Tracks) -> "Figure":
 
     height = _EDGES + _ROW * len(tracks.lines)
     figure = Figure(figsize=(_WIDTH, height))
-    axes = figure.add_axes((0.045, 0.52 / height, 0.91, 1 - 0.86 / height))
+    axes = figure.add_axes((0.05, 0.52 / height, 0.9, 1 - 0.86 / height))
     axes.set(xlim=tracks.limits, ylim=(len(tracks.lines), 0), yticks=[])
     axes.set_xticks(list(tracks.ticks), list(tracks.ticks.values()))
     axes.set_xlabel(tracks.axis)

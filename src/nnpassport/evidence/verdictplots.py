@@ -44,7 +44,7 @@ def timeline(case: Facts) -> Markup:
         lines.append(Track("This page was made", _said(made["time"]), dots))
     times = [dot.value for line in lines for dot in line.dots] or [0.0]
     low, high = min(times), max(times)
-    pad = max((high - low) * 0.06, _DAY)
+    pad = max((high - low) * 0.16, _DAY)
     ticks = {low: _day(low)} if high - low < _DAY else {at: _day(at) for at in (low, high)}
     tracks = Tracks(
         "Claims and suspect in time", lines, "date, UTC", (low - pad, high + pad), ticks
