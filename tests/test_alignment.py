@@ -204,13 +204,12 @@ def test_undoes_what_an_attacker_would_think_of_next(change):
     assert matches(align(suspect.state_dict(), model, V2.forms(key)), key) == key.context.bits
 
 
-@pytest.mark.parametrize("size", [1e300, 1e38])
-def test_numbers_that_cannot_be_compared_are_refused(size):
+def test_numbers_that_the_reference_cannot_hold_are_refused():
     model, key = marked()
     weights = dict(model.state_dict())
     huge = weights["features.4.weight"].double()
-    weights["features.4.weight"] = huge * (size / huge.abs().max())
-    with pytest.raises(UnsuitableModelError, match="large|long"):
+    weights["features.4.weight"] = huge * (1e300 / huge.abs().max())
+    with pytest.raises(UnsuitableModelError, match="too large"):
         align(weights, model, V2.forms(key))
 
 

@@ -189,13 +189,13 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
-def test_the_genuine_owner_wins_against_a_forger(court, world, forgery):
-    """Even if the forger was first at the authority, shows his own copy, and Alice has no date."""
+def test_the_genuine_owner_wins_against_a_forger(court, world, authority, forgery):
+    """Whichever copy the forger shows, and however well his key passes the published rule."""
     forged = FORGERIES[forgery](world)
     court.suspect(forged.model)
-    court.claim("alice", world.alice_key, reference=world.alice)
-    court.claim("bob", forged.key, reference=forged.model)
-    heard = court.hear()
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.claim("bob", forged.key, reference=forged.model, authority=authority)
+    heard = court.hear(roots=[authority.root], appeared=LATER)
     assert (heard.ruling.outcome, heard.ruling.owner) == (Outcome.OWNER, "alice")
     assert not any(accepted(heard, "bob").values())
     honest = forgery == "ground"  # a key by the rules, and refused by its p-value alone
@@ -220,13 +220,13 @@ def test_overwriting_is_seen_without_any_date(court, world):
     assert "stands in bob's network" in " ".join(heard.ruling.reasons)
 
 
-def test_a_licensed_derivative_is_decided_by_the_older_claim(court, world, authority):
-    """Without references nothing but the dates tells who was first."""
+def test_a_licensed_derivative_is_decided_by_the_older_network(court, world, authority):
+    """Bob hands in no network, so only dates can tell who was first."""
     court.suspect(world.bob)
-    court.claim("alice", world.alice_key, authority=authority)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
     time.sleep(1.1)  # tokens count in seconds
     court.claim("bob", world.bob_key, authority=authority)
-    heard = court.hear(roots=[authority.root])
+    heard = court.hear(roots=[authority.root], appeared=LATER)
     assert heard.ruling.owner == "alice"
     assert all(any(accepted(heard, name).values()) for name in ("alice", "bob"))
     assert "derivative" in heard.ruling.reasons[-1]
@@ -262,13 +262,67 @@ def test_turned_channels_carry_bobs_mark_and_only_the_date_tells(court, world, a
     court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
     time.sleep(1.1)
     court.claim("bob", world.bob_key, reference=model, authority=authority)
-    heard = court.hear(roots=[authority.root])
+    heard = court.hear(roots=[authority.root], appeared=LATER)
     assert accepted(heard, "bob")[AS_IT_STANDS]
     assert accepted(heard, "alice") == {AS_IT_STANDS: False, ALIGNED: True}
     assert heard.claimants[1].elsewhere["alice"][ALIGNED].marked  # both ways
     assert heard.ruling.owner == "alice"
-    undated = court.hear()
-    assert undated.ruling.outcome is Outcome.UNDECIDED
+    undated = court.hear()  # nothing tells that Alice's network was there before Bob's
+    assert undated.ruling.owner == "bob"
+    assert not any(accepted(undated, "alice").values())
+
+
+def test_a_reference_that_was_fitted_to_the_suspect_proves_nothing(court, world, authority):
+    """Bob turns a copy of somebody's network to his bits, and says that it is his reference."""
+    court.suspect(world.alice)
+    court.claim("bob", world.bob_key, reference=turned(world), authority=authority)
+    for bench in ({}, {"roots": [authority.root], "appeared": EARLIER}):
+        heard = court.hear(**bench)
+        assert heard.claimants[0].readings[ALIGNED].match_rate == 1
+        assert heard.ruling.outcome is Outcome.NOBODY
+        assert "made after it can be made to fit" in " ".join(heard.ruling.reasons)
+
+
+def test_the_date_of_a_key_does_not_date_a_mark(court, world, authority):
+    """Bob dated an empty key years ago, and turned a copy of Alice's network to it yesterday."""
+    court.claim("bob", world.bob_key, authority=authority)
+    time.sleep(1.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(turned(world))
+    heard = court.hear(roots=[authority.root], appeared=LATER)
+    assert all(any(accepted(heard, name).values()) for name in ("alice", "bob"))
+    assert heard.ruling.outcome is Outcome.UNDECIDED
+
+
+def test_a_network_of_another_s_dates_nothing(court, world, authority):
+    """Nor does it help Bob to have dated a network of his own that the suspect is not made of."""
+    court.claim("bob", world.bob_key, reference=world.nobody, authority=authority)
+    time.sleep(1.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(turned(world))
+    heard = court.hear(roots=[authority.root], appeared=LATER)
+    bob, alice = heard.claimants
+    assert not bob.readings[ALIGNED].alignment["related"]
+    assert alice.readings[ALIGNED].alignment["related"]
+    assert heard.ruling.outcome is Outcome.UNDECIDED
+
+
+def test_a_date_after_the_suspect_outweighs_nobody(court, world, authority):
+    court.suspect(world.bob)
+    court.claim("alice", world.alice_key)
+    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
+    heard = court.hear(roots=[authority.root], appeared=EARLIER)
+    assert heard.ruling.outcome is Outcome.UNDECIDED
+
+
+def test_an_exhibit_that_is_handed_in_twice_blocks_nobody(court, world):
+    court.suspect(world.alice)
+    court.claim("alice", world.alice_key, reference=world.alice)
+    shutil.copytree(court.folder / "alice", court.folder / "bob")
+    court.exhibits.append(court.folder / "bob")
+    heard = court.hear()
+    assert heard.ruling.owner == "alice"
+    assert "signed with one key" in heard.ruling.reasons[-1]
 
 
 def test_a_stolen_claim_that_is_signed_again_is_the_younger_one(court, world, authority):
@@ -276,7 +330,7 @@ def test_a_stolen_claim_that_is_signed_again_is_the_younger_one(court, world, au
     court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
     time.sleep(1.1)
     court.claim("bob", world.alice_key, reference=world.alice, authority=authority)
-    heard = court.hear(roots=[authority.root])
+    heard = court.hear(roots=[authority.root], appeared=LATER)
     assert heard.ruling.owner == "alice"
     assert heard.claimants[0].fingerprint == heard.claimants[1].fingerprint
 
@@ -337,23 +391,29 @@ def test_nobody_owns_what_carries_no_mark(court, world):
     assert not any(any(accepted(heard, name).values()) for name in ("alice", "bob"))
 
 
-def test_an_obfuscated_copy_is_still_alices(court, world):
+def test_an_obfuscated_copy_is_still_alices(court, world, authority):
     court.suspect(combine(world.alice, rng(4)).model)
-    court.claim("alice", world.alice_key, reference=world.alice)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
     court.claim("bob", world.bob_key, reference=world.bob)
-    heard = court.hear(unrelated=())
+    heard = court.hear(roots=[authority.root], appeared=LATER)
     assert heard.ruling.owner == "alice"
     assert accepted(heard, "alice") == {AS_IT_STANDS: False, ALIGNED: True}
 
 
-def test_unrelated_networks_can_be_given(court, world):
+def test_unrelated_networks_can_be_given(court, world, authority):
     save_model(court.folder / "other", world.nobody, world.config)
+    other_norm = replace(world.config, arguments={**ARGUMENTS, "norm": "group"})
+    save_model(court.folder / "group", other_norm.build(), other_norm)
     court.suspect(combine(world.alice, rng(4)).model)
-    court.claim("alice", world.alice_key, reference=world.alice)
-    heard = court.hear(unrelated=(court.folder / "other",))
-    null = heard.claimants[0].readings[ALIGNED].alignment["null"]
-    assert len(null["matches"]) == 1
-    assert heard.ruling.owner == "alice"
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    bench = {"roots": [authority.root], "appeared": LATER}
+    both = court.hear(unrelated=(court.folder / "other", court.folder / "group"), **bench)
+    null = both.claimants[0].readings[ALIGNED].alignment["null"]
+    assert len(null["matches"]) == null["skipped"] == 1
+    assert both.ruling.owner == "alice"
+    none = court.hear(unrelated=(court.folder / "group",), **bench)
+    assert none.ruling.outcome is Outcome.UNDECIDED  # not refused: nothing could be aligned
+    assert "there is no null" in none.claimants[0].unchecked
 
 
 def test_p_values_are_for_all_claimants_together(court, world):
@@ -404,6 +464,53 @@ def test_an_exhibit_that_cannot_be_read_is_told_from_one_that_does_not_hold(cour
     assert court.hear().ruling.owner == "alice"
 
 
+def test_whatever_a_claimant_hands_in_it_stops_no_other(court, world):
+    court.suspect(world.alice)
+    court.claim("alice", world.alice_key, reference=world.alice)
+    odd = {
+        "no layers": replace(world.bob_key.context, layers=()),
+        "bits": replace(
+            world.bob_key.context,
+            layers=tuple(each._replace(bits=8) for each in world.bob_key.context.layers),
+        ),
+        "uchida": replace(world.bob_key.context, scheme="uchida"),
+        "unheard of": replace(world.bob_key.context, scheme="unheard of"),
+    }
+    for number, context in enumerate(odd.values()):
+        claimed = Court(court.folder / str(number), world)
+        claimed.folder.mkdir()
+        claimed.claim("bob", replace(world.bob_key, context=context))
+        court.exhibits += claimed.exhibits
+    heard = court.hear()
+    assert heard.ruling.owner == "alice"
+    assert all(each.unchecked for each in heard.claimants[1:])
+    assert len(heard.claimants) == 1 + len(odd)
+
+
+@pytest.mark.parametrize("content", [None, b"{}"])
+def test_a_reference_without_a_config_is_its_claimants_trouble(court, world, content):
+    court.suspect(world.alice)
+    court.claim("alice", world.alice_key, reference=world.alice)
+    court.claim("bob", world.bob_key, reference=world.bob)
+    config = court.folder / "bob" / REFERENCE / "config.json"
+    config.unlink()
+    if content is not None:
+        config.write_bytes(content)
+    heard = court.hear()
+    assert heard.ruling.owner == "alice"
+    assert heard.claimants[1].unchecked
+
+
+def test_names_of_wrappers_are_taken_off(court, world):
+    from safetensors.torch import save_file
+
+    weights = {f"module.{n}": t.contiguous() for n, t in world.alice.state_dict().items()}
+    save_model(court.folder / "suspect", world.alice, world.config)
+    save_file(weights, court.folder / "suspect" / "model.safetensors")
+    court.claim("alice", world.alice_key, reference=world.alice)
+    assert court.hear().ruling.owner == "alice"
+
+
 def test_another_key_than_the_committed_one_is_refused(court, world):
     court.suspect(world.alice)
     court.claim("bob", world.bob_key)
@@ -415,16 +522,20 @@ def test_another_key_than_the_committed_one_is_refused(court, world):
     assert heard.claimants[0].readings == {}
 
 
-def test_a_timestamp_that_is_not_over_this_claim_is_refused(court, world, authority):
+def test_a_timestamp_that_is_not_over_this_claim_dates_nothing(court, world, authority):
+    """Taking it off would have been as easy, so it makes nothing worse either."""
     court.suspect(world.alice)
     court.claim("alice", world.alice_key, authority=authority)
     court.claim("bob", world.bob_key, authority=authority)
     mine, theirs = (read_signed(court.folder / name / CLAIM_FILE) for name in ("alice", "bob"))
     (court.folder / "alice" / CLAIM_FILE).unlink()
     write_signed(mine._replace(response=theirs.response), court.folder / "alice" / CLAIM_FILE)
-    heard = court.hear(roots=[authority.root])
-    assert heard.claimants[0].refused is not None
-    assert heard.ruling.outcome is Outcome.NOBODY
+    heard = court.hear(roots=[authority.root], appeared=LATER)
+    assert heard.claimants[0].time is None
+    assert "proves nothing" in heard.claimants[0].notes[0]
+    assert heard.claimants[0].readings[AS_IT_STANDS].log10_alpha == LOG10_ALPHA_UNCOMMITTED
+    assert heard.ruling.owner == "alice"
+    assert court.hear(roots=[]).claimants[0].time is None
 
 
 def test_a_suspect_that_cannot_be_read_is_an_error(court, world):
@@ -449,17 +560,22 @@ def test_only_a_key_and_a_network_that_fit_the_claim_are_disclosed(court, world)
 # The rules alone, in every combination of what can be found
 
 
-def found(marked):
-    return Verdict("s", 100, 100 if marked else 50, -200.0 if marked else 0.0, -30.0, "", marked)
+def found(marked, **facts):
+    p = -200.0 if marked else 0.0
+    return Verdict("s", 100, 100 if marked else 50, p, -30.0, "", marked, **facts)
 
 
-def claimant(name, *, day=None, stands=None, aligned=None, proves=True):
+def claimant(name, *, day=None, older=True, related=True, stands=None, aligned=None, proves=True):
     other = "b" if name == "a" else "a"
     readings = {AS_IT_STANDS: stands, ALIGNED: aligned}
     return Claimant(
         name,
         time=None if day is None else NOW + timedelta(days=day),
-        readings={AS_IT_STANDS: found(proves)},
+        older=older and day is not None,
+        readings={
+            AS_IT_STANDS: found(proves),
+            ALIGNED: found(True, alignment={"related": related}),
+        },
         elsewhere={other: {how: found(each) for how, each in readings.items() if each is not None}},
     )
 
@@ -470,7 +586,8 @@ def claimant(name, *, day=None, stands=None, aligned=None, proves=True):
         # his mark stands in the other's network and not the other way: stronger than any date
         ({"stands": True}, {"stands": False, "aligned": False}, "a"),
         ({"stands": True, "day": 2}, {"stands": False, "aligned": False, "day": 1}, "a"),
-        ({"stands": False}, {"stands": True}, "b"),
+        ({"stands": False, "aligned": False}, {"stands": True}, "b"),
+        ({"stands": False}, {"stands": True}, None),  # it was not looked for aligned
         # an aligned reading is no evidence of order
         ({"stands": False, "aligned": True}, {"stands": False, "aligned": False}, None),
         ({"stands": True}, {"stands": False, "aligned": True}, None),
@@ -482,6 +599,12 @@ def claimant(name, *, day=None, stands=None, aligned=None, proves=True):
         ({"day": 1}, {"day": 1}, None),
         ({"day": 1}, {}, "a"),
         ({}, {}, None),
+        # only of the network that the suspect was made from, and only before the suspect
+        ({"day": 1, "related": False}, {"day": 2}, None),
+        ({"day": 1, "related": False}, {}, None),
+        ({"day": 1}, {"day": 2, "related": False}, "a"),
+        ({"day": 1, "older": False}, {"day": 2, "older": False}, None),
+        ({"day": 1, "older": False}, {}, None),
     ],
 )
 def test_who_was_first(a, b, owner):
@@ -508,7 +631,10 @@ def test_two_of_one_name_are_told_apart(court, world):
     court.suspect(world.alice)
     court.claim("alice", world.alice_key)
     court.exhibits.append(court.folder / "alice")
-    assert [each.name for each in court.hear().claimants] == ["alice (1)", "alice (2)"]
+    assert [each.name for each in court.hear().claimants] == ["alice", "alice (2)"]
+    shutil.copytree(court.folder / "alice", court.folder / "alice (2)")
+    court.exhibits.append(court.folder / "alice (2)")
+    assert len({each.name for each in court.hear().claimants}) == 3
 
 
 # The commands
@@ -574,15 +700,21 @@ def test_the_whole_story_on_the_command_line(court, world, call, authority, monk
     assert code == 0
     assert facts["log10_alpha"] == LOG10_ALPHA_COMMITTED
     assert facts["claim"]["older_than_the_suspect"]
-    assert (
-        facts["alignment"]["null"]["log10_p_empirical"]
-        >= facts["alignment"]["null"]["log10_p_analytic"]
+    null = facts["alignment"]["null"]
+    assert facts["log10_p_value"] == pytest.approx(
+        max(null["log10_p_empirical"], null["log10_p_analytic"]) + torch.tensor(2.0).log10().item()
     )
+    undated = call(*verify, "--claim", "alice.claim.json", "--json")
+    assert undated[0] == 1
+    assert "made to fit" in json.loads(undated[1])["reason"]
+    save_model(court.folder / "another", world.nobody, world.config)
+    mistaken = call("verify", "suspect", "--key", "alice.key", "--align", "another", *under)
+    assert mistaken[0] == 2
     disclosed = ("claim", "disclose", "alice.claim.json", "--key", "alice.key")
     assert call(*disclosed, "--reference", "released", "-o", "exhibit")[0] == 0
-    code, out, _ = call("judge", "suspect", "exhibit", "--root", "root.pem", "--appeared", "2999")
-    assert code == 2  # no time
-    code, out, _ = call("judge", "suspect", "exhibit", "--root", "root.pem")
+    judge = ("judge", "suspect", "exhibit", "--root", "root.pem", "--appeared")
+    assert call(*judge, "2999")[0] == 2  # no time
+    code, out, _ = call(*judge, LATER.isoformat())
     assert (code, out.splitlines()[0]) == (0, "OWNER: exhibit")
 
 

@@ -42,7 +42,7 @@ from nnpassport.weights import (
     unpickle,
 )
 
-_PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
 class Loaded(NamedTuple):
@@ -242,7 +242,7 @@ def _without_prefixes(
     def shared() -> str | None:
         if tensors.keys() == expected.keys():
             return None
-        return next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None)
+        return next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
 
     while tensors and (prefix := shared()) is not None:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from cryptography import x509
 
 from nnpassport.catalog import scheme_named
-from nnpassport.config import CONFIG_FILE, read_config
+from nnpassport.checkpoint import load_model
+from nnpassport.config import CONFIG_FILE, ModelConfig
 from nnpassport.data.images import ImageSet
 from nnpassport.evidence.claimfile import read_signed, write_signed
 from nnpassport.evidence.judge import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
@@ -24,7 +26,7 @@ from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.evidence.null import READINGS
 from nnpassport.evidence.signing import public_from_hex
 from nnpassport.evidence.standing import Standing, standing_of
-from nnpassport.files import make_folder, read_once, write_atomically, writing
+from nnpassport.files import brief, make_folder, read_once, write_atomically, writing
 from nnpassport.scheme import (
     BadSignatureError,
     OwnershipError,
@@ -85,6 +87,8 @@ class Hearing:
                     "owner": each.owner,
                     "fingerprint": each.fingerprint,
                     "proves": each.proves,
+                    "older": each.older,
+                    "owner_key": each.owner_key,
                     "refused": each.refused,
                     "unchecked": each.unchecked,
                     "readings": {how: found.as_dict() for how, found in each.readings.items()},
@@ -108,6 +112,7 @@ class Exhibit(NamedTuple):
     standing: Standing
     key: Key
     reference: Path | None
+    config: ModelConfig | None
     note: str | None
 
 
@@ -131,8 +136,8 @@ def hear(
         try:
             exhibits[name] = exhibit = read_exhibit(folder, bench)
             claimants[name] = _claimant(name, exhibit)
-        except OwnershipError as error:
-            claimants[name] = Claimant(name, unchecked=str(error))
+        except Exception as error:  # whatever one hands in, it stops nobody else's claim
+            claimants[name] = Claimant(name, unchecked=_said(error))
     steps, done = len(exhibits) ** 2, 0
     for name, exhibit in exhibits.items():
         if claimants[name].refused is not None:
@@ -147,7 +152,7 @@ def hear(
                 done += 1
                 if show is not None:
                     show(done, steps, f"{name}: {other}'s network")
-                strict = Options(log10_alpha=LOG10_ALPHA_UNCOMMITTED)
+                strict = Options(exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED)
                 found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
@@ -199,13 +204,14 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     path = folder / REFERENCE
     if committed is None:
         note = "no reference network was committed to, so nothing can be aligned to one"
-        return Exhibit(standing, key, None, note if path.exists() else None)
+        return Exhibit(standing, key, None, None, note if path.exists() else None)
     if not path.exists():
-        return Exhibit(standing, key, None, "the network that the claim commits to is not there")
+        note = "the network that the claim commits to is not there"
+        return Exhibit(standing, key, None, None, note)
     if tensors_digest(read_weights(path).tensors) != committed:
         note = "the reference network is not the one that the claim commits to, so it is not used"
-        return Exhibit(standing, key, None, note)
-    return Exhibit(standing, key, path, None)
+        return Exhibit(standing, key, None, None, note)
+    return Exhibit(standing, key, path, load_model(path).config, None)
 
 
 class _Readings(NamedTuple):
@@ -222,6 +228,8 @@ def _claimant(name: str, exhibit: Exhibit) -> Claimant:
         fingerprint=exhibit.key.fingerprint,
         refused=None if finding.holds else finding.reason,
         time=exhibit.standing.time,
+        older=exhibit.standing.older,
+        owner_key=None if finding.claim is None else finding.claim.owner_key,
         notes=tuple(f"{name}: {note}" for note in notes),
     )
 
@@ -233,7 +241,7 @@ def _on_suspect(
     trial = None
     if bench.images is not None:
         trial = declared_trial(bench.images, standing=exhibit.standing)
-    base = Options(standing=exhibit.standing)
+    base = Options(standing=exhibit.standing, reference=exhibit.config)
     found = _readings(suspect, exhibit, base, bench.unrelated, trial)
     for how, verdict in found.verdicts.items():
         if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
@@ -254,18 +262,23 @@ def _readings(
     trial: Trial | None = None,
 ) -> _Readings:
     """A claimant's mark in a network: as it stands, and aligned to his own reference."""
-    own = exhibit.reference
-    options = replace(base, reference=None if own is None else read_config(own))
-    ways = {AS_IT_STANDS: options}
+    own, ways = exhibit.reference, {AS_IT_STANDS: base}
     if own is not None and scheme_named(exhibit.key.context.scheme).reads_weights:
-        ways[ALIGNED] = replace(options, alignment=Alignment(own, unrelated))
+        ways[ALIGNED] = replace(base, alignment=Alignment(own, unrelated))
     found = _Readings({}, {})
     for how, each in ways.items():
         try:
             found.verdicts[how] = verify(network, exhibit.key, trial=trial, options=each)
-        except OwnershipError as error:
-            found.failures[how] = str(error)
+        except Exception as error:  # as above: what a key or reference does is its claimant's
+            found.failures[how] = _said(error)
     return found
+
+
+def _said(error: Exception) -> str:
+    """What went wrong; an error that is not ours says its kind, and no more than a line."""
+    if isinstance(error, OwnershipError):
+        return str(error)
+    return f"it is of no kind that can be checked ({type(error).__name__}: {brief(error)})"
 
 
 def _corrected(verdict: Verdict, readings: int, claimants: int) -> Verdict:
@@ -277,7 +290,8 @@ def _corrected(verdict: Verdict, readings: int, claimants: int) -> Verdict:
         verdict,
         log10_p_value=log10_p,
         marked=verdict.marked and log10_p <= verdict.log10_alpha,
-        reason=f"{verdict.reason}; for {claimants} claimants together p = 10^{log10_p:.1f}",
+        reason=f"{verdict.reason}; for {claimants} claimants and {READINGS} readings together "
+        f"p = 10^{log10_p:.1f}",
     )
 
 
@@ -285,18 +299,21 @@ def _with_findings(
     claimant: Claimant, found: _Readings, elsewhere: Mapping[str, Mapping[str, Verdict]]
 ) -> Claimant:
     failures = [f"{claimant.name}: {how}: {why}" for how, why in found.failures.items()]
+    accepted = any(verdict.accepted for verdict in found.verdicts.values())
     return replace(
         claimant,
         readings=found.verdicts,
         elsewhere=elsewhere,
-        unchecked=None if found.verdicts else "; ".join(found.failures.values()),
-        notes=(*claimant.notes, *(failures if found.verdicts else ())),
+        # Nothing accepted and something not read: that is no refusal.
+        unchecked="; ".join(found.failures.values()) if failures and not accepted else None,
+        notes=(*claimant.notes, *(failures if accepted else ())),
     )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with a number behind those that come more than once."""
-    return [
-        name if names.count(name) == 1 else f"{name} ({names[: index + 1].count(name)})"
-        for index, name in enumerate(names)
-    ]
+    """The names, with a number behind those that were there before."""
+    distinct: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in count(2))
+        distinct.append(next(each for each in chain([name], numbered) if each not in distinct))
+    return distinct

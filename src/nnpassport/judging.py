@@ -19,6 +19,8 @@ from nnpassport.options import (
 )
 from nnpassport.terminal import errors, print_ruling, print_verdict, progress_bar
 
+MAX_LOG10_ALPHA = 1_000_000
+
 Suspect = Annotated[Path, typer.Argument(help="Model folder or weights file, from anybody.")]
 Appeared = Annotated[
     str | None,
@@ -96,6 +98,8 @@ def verify(
     from nnpassport.config import read_config  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
+    if alpha is not None and not -MAX_LOG10_ALPHA <= alpha < 0:
+        raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
     if align is not None and (black_box or as_published):
         raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
     secret = key_from(key, passphrase)

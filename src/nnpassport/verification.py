@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from nnpassport.catalog import scheme_named
 from nnpassport.channels import channels_of
-from nnpassport.checkpoint import Loaded, load_model, load_suspect
+from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.claim import MILLION
+from nnpassport.evidence.judge import DATED_ONLY
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.null import AlignedVerdict, Unrelated, aligned_verdict, mixtures
 from nnpassport.evidence.standing import Standing
@@ -199,12 +200,20 @@ def verify_aligned(
 
 
 def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
-    """The verdict, and whether the claim that it rests on holds; if not, nothing is marked."""
+    """The verdict, and whether the claim that it rests on holds; if not, nothing is marked.
+
+    Nor is it after alignment, unless the claim, and with it the reference, is older than the
+    suspect: whoever has the suspect can turn a copy of it until it reads as any bits, and call that
+    copy his reference.
+    """
     holds = standing.finding.holds
     reason = standing.age if holds else f"the claim does not hold: {standing.finding.reason}"
+    fitted = verdict.alignment is not None and not standing.older
+    if fitted and holds and verdict.marked:
+        reason = f"{reason}; {DATED_ONLY}"
     return replace(
         verdict,
-        marked=verdict.marked and holds,
+        marked=verdict.marked and holds and not fitted,
         reason=f"{verdict.reason}; {reason}",
         claim=standing.as_dict(),
     )
@@ -227,11 +236,12 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
         return verify_answers(suspect, key, options=replace(options, standing=None)), None
-    weights = read_weights(suspect)
+    weights = _without_prefixes(read_weights(suspect), key)
     if options.alignment is None:
         verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
         return replace(verdict, digests=weights.digests), None
     reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
+    _check_committed(options.alignment.reference, options.standing)
     unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
     found = verify_aligned(
         weights.tensors,
@@ -243,7 +253,34 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     digests = {**weights.digests, **_named("reference", reference.digests)}
     for name, each in unrelated.items():
         digests |= _named(name, each.digests)
-    return replace(found.verdict, digests=digests), reference._replace(model=found.aligned.model)
+    verdict = found.verdict
+    if options.standing is None:
+        reason = "that the network it was aligned to is older than the suspect is your word"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
+    return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
+
+
+def _check_committed(reference: Path, standing: Standing | None) -> None:
+    """Under a claim, only the network that it commits to may be aligned to."""
+    claim = None if standing is None else standing.claim
+    if claim is None:
+        return
+    if claim.reference != tensors_digest(read_weights(reference).tensors):
+        raise UnsuitableModelError(
+            "the network to align to is not the one that the claim commits to; needed: the folder "
+            "that `claim new --reference` was given, or no claim"
+        )
+
+
+def _without_prefixes(weights: Weights, key: Key) -> Weights:
+    """Under the names that the key knows: wrappers for training prefix all of them."""
+    wanted = [f"{layer.name}.weight" for layer in key.context.layers]
+    tensors = weights.tensors
+    for prefix in PREFIXES * 2:
+        if tensors.keys() >= set(wanted) or not all(name.startswith(prefix) for name in tensors):
+            continue
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return weights._replace(tensors=tensors)
 
 
 def _given(unrelated: Mapping[str, Weights]) -> Unrelated:
@@ -275,6 +312,12 @@ def _with_fidelity(
             f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
         )
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    answers = loaded.model(normalise(trial.data.images[:2])).shape[-1]
+    if answers != len(trial.data.classes):
+        raise UnreadableDataError(
+            f"the images have {len(trial.data.classes)} classes and the suspect answers with "
+            f"{answers}; needed: images of the suspect's own task"
+        )
     target = trial.target
     if target is None:
         target = accuracy(loaded.model, trial.data, normalise)

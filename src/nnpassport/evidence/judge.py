@@ -8,7 +8,9 @@ where several marks are there, order decides, by two kinds of evidence:
    not in X's by any reading: then Y's network was made from one of X's. A mark as it stands cannot
    be put into a file that another has committed to. (An aligned reading does not count here: a copy
    with turned channels matches its original in both directions.)
-2. X's claim is proved by a timestamp to be older than Y's, or X's is dated and Y's is not.
+2. X's claim is proved older than the suspect and commits to a network that the suspect was made
+   from, and it is older than Y's claim, or nothing dates Y's before the suspect. The date of a key
+   alone proves nothing here: a mark for an old key can be put on a copy at any time.
 
 Neither: undecided. Nothing here reads a file; `nnpassport.hearing` does.
 """
@@ -21,6 +23,10 @@ from typing import Any, NamedTuple, final
 
 from nnpassport.scheme import Verdict
 
+DATED_ONLY = (
+    "an aligned reading counts only under a claim that is proved to be older than the suspect, "
+    "because a reference that was made after it can be made to fit"
+)
 AS_IT_STANDS = "as it stands"
 ALIGNED = "aligned"
 
@@ -45,6 +51,8 @@ class Claimant:
         refused: why his claim does not hold, or None.
         unchecked: why his claim could not be checked, or None.
         time: when a trusted timestamp authority saw the claim, or None.
+        older: whether the claim is proved to be older than the suspect.
+        owner_key: the public key that signed the claim: claimants with one key are one party.
         readings: verdicts on the suspect, by how it was read; p-values for all claimants together.
         elsewhere: by another claimant's name, verdicts on the network that *he* committed to.
         notes: what else the judge should know, in words.
@@ -56,6 +64,8 @@ class Claimant:
     refused: str | None = None
     unchecked: str | None = None
     time: datetime | None = None
+    older: bool = False
+    owner_key: str | None = None
     readings: Mapping[str, Verdict] = field(default_factory=dict)
     elsewhere: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -66,6 +76,18 @@ class Claimant:
         sound = self.refused is None and self.unchecked is None
         return sound and any(verdict.accepted for verdict in self.readings.values())
 
+    @property
+    def party(self) -> str:
+        """Who he is to the rules: the holder of his public key, or himself."""
+        return self.name if self.owner_key is None else self.owner_key
+
+    @property
+    def network_time(self) -> datetime | None:
+        """When the network that the suspect was made from is proved to have been his, or None."""
+        aligned = self.readings.get(ALIGNED)
+        facts = None if aligned is None else aligned.alignment
+        return self.time if self.older and facts is not None and facts["related"] else None
+
     def stands_in(self, other: "Claimant") -> bool:
         """Whether his mark is in the other's network as that one is."""
         found = self.elsewhere.get(other.name, {}).get(AS_IT_STANDS)
@@ -74,7 +96,8 @@ class Claimant:
     def absent_from(self, other: "Claimant") -> bool:
         """Whether his mark was looked for in the other's network, and no reading finds it."""
         found = self.elsewhere.get(other.name, {})
-        return AS_IT_STANDS in found and not any(each.marked for each in found.values())
+        sought = {AS_IT_STANDS, ALIGNED} <= found.keys()
+        return sought and not any(each.marked for each in found.values())
 
 
 class Ruling(NamedTuple):
@@ -110,17 +133,20 @@ def rule(claimants: Sequence[Claimant]) -> Ruling:
             )
             return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
         return Ruling(Outcome.NOBODY, None, (*reasons, "no claim is proved"))
-    if len(proved) == 1:
-        reasons.append(f"{proved[0].name} alone proves a claim")
+    if len({each.party for each in proved}) == 1:
+        names = _list([each.name for each in proved])
+        same = "" if len(proved) == 1 else ", all signed with one key,"
+        reasons.append(f"{names}{same} alone proves a claim")
         return Ruling(Outcome.OWNER, proved[0].name, tuple(reasons))
     firsts = []
     for one in proved:
-        orders = [(_before(one, other), other) for other in proved if other is not one]
+        rivals = [other for other in proved if other.party != one.party]
+        orders = [(_before(one, other), other) for other in rivals]
         if all(why is not None for why, _ in orders):
             firsts.append(one)
             reasons += [f"{one.name} was there before {other.name}: {why}" for why, other in orders]
-    if len(firsts) == 1:
-        others = [each.name for each in proved if each is not firsts[0]]
+    if len({each.party for each in firsts}) == 1:
+        others = [each.name for each in proved if each.party != firsts[0].party]
         reasons.append(
             f"the mark of {_list(others)} is there too, and later: a copy or a derivative, and "
             "whether a licensed one is not written in the network"
@@ -135,7 +161,7 @@ def _found(claimant: Claimant) -> list[str]:
     """What was found of one claimant, in words."""
     name = claimant.name
     if claimant.unchecked is not None:
-        return [f"{name}: could not be checked: {claimant.unchecked}"]
+        return [f"{name}: could not be checked: {claimant.unchecked}", *claimant.notes]
     if claimant.refused is not None:
         return [f"{name}: the claim does not hold: {claimant.refused}"]
     said = "proves its mark" if claimant.proves else "does not prove a mark"
@@ -147,8 +173,11 @@ def _counted(verdict: Verdict) -> str:
     found = f"{verdict.matches} of {verdict.bits} match"
     if verdict.log10_p_value is None:
         return f"{found}, but parts of the key were chosen, so there is no p-value"
-    relation = "at or below" if verdict.log10_p_value <= verdict.log10_alpha else "above"
+    below = verdict.log10_p_value <= verdict.log10_alpha
+    relation = "at or below" if below else "above"
     p = f"p = 10^{verdict.log10_p_value:.1f}, {relation} α = 10^{verdict.log10_alpha:.1f}"
+    if below and not verdict.marked:
+        p = f"{p}, but it does not count: {DATED_ONLY}"
     if verdict.fidelity is None or verdict.fidelity.passed:
         return f"{found}, {p}"
     f = verdict.fidelity
@@ -164,11 +193,13 @@ def _before(one: Claimant, other: Claimant) -> str | None:
         return f"its mark stands in {other.name}'s network, and the other's not in its own"
     if other.stands_in(one) and one.absent_from(other):
         return None  # the same evidence, the other way: stronger than any date
-    if one.time is None or (other.time is not None and one.time >= other.time):
+    time = one.network_time
+    if time is None or (other.time is not None and time >= other.time):
         return None
+    said = f"the network that the suspect was made from was its own on {_day(time)}"
     if other.time is None:
-        return f"its claim is dated {_day(one.time)}, and nothing dates that of {other.name}"
-    return f"its claim is dated {_day(one.time)}, that of {other.name} {_day(other.time)}"
+        return f"{said}, and nothing dates the claim of {other.name}"
+    return f"{said}, and the claim of {other.name} is of {_day(other.time)}"
 
 
 def _day(time: datetime) -> str:

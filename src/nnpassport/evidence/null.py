@@ -11,17 +11,24 @@ Where nobody gives unrelated networks, they are made of the suspect: mixtures of
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nnpassport.evidence.alignment import Aligned, Forms, align
-from nnpassport.scheme import Verdict
+from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.statistics import log10_binomial_tail, log10_corrected
 
 READINGS = 2
 """A suspect can be read as it stands and aligned; whoever shows one may have looked at both."""
+
+RELATED = 0.5
+"""How far from the best unrelated network's cosines to 1 a copy's must be, over the layers' median.
+
+A network that was trained from the reference's weights stays near 1, one of its own start at 0.
+"""
 
 Read = Callable[[Mapping[str, Tensor]], Verdict]
 """V with one key, on a state dict."""
@@ -53,17 +60,32 @@ def aligned_verdict(
     Its p-value is the more cautious of the analytic one and the one at the rate of the unrelated
     network that matches best, and corrected for the choice between reading with and without.
 
+    An unrelated network that cannot be aligned is left out and counted.
+
     Raises:
-        UnsuitableModelError: suspect and reference cannot be aligned.
+        UnsuitableModelError: suspect and reference cannot be aligned, or no unrelated network can.
     """
     aligned = align(weights, reference, forms)
     found = read(aligned.model.state_dict())
-    matches = [
-        read(align(each, reference, forms).model.state_dict()).matches
-        for each in unrelated.networks
-    ]
+    matches, cosines, skipped = [], [], 0
+    for each in unrelated.networks:
+        try:
+            other = align(each, reference, forms)
+        except UnsuitableModelError:
+            skipped += 1
+            continue
+        cosines.append(other.cosines)
+        matches.append(read(other.model.state_dict()).matches)
+    if not matches:
+        raise UnsuitableModelError(
+            f"none of {unrelated.origin} can be aligned to the reference, so there is no null; "
+            "needed: networks of the owner's architecture, or none"
+        )
     cautious = with_null(found, matches)
+    likeness = _likeness(aligned.cosines, cosines)
     facts = {
+        "likeness": likeness,
+        "related": likeness >= RELATED,
         "cosines": dict(aligned.cosines),
         "dropped": aligned.dropped,
         "missing": aligned.missing,
@@ -72,7 +94,8 @@ def aligned_verdict(
             "bits": found.bits,
             "matches": matches,
             "log10_p_analytic": found.log10_p_value,
-            "log10_p_empirical": cautious.log10_p_value,
+            "skipped": skipped,
+            "log10_p_empirical": _at_rate_of_best(found, matches),
         },
         "readings": READINGS,
     }
@@ -87,9 +110,7 @@ def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> 
     if verdict.log10_p_value is None:
         return verdict
     rate = max([chance, *(count / verdict.bits for count in matches)])
-    analytic = log10_binomial_tail(verdict.matches, verdict.bits, chance)
-    empirical = 0.0 if rate >= 1 else log10_binomial_tail(verdict.matches, verdict.bits, rate)
-    cautious = min(0.0, verdict.log10_p_value + max(empirical, analytic) - analytic)
+    cautious = max(verdict.log10_p_value, _at_rate_of_best(verdict, matches, chance) or 0.0)
     log10_p = log10_corrected(cautious, math.log10(READINGS))
     marked = log10_p <= verdict.log10_alpha
     relation = "at or below" if marked else "above"
@@ -101,6 +122,30 @@ def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> 
         f"{rate:.3f} of the bits at most, so p = 10^{log10_p:.1f} (for {READINGS} readings) is "
         f"{relation} α = 10^{verdict.log10_alpha:.1f}",
     )
+
+
+def _at_rate_of_best(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> float | None:
+    """log₁₀ of the tail at the rate of the best match, with the verdict's own corrections.
+
+    It is not held to be more than the analytic one: these may all match less than half.
+    """
+    if verdict.log10_p_value is None:
+        return None
+    rate = max(count / verdict.bits for count in matches) if matches else chance
+    if rate >= 1:
+        return 0.0
+    analytic = log10_binomial_tail(verdict.matches, verdict.bits, chance)
+    empirical = log10_binomial_tail(verdict.matches, verdict.bits, max(rate, 1e-9))
+    return min(0.0, verdict.log10_p_value + empirical - analytic)
+
+
+def _likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:
+    """Where the suspect's cosines lie between the best unrelated network's (0) and 1."""
+    layers = []
+    for name, cosine in cosines.items():
+        best = max(other[name] for other in others)
+        layers.append((cosine - best) / (1 - best) if best < 1 else 0.0)
+    return median(layers)
 
 
 def mixtures(

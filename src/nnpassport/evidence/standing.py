@@ -63,16 +63,24 @@ def standing_of(
 ) -> Standing:
     """Check a claim and its disclosed key; a timestamp counts only if `roots` vouch for it.
 
+    One that they do not vouch for, or that is of something else, leaves the claim undated: anybody
+    can take a token off a claim, so refusing would only hurt who did not.
+
     `appeared` is when the suspect is known to have been there first, by whoever judges.
 
     Raises:
         UnreadableClaimError: its owner signed what is not a claim of this version.
     """
-    stamped = signed.response is not None and bool(roots)
-    checked = signed if stamped else signed._replace(response=None)
-    finding = check_claim(checked, owner, roots=roots if stamped else None, key=key)
-    unchecked = signed.response is not None and not roots
-    age, older = _age(finding, appeared, unchecked=unchecked)
+    finding = check_claim(signed._replace(response=None), owner, key=key)
+    undated = None
+    if signed.response is not None and finding.holds:
+        dated = check_claim(signed, owner, roots=roots, key=key) if roots else None
+        if dated is not None and dated.holds:
+            finding = dated
+        else:
+            why = "no root certificate was given for it" if dated is None else dated.reason
+            undated = f"the claim's timestamp proves nothing: {why}"
+    age, older = (undated, False) if undated is not None else _age(finding, appeared)
     declared = LOG10_ALPHA_COMMITTED
     if finding.claim is not None:  # a claimant may declare a stricter threshold, never a laxer one
         declared = min(declared, float(finding.claim.log10_alpha))
@@ -80,9 +88,7 @@ def standing_of(
     return Standing(finding, alpha, older, f"{age}: α = 10^{alpha:.1f}")
 
 
-def _age(finding: Finding, appeared: datetime | None, *, unchecked: bool) -> tuple[str, bool]:
-    if unchecked:
-        return "the claim has a timestamp that no root certificate was given for", False
+def _age(finding: Finding, appeared: datetime | None) -> tuple[str, bool]:
     if finding.timestamp is None:
         return "nothing proves how old the claim is", False
     proved = f"the claim is proved to be from {_said(finding.timestamp.time)} or before"
