@@ -1,17 +1,21 @@
 """Pages of verdicts, rulings and probes: what they say, what they fetch, how they look."""
 
+import hashlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from html import escape, unescape
 from html.parser import HTMLParser
 
 import pytest
 import torch
+from authority import Signer, certificate, new_key, pem
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
 
 from nnpassport import cli
 from nnpassport.attacks.obfuscation import combine
@@ -19,7 +23,7 @@ from nnpassport.checkpoint import save_model
 from nnpassport.config import ModelConfig
 from nnpassport.evidence import tracks, verdictpage, verdictwords
 from nnpassport.evidence.claim import claim_of, sign_claim
-from nnpassport.evidence.claimfile import write_signed
+from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
 from nnpassport.evidence.keyfile import save_key
 from nnpassport.evidence.report import small
 from nnpassport.functional import read_bits
@@ -31,6 +35,7 @@ from nnpassport.schemes.passport import V2
 from nnpassport.schemes.signature import secrets_of
 from nnpassport.weights import tensors_digest
 
+TOMORROW = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 ARGUMENTS = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}
 EVIL = "<script>alert('x')<b> & \"$x^$ onload=1 \N{CJK UNIFIED IDEOGRAPH-682A}"
 LONG = "x" * 150
@@ -57,13 +62,26 @@ def marked(seed, owner):
     return model, key
 
 
-def exhibit(folder, name, model, key, config):
+def authority(folder):
+    """A timestamp authority whose root lies in `folder`, or None where there is no openssl."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl binary, which plays the timestamp authority")
+    root_key, key = new_key(), new_key()
+    root = certificate("A Root", root_key, ca=True)
+    (folder / "root.pem").write_bytes(pem(root))
+    return Signer(folder / "tsa", key, certificate("An Authority", key, (root, root_key)))
+
+
+def exhibit(folder, name, model, key, config, signer):
     """What a claimant hands to a judge, as `claim disclose` makes it; the claim lies beside."""
-    signing = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    signing = Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest())
     reference = tensors_digest(model.state_dict())
     claim = claim_of(key, signing.public_key(), reference=reference)
     file, network = folder / f"{len(list(folder.iterdir()))}.claim.json", folder / "network"
-    write_signed(sign_claim(claim, signing), file)
+    signed = sign_claim(claim, signing)
+    query = TimestampRequestBuilder(timestamped_bytes(signed.envelope), HashAlgorithm.SHA256)
+    signed = signed._replace(response=signer.answer(query.build().as_bytes()))
+    write_signed(signed, file)
     save_model(network, model, config)
     disclose(file, key, folder / name, reference=network)
     shutil.rmtree(network)
@@ -84,22 +102,24 @@ def pages(tmp_path_factory):
     )
     model, key = marked(1, "Alice")
     other, others = marked(2, EVIL)
-    claim = exhibit(folder, "alice", model, key, config)
-    exhibit(folder, EVIL, other, others, config)
-    shutil.copytree(folder / "alice", folder / LONG)
+    signer = authority(folder)
+    claim = exhibit(folder, "alice", model, key, config, signer)
+    exhibit(folder, EVIL, other, others, config, signer)
+    exhibit(folder, LONG, model, key, config, signer)
     save_model(folder / "released", model, config)
     rng = torch.Generator().manual_seed(3)
     save_model(folder / "suspect", combine(model, rng).model, config)
     save_key(key, folder / "alice.key")
     verify = ("verify", "suspect", "--key", "alice.key")
-    aligned = (*verify, "--align", "released", "--claim", claim.name)
+    dated = ("--root", "root.pem", "--appeared", TOMORROW)
+    aligned = (*verify, "--align", "released", "--claim", claim.name, *dated)
     data = ("--data", "digits", "--split", "test", "--target", "0.05")
     commands = {
         "accepted": (0, (*aligned, *data)),
         "refused": (1, verify),
-        "owner": (0, ("judge", "suspect", "alice", EVIL)),
-        "nobody": (1, ("judge", "suspect", EVIL)),
-        "undecided": (3, ("judge", "suspect", "alice", LONG, "--appeared", "2026-01-31")),
+        "owner": (0, ("judge", "suspect", "alice", EVIL, *dated)),
+        "nobody": (1, ("judge", "suspect", EVIL, *dated)),
+        "undecided": (3, ("judge", "released", "alice", LONG, "--appeared", "2026-01-31")),
     }
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -213,7 +233,8 @@ def test_the_page_tells_what_it_does_not_say(pages, name):
     text = text_of(page)
     assert "A licence is not written in a network" in text
     assert "who holds that key is not" in text
-    assert "nothing here proves when that key was drawn" in text
+    undated = name not in {"accepted", "owner", "nobody"}
+    assert ("nothing here proves when that key was drawn" in text) == undated
 
 
 class Tags(HTMLParser):
