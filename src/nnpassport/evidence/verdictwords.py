@@ -132,7 +132,17 @@ def finding(found: Facts) -> str:
         return "mark found, accuracy not"
     if found["log10_p_value"] is None:
         return "no p-value"
+    if uncounted(found):
+        return "does not count: undated"
     return "not found" if found["log10_p_value"] > found["log10_alpha"] else "claim does not hold"
+
+
+def uncounted(found: Facts) -> bool:
+    """Whether bits match once aligned, to a network not proved older than the suspect."""
+    claim, log10_p = found["claim"], found["log10_p_value"]
+    undated = claim is not None and claim["holds"] and not claim["older_than_the_suspect"]
+    aligned = found["alignment"] is not None and log10_p is not None
+    return bool(undated and aligned and log10_p <= found["log10_alpha"])
 
 
 def p_value(found: Facts) -> str:
@@ -150,6 +160,12 @@ def accuracy(found: Facts) -> str:
     return f"{percent(f['accuracy'], 2)}, {declared}: {said}"
 
 
+_UNCOUNTED = (
+    "nothing proves that the network it was compared with is older than the suspect, and one that "
+    "was made after it can be made to fit"
+)
+
+
 def _shown(how: str, found: Facts) -> str:
     if found["log10_p_value"] is not None:
         return odds(found["log10_p_value"])
@@ -164,6 +180,8 @@ def _lacking(found: Facts) -> str:
     claim, log10_p = found["claim"], found["log10_p_value"]
     if claim is not None and not claim["holds"]:
         return "the claim itself does not hold"
+    if uncounted(found):
+        return f"{matched(found)} once aligned, but {_UNCOUNTED}"
     if found["marked"]:
         return f"{matched(found)}, but the accuracy with the passport is too low"
     if log10_p is None:
@@ -217,6 +235,7 @@ def _read(how: str, found: Facts) -> str:
         relation = "is met" if found["log10_p_value"] <= found["log10_alpha"] else "is not met"
         text += f", {odds(found['log10_p_value'])}. "
         text += f"The threshold, {small(found['log10_alpha'])}, {relation}"
+        text += f", but this does not count: {_UNCOUNTED}" if uncounted(found) else ""
     if found["fidelity"] is not None:
         text += f". Accuracy with the passport: {accuracy(found)}"
     return f"{text}."
