@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
     "catalog": {"schemes", "attacks", "scheme"},
     "verification": {"catalog", "channels", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
-    "hearing": {"verification", "catalog", *FOLDERS, *SCHEMES, *EVIDENCE, "evidence.judge"},
+    "hearing": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "ownership": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "marked": {"catalog", *SCHEMES},
     "bench": {"bench", "models", "provenance", "checkpoint", *FOLDERS, *SCHEMES},
