@@ -54,7 +54,7 @@ from nnpassport.statistics import (
     matches_needed,
 )
 from nnpassport.training import Recipe
-from nnpassport.verification import verify_aligned
+from nnpassport.verification import Alignment, Options, verify, verify_aligned
 from nnpassport.weights import read_weights
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -209,7 +209,7 @@ def power() -> None:
 
 
 def time_verification() -> None:
-    """Whole processes of `nnpassport verify` on ResNet-18: imports, loading, hashing, reading."""
+    """`verify` on ResNet-18, loading, hashing and reading: as a call, and as a whole process."""
     origin, entries = provenance(), []
     config = ModelConfig(
         architecture="resnet18",
@@ -224,6 +224,18 @@ def time_verification() -> None:
         torch.manual_seed(0)
         save_model(folder, config.build().eval(), config)
         save_key(ownership.draw_key(config, "passport-v2"), key)
+        own = load_key(key)
+        for what, options in (
+            ("as it stands, imports apart", Options()),
+            ("aligned, imports apart", Options(alignment=Alignment(folder))),
+        ):
+            seconds = []
+            for _ in range(7):
+                started = time.monotonic()
+                verify(folder, own, options=options)
+                seconds.append(time.monotonic() - started)
+            entries.append({"reading": what, "seconds": sorted(seconds)})
+            print(entries[-1], flush=True)
         base = [sys.executable, "-m", "nnpassport.cli", "verify", str(folder), "--key", str(key)]
         for what, more in (("as it stands", []), ("aligned", ["--align", str(folder)])):
             seconds = []
@@ -242,7 +254,8 @@ def save(name: str, entry: dict, origin: dict) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", "benchmarks/alignment.py", *sys.argv[1:3]])
     content = {**entry, "command": command, "provenance": origin}
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    indent = None if name.startswith("null") else 1  # thousands of numbers in a line
+    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
 
 
 def main() -> None:

@@ -125,8 +125,8 @@ def _null(name: str) -> list[str]:
         lines.append(f"| {share} | {quantiles[0]:.4f} | {quantiles[1]:.4f} |")
     lines += [
         "",
-        "On the cautious side means: at least the share itself (p-values of whole numbers, the",
-        "upper end of each step).",
+        "On the cautious side means: at least the share itself, up to sampling. These p-values are",
+        "the analytic ones; what a verdict counts is doubled, and at the null's best rate.",
         "",
         _made(found[0]),
     ]
@@ -208,8 +208,9 @@ def _times() -> list[str]:
         "",
         "## Time",
         "",
-        "`nnpassport verify` on ResNet-18 (2,560 bits), the whole process: imports, loading,",
-        "hashing, reading; aligned: with the null of eight mixtures. No images. Seven runs each.",
+        "`nnpassport verify` on ResNet-18 (2,560 bits): loading, hashing, reading, and imports",
+        "unless it says otherwise; aligned: with the null of eight mixtures. Without images. Seven",
+        "runs each.",
         "",
         "| reading | least s | median s | most s |",
         "| --- | --- | --- | --- |",

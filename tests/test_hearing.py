@@ -479,7 +479,7 @@ def test_whatever_a_claimant_hands_in_it_stops_no_other(court, world):
     for number, context in enumerate(odd.values()):
         claimed = Court(court.folder / str(number), world)
         claimed.folder.mkdir()
-        claimed.claim("bob", replace(world.bob_key, context=context))
+        claimed.claim("bob", replace(world.bob_key, context=context), reference=world.bob)
         court.exhibits += claimed.exhibits
     heard = court.hear()
     assert heard.ruling.owner == "alice"

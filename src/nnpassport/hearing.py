@@ -198,6 +198,7 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     """
     signed = read_signed(folder / CLAIM_FILE)
     key = load_key(folder / KEY_FILE)
+    scheme_named(key.context.scheme)  # refuses one that there is not
     owner = public_from_hex(signed.envelope.keyid)
     standing = standing_of(signed, owner, key, roots=bench.roots, appeared=bench.appeared)
     committed = None if standing.claim is None else standing.claim.reference
