@@ -1,6 +1,7 @@
 """One thread, CPU only, shapes checked at run time; the small things that several files share."""
 
 import os
+import sys
 
 import jaxtyping
 
@@ -14,6 +15,7 @@ import pytest  # noqa: E402 - see above
 import torch  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
+from nnpassport import cli  # noqa: E402
 from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
 from nnpassport.functional import mean_patch, passport_space  # noqa: E402
 from nnpassport.surgery import Secret  # noqa: E402
@@ -48,6 +50,21 @@ def draw_secrets():
         return secrets
 
     return draw
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command in this process; returns its exit code, stdout and stderr."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["nnpassport", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        printed = capsys.readouterr()
+        return exit_.value.code, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import shutil
 import socket
 import stat
 import subprocess
-import sys
 import threading
 import traceback
 from datetime import UTC, datetime
@@ -23,7 +22,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nnpassport import cli
 from nnpassport.evidence import claim as claims
 from nnpassport.evidence import timestamp as timestamps
 from nnpassport.evidence.claim import (
@@ -765,21 +763,6 @@ def test_roots_come_from_pem(signer, tmp_path):
 
 
 # Commands
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["nnpassport", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        printed = capsys.readouterr()
-        return exit_.value.code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

@@ -14,21 +14,6 @@ DATA = ["--data", "digits", "--split", "train"]
 SHORT = ["--epochs", "5", "--batch", "32", "--no-augment", "--triggers-per-step", "20"]
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run a command in this process; returns its exit code, stdout and stderr."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["nnpassport", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        printed = capsys.readouterr()
-        return exit_.value.code, printed.out, printed.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def house(tmp_path_factory):
     """A folder with a key, a network that carries it, its release, and another's network."""

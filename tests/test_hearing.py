@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,6 @@ import torch
 from authority import Signer, Website, certificate, new_key, pem
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from nnpassport import cli
 from nnpassport.attacks.ambiguity import (
     grind,
     insider_passport,
@@ -638,19 +636,6 @@ def test_two_of_one_name_are_told_apart(court, world):
 
 
 # The commands
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["nnpassport", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        printed = capsys.readouterr()
-        return exit_.value.code, printed.out, printed.err
-
-    return run
 
 
 def test_judge_says_owner_nobody_or_undecided_by_its_exit_code(court, world, call):

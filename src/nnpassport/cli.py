@@ -1,4 +1,7 @@
-"""The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted."""
+"""The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted.
+
+`judge` also has 3: it was checked, and the evidence does not tell whose the network is.
+"""
 
 import json
 import sys
@@ -52,7 +55,7 @@ from nnpassport.terminal import errors, print_metrics, print_table, print_verdic
 app = typer.Typer(
     name="nnpassport",
     help="Prove that a neural network is yours, and make sure that nobody else can claim it.",
-    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked. "
+    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge: 3 undecided. "
     "Start with: nnpassport demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

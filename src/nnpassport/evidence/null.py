@@ -127,7 +127,8 @@ def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> 
 def _at_rate_of_best(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> float | None:
     """log₁₀ of the tail at the rate of the best match, with the verdict's own corrections.
 
-    It is not held to be more than the analytic one: these may all match less than half.
+    It may be below the analytic one, where all of them match less than half: the verdict counts the
+    larger of the two.
     """
     if verdict.log10_p_value is None:
         return None
