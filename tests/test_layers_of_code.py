@@ -16,7 +16,7 @@ CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
     CORE
-    | {"layers", "survey", "fork", "surgery", "statistics", "training", "fidelity"}
+    | {"outputs", "layers", "survey", "fork", "surgery", "statistics", "training", "fidelity"}
     | {"schemes", "data", "data.triggers", *KEYS}
 )
 ALL = {"*"}
@@ -29,18 +29,19 @@ MAY_IMPORT = {
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
+    "outputs": {"scheme"},
     "layers": {"functional"},
-    "survey": {"layers", *CORE},
-    "fork": {"survey", "layers", *CORE},
-    "surgery": {"survey", "fork", "layers", *CORE},
+    "survey": {"layers", "outputs", *CORE},
+    "fork": {"survey", "layers", "outputs", *CORE},
+    "surgery": {"survey", "fork", "layers", "outputs", *CORE},
     "data": {"scheme", "data", "data.triggers"},
     "data.triggers": {"scheme", "data"},
     "files": {"scheme"},
     "config": {"scheme", "models", "files"},
     "weights": {"scheme", "files"},
     "checkpoint": {"scheme", "models", *FOLDERS},
-    "training": {"scheme", "data", "checkpoint", "files"},
-    "fidelity": {"scheme", "data"},
+    "training": {"scheme", "outputs", "data", "checkpoint", "files"},
+    "fidelity": {"scheme", "outputs", "data"},
     "evidence.context": CORE,
     "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
     "evidence.key": {*CORE, "data.triggers", *KEYS},

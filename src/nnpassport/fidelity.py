@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
+from nnpassport.outputs import logits_of
 from nnpassport.scheme import Batch
 
 Predict = Callable[[Tensor], Tensor]
@@ -25,7 +26,7 @@ def accuracy(
     batch too much. The model is used as it stands; put it into evaluation mode first.
     """
     right = sum(
-        int((model(part.images).argmax(1) == part.labels).sum())
+        int((logits_of(model(part.images)).argmax(1) == part.labels).sum())
         for part in evaluation_batches(data, normalise, size=batch, device=_device_of(model))
     )
     return right / len(data)

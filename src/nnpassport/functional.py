@@ -8,7 +8,7 @@ signature bits, γ0 margin, m(P) mean patch.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -16,12 +16,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED: Mapping[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+HOSTS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+"""Layers that have a passport function; `is_matrix` tells the one kind that torch does not have."""
 
 
 class Geometry(NamedTuple):
     """How a linear layer slides over its input; empty tuples are a fully connected layer.
 
     `padding` is per axis as (before, after) so that "same" with an even kernel is covered.
+    `transposed` is a transposed convolution, or a matrix that is kept as (in, out).
     """
 
     stride: tuple[int, ...] = ()
@@ -29,6 +40,8 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...] = ()
     groups: int = 1
     padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
 
     @property
     def axes(self) -> int:
@@ -37,27 +50,56 @@ class Geometry(NamedTuple):
 
 
 def geometry_of(layer: nn.Module) -> Geometry:
-    """The geometry of a Conv1d/2d/3d or Linear layer.
+    """The geometry of a convolution, transposed or not, or of a fully connected layer.
 
     Raises:
         TypeError: the layer is of another type.
     """
-    if isinstance(layer, nn.Linear):
-        return Geometry()
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(layer, nn.Linear) or is_matrix(layer):
+        return Geometry(transposed=is_matrix(layer))
+    if not isinstance(layer, HOSTS):
         raise TypeError(
-            f"{type(layer).__name__} has no passport function; needed: Conv1d/2d/3d or Linear"
+            f"{type(layer).__name__} has no passport function; needed: Conv1d/2d/3d, "
+            "ConvTranspose1d/2d/3d or Linear"
         )
+    conv = cast(nn.modules.conv._ConvNd, layer)
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     return Geometry(
-        stride=tuple(layer.stride),
-        padding=_explicit_padding(layer),
-        dilation=tuple(layer.dilation),
-        groups=layer.groups,
-        padding_mode=layer.padding_mode,
+        stride=tuple(conv.stride),
+        padding=_explicit_padding(conv),
+        dilation=tuple(conv.dilation),
+        groups=conv.groups,
+        padding_mode=conv.padding_mode,
+        transposed=transposed,
+        output_padding=tuple(conv.output_padding) if transposed else (),
     )
 
 
-def _explicit_padding(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[tuple[int, int], ...]:
+def is_matrix(layer: nn.Module) -> bool:
+    """Whether this is Hugging Face's `Conv1D` (GPT-2): a Linear whose weight is (in, out)."""
+    kind = type(layer)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+
+
+def filters(
+    weight: Float[Tensor, "..."], geometry: Geometry
+) -> Float[Tensor, "out fan_in *kernel"]:
+    """The weight of a layer with its output channels first, whatever its own order; a view of it.
+
+    A transposed convolution keeps (in, out / groups, *kernel), GPT-2's matrices (in, out).
+    """
+    if not geometry.transposed:
+        return weight
+    # (groups · in, out, …) → (groups, in, out, …) → (groups, out, in, …) → (groups · out, in, …)
+    return weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _own_order(rows: Float[Tensor, "out fan_in *kernel"], geometry: Geometry) -> Tensor:
+    """What `filters` does, undone: it is its own inverse."""
+    return filters(rows, geometry)
+
+
+def _explicit_padding(conv: nn.modules.conv._ConvNd) -> tuple[tuple[int, int], ...]:
     if conv.padding == "valid":
         return tuple((0, 0) for _ in conv.kernel_size)
     if conv.padding == "same":
@@ -71,12 +113,23 @@ def convolve(
     weight: Float[Tensor, "out fan_in *kernel"],
     geometry: Geometry,
 ) -> Float[Tensor, "batch out *positions"]:
-    """W ∗ P as the layer itself would compute it, its bias left out.
+    """W ∗ P as the layer itself would compute it, its bias left out; W has its filters first.
 
     For a Linear the passport is (batch in positions): the layer applied at every position.
     """
     if geometry.axes == 0:
         return torch.einsum("oi,bip->bop", weight, passport)
+    if geometry.transposed:
+        return _TRANSPOSED[geometry.axes](
+            passport,
+            _own_order(weight, geometry),
+            None,
+            geometry.stride,
+            tuple(before for before, _ in geometry.padding),
+            geometry.output_padding,
+            geometry.groups,
+            geometry.dilation,
+        )
     pads = [side for pair in reversed(geometry.padding) for side in pair]
     mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
     padded = F.pad(passport, pads, mode=mode) if any(pads) else passport
@@ -205,5 +258,7 @@ def passport_space(
     """
     if geometry.axes == 0:
         return (64,)
+    if geometry.transposed:  # its kernel spreads out over the output: one position is enough
+        return tuple(min(s, 8) for s in space)
     reach = [d * (k - 1) + 1 for d, k in zip(geometry.dilation, kernel, strict=True)]
     return tuple(min(s, max(8, r)) for s, r in zip(space, reach, strict=True))

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nnpassport.functional import apply_affine, collapsed_affine
+from nnpassport.functional import apply_affine, collapsed_affine, filters, geometry_of
 
 
 @unique
@@ -58,6 +58,7 @@ class PassportNorm(nn.Module):
         super().__init__()
         weight = cast(Tensor, layer.weight)
         self.norm = norm
+        self._geometry = geometry_of(layer)
         self.private_norm = _statistics_of_its_own(norm) if own_statistics else None
         self._layer = (layer,)  # in a tuple, so that the layer is not registered here as well
         self._channel_axis = channel_axis
@@ -73,7 +74,7 @@ class PassportNorm(nn.Module):
 
     def affine(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
         """γ and β of the passport at the layer's present weight; gradients flow to the weight."""
-        weight, patch = cast(Tensor, self.layer.weight), self.mean_patch
+        weight, patch = filters(_whole(self.layer.weight), self._geometry), self.mean_patch
         if not weight.is_contiguous():
             # Channels-last: sum in the order that W has in memory; its own order would copy W twice
             # a step, which costs more than the product.
@@ -101,7 +102,22 @@ class PassportNorm(nn.Module):
         """
         if self.branch is not Branch.BOTH:
             return None
-        return tuple(map(_doubled, args)), {key: _doubled(value) for key, value in kwargs.items()}
+        return tuple(map(twice, args)), {key: twice(value) for key, value in kwargs.items()}
+
+    def fork_named(
+        self,
+        named: frozenset[int | str],
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """`fork_input` for those arguments alone that did not pass the fork, such as a mask."""
+        if self.branch is not Branch.BOTH:
+            return None
+        return (
+            tuple(twice(v) if index in named else v for index, v in enumerate(args)),
+            {name: twice(v) if name in named else v for name, v in kwargs.items()},
+        )
 
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         norm = self.norm if self.private_norm is None else self.private_norm
@@ -122,13 +138,21 @@ class PassportNorm(nn.Module):
         return _scaled(y, scale, beta, self._channel_axis)
 
 
+def _whole(weight: Any) -> Tensor:
+    # Under FSDP a weight may be this process's part of it; gathering it keeps its gradient.
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 def _scaled(
     x: Float[Tensor, "..."], gamma: Float[Tensor, " out"], beta: Float[Tensor, " out"], axis: int
 ) -> Float[Tensor, "..."]:
     return apply_affine(x, gamma.to(x.dtype), beta.to(x.dtype), channel_axis=axis)
 
 
-def _doubled(value: Any) -> Any:
+def twice(value: Any) -> Any:
+    """A tensor, or a tuple of them, with its batch doubled; anything else as it is."""
+    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
+        return tuple(map(twice, value))
     return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
 
 

@@ -1,14 +1,17 @@
 """A network that carries a key, for training loops of your own."""
 
-from typing import final
+from typing import Any, final
 
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation
 from nnpassport.evidence.key import Key
+from nnpassport.fork import Fork
+from nnpassport.outputs import Example
 from nnpassport.scheme import Batch
+from nnpassport.training import Task
 
 
 @final
@@ -17,23 +20,35 @@ class Marked:
 
     Attributes:
         model: the network itself, trained in place; its optimiser is the caller's.
+        fork: where V2 and V3 double the batch, and what a step costs; None for other schemes.
         step: how many losses were asked for; the trigger set of V3 takes turns by it. Save it with
             a checkpoint and set it again to resume.
-        measures: of the last loss: share of signature bits that match, accuracy of each branch.
+        measures: of the last loss: share of signature bits that match, and of each branch its
+            accuracy, or its loss where that is the caller's own.
     """
 
-    def __init__(self, model: nn.Module, key: Key, normalise: Normalisation | None) -> None:
+    def __init__(
+        self, model: nn.Module, key: Key, normalise: Normalisation | None, task: Task | None
+    ) -> None:
         self.model = model
+        self.fork: Fork | None = None
         self.step = 0
         self.measures: dict[str, float] = {}
         self._scheme = scheme_named(key.context.scheme)
-        self._objective = self._scheme.objective(key, steps=1, normalise=normalise)
+        self._objective = self._scheme.objective(key, steps=1, normalise=normalise, task=task)
 
     def loss(
-        self, images: Float[Tensor, "batch channel height width"], labels: Int64[Tensor, " batch"]
+        self, inputs: Example, labels: Any, *, model: nn.Module | None = None
     ) -> Float[Tensor, ""]:
-        """The whole of equation 1: task loss of every branch, triggers, sign loss."""
-        outcome = self._objective(self.model, Batch(images, labels, self.step))
+        """The whole of equation 1: task loss of every branch, triggers, sign loss.
+
+        `inputs` are what the network takes: a tensor, a tuple of positional or a mapping of named
+        inputs. `labels` are class indices, or what `task` of `mark` takes. `model` is the network
+        as it is wrapped by now, for distributed or compiled training; None is the network itself.
+        """
+        outcome = self._objective(
+            self.model if model is None else model, Batch(inputs, labels, self.step)
+        )
         self.step += 1
         self.measures = {name: value.item() for name, value in outcome.measures.items()}
         return outcome.loss
@@ -44,17 +59,23 @@ class Marked:
 
 
 def mark(
-    model: nn.Module, key: Key, example: Tensor, *, normalise: Normalisation | None = None
+    model: nn.Module,
+    key: Key,
+    example: Example,
+    *,
+    normalise: Normalisation | None = None,
+    task: Task | None = None,
 ) -> Marked:
     """Insert `key` into `model`, in place, and return what its training loop needs.
 
-    `example` is an input the network runs on; `normalise` is needed by V3, whose triggers are kept
-    as pixels.
+    `example` is what the network runs on, with all the inputs that training has. `normalise` is
+    needed by V3, whose triggers are kept as pixels. `task` is a loss of your own, called with the
+    output of one branch and the labels; None is cross-entropy on the class scores.
 
     Raises:
-        UnsuitableModelError: the key was made for another network, or V3 lacks `normalise`; the
-            model is as it was.
+        UnsuitableModelError: the key was made for another network, the network is wrapped already,
+            or V3 lacks `normalise`; the model is as it was.
     """
-    marked = Marked(model, key, normalise)  # first: what it refuses must leave the model alone
-    scheme_named(key.context.scheme).insert(model, key, example)
+    marked = Marked(model, key, normalise, task)  # first: its refusals must leave the model alone
+    marked.fork = scheme_named(key.context.scheme).insert(model, key, example)
     return marked

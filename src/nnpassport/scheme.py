@@ -23,8 +23,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, final
 
-from torch import Tensor
-
 _LONGEST_MESSAGE = 4_000  # characters
 
 
@@ -85,10 +83,14 @@ class UnwritableOutputError(OwnershipError):
 
 
 class Batch(NamedTuple):
-    """Normalised images (batch channel height width), class indices, number of the step."""
+    """Normalised images (batch channel height width), class indices, number of the step.
 
-    images: Tensor
-    labels: Tensor
+    In a loop of the caller's own `images` is whatever the network takes, named or positional, and
+    `labels` whatever its loss takes.
+    """
+
+    images: Any
+    labels: Any
     step: int = 0
 
 

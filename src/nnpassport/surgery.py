@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnpassport.fork import find_fork, unhook
+from nnpassport.fork import Fork, find_fork, unhook
+from nnpassport.functional import filters
 from nnpassport.layers import (
     Branch,
     BranchNorm,
@@ -23,8 +24,9 @@ from nnpassport.layers import (
     replace_module,
     set_branch,
 )
+from nnpassport.outputs import Example, call
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.survey import Example, Site, call, choose, survey
+from nnpassport.survey import Site, choose, survey
 
 
 class Secret(NamedTuple):
@@ -40,11 +42,12 @@ def insert(
     example: Example,
     *,
     two_branches: bool,
-) -> None:
+) -> Fork | None:
     """Wrap, in place, the norms after the named layers so that they can run on passports.
 
     The passports are withheld at first: the model computes what it did. With `two_branches` (V2,
-    V3) the private branch gets batch-norm statistics of its own, and the fork is found and proved.
+    V3) the private branch gets batch-norm statistics of its own, and the fork is found, proved and
+    returned.
 
     Raises:
         UnsuitableModelError: a layer cannot carry its secret, the model does not run with it
@@ -76,8 +79,7 @@ def insert(
         replace_module(model, norm_name, wrapped)
     try:
         _check_runs(model, list(sites), example)
-        if two_branches:
-            find_fork(model, example)
+        return find_fork(model, example) if two_branches else None
     except BaseException:
         remove(model)
         raise
@@ -170,7 +172,7 @@ def _check_runs(model: nn.Module, names: Sequence[str], example: Example) -> Non
 
 
 def _check_shape(site: Site, secret: Secret) -> None:
-    weight = site.layer.get_parameter("weight")
+    weight = filters(site.layer.get_parameter("weight"), site.geometry)
     groups = site.geometry.groups
     fits = secret.mean_patch.shape == (2, groups, weight[0].numel()) and len(secret.signs) == len(
         weight

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
-from nnpassport.functional import Geometry, geometry_of
+from nnpassport.functional import HOSTS, Geometry, geometry_of, is_matrix
 from nnpassport.layers import Branch, on_branch
+from nnpassport.outputs import Example, call, tensors_in
 from nnpassport.scheme import UnsuitableModelError
-
-Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 # The paper's choice for its networks, by the name of the class. [Fan19, sect. 4]
 PAPER_LAYERS: Mapping[str, tuple[str, ...]] = {
@@ -27,7 +28,12 @@ _NORMS = (
 )
 
 
-_HOSTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_ACTIVATIONS = frozenset(
+    {
+        *("relu", "relu_", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu"),
+        *("silu", "mish", "softplus", "sigmoid", "tanh", "hardswish", "hardsigmoid", "hardtanh"),
+    }
+)
 
 
 class Site(NamedTuple):
@@ -36,6 +42,7 @@ class Site(NamedTuple):
     Attributes:
         name: dotted name of the layer, as in `named_modules`.
         norm: dotted name of the norm that its output feeds, or None: the layer stands alone.
+        activation: what its output feeds where it stands alone, such as "gelu"; or None.
         space: spatial shape of the layer's input; () for a Linear.
         channel_axis: where the output's channels are: 1 after a convolution, −1 after a Linear.
     """
@@ -46,6 +53,7 @@ class Site(NamedTuple):
     geometry: Geometry
     space: tuple[int, ...]
     channel_axis: int
+    activation: str | None = None
 
 
 class Survey(NamedTuple):
@@ -60,12 +68,16 @@ def survey(model: nn.Module, example: Example) -> Survey:
 
     A norm is paired with the layer whose output tensor it receives, whatever the two are called.
     The model is run in evaluation mode without gradients and left as it was.
+
+    Raises:
+        UnsuitableModelError: the network is wrapped (compiled, data-parallel, sharded).
     """
+    refuse_wrapped(model)
     watched = _watch(model, example)
     sites: dict[str, Site] = {}
     refused: dict[str, str] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) and not _is_convolution(layer):
+        if not _is_host(layer):
             continue
         reason = _refusal(name, layer, watched)
         if reason is not None:
@@ -77,8 +89,9 @@ def survey(model: nn.Module, example: Example) -> Survey:
             layer,
             watched.pairs.get(name, [None])[0],
             geometry_of(layer),
-            () if isinstance(layer, nn.Linear) else run.space,
-            -1 if isinstance(layer, nn.Linear) else 1,
+            run.space if _is_convolution(layer) else (),
+            1 if _is_convolution(layer) else -1,
+            watched.activations.get(name),
         )
     order = {name: i for i, name in enumerate(watched.layers)}
     return Survey(dict(sorted(sites.items(), key=lambda item: order[item[0]])), refused)
@@ -88,7 +101,8 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
     """The sites that `patterns` name, in the order they run.
 
     A pattern is a layer's dotted name, a prefix of it, or has wildcards: "features.8", "layer4",
-    "layer4.*". None is the paper's choice for its networks, else the last third of all sites.
+    "layer4.*". None is the paper's choice for its networks; for others it is the last third of the
+    sites that a norm or an activation follows, or of all sites where there is no such.
 
     Raises:
         UnsuitableModelError: a pattern names no suitable layer, or the model has none.
@@ -96,8 +110,8 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
     names = list(found.sites)
     if not names:
         raise UnsuitableModelError(
-            f"{type(model).__name__} has no layer that can carry a passport; needed: a Conv1d, "
-            f"Conv2d, Conv3d or Linear before the last layer{_because(found.refused)}"
+            f"{type(model).__name__} has no layer that can carry a passport; needed: a "
+            f"convolution or Linear before the last layer{_because(found.refused)}"
         )
     if patterns is not None and not patterns:
         raise UnsuitableModelError(
@@ -107,7 +121,9 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
     if patterns is None:
         patterns = PAPER_LAYERS.get(type(model).__name__, ())
         if not all(any(_matches(n, p) for n in names) for p in patterns) or not patterns:
-            return list(found.sites.values())[-max(1, len(names) // 3) :]
+            followed = [s for s in found.sites.values() if s.norm or s.activation]
+            sites = followed or list(found.sites.values())
+            return sites[-max(1, len(sites) // 3) :]
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             refused = {n: r for n, r in found.refused.items() if _matches(n, pattern)}
@@ -119,21 +135,26 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
     return [s for s in found.sites.values() if any(_matches(s.name, p) for p in patterns)]
 
 
-def call(model: nn.Module, example: Example) -> Any:
-    """The network's output on a tensor, on positional or on named inputs."""
-    if isinstance(example, Tensor):
-        return model(example)
-    return model(**example) if isinstance(example, Mapping) else model(*example)
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a network that is compiled, data-parallel or sharded already.
 
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors in a network's output, whatever it is made of, in a fixed order."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = list(output.values()) if isinstance(output, Mapping) else output
-    if isinstance(parts, list | tuple):
-        return [tensor for part in parts for tensor in tensors_in(part)]
-    return []
+    Raises:
+        UnsuitableModelError: naming what to do first.
+    """
+    kinds = {base.__name__ for base in type(model).__mro__}
+    inside = {
+        "OptimizedModule": "model._orig_mod (what torch.compile was given)",
+        "DistributedDataParallel": "model.module",
+        "DataParallel": "model.module",
+        "FullyShardedDataParallel": "the network before it was sharded",
+        "FSDPModule": "the network before fully_shard",
+    }
+    for kind, network in inside.items():
+        if kind in kinds:
+            raise UnsuitableModelError(
+                f"the network is wrapped in {kind}, and passports go into the network itself; give "
+                f"{network}, insert there, and wrap it afterwards"
+            )
 
 
 class _Run(NamedTuple):
@@ -147,21 +168,22 @@ class _Watched(NamedTuple):
     pairs: dict[str, list[str]]  # layer -> the norms that receive its output
     norms: dict[str, list[nn.Module]]  # norm -> itself, once for every time that it ran
     named: set[str]  # layers and norms that were called with named arguments
+    activations: dict[str, str]  # layer -> the activation that receives its output
     output: Any
 
 
 def _watch(model: nn.Module, example: Example) -> _Watched:
-    watched = _Watched({}, {}, {}, set(), None)
+    watched = _Watched({}, {}, {}, set(), {}, None)
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, _NORMS):
+        if _is_norm(module):
             hook = _before_norm(name, watched)
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        elif isinstance(module, nn.Linear) or _is_convolution(module):
+        elif _is_host(module):
             hook = _after_layer(name, watched)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
     try:
-        with torch.no_grad(), on_branch(model, Branch.PUBLIC):
+        with torch.no_grad(), on_branch(model, Branch.PUBLIC), _Activations(watched):
             output = call(model, example)
     finally:
         for handle in handles:
@@ -184,13 +206,42 @@ def _before_norm(name: str, watched: _Watched) -> Callable[..., None]:
     def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         x = _received(name, args, kwargs, watched)
         watched.norms.setdefault(name, []).append(norm)
-        for layer, runs in watched.layers.items():
-            # The version tells conv → norm from conv → relu(inplace) → norm, where the tensor
-            # object is the same and its content is not.
-            if any(r.output is x and r.version == x._version for r in runs):
-                watched.pairs.setdefault(layer, []).append(name)
+        for layer in _makers_of(x, watched):
+            watched.pairs.setdefault(layer, []).append(name)
 
     return hook
+
+
+def _makers_of(x: Tensor, watched: _Watched) -> list[str]:
+    """The layers whose output is `x`, unchanged."""
+    # The version tells conv → norm from conv → relu(inplace) → norm, where the tensor object is the
+    # same and its content is not.
+    return [
+        layer
+        for layer, runs in watched.layers.items()
+        if any(r.output is x and r.version == x._version for r in runs)
+    ]
+
+
+class _Activations(TorchFunctionMode):
+    """Notes which layers' outputs go straight into an activation, module or function."""
+
+    def __init__(self, watched: _Watched) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _ACTIVATIONS and args and isinstance(args[0], Tensor):
+            for layer in _makers_of(args[0], self.watched):
+                self.watched.activations.setdefault(layer, name.rstrip("_"))
+        return func(*args, **(kwargs or {}))
 
 
 def _received(
@@ -206,33 +257,66 @@ def _refusal(name: str, layer: nn.Module, watched: _Watched) -> str | None:
     runs = watched.layers.get(name, [])
     norms = watched.pairs.get(name, [])
     own = any(run.output is tensor for run in runs for tensor in tensors_in(watched.output))
-    again = max((len(watched.norms[norm]) for norm in norms), default=1)
-    stray = [n for n in norms if not _over_channels(watched.norms[n][0], layer, runs[0].output)]
+    kinds = dict.fromkeys(norms)
+    again = max((len(watched.norms[norm]) for norm in kinds), default=len(runs))
+    stray = [n for n in kinds if not _over_channels(watched.norms[n][0], layer, runs[0].output)]
     reasons = {
-        f"{type(layer).__name__} has no passport function": not isinstance(layer, _HOSTS),
         "its weight is computed (a parametrization, or pruning)": "weight" not in layer._parameters,
         "it did not run": not runs,
-        f"it ran {len(runs)} times in one forward": len(runs) > 1,
         "its output is the network's own": own,
         # A log-softmax or a squeeze may follow: then the output is another tensor.
         "it is the last layer to run": not norms and name == next(reversed(watched.layers), None),
-        f"its output feeds {len(norms)} norms: {', '.join(norms)}": len(norms) > 1,
-        f"its norm ran {again} times in one forward": again > 1,
-        f"its norm {', '.join(stray)} is over other axes than the layer's channels": bool(stray),
-        "it or its norm is called with named arguments": bool({name, *norms} & watched.named),
+        f"its output feeds {len(kinds)} norms: {', '.join(kinds)}": len(kinds) > 1,
+        f"its norm ran {again} times in one forward, and the layer {len(runs)}": (
+            bool(norms) and not len(norms) == len(runs) == again
+        ),
+        f"its norm {', '.join(stray)} does not scale the layer's channels one by one": bool(stray),
+        "it or its norm is called with named arguments": bool({name, *kinds} & watched.named),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _over_channels(norm: nn.Module, layer: nn.Module, output: Tensor) -> bool:
-    """Whether the norm's weight and bias are one each for every channel of the layer."""
-    if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
-        return isinstance(layer, nn.Linear) and tuple(norm.normalized_shape) == output.shape[-1:]
-    return not isinstance(layer, nn.Linear) or output.dim() == 2
+    """Whether the norm's weight is one factor for every channel of the layer, found by trying."""
+    axis = 1 if _is_convolution(layer) else output.dim() - 1
+    weight = getattr(norm, "weight", None)
+    if weight is None:  # nothing to try
+        if isinstance(norm, nn.LayerNorm | nn.RMSNorm):
+            return axis == output.dim() - 1 and norm.normalized_shape == (output.shape[-1],)
+        return _is_convolution(layer) or output.dim() == 2
+    if weight.dim() != 1 or len(weight) != output.shape[axis]:
+        return False
+    biases = {"bias": torch.zeros_like(weight)} if getattr(norm, "bias", None) is not None else {}
+    factors = torch.linspace(0.5, 1.5, len(weight)).to(weight)
+    with torch.no_grad(), on_branch(norm, Branch.PUBLIC):
+        plain = functional_call(norm, {"weight": torch.ones_like(weight), **biases}, (output,))
+        scaled = functional_call(norm, {"weight": factors, **biases}, (output,))
+    shape = [1] * output.dim()
+    shape[axis] = -1
+    return plain.shape == output.shape and torch.allclose(
+        scaled, plain * factors.view(shape), rtol=1e-3, atol=1e-5
+    )
 
 
 def _is_convolution(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
+
+
+def _is_host(module: nn.Module) -> bool:
+    return isinstance(module, HOSTS) or is_matrix(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    if isinstance(module, _NORMS):
+        return True
+    # A norm of somebody's own, such as the RMS norms of language models; `_over_channels` tries it.
+    weight = module._parameters.get("weight")
+    return (
+        "norm" in type(module).__name__.lower()
+        and not module._modules
+        and weight is not None
+        and weight.dim() == 1
+    )
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from nnpassport.checkpoint import load_training, save_training
 from nnpassport.data.images import Augment, ImageSet, Normalisation, batches, steps_per_epoch
 from nnpassport.files import write_atomically
+from nnpassport.outputs import logits_of
 from nnpassport.scheme import BadRecipeError, Batch
 
 
@@ -106,6 +107,8 @@ class Outcome(NamedTuple):
 
 
 Objective = Callable[[nn.Module, Batch], Outcome]
+Task = Callable[[Any, Any], Tensor]
+"""A loss of the caller's own: output of one branch, labels → scalar."""
 Evaluation = Callable[[nn.Module], Mapping[str, float]]
 
 
@@ -152,7 +155,7 @@ class History:
 
 def classification(model: nn.Module, batch: Batch) -> Outcome:
     """Plain training: cross-entropy, nothing else."""
-    logits = model(batch.images)
+    logits = logits_of(model(batch.images))
     right = (logits.detach().argmax(1) == batch.labels).float().mean()
     return Outcome(F.cross_entropy(logits, batch.labels), {"accuracy": right})
 

@@ -32,7 +32,7 @@ class LayerShape(NamedTuple):
 
     Attributes:
         name: its dotted name.
-        weight: shape of its weight.
+        weight: shape of its weight, output channels first (`functional.filters`).
         passport: shape of one passport (in, *space); of a projection, of the kernel it reads.
         bits: signature length where a projection reads it; None is a bit for each output channel.
     """
@@ -227,9 +227,14 @@ def check_member(context: Context, layer: LayerShape) -> None:
 
 
 def _fields_of(layer: LayerShape) -> dict[str, Any]:
-    fields = {**layer._asdict(), "geometry": layer.geometry._asdict()}
-    if layer.bits is None:  # absent, not null: contexts without projections encode as ever
+    geometry = layer.geometry._asdict()
+    fields = {**layer._asdict(), "geometry": geometry}
+    # Absent, not null: contexts without projections or transposed layers encode as ever.
+    if layer.bits is None:
         del fields["bits"]
+    for name, usual in Geometry._field_defaults.items():
+        if name in {"transposed", "output_padding"} and geometry[name] == usual:
+            del geometry[name]
     return fields
 
 
@@ -279,7 +284,12 @@ def _check_layer(layer: LayerShape) -> None:
         f"pairs of integers from 0 and a mode of {', '.join(_PADDING_MODES)}",
     )
     _require(
-        _ranks_agree(layer) and _kernel_fits(layer),
+        type(geometry.transposed) is bool and _is_output_padding(geometry),
+        f"{where} output padding {geometry.output_padding!r:.80}",
+        "a number from 0 below the stride or the dilation for each axis of a transposed layer",
+    )
+    _require(
+        _ranks_agree(layer) and (_positions(layer) is not None),
         f"{where} weight {weight!r:.80} and passport {passport!r:.80}",
         "a passport (in, *space) that the layer can be applied to",
     )
@@ -309,15 +319,47 @@ def _ranks_agree(layer: LayerShape) -> bool:
     )
 
 
-def _kernel_fits(layer: LayerShape) -> bool:
-    _, weight, passport, geometry, _ = layer
-    # A Linear has no kernel: every zip below is then empty.
-    axes = zip(weight[2:], passport[1:], geometry.padding, geometry.dilation, strict=False)
-    margin = {"reflect": 1, "circular": 0}.get(geometry.padding_mode, -_MAX_AXIS)
-    return all(
-        dilation * (kernel - 1) < size + before + after and max(before, after) <= size - margin
-        for kernel, size, (before, after), dilation in axes
+def _is_output_padding(geometry: Geometry) -> bool:
+    extra = geometry.output_padding
+    if not geometry.transposed or geometry.axes == 0:
+        return extra == ()
+    return (
+        isinstance(extra, tuple)
+        and len(extra) == len(geometry.stride) == len(geometry.dilation)
+        and all(_is_count(each, 0) for each in extra)
+        and all(
+            each < max(stride, dilation)
+            for each, stride, dilation in zip(
+                extra, geometry.stride, geometry.dilation, strict=True
+            )
+        )
+        and geometry.padding_mode == "zeros"
     )
+
+
+def _positions(layer: LayerShape) -> tuple[int, ...] | None:
+    """Sides of what the layer makes of its passport; None if it cannot be applied to it."""
+    _, weight, passport, geometry, _ = layer
+    if geometry.axes == 0:
+        return passport[1:]
+    margin = {"reflect": 1, "circular": 0}.get(geometry.padding_mode, -_MAX_AXIS)
+    extras = geometry.output_padding or (0,) * geometry.axes
+    sides = []
+    for kernel, size, pads, dilation, stride, extra in zip(
+        *(weight[2:], passport[1:], geometry.padding, geometry.dilation, geometry.stride, extras),
+        strict=True,
+    ):
+        reach = dilation * (kernel - 1)
+        if geometry.transposed:
+            side = (size - 1) * stride + reach + 1 + extra - sum(pads)
+            fits = pads[0] == pads[1]
+        else:
+            side = (size + sum(pads) - reach - 1) // stride + 1
+            fits = reach < size + sum(pads) and max(pads) <= size - margin
+        if side < 1 or not fits:
+            return None
+        sides.append(side)
+    return tuple(sides)
 
 
 def _costs(layer: LayerShape) -> tuple[int, int]:
@@ -326,18 +368,16 @@ def _costs(layer: LayerShape) -> tuple[int, int]:
     if bits is not None:  # no passport slides
         return 0, 0
     inputs, *space = passport
-    kernel = weight[2:]
-    # A Linear has no padding and meets each position once.
+    # A Linear has no padding and meets each position once; a transposed layer meets each position
+    # of its input with the whole kernel, and pads its output.
     padding = geometry.padding or ((0, 0),)
-    sides = [size + sum(pair) for size, pair in zip(space, padding, strict=True)]
-    steps = [
-        (side - dilation * (width - 1) - 1) // stride + 1
-        for side, width, stride, dilation in zip(
-            sides, kernel, geometry.stride, geometry.dilation, strict=False
-        )
-    ]
-    positions = math.prod(steps or sides)
-    return inputs * math.prod(sides), inputs * math.prod(kernel) * positions
+    reached = _positions(layer) or ()
+    if geometry.transposed:
+        sides, met = [*map(max, zip(space, reached, strict=True))], math.prod(space)
+    else:
+        sides = [size + sum(pair) for size, pair in zip(space, padding, strict=True)]
+        met = math.prod(reached)
+    return inputs * math.prod(sides), inputs * math.prod(weight[2:]) * met
 
 
 def _check_triggers(triggers: TriggerShape) -> None:

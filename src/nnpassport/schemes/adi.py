@@ -12,17 +12,32 @@ from typing import final
 
 from jaxtyping import Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.context import Context
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
+from nnpassport.outputs import Example, call, logits_of
 from nnpassport.scheme import Batch, UnreadableKeyError, UnsuitableModelError, Verdict
 from nnpassport.schemes.signature import as_published, read_answers
-from nnpassport.schemes.triggers import mixed, share_right, trigger_batch, trigger_shape
+from nnpassport.schemes.triggers import (
+    branch_loss,
+    mixed,
+    share_right,
+    trigger_batch,
+    trigger_shape,
+)
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.training import Evaluation, History, Journal, Objective, Outcome, Recipe, fit
+from nnpassport.training import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    Task,
+    fit,
+)
 
 
 @final
@@ -51,7 +66,7 @@ class Adi:
     def draw_key(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         *,
         owner: str = "unnamed",
         layers: Sequence[str] | None = None,
@@ -77,7 +92,7 @@ class Adi:
         )
         return Key(seed=os.urandom(32) if seed is None else seed, context=context)
 
-    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
+    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
         """Check that `key` fits `model`; nothing is inserted.
 
         Raises:
@@ -97,22 +112,27 @@ class Adi:
             )
 
     def objective(
-        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
     ) -> Objective:
         """Cross-entropy of images and triggers together."""
         triggers = trigger_batch(key, normalise)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             batch = mixed(batch, triggers, self.triggers_per_step)
-            logits = model(batch.images)
+            output = call(model, batch.images)
             count = self.triggers_per_step
-            return Outcome(
-                F.cross_entropy(logits, batch.labels),
-                {
-                    "accuracy": share_right(logits[:-count], batch.labels[:-count]),
-                    "trigger_accuracy": share_right(logits[-count:], batch.labels[-count:]),
-                },
-            )
+            loss, _ = branch_loss(output, batch.labels, count, None, task)
+            triggers_right = share_right(logits_of(output)[-count:], batch.labels[-count:])
+            measures = {"trigger_accuracy": triggers_right}
+            if task is None:
+                right = share_right(logits_of(output)[:-count], batch.labels[:-count])
+                measures = {"accuracy": right, **measures}
+            return Outcome(loss, measures)
 
         return objective
 

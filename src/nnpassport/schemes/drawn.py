@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnpassport.evidence.key import Key
+from nnpassport.outputs import Example
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.survey import Example, choose, survey
+from nnpassport.survey import choose, survey
 
 Passports = Mapping[str, Tensor]
 

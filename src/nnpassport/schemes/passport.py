@@ -14,20 +14,21 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnpassport import surgery
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
-from nnpassport.functional import combined_loss, passport_space, sign_loss
+from nnpassport.fork import Fork
+from nnpassport.functional import combined_loss, filters, passport_space, sign_loss
 from nnpassport.layers import Branch, on_branch, passport_norms
+from nnpassport.outputs import Example, call, halves_of, logits_of
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.signature import (
     as_published,
@@ -36,7 +37,13 @@ from nnpassport.schemes.signature import (
     read_signature,
     secrets_of,
 )
-from nnpassport.schemes.triggers import mixed, share_right, trigger_batch, trigger_shape
+from nnpassport.schemes.triggers import (
+    branch_loss,
+    mixed,
+    share_right,
+    trigger_batch,
+    trigger_shape,
+)
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, choose, survey
 from nnpassport.training import (
@@ -46,6 +53,7 @@ from nnpassport.training import (
     Objective,
     Outcome,
     Recipe,
+    Task,
     fit,
     total_steps,
 )
@@ -83,7 +91,7 @@ class Passport:
     def draw_key(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         *,
         owner: str = "unnamed",
         layers: Sequence[str] | None = None,
@@ -92,9 +100,9 @@ class Passport:
     ) -> Key:
         """A key for a network of this shape, every secret in it derived from one seed.
 
-        `example` is an input (batch channels height width) that the network runs on; its values do
-        not matter. It tells which layers there are, how large their inputs are and, with triggers,
-        how many classes. `layers` are patterns as in `survey.choose`. `text` is a signature that
+        `example` is what the network runs on: images (batch channels height width), or positional
+        or named inputs; its values do not matter. It tells which layers there are, how large their
+        inputs are and, with triggers, how many classes. `layers` are patterns as in `survey.choose`. `text` is a signature that
         can be read back; without it the bits are the stream's own. `seed` (32 bytes) repeats a key;
         by default the operating system draws it.
 
@@ -112,8 +120,10 @@ class Passport:
         )
         return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
 
-    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
+    def insert(self, model: nn.Module, key: Key, example: Example) -> Fork | None:
         """Wrap the layers that `key` names, in place; V1 presents its passport from then on.
+
+        Returned is where V2 and V3 fork the batch; `example` needs all inputs for that.
 
         Raises:
             UnsuitableModelError: the key is another scheme's, or was made for another network, or
@@ -124,7 +134,7 @@ class Passport:
                 f"the key is for {key.context.scheme}, and this is {self.name}; "
                 "draw a key with this scheme's draw_key, or use the key's own scheme"
             )
-        surgery.insert(model, secrets_of(key), example, two_branches=self.two_branches)
+        fork = surgery.insert(model, secrets_of(key), example, two_branches=self.two_branches)
         if not self.two_branches:
             try:
                 surgery.check_releasable(model)
@@ -132,22 +142,33 @@ class Passport:
                 surgery.remove(model)
                 raise
         self._rest(model)
+        return fork
 
     def objective(
-        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
     ) -> Objective:
         """Equation 1 for a network that carries `key`; `steps` is the length of the whole run.
 
         V2 and V3 add the losses of both branches, as the paper's code does where its text
-        alternates between them. `normalise` is needed by triggers, which are kept as pixels.
+        alternates between them. `normalise` is needed by triggers, which are kept as pixels. `task`
+        is a loss of the caller's own, instead of cross-entropy on the class scores.
         """
         start = round(self.late * steps) if self.two_branches else 0
         triggers = trigger_batch(key, normalise) if self.triggers else None
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             batch = batch if triggers is None else mixed(batch, triggers, self.triggers_per_step)
-            branches = self._logits(model, batch, late=batch.step < start)
-            losses = [self._task_loss(logits, batch.labels) for logits in branches]
+            branches = self._outputs(model, batch, late=batch.step < start)
+            count = self.triggers_per_step if self.triggers else 0
+            losses = [
+                branch_loss(output, batch.labels, count, self.trigger_weight, task)
+                for output in branches
+            ]
             regularisation, match = self._sign_term(model)
             loss = combined_loss(
                 torch.stack([task for task, _ in losses]).sum(),
@@ -156,9 +177,13 @@ class Passport:
                 trigger_weight=self.trigger_weight or 0.0,
                 sign_weight=self.sign_weight,
             )
-            names = ("accuracy", "private_accuracy")
-            right = (share_right(logits, batch.labels) for logits in branches)
-            return Outcome(loss, {"sign_match": match, **dict(zip(names, right, strict=False))})
+            if task is None:
+                names = ("accuracy", "private_accuracy")
+                shown = [share_right(logits_of(output), batch.labels) for output in branches]
+            else:
+                names = ("task_loss", "private_task_loss")
+                shown = [each.detach() for each, _ in losses]
+            return Outcome(loss, {"sign_match": match, **dict(zip(names, shown, strict=False))})
 
         return objective
 
@@ -265,24 +290,16 @@ class Passport:
         else:
             surgery.present(model)
 
-    def _logits(self, model: nn.Module, batch: Batch, *, late: bool) -> tuple[Tensor, ...]:
+    def _outputs(self, model: nn.Module, batch: Batch, *, late: bool) -> tuple[Any, ...]:
         """Outputs of the branches that this step trains, public first."""
         if not self.two_branches:
             surgery.present(model)
-            return (model(batch.images),)
+            return (call(model, batch.images),)
         if late:
             surgery.withhold(model)
-            return (model(batch.images),)
+            return (call(model, batch.images),)
         surgery.run_both(model)
-        return model(batch.images).chunk(2)
-
-    def _task_loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """L_c of the images and of the triggers, which are the last of the batch."""
-        count = self.triggers_per_step if self.triggers else 0
-        if count == 0 or self.trigger_weight is None:
-            return F.cross_entropy(logits, labels), logits.new_zeros(())
-        task = F.cross_entropy(logits[:-count], labels[:-count])
-        return task, F.cross_entropy(logits[-count:], labels[-count:])
+        return halves_of(call(model, batch.images))
 
     def _sign_term(self, model: nn.Module) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
@@ -301,7 +318,7 @@ V3 = Passport("passport-v3", two_branches=True, triggers=100)
 
 
 def _shape_of(site: Site) -> LayerShape:
-    weight = tuple(site.layer.get_parameter("weight").shape)
+    weight = tuple(filters(site.layer.get_parameter("weight"), site.geometry).shape)
     space = passport_space(site.space, weight[2:], site.geometry)
     passport = (weight[1] * site.geometry.groups, *space)
     return LayerShape(site.name, weight, passport, site.geometry)

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.key import Key
+from nnpassport.fork import Fork
+from nnpassport.outputs import Example
 from nnpassport.scheme import Verdict
-from nnpassport.training import Evaluation, History, Journal, Objective, Recipe
+from nnpassport.training import Evaluation, History, Journal, Objective, Recipe, Task
 
 
 class Scheme(Protocol):
@@ -33,7 +35,7 @@ class Scheme(Protocol):
     def draw_key(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         *,
         owner: str = "unnamed",
         layers: Sequence[str] | None = None,
@@ -42,13 +44,21 @@ class Scheme(Protocol):
     ) -> Key:
         """A key for a network of this shape, every secret in it derived from one seed."""
 
-    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
-        """Prepare `model`, in place, for training with `objective`; refuse a key of another."""
+    def insert(self, model: nn.Module, key: Key, example: Example) -> Fork | None:
+        """Prepare `model`, in place, for training with `objective`; refuse a key of another.
+
+        Where its batch is forked for two branches, if it is.
+        """
 
     def objective(
-        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
     ) -> Objective:
-        """What a training step of a run of `steps` steps descends."""
+        """What a training step of a run of `steps` steps descends; `task` is the caller's loss."""
 
     def embed(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import log10_text_choices
 from nnpassport.fidelity import accuracy, recalibrate
-from nnpassport.functional import mean_patch, read_bits
+from nnpassport.functional import filters, mean_patch, read_bits
 from nnpassport.layers import own_statistics
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.statistics import (
@@ -189,7 +190,7 @@ def judged(
 
 
 def host_weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
-    """Weight of a host layer out of a state dict.
+    """Weight of a host layer out of a state dict, its output channels first.
 
     Raises:
         UnsuitableModelError: it is missing or has another shape.
@@ -201,9 +202,10 @@ def host_weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
             f"the network has no {layer.name}.weight, which the key was made for; needed: one "
             f"of the owner's architecture; this one has: {', '.join(there[:40]) or 'no layers'}"
         )
-    if tuple(weight.shape) != layer.weight:
+    expected = filters(torch.empty(layer.weight, device="meta"), layer.geometry).shape
+    if weight.shape != expected:
         raise UnsuitableModelError(
             f"{layer.name}.weight has shape {tuple(weight.shape)}; the key was made for "
-            f"{layer.weight}; a network of the owner's architecture is needed"
+            f"{tuple(expected)}; a network of the owner's architecture is needed"
         )
-    return weight
+    return filters(weight, layer.geometry)

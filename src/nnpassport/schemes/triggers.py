@@ -1,21 +1,36 @@
 """What the schemes with a trigger set share: its shape, its turn in each step."""
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from nnpassport.data.images import Normalisation
 from nnpassport.evidence.context import TriggerShape
 from nnpassport.evidence.key import Key
 from nnpassport.layers import Branch, on_branch
+from nnpassport.outputs import Example, call, logits_of, part_of, tensors_in
 from nnpassport.scheme import Batch, UnsuitableModelError
+from nnpassport.training import Task
 
 
-def trigger_shape(count: int, model: nn.Module, example: Tensor) -> TriggerShape:
-    """Shape of a set of `count` triggers for a network that takes inputs like `example`."""
+def trigger_shape(count: int, model: nn.Module, example: Example) -> TriggerShape:
+    """Shape of a set of `count` triggers for a network that takes inputs like `example`.
+
+    Raises:
+        UnsuitableModelError: these are not images.
+    """
     with torch.no_grad(), on_branch(model, Branch.PUBLIC):
-        classes = model(example).shape[1]
-    channels, height, width = example.shape[1:]
+        classes = logits_of(call(model, example)).shape[1]
+    tensors = tensors_in(example)
+    if len(tensors) != 1 or tensors[0].dim() != 4:
+        raise UnsuitableModelError(
+            f"triggers are images, and the network takes {[tuple(t.shape) for t in tensors]}; "
+            "needed: one input of shape (batch, channel, height, width); scheme V2 has no triggers"
+        )
+    channels, height, width = tensors[0].shape[1:]
     return TriggerShape(count, classes, (channels, height, width))
 
 
@@ -39,17 +54,68 @@ def answers_to(key: Key, model: nn.Module, normalise: Normalisation) -> Int64[Te
     images, _ = key.trigger_set()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with torch.no_grad():
-        return model(normalise(images.to(device))).argmax(1).cpu()
+        return logits_of(model(normalise(images.to(device)))).argmax(1).cpu()
 
 
 def mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
-    """The batch with the step's turn of the trigger set at its end; the set cycles."""
+    """The batch with the step's turn of the trigger set at its end; the set cycles.
+
+    Raises:
+        UnsuitableModelError: the network takes something else than one tensor of images.
+    """
     turn = (batch.step * count + torch.arange(count)) % len(triggers.labels)
-    return Batch(
-        torch.cat([batch.images, triggers.images[turn].to(batch.images)]),
-        torch.cat([batch.labels, triggers.labels[turn].to(batch.labels)]),
-        batch.step,
+    shown = triggers.images[turn]
+
+    def joined(images: Tensor) -> Tensor:
+        return torch.cat([images, shown.to(images)])
+
+    match batch.images:
+        case Tensor() as images if images.shape[1:] == shown.shape[1:]:
+            inputs: Any = joined(images)
+        case {**named} if _are_images([*named.values()], shown):
+            inputs = {name: joined(cast(Tensor, images)) for name, images in named.items()}
+        case (Tensor() as images,) if _are_images([images], shown):
+            inputs = (joined(images),)
+        case other:
+            raise UnsuitableModelError(
+                f"triggers are images of shape {tuple(shown.shape[1:])}, and the network takes "
+                f"{[tuple(tensor.shape) for tensor in tensors_in(other)]}; needed: one tensor of "
+                "images of that shape; scheme V2 has no triggers"
+            )
+    labels = torch.cat([batch.labels, triggers.labels[turn].to(batch.labels)])
+    return Batch(inputs, labels, batch.step)
+
+
+def _are_images(values: list[Any], shown: Tensor) -> bool:
+    return len(values) == 1 and all(
+        isinstance(value, Tensor) and value.shape[1:] == shown.shape[1:] for value in values
     )
+
+
+def plain_loss(output: Any, labels: Tensor) -> Float[Tensor, ""]:
+    """L_c: cross-entropy of the class scores."""
+    return F.cross_entropy(logits_of(output), labels)
+
+
+def branch_loss(
+    output: Any, labels: Any, count: int, weight: float | None, task: Task | None
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """L_c of one branch's images, and of its triggers: the last `count` of the batch.
+
+    Where `weight` (λ_t) is None, a trigger weighs like any other image: the first number is the
+    mean over all of them and the second for information.
+    """
+    loss = task or plain_loss
+    if count == 0 or (weight is None and task is None):
+        whole = loss(output, labels)
+        return whole, torch.zeros_like(whole)
+    size = len(labels)
+    of_images = loss(part_of(output, 0, size - count), labels[:-count])
+    of_triggers = plain_loss(part_of(output, size - count, size), labels[-count:])
+    if weight is not None:
+        return of_images, of_triggers
+    share = count / size
+    return (1 - share) * of_images + share * of_triggers, of_triggers
 
 
 def share_right(logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:

@@ -20,13 +20,23 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
-from nnpassport.functional import Geometry
+from nnpassport.functional import Geometry, filters
+from nnpassport.outputs import Example, call, logits_of
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
-from nnpassport.schemes.triggers import share_right
+from nnpassport.schemes.triggers import plain_loss, share_right
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, choose, survey
-from nnpassport.training import Evaluation, History, Journal, Objective, Outcome, Recipe, fit
+from nnpassport.training import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    Task,
+    fit,
+)
 
 
 @final
@@ -65,7 +75,7 @@ class Uchida:
     def draw_key(
         self,
         model: nn.Module,
-        example: Tensor,
+        example: Example,
         *,
         owner: str = "unnamed",
         layers: Sequence[str] | None = None,
@@ -90,7 +100,7 @@ class Uchida:
         )
         return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
 
-    def insert(self, model: nn.Module, key: Key, example: Tensor) -> None:
+    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
         """Check that `key` fits `model`; nothing is inserted.
 
         Raises:
@@ -105,7 +115,12 @@ class Uchida:
             host_weight(dict(model.named_parameters()), layer)
 
     def objective(
-        self, key: Key, *, steps: int, normalise: Normalisation | None = None
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
     ) -> Objective:
         """Task loss + λ_r·R, R = Σ_j BCE(σ(X_j·w̄), b_j) or MSE(b − X·w̄)."""
         (layer,) = key.context.layers
@@ -113,18 +128,20 @@ class Uchida:
         signs = key.layer_signs(layer.name)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
-            logits = model(batch.images)
-            weight = model.get_parameter(f"{layer.name}.weight")
+            output = call(model, batch.images)
+            task_loss = (task or plain_loss)(output, batch.labels)
+            weight = filters(model.get_parameter(f"{layer.name}.weight"), layer.geometry)
             # Full precision even under autocast, as for passports.
             with torch.autocast(weight.device.type, enabled=False):
                 read = read_out(weight, projection)
                 wanted = signs.to(read)
                 regularisation = self._regularisation(read, wanted)
-            loss = F.cross_entropy(logits, batch.labels) + self.strength * regularisation
-            match = (read.detach().sign() == wanted).float().mean()
-            return Outcome(
-                loss, {"sign_match": match, "accuracy": share_right(logits, batch.labels)}
-            )
+            measures = {"sign_match": (read.detach().sign() == wanted).float().mean()}
+            if task is None:
+                measures["accuracy"] = share_right(logits_of(output), batch.labels)
+            else:
+                measures["task_loss"] = task_loss.detach()
+            return Outcome(task_loss + self.strength * regularisation, measures)
 
         return objective
 
@@ -220,7 +237,7 @@ class Uchida:
             return F.mse_loss(read, signs)
         return F.binary_cross_entropy_with_logits(read, (signs + 1) / 2, reduction="sum")
 
-    def _host(self, model: nn.Module, example: Tensor, layers: Sequence[str] | None) -> Site:
+    def _host(self, model: nn.Module, example: Example, layers: Sequence[str] | None) -> Site:
         found = survey(model, example)
         if layers is None:
             plain = [s for s in found.sites.values() if s.geometry.groups == 1]
@@ -245,11 +262,18 @@ class Uchida:
         return host
 
     def _shape(self, site: Site) -> LayerShape:
-        weight = tuple(site.layer.get_parameter("weight").shape)
+        weight = tuple(filters(site.layer.get_parameter("weight"), site.geometry).shape)
         axes = site.geometry.axes
         kernel = weight[1:] if axes else (weight[1], 1)
         # The mean filter is read as it is, however its layer slides.
-        geometry = Geometry((1,) * axes, ((0, 0),) * axes, (1,) * axes)
+        turned = site.geometry.transposed
+        geometry = Geometry(
+            (1,) * axes,
+            ((0, 0),) * axes,
+            (1,) * axes,
+            transposed=turned,
+            output_padding=(0,) * axes if turned else (),
+        )
         return LayerShape(site.name, weight, kernel, geometry, self.bits)
 
 
@@ -265,7 +289,7 @@ def read_out(
 
 
 def _fan_in(site: Site) -> int:
-    return site.layer.get_parameter("weight")[0].numel()
+    return filters(site.layer.get_parameter("weight"), site.geometry)[0].numel()
 
 
 UCHIDA = Uchida("uchida", squared=False)
