@@ -38,8 +38,9 @@ MAY_IMPORT = {
     "data.triggers": {"scheme", "data"},
     "files": {"scheme"},
     "config": {"scheme", "models", "files"},
-    "weights": {"scheme", "files"},
-    "checkpoint": {"scheme", "models", *FOLDERS},
+    "onnxfile": {"scheme", "files"},
+    "weights": {"scheme", "files", "onnxfile"},
+    "checkpoint": {"scheme", "models", "onnxfile", *FOLDERS},
     "training": {"scheme", "outputs", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "data"},
     "evidence.context": CORE,
@@ -59,6 +60,7 @@ MAY_IMPORT = {
     "hearing": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "ownership": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "marked": {"catalog", *SCHEMES},
+    "interop": {"interop", "layers", "outputs", "onnxfile", "scheme", *FOLDERS, *CLAIMS},
     "bench": {"bench", "models", "provenance", "checkpoint", *FOLDERS, *SCHEMES},
     "audit": {
         *("audit", "attacks", "catalog", "ownership", "verification", "checkpoint", "provenance"),
@@ -70,6 +72,7 @@ MAY_IMPORT = {
     "claiming": ALL,
     "judging": ALL,
     "probing": ALL,
+    "publishing": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},

@@ -27,6 +27,7 @@ from nnpassport.files import (
     write_atomically,
     writing,
 )
+from nnpassport.onnxfile import ONNX
 from nnpassport.scheme import (
     OwnershipError,
     UnreadableModelError,
@@ -208,6 +209,8 @@ def _fit(
     """The tensors under the model's own names, once every one is known to fit."""
     expected = model.state_dict()
     tensors = _without_prefixes(tensors, expected)
+    if path.suffix.lower() == ONNX:
+        tensors = _without_the_graph(tensors, expected)
     faults = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [repr(name[:100]) for name in tensors if name not in expected],
@@ -229,6 +232,14 @@ def _fit(
             "that these weights were made for"
         )
     return tensors
+
+
+def _without_the_graph(
+    tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Without a graph's own constants, and with the counters of batch norms that no graph has."""
+    counters = {n: value for n, value in expected.items() if n.endswith("num_batches_tracked")}
+    return counters | {name: tensor for name, tensor in tensors.items() if name in expected}
 
 
 def _kind(tensor: Tensor) -> str:

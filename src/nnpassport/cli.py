@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__, attacking, claiming, judging, probing
+from nnpassport import __version__, attacking, claiming, judging, probing, publishing
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -320,6 +320,8 @@ def bench(
 app.command()(judging.verify)
 app.command()(judging.judge)
 app.command()(probing.probe)
+app.command()(publishing.export)
+app.command()(publishing.package)
 app.command()(attacking.attack)
 app.command("attacks")(attacking.list_attacks)
 app.command()(attacking.audit)

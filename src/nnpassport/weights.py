@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.files import brief, is_text, read_once, reading
+from nnpassport.onnxfile import ONNX, read_onnx
 from nnpassport.scheme import UnreadableModelError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,21 +42,22 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors of a `.safetensors` file, a torch checkpoint, or a folder that holds one.
+    """The tensors of a `.safetensors` or `.onnx` file, a torch checkpoint, or a folder with one.
 
     In a folder: `model.safetensors`, else `pytorch_model.bin`, else the only `*.pt`. A
     checkpoint is a state dict, alone or under "state_dict" or "model". No code in it is run.
+    What an ONNX file has under which names, `read_onnx` says.
 
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
     """
     path = _weights_file(path)
+    if path.suffix.lower() == ONNX:
+        return _checked(Weights(*read_onnx(path, MAX_MODEL_BYTES)), path)
     pickled = path.suffix.lower() in _PICKLES
     data = read_once(path, MAX_PICKLE_BYTES if pickled else MAX_MODEL_BYTES)
     tensors = _state_dict(unpickle(data, path), path) if pickled else _parse_safetensors(data, path)
-    if (fault := defect(tensors)) is not None:
-        raise UnreadableModelError(f"{path} cannot be used: {fault}")
-    return Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()})
+    return _checked(Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()}), path)
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -129,13 +131,19 @@ def defect(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
+def _checked(weights: Weights, path: Path) -> Weights:
+    if (fault := defect(weights.tensors)) is not None:
+        raise UnreadableModelError(f"{path} cannot be used: {fault}")
+    return weights
+
+
 def _weights_file(path: Path) -> Path:
     if not path.is_dir():
-        if path.suffix.lower() in (".safetensors", *_PICKLES):
+        if path.suffix.lower() in (".safetensors", ONNX, *_PICKLES):
             return path
         raise UnreadableModelError(
             f"{path} is neither a folder nor a model file; needed: a folder that holds "
-            f"{WEIGHTS_FILE}, or a file that ends in .safetensors, {', '.join(_PICKLES)}"
+            f"{WEIGHTS_FILE}, or a file that ends in .safetensors, {ONNX}, {', '.join(_PICKLES)}"
         )
     for name in (WEIGHTS_FILE, "pytorch_model.bin"):
         if os.path.lexists(path / name):
