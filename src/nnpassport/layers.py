@@ -38,6 +38,7 @@ class PassportNorm(nn.Module):
         private_norm: a copy of it with running statistics of its own for the private branch, or
             None where the norm keeps none (group, layer) or there is no second branch (V1).
         signs: the layer's signature, ±1 for each channel.
+        channel_axis: where the output's channels are.
         branch: what `forward` computes.
         forks: whether the batch is forked here (see `surgery`), the first passport layers of V2/V3.
     """
@@ -61,7 +62,7 @@ class PassportNorm(nn.Module):
         self._geometry = geometry_of(layer)
         self.private_norm = _statistics_of_its_own(norm) if own_statistics else None
         self._layer = (layer,)  # in a tuple, so that the layer is not registered here as well
-        self._channel_axis = channel_axis
+        self.channel_axis = channel_axis
         self.branch = Branch.PUBLIC
         self.forks = False
         self.register_buffer("mean_patch", mean_patch.to(weight), persistent=False)
@@ -123,7 +124,7 @@ class PassportNorm(nn.Module):
         norm = self.norm if self.private_norm is None else self.private_norm
         gamma, beta = self.affine()
         if norm is self.layer:
-            return _scaled(norm(x), gamma, beta, self._channel_axis)
+            return _scaled(norm(x), gamma, beta, self.channel_axis)
         # What the norm has of its own is replaced; what it lacks (RMSNorm's bias, affine=False) is
         # applied afterwards.
         replaced = {
@@ -135,12 +136,18 @@ class PassportNorm(nn.Module):
         if len(replaced) == 2:
             return y
         scale = torch.ones_like(gamma) if "weight" in replaced else gamma
-        return _scaled(y, scale, beta, self._channel_axis)
+        return _scaled(y, scale, beta, self.channel_axis)
 
 
 def _whole(weight: Any) -> Tensor:
-    # Under FSDP a weight may be this process's part of it; gathering it keeps its gradient.
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial  # noqa: PLC0415 - a second, for FSDP only
+
+    # Under FSDP a weight may be this process's part of it. The gradient that flows back is that of
+    # this process's images alone, and has to be averaged as FSDP averages all others.
+    average = [Partial("avg")] * weight.device_mesh.ndim
+    return weight.full_tensor(grad_placements=average)
 
 
 def _scaled(
