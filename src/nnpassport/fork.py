@@ -5,6 +5,7 @@ batch is doubled, and the rest runs on both halves in one forward. A candidate p
 its outputs equal those of two separate passes.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,13 +19,13 @@ from nnpassport.layers import (
     BranchNorm,
     PassportNorm,
     branched,
+    doubled,
     on_branch,
     passport_norms,
     replace_module,
     set_branch,
-    twice,
 )
-from nnpassport.outputs import Example, call, tensors_in
+from nnpassport.outputs import Example, call, tensors_in, with_tensors
 from nnpassport.scheme import UnsuitableModelError
 
 
@@ -52,21 +53,24 @@ def find_fork(model: nn.Module, example: Example) -> Fork:
     there. Norms with running statistics after the fork get a set for each branch.
 
     `example` must have all the inputs that training has: a mask that is not there is not followed.
+    Inputs with a first axis as long as that of the first one are taken for a part of the batch.
 
     Raises:
         UnsuitableModelError: not even forking the whole network's batch gives both outputs.
     """
-    noise = _noise_like(example)
+    noise = _noise_like(model, example)
     expected, order = _two_passes(model, noise)
     candidates = [None, *_ancestors(order[0])] if expected else []
     for ancestor in candidates:
         if _forks_well(model, noise, ancestor, expected):
             _split_statistics(model, noise)
-            return Fork(forked_at(model), _followers(model), _step_cost(model, noise))
+            followers = _hooked(model, PassportNorm.follow_fork)
+            return Fork(forked_at(model), followers, _step_cost(model, noise))
         unhook(model)
     raise UnsuitableModelError(
         f"the two branches of {type(model).__name__} cannot run in one forward: twice the batch "
-        "does not give twice the outputs; use scheme V1, or a model whose first axis is the batch"
+        "does not give twice the outputs; use scheme V1, a model whose first axis is the batch, or "
+        "an example whose batch is as long as no other axis of its inputs"
     )
 
 
@@ -99,113 +103,141 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
 
 
-def _noise_like(example: Example) -> Example:
-    """A batch of three like the example, its floats replaced by noise: zeros would prove little."""
+def _noise_like(model: nn.Module, example: Example) -> Example:
+    """A small batch like the example, its floats replaced by noise: zeros would prove little.
+
+    Its size is that of nothing else in the network, so that a batch is told by its length.
+    """
+    given = [tensor for tensor in tensors_in(example) if tensor.dim()]
+    length = len(given[0]) if given else 0
+    taken = {size for each in [*given, *model.parameters(), *model.buffers()] for size in each.shape}
+    batch = next(n for n in itertools.count(3) if not {n, 2 * n} & taken)
     generator = torch.Generator().manual_seed(0)
 
-    def noise(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dim() == 0:
+    def noise(value: Tensor) -> Tensor:
+        if value.dim() == 0 or len(value) != length:
             return value
-        batch = torch.cat([value[:1], value[-1:], value[:1]])
-        if not batch.is_floating_point():
-            return batch
-        return torch.randn(batch.shape, generator=generator).to(batch)
+        rows = value[torch.arange(batch, device=value.device) % length]
+        # Not below zero: a root or a logarithm may follow.
+        drawn = torch.rand(rows.shape, generator=generator)
+        return drawn.to(rows) if rows.is_floating_point() else rows
 
-    if isinstance(example, Mapping):
-        return {key: noise(value) for key, value in example.items()}
-    return noise(example) if isinstance(example, Tensor) else tuple(noise(v) for v in example)
+    return with_tensors(example, noise)
+
+
+def _batch_of(example: Example) -> int:
+    return next(len(tensor) for tensor in tensors_in(example) if tensor.dim())
 
 
 def _forks_well(
     model: nn.Module, example: Example, ancestor: str | None, expected: Sequence[Tensor]
 ) -> bool:
     """Fork at the passport layers (None) or at this module, and compare with two passes."""
-    batch = len(tensors_in(example)[0])
-    norms = passport_norms(model)
-    if ancestor is not None:
-        hook = next(iter(norms.values())).fork_input
-        model.get_submodule(ancestor).register_forward_pre_hook(hook, with_kwargs=True)
-    found: dict[str, frozenset[int | str]] = {}
-    sizes: dict[str, set[int]] = {}
-    handles = [
-        norm.register_forward_pre_hook(
-            _fork_where_the_batch_is(batch, sizes.setdefault(name, set()))
-        )
-        for name, norm in norms.items()
-    ]
-    handles += [
-        module.register_forward_pre_hook(_follow(name, batch, found), with_kwargs=True)
-        for name, module in model.named_modules()
-        if name != ancestor
-    ]
+    found = _explore(model, example, ancestor)
+    if found is None or (ancestor is not None and ancestor not in found):
+        return False
+    norm = next(iter(passport_norms(model).values()))
+    for name, named in found.items():
+        hook = partial(norm.fork_input if name == ancestor else norm.follow_fork, named)
+        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad(), on_branch(model, Branch.BOTH):
             outputs = tensors_in(call(model, example))
     except Exception:
         # Shapes that do not meet, or an assertion of the user's own: this place is too narrow.
         return False
+    return len(outputs) == len(expected) and all(map(_same, outputs, expected))
+
+
+def _same(output: Tensor, expected: Tensor) -> bool:
+    if output.shape != expected.shape or not expected.is_floating_point():
+        return torch.equal(output, expected)
+    finite = expected[expected.isfinite()].abs()
+    eps = torch.finfo(expected.dtype).eps
+    scale = finite.max().item() if len(finite) else 1.0
+    return torch.allclose(output, expected, rtol=max(1e-3, 8 * eps), atol=max(1e-4, 4 * eps) * scale)
+
+
+def _explore(
+    model: nn.Module, example: Example, ancestor: str | None
+) -> dict[str, frozenset[int | str]] | None:
+    """What to double where, by module and argument, to fork here; None if it does not run.
+
+    Also sets which passport layers fork.
+    """
+    batch = _batch_of(example)
+    found: dict[str, frozenset[int | str]] = {}
+    sizes: dict[str, set[int]] = {}
+    handles = [
+        module.register_forward_pre_hook(_double(name, batch, name == ancestor, found), True)
+        for name, module in model.named_modules()
+    ]
+    handles += [
+        module.register_forward_pre_hook(
+            _fork_where_the_batch_is(batch, sizes.setdefault(name, set())), with_kwargs=True
+        )
+        for name, module in model.named_modules()
+        if isinstance(module, PassportNorm) or getattr(module, "running_mean", None) is not None
+    ]
+    try:
+        with torch.no_grad(), on_branch(model, Branch.BOTH):
+            call(model, example)
+    except Exception:
+        return None
     finally:
         for handle in handles:
             handle.remove()
-    for name, named in found.items():
-        follow = partial(next(iter(norms.values())).fork_named, named)
-        model.get_submodule(name).register_forward_pre_hook(follow, with_kwargs=True)
     # A layer that runs twice, once on each side of the fork, could not tell which side it is on.
-    return (
-        all(len(seen) <= 1 for seen in sizes.values())
-        and len(outputs) == len(expected)
-        and all(
-            a.shape == b.shape and torch.allclose(a, b, rtol=1e-3, atol=1e-4)
-            for a, b in zip(outputs, expected, strict=True)
-        )
-    )
+    return found if all(len(seen) <= 1 for seen in sizes.values()) else None
 
 
 def _fork_where_the_batch_is(batch: int, sizes: set[int]) -> Callable[..., None]:
-    def hook(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        sizes.add(len(args[0]))
-        norm.forks = len(args[0]) == batch  # type: ignore[assignment]
+    def hook(norm: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        size = _batch_of((*args, *kwargs.values()))
+        sizes.add(size)
+        if isinstance(norm, PassportNorm):
+            norm.forks = size == batch
 
     return hook
 
 
-def _follow(
-    name: str, batch: int, found: dict[str, frozenset[int | str]]
+def _double(
+    name: str, batch: int, forks: bool, found: dict[str, frozenset[int | str]]
 ) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]] | None]:
-    """Doubles, and notes in `found`, what a module takes from before the fork beside the rest."""
+    """Doubles, and notes in `found`, the batch where it `forks`.
+
+    Elsewhere, what a module takes from before the fork beside something from behind it.
+    """
 
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
         lengths = {key: {len(t) for t in tensors_in(v) if t.dim()} for key, v in given.items()}
-        behind = frozenset(key for key, there in lengths.items() if there == {batch})
-        if not behind or not any(2 * batch in there for there in lengths.values()):
+        before = frozenset(key for key, there in lengths.items() if there == {batch})
+        if not before or not (forks or any(2 * batch in there for there in lengths.values())):
             return None
-        found[name] = found.get(name, frozenset()) | behind
-        return (
-            tuple(twice(v) if index in behind else v for index, v in enumerate(args)),
-            {key: twice(v) if key in behind else v for key, v in kwargs.items()},
-        )
+        found[name] = found.get(name, frozenset()) | before
+        return doubled(before, args, kwargs)
 
     return hook
 
 
 def _split_statistics(model: nn.Module, example: Example) -> None:
     """Give every norm with running statistics that runs after the fork a set for each branch."""
-    batch = len(tensors_in(example)[0])
+    batch = _batch_of(example)
     inside = {id(n) for m in branched(model) for n in (m.norm, m.private_norm)}
     after: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            if len(args[0]) == 2 * batch:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if _batch_of((*args, *kwargs.values())) == 2 * batch:
                 after.append(name)
 
         return hook
 
     handles = [
-        module.register_forward_pre_hook(note(name))
+        module.register_forward_pre_hook(note(name), with_kwargs=True)
         for name, module in model.named_modules()
         if getattr(module, "running_mean", None) is not None and id(module) not in inside
     ]
@@ -220,40 +252,55 @@ def _split_statistics(model: nn.Module, example: Example) -> None:
 
 def forked_at(model: nn.Module) -> tuple[str, ...]:
     """Where the batch is forked: names of passport layers, or of the module whose input is."""
-    for name, module in model.named_modules():
-        if any(
-            _is_ours(h) and not isinstance(h, partial) for h in module._forward_pre_hooks.values()
-        ):
-            return (name or type(model).__name__,)
-    return tuple(name for name, norm in passport_norms(model).items() if norm.forks)
+    around = _hooked(model, PassportNorm.fork_input)
+    return around or tuple(name for name, norm in passport_norms(model).items() if norm.forks)
 
 
-def _followers(model: nn.Module) -> tuple[str, ...]:
+def _hooked(model: nn.Module, method: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(
-        name
+        name or type(model).__name__
         for name, module in model.named_modules()
-        if any(isinstance(h, partial) and _is_ours(h) for h in module._forward_pre_hooks.values())
+        if any(_method_of(hook) is method for hook in module._forward_pre_hooks.values())
     )
 
 
+def _method_of(hook: Any) -> Any:
+    """The method of a passport layer that a hook calls, or None for another's hook."""
+    bound = hook.func if isinstance(hook, partial) else None
+    ours = isinstance(getattr(bound, "__self__", None), PassportNorm)
+    return bound.__func__ if bound is not None and ours else None
+
+
 def _step_cost(model: nn.Module, example: Example) -> float:
-    """FLOPs of one forward in both branches over one plain forward's."""
-    counts = []
-    for branch in (Branch.BOTH, Branch.PUBLIC):
-        with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as counter:
-            call(model, example)
-        counts.append(counter.get_total_flops())
-    return counts[0] / counts[1] if counts[1] else 2.0
+    """FLOPs of one forward in both branches over one plain forward's.
+
+    γ and β are left out: they are computed once a step, however large the batch, and it is small.
+    """
+    plain, both = (_flops(model, example, branch) for branch in (Branch.PUBLIC, Branch.BOTH))
+    return both / plain if plain else 2.0
 
 
-def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(getattr(hook, "func", hook), "__self__", None), PassportNorm)
+def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
+    norms = passport_norms(model).values()
+    affines: list[int] = []
+
+    def note(norm: PassportNorm, *_: Any) -> None:
+        with FlopCounterMode(display=False) as own:
+            norm.affine()
+        affines.append(own.get_total_flops())
+
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as counter:
+        call(model, example)
+    for handle in handles:
+        handle.remove()
+    return counter.get_total_flops()
 
 
 def unhook(model: nn.Module) -> None:
     """Take the fork's hook, if there is one, off every module."""
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if _is_ours(hook):
+            if _method_of(hook) is not None:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -95,30 +95,34 @@ class PassportNorm(nn.Module):
         return torch.cat([self.norm(public), self._private(private)])
 
     def fork_input(
-        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Pre-forward hook that doubles a module's batch while both branches run.
-
-        For networks where the branches have to part earlier than at the passport itself.
-        """
-        if self.branch is not Branch.BOTH:
-            return None
-        return tuple(map(twice, args)), {key: twice(value) for key, value in kwargs.items()}
-
-    def fork_named(
         self,
         named: frozenset[int | str],
         _module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """`fork_input` for those arguments alone that did not pass the fork, such as a mask."""
+        """Pre-forward hook that doubles a module's batch while both branches run.
+
+        For networks where the branches have to part earlier than at the passport itself. `named`
+        are the arguments that hold the batch: positions, which are the same for every image, do
+        not.
+        """
         if self.branch is not Branch.BOTH:
             return None
         return (
             tuple(twice(v) if index in named else v for index, v in enumerate(args)),
             {name: twice(v) if name in named else v for name, v in kwargs.items()},
         )
+
+    def fork_beside(
+        self,
+        named: frozenset[int | str],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """`fork_input` after the fork, for what did not pass it, such as a mask."""
+        return self.fork_input(named, module, args, kwargs)
 
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         norm = self.norm if self.private_norm is None else self.private_norm
