@@ -19,11 +19,11 @@ from nnpassport.layers import (
     BranchNorm,
     PassportNorm,
     branched,
-    doubled,
     on_branch,
     passport_norms,
     replace_module,
     set_branch,
+    twice,
 )
 from nnpassport.outputs import Example, call, tensors_in, with_tensors
 from nnpassport.scheme import UnsuitableModelError
@@ -64,7 +64,7 @@ def find_fork(model: nn.Module, example: Example) -> Fork:
     for ancestor in candidates:
         if _forks_well(model, noise, ancestor, expected):
             _split_statistics(model, noise)
-            followers = _hooked(model, PassportNorm.follow_fork)
+            followers = _hooked(model, PassportNorm.fork_beside)
             return Fork(forked_at(model), followers, _step_cost(model, noise))
         unhook(model)
     raise UnsuitableModelError(
@@ -110,7 +110,9 @@ def _noise_like(model: nn.Module, example: Example) -> Example:
     """
     given = [tensor for tensor in tensors_in(example) if tensor.dim()]
     length = len(given[0]) if given else 0
-    taken = {size for each in [*given, *model.parameters(), *model.buffers()] for size in each.shape}
+    taken = {
+        size for each in [*given, *model.parameters(), *model.buffers()] for size in each.shape
+    }
     batch = next(n for n in itertools.count(3) if not {n, 2 * n} & taken)
     generator = torch.Generator().manual_seed(0)
 
@@ -138,7 +140,7 @@ def _forks_well(
         return False
     norm = next(iter(passport_norms(model).values()))
     for name, named in found.items():
-        hook = partial(norm.fork_input if name == ancestor else norm.follow_fork, named)
+        hook = partial(norm.fork_input if name == ancestor else norm.fork_beside, named)
         model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with torch.no_grad(), on_branch(model, Branch.BOTH):
@@ -155,7 +157,9 @@ def _same(output: Tensor, expected: Tensor) -> bool:
     finite = expected[expected.isfinite()].abs()
     eps = torch.finfo(expected.dtype).eps
     scale = finite.max().item() if len(finite) else 1.0
-    return torch.allclose(output, expected, rtol=max(1e-3, 8 * eps), atol=max(1e-4, 4 * eps) * scale)
+    return torch.allclose(
+        output, expected, rtol=max(1e-3, 8 * eps), atol=max(1e-4, 4 * eps) * scale
+    )
 
 
 def _explore(
@@ -169,7 +173,9 @@ def _explore(
     found: dict[str, frozenset[int | str]] = {}
     sizes: dict[str, set[int]] = {}
     handles = [
-        module.register_forward_pre_hook(_double(name, batch, name == ancestor, found), True)
+        module.register_forward_pre_hook(
+            _double(name, batch, name == ancestor, found), with_kwargs=True
+        )
         for name, module in model.named_modules()
     ]
     handles += [
@@ -218,7 +224,10 @@ def _double(
         if not before or not (forks or any(2 * batch in there for there in lengths.values())):
             return None
         found[name] = found.get(name, frozenset()) | before
-        return doubled(before, args, kwargs)
+        return (
+            tuple(twice(v) if index in before else v for index, v in enumerate(args)),
+            {key: twice(v) if key in before else v for key, v in kwargs.items()},
+        )
 
     return hook
 
@@ -268,7 +277,7 @@ def _method_of(hook: Any) -> Any:
     """The method of a passport layer that a hook calls, or None for another's hook."""
     bound = hook.func if isinstance(hook, partial) else None
     ours = isinstance(getattr(bound, "__self__", None), PassportNorm)
-    return bound.__func__ if bound is not None and ours else None
+    return getattr(bound, "__func__", None) if ours else None
 
 
 def _step_cost(model: nn.Module, example: Example) -> float:
@@ -281,20 +290,21 @@ def _step_cost(model: nn.Module, example: Example) -> float:
 
 
 def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
-    norms = passport_norms(model).values()
-    affines: list[int] = []
+    presented: list[PassportNorm] = []
 
     def note(norm: PassportNorm, *_: Any) -> None:
-        with FlopCounterMode(display=False) as own:
-            norm.affine()
-        affines.append(own.get_total_flops())
+        if norm.branch is not Branch.PUBLIC:
+            presented.append(norm)
 
-    handles = [norm.register_forward_pre_hook(note) for norm in norms]
-    with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as counter:
+    handles = [norm.register_forward_pre_hook(note) for norm in passport_norms(model).values()]
+    with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as whole:
         call(model, example)
     for handle in handles:
         handle.remove()
-    return counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as affines:
+        for norm in presented:
+            norm.affine()
+    return whole.get_total_flops() - affines.get_total_flops()
 
 
 def unhook(model: nn.Module) -> None:

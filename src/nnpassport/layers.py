@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nnpassport.functional import apply_affine, collapsed_affine, filters, geometry_of
+from nnpassport.outputs import with_tensors
 
 
 @unique
@@ -161,10 +162,8 @@ def _scaled(
 
 
 def twice(value: Any) -> Any:
-    """A tensor, or a tuple of them, with its batch doubled; anything else as it is."""
-    if isinstance(value, tuple) and any(isinstance(part, Tensor) for part in value):
-        return tuple(map(twice, value))
-    return torch.cat([value, value]) if isinstance(value, Tensor) and value.dim() else value
+    """Every tensor in a value with its batch doubled; anything else as it is."""
+    return with_tensors(value, lambda t: torch.cat([t, t]) if t.dim() else t)
 
 
 def _statistics_of_its_own(norm: nn.Module) -> nn.Module | None:

@@ -1,6 +1,7 @@
 """What goes into a network and what comes out of it, whatever its author makes them of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,16 +23,39 @@ def tensors_in(output: Any) -> list[Tensor]:
     """All tensors in a network's output, whatever it is made of, in a fixed order."""
     if isinstance(output, Tensor):
         return [output]
-    parts = list(output.values()) if isinstance(output, Mapping) else output
-    if isinstance(parts, list | tuple):
-        return [tensor for part in parts for tensor in tensors_in(part)]
-    return []
+    if isinstance(output, Mapping):
+        parts: Sequence[Any] = list(output.values())
+    elif _is_record(output):
+        parts = [getattr(output, field.name) for field in fields(output)]
+    else:
+        parts = output if isinstance(output, list | tuple) else ()
+    return [tensor for part in parts for tensor in tensors_in(part)]
+
+
+def with_tensors(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same make of output with every tensor in it changed; everything else stays as it is."""
+    if isinstance(output, Tensor):
+        return change(output)
+    if isinstance(output, Mapping):
+        values = {name: with_tensors(value, change) for name, value in output.items()}
+        try:
+            return type(output)(**values)  # plain dicts, and Hugging Face's outputs
+        except TypeError:
+            return values
+    if _is_record(output):
+        names = [field.name for field in fields(output)]
+        return replace(output, **{n: with_tensors(getattr(output, n), change) for n in names})
+    if isinstance(output, list | tuple):
+        parts = [with_tensors(part, change) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+    return output
 
 
 def logits_of(output: Any) -> Tensor:
     """The class scores (batch classes …) in a network's output.
 
     They are the output itself, what it calls "logits", its only tensor, or the first of a tuple.
+    Scalars do not count: they are a loss of the network's own.
 
     Raises:
         UnsuitableModelError: none of these is there.
@@ -42,8 +66,8 @@ def logits_of(output: Any) -> Tensor:
     named = getattr(output, "logits", None) if named is None else named
     if isinstance(named, Tensor):
         return named
-    tensors = tensors_in(output)
-    if tensors and (len(tensors) == 1 or not isinstance(output, Mapping)):
+    tensors = [tensor for tensor in tensors_in(output) if tensor.dim()]
+    if len(tensors) == 1 or (tensors and isinstance(output, list | tuple)):
         return tensors[0]
     raise UnsuitableModelError(
         f"the network's output is a {type(output).__name__} of {len(tensors)} tensors, and which "
@@ -59,7 +83,12 @@ def part_of(output: Any, start: int, stop: int) -> Any:
     loss of the network's own) and everything else stay as they are.
     """
     tensors = [tensor for tensor in tensors_in(output) if tensor.dim()]
-    return _cut(output, start, stop, len(tensors[0])) if tensors else output
+    batch = len(tensors[0]) if tensors else 0
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() and len(tensor) == batch else tensor
+
+    return with_tensors(output, cut)
 
 
 def halves_of(output: Any) -> tuple[Any, Any]:
@@ -68,16 +97,5 @@ def halves_of(output: Any) -> tuple[Any, Any]:
     return part_of(output, 0, batch // 2), part_of(output, batch // 2, batch)
 
 
-def _cut(output: Any, start: int, stop: int, batch: int) -> Any:
-    if isinstance(output, Tensor):
-        return output[start:stop] if output.dim() and len(output) == batch else output
-    if isinstance(output, Mapping):
-        values = {name: _cut(value, start, stop, batch) for name, value in output.items()}
-        try:
-            return type(output)(**values)  # plain dicts, and Hugging Face's outputs
-        except TypeError:
-            return values
-    if isinstance(output, list | tuple):
-        parts = [_cut(part, start, stop, batch) for part in output]
-        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-    return output
+def _is_record(output: Any) -> bool:
+    return is_dataclass(output) and not isinstance(output, type)
