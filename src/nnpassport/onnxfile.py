@@ -61,7 +61,7 @@ _BFLOAT16 = 16
 _OUTSIDE = 1
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
-_QUANTISED = "_quantized"
+_QUANTISED, _TURNED = "_quantized", "_Transposed"  # what onnxruntime's quantiser adds to names
 
 
 class OnnxWeights(NamedTuple):
@@ -265,6 +265,8 @@ def _tensor(stored: _Stored, beside: Mapping[str, bytes]) -> Tensor:
     listed = [name for name in ("floats", "doubles", "int32s", "int64s") if found[name]]
     if found["segment"] or len(listed) + len(found["raw"]) > 1 or listed not in ([], [field]):
         raise ValueError("a tensor's numbers are in parts, there twice, or in the wrong field")
+    if math.prod(max(size, 1) for size in stored.dims) >= 2**63:
+        raise ValueError(f"a tensor of shape {stored.dims} is larger than any memory")
     count = math.prod(stored.dims)
     if _number(found["location"]) == _OUTSIDE:
         raw: Any = _slice(_place(found), count * kind.itemsize, beside)
@@ -412,7 +414,7 @@ def _dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for stored, numbers in tensors.items():
         name = stored.removesuffix(_QUANTISED)
         scale, zero = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
-        if name == stored or name in tensors or scale is None or zero is None:
+        if name == stored or scale is None or zero is None:
             continue
         # One number for the whole tensor, or one for each along the only axis that has so many.
         axes = [axis for axis, size in enumerate(numbers.shape) if size == scale.numel()]
@@ -421,9 +423,10 @@ def _dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shape = [1] * numbers.dim()
         if scale.numel() > 1:
             shape[axes[0]] = -1
-        shifted = numbers.float() - zero.float().reshape(shape)
-        found[name] = shifted * scale.float().reshape(shape)
-    return found
+        weight = (numbers.float() - zero.float().reshape(shape)) * scale.float().reshape(shape)
+        turned = name.endswith(_TURNED) and weight.dim() == 2
+        found[name.removesuffix(_TURNED)] = weight.t().contiguous() if turned else weight
+    return {name: weight for name, weight in found.items() if name not in tensors}
 
 
 def _finite(tensor: Tensor) -> bool:
