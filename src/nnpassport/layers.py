@@ -66,6 +66,8 @@ class PassportNorm(nn.Module):
         self.channel_axis = channel_axis
         self.branch = Branch.PUBLIC
         self.forks = False
+        # PyTorch's transformer layers run past their own parts in evaluation unless one has a hook.
+        self.register_forward_pre_hook(_in_the_open)
         self.register_buffer("mean_patch", mean_patch.to(weight), persistent=False)
         self.register_buffer("signs", signs.to(weight), persistent=False)
 
@@ -142,6 +144,10 @@ class PassportNorm(nn.Module):
             return y
         scale = torch.ones_like(gamma) if "weight" in replaced else gamma
         return _scaled(y, scale, beta, self.channel_axis)
+
+
+def _in_the_open(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+    """A hook that does nothing but be there."""
 
 
 def _whole(weight: Any) -> Tensor:

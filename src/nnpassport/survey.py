@@ -167,13 +167,14 @@ class _Watched(NamedTuple):
     layers: dict[str, list[_Run]]  # every call of every layer, in order of the first
     pairs: dict[str, list[str]]  # layer -> the norms that receive its output
     norms: dict[str, list[nn.Module]]  # norm -> itself, once for every time that it ran
-    named: set[str]  # layers and norms that were called with named arguments
+    named: set[str]  # layers and norms that were called with named or with several arguments
+    strange: set[str]  # layers that put out something else than one tensor
     activations: dict[str, str]  # layer -> the activation that receives its output
     output: Any
 
 
 def _watch(model: nn.Module, example: Example) -> _Watched:
-    watched = _Watched({}, {}, {}, set(), {}, None)
+    watched = _Watched({}, {}, {}, set(), set(), {}, None)
     handles = []
     for name, module in model.named_modules():
         if _is_norm(module):
@@ -193,9 +194,12 @@ def _watch(model: nn.Module, example: Example) -> _Watched:
 
 def _after_layer(name: str, watched: _Watched) -> Callable[..., None]:
     def hook(
-        _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+        _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         x = _received(name, args, kwargs, watched)
+        if not isinstance(output, Tensor):
+            watched.strange.add(name)
+            return
         run = _Run(output, output._version, tuple(x.shape[2:]))
         watched.layers.setdefault(name, []).append(run)
 
@@ -247,7 +251,7 @@ class _Activations(TorchFunctionMode):
 def _received(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], watched: _Watched
 ) -> Tensor:
-    if kwargs:
+    if kwargs or len(args) > 1:
         watched.named.add(name)
     return next(iter((*args, *kwargs.values())))
 
@@ -262,6 +266,7 @@ def _refusal(name: str, layer: nn.Module, watched: _Watched) -> str | None:
     stray = [n for n in kinds if not _over_channels(watched.norms[n][0], layer, runs[0].output)]
     reasons = {
         "its weight is computed (a parametrization, or pruning)": "weight" not in layer._parameters,
+        "its output is not one tensor": name in watched.strange,
         "it did not run": not runs,
         "its output is the network's own": own,
         # A log-softmax or a squeeze may follow: then the output is another tensor.
@@ -271,7 +276,9 @@ def _refusal(name: str, layer: nn.Module, watched: _Watched) -> str | None:
             bool(norms) and not len(norms) == len(runs) == again
         ),
         f"its norm {', '.join(stray)} does not scale the layer's channels one by one": bool(stray),
-        "it or its norm is called with named arguments": bool({name, *kinds} & watched.named),
+        "it or its norm is called with named arguments, or several": bool(
+            {name, *kinds} & watched.named
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -286,16 +293,32 @@ def _over_channels(norm: nn.Module, layer: nn.Module, output: Tensor) -> bool:
         return _is_convolution(layer) or output.dim() == 2
     if weight.dim() != 1 or len(weight) != output.shape[axis]:
         return False
-    biases = {"bias": torch.zeros_like(weight)} if getattr(norm, "bias", None) is not None else {}
-    factors = torch.linspace(0.5, 1.5, len(weight)).to(weight)
-    with torch.no_grad(), on_branch(norm, Branch.PUBLIC):
-        plain = functional_call(norm, {"weight": torch.ones_like(weight), **biases}, (output,))
-        scaled = functional_call(norm, {"weight": factors, **biases}, (output,))
+    # Of both signs, since γ is; and in full precision, where a norm of half precision would round.
+    factors = torch.linspace(-1.5, 1.5, len(weight) + 1)[1:].to(weight.device)
+    try:
+        plain, scaled = (_normalised(norm, output, w) for w in (torch.ones_like(factors), factors))
+    except Exception:  # the user's own code may raise anything, or need more than its input
+        return False
     shape = [1] * output.dim()
     shape[axis] = -1
     return plain.shape == output.shape and torch.allclose(
-        scaled, plain * factors.view(shape), rtol=1e-3, atol=1e-5
+        scaled, plain * factors.view(shape).to(plain), rtol=1e-3, atol=1e-5
     )
+
+
+def _normalised(norm: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+    """What the norm makes of x with this weight and without bias, in single precision at least."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        wider = torch.promote_types(tensor.dtype, torch.float32)
+        return tensor.to(wider) if tensor.is_floating_point() else tensor
+
+    state = {name: wide(t) for name, t in [*norm.named_parameters(), *norm.named_buffers()]}
+    state["weight"] = weight.to(state["weight"])
+    if "bias" in state:
+        state["bias"] = torch.zeros_like(state["bias"])
+    with torch.no_grad(), on_branch(norm, Branch.PUBLIC):
+        return functional_call(norm, state, (wide(x),))
 
 
 def _is_convolution(module: nn.Module) -> bool:
