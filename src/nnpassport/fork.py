@@ -297,10 +297,15 @@ def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
             presented.append(norm)
 
     handles = [norm.register_forward_pre_hook(note) for norm in passport_norms(model).values()]
-    with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as whole:
-        call(model, example)
-    for handle in handles:
-        handle.remove()
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # in training it is off, and it is not counted
+    try:
+        with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as whole:
+            call(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for handle in handles:
+            handle.remove()
     with torch.no_grad(), FlopCounterMode(display=False) as affines:
         for norm in presented:
             norm.affine()
