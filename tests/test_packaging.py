@@ -15,14 +15,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from huggingface_hub import HfApi, ModelCard
+from test_readme import commands
 
 from nnpassport.checkpoint import load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.evidence.claim import claim_of, sign_claim
 from nnpassport.evidence.claimfile import write_signed
-from nnpassport.evidence.keyfile import save_key
+from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.evidence.signing import public_hex
 from nnpassport.files import sha256_of
+from nnpassport.functional import read_bits
 from nnpassport.interop.hub import package
 from nnpassport.interop.signed import sign_folder
 from nnpassport.scheme import (
@@ -36,6 +38,7 @@ from nnpassport.schemes.passport import V2
 from nnpassport.schemes.signature import secrets_of
 from nnpassport.weights import read_weights, tensors_digest
 
+ROOT = Path(__file__).parent.parent
 OWNER = "Alice | <b>*Liddell*</b> `rm`"
 SIGNING = Ed25519PrivateKey.from_private_bytes(bytes(32))
 PIXELS = torch.zeros(2, 3, 32, 32)
@@ -376,3 +379,41 @@ def test_a_key_made_by_openssl_as_documented_will_do(house):
     (house / "signer.pem").write_bytes(made.stdout)
     assert sign_folder(house / "released", house / "signer.pem").name == "model.sig"
     assert os.path.getsize(house / "released" / "model.sig") > 0
+
+
+def test_the_commands_of_the_document_do_what_they_say(call, made, tmp_path, monkeypatch):
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl binary to make a key with")
+    house, _ = made
+    model = load_model(house / "released").model
+    key = load_key(house / "alice.key")
+    with torch.no_grad():
+        for layer in key.context.layers:
+            weight = model.get_submodule(layer.name).weight
+            secret = secrets_of(key)[layer.name]
+            weight[read_bits(weight, secret.mean_patch) != secret.signs] *= -1
+    save_model(tmp_path / "released", model, CONFIG)
+    shutil.copy(house / "alice.key", tmp_path)
+    write_claim(key, tmp_path / "released", tmp_path / "alice.claim.json")
+    monkeypatch.chdir(tmp_path)
+    lines = commands((ROOT / "docs" / "interop.md").read_text(encoding="utf-8"))
+    assert [words[:2] for words in lines] == [
+        *(["nnpassport", "export"], ["nnpassport", "verify"], ["nnpassport", "verify"]),
+        *(["nnpassport", "package"], ["openssl", "ecparam"], ["openssl", "ec"]),
+        *(["nnpassport", "package"], ["model_signing", "verify"]),
+    ]
+    beside = Path(sys.executable).parent
+    for words in lines:
+        if words[0] == "nnpassport":
+            code, _, said = call(*words[1:])
+        else:
+            path = f"{beside}{os.pathsep}{os.environ['PATH']}"
+            run = subprocess.run(
+                words, capture_output=True, text=True, check=False, env={**os.environ, "PATH": path}
+            )
+            code, said = run.returncode, run.stderr
+        assert code == 0, (words, said)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("released", "alice.key", "alice.claim.json", "alice.onnx", "hub", "signed"),
+        *("signer.pem", "signer.pub.pem"),
+    }
