@@ -11,6 +11,8 @@ from nnpassport.evidence.key import Key
 from nnpassport.fork import Fork
 from nnpassport.outputs import Example
 from nnpassport.scheme import Batch
+from nnpassport.schemes.passport import Passport
+from nnpassport.survey import refuse_lossy_wrapper
 from nnpassport.training import Task
 
 
@@ -45,10 +47,14 @@ class Marked:
         `inputs` are what the network takes: a tensor, a tuple of positional or a mapping of named
         inputs. `labels` are class indices, or what `task` of `mark` takes. `model` is the network
         as it is wrapped by now, for distributed or compiled training; None is the network itself.
+
+        Raises:
+            UnsuitableModelError: the loss or its gradients would not come through that wrapper.
         """
-        outcome = self._objective(
-            self.model if model is None else model, Batch(inputs, labels, self.step)
-        )
+        running = self.model if model is None else model
+        one_branch = isinstance(self._scheme, Passport) and not self._scheme.two_branches
+        refuse_lossy_wrapper(running, one_branch=one_branch)
+        outcome = self._objective(running, Batch(inputs, labels, self.step))
         self.step += 1
         self.measures = {name: value.item() for name, value in outcome.measures.items()}
         return outcome.loss

@@ -167,8 +167,8 @@ def _check_runs(model: nn.Module, names: Sequence[str], example: Example) -> Non
     except Exception as error:
         raise UnsuitableModelError(
             f"{type(model).__name__} does not run with {', '.join(map(repr, names))} wrapped "
-            f"({error}): something else uses a layer's parts; name other layers, or, where it is "
-            "PyTorch's own transformer, call torch.backends.mha.set_fastpath_enabled(False) first"
+            f"({error!s:.200}): something else uses a layer's parts; name other layers, or, where "
+            "it is PyTorch's own transformer, call torch.backends.mha.set_fastpath_enabled(False)"
         ) from error
 
 

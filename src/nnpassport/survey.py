@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from nnpassport.functional import HOSTS, Geometry, geometry_of, is_matrix
-from nnpassport.layers import Branch, on_branch
+from nnpassport.layers import Branch, on_branch, passport_norms
 from nnpassport.outputs import Example, call, tensors_in
 from nnpassport.scheme import UnsuitableModelError
 
@@ -155,6 +155,34 @@ def refuse_wrapped(model: nn.Module) -> None:
                 f"the network is wrapped in {kind}, and passports go into the network itself; give "
                 f"{network}, insert there, and wrap it afterwards"
             )
+
+
+def refuse_lossy_wrapper(model: nn.Module, *, one_branch: bool) -> None:
+    """Refuse a wrapper through which a marked network would not train as it does alone.
+
+    Raises:
+        UnsuitableModelError: naming what to wrap it in instead.
+    """
+    kinds = {base.__name__ for base in type(model).__mro__}
+    given = f"the network is wrapped in {type(model).__name__}"
+    if kinds & {"FullyShardedDataParallel", "DataParallel"}:
+        raise UnsuitableModelError(
+            f"{given}, which takes the weights away that passports run through; use "
+            "torch.distributed.fsdp.fully_shard or DistributedDataParallel"
+        )
+    if "DistributedDataParallel" in kinds and one_branch:
+        waits = not (model.find_unused_parameters or model.static_graph)
+        if waits and any(p.requires_grad for p in _replaced(model)):
+            raise UnsuitableModelError(
+                f"{given} that waits for the gradient of every parameter, and with V1 the norms' "
+                "own weights and biases have none; pass it find_unused_parameters=True"
+            )
+
+
+def _replaced(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters for which a presented passport stands in."""
+    norms = [norm for norm in passport_norms(model).values() if norm.norm is not norm.layer]
+    return [p for norm in norms for n, p in norm.norm.named_parameters() if n in {"weight", "bias"}]
 
 
 class _Run(NamedTuple):
