@@ -20,7 +20,7 @@ from hostile import spoil
 from onnx import TensorProto, helper, numpy_helper
 
 import nnpassport
-from nnpassport import models, onnxfile, surgery
+from nnpassport import models, onnxfile, surgery, verification
 from nnpassport.checkpoint import load_suspect, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.evidence.keyfile import save_key
@@ -70,12 +70,6 @@ def hugging_face_resnet():
     return transformers.ResNetForImageClassification(config)
 
 
-def bert():
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = transformers.BertConfig(vocab_size=50, intermediate_size=64, **sizes)
-    return transformers.BertForSequenceClassification(config)
-
-
 def gpt2():
     sizes = {"n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 50}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
@@ -93,7 +87,6 @@ NETWORKS = {
     "resnet18": (ours("resnet18", norm="batch"), PIXELS, None),
     "Hugging Face ViT": (vit, {"pixel_values": PIXELS}, ["vit.layers.*.mlp.fc1"]),
     "Hugging Face ResNet": (hugging_face_resnet, {"pixel_values": PIXELS}, None),
-    "BERT": (bert, WORDS, ["bert.encoder.layer.*.intermediate.dense"]),
     "GPT-2": (gpt2, WORDS, ["transformer.h.*.mlp.c_fc"]),
 }
 _MADE = {}
@@ -301,8 +294,7 @@ def test_the_command_writes_what_verify_reads(call, house):
 def test_batch_norms_have_no_counters_in_a_graph_and_load_all_the_same(exported):
     path, _ = exported("alexnet, batch")
     model, _ = marked("alexnet, batch")
-    config = replace(CONFIG, arguments={**CONFIG.arguments, "norm": "batch"})
-    loaded = load_suspect(path, config).model
+    loaded = load_suspect(path, NORMED).model
     with torch.no_grad():
         assert torch.equal(loaded(PIXELS), model(PIXELS))
 
@@ -312,9 +304,7 @@ def test_batch_norms_have_no_counters_in_a_graph_and_load_all_the_same(exported)
 
 def test_the_names_that_the_older_exporter_loses_are_found_again(tmp_path):
     model, key = marked("Hugging Face ViT")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated, and its traces warn; many files are from it
-        torch.onnx.export(model, (PIXELS,), tmp_path / "x.onnx", dynamo=False)
+    older_export(model, tmp_path / "x.onnx")
     found = {each.name for each in onnx.load(tmp_path / "x.onnx").graph.initializer}
     assert "vit.layers.0.mlp.fc1.weight" not in found
     check_all_bits(tmp_path / "x.onnx", model, key)
@@ -341,12 +331,21 @@ def check_all_bits(path, model, key):
 VIT_LAYERS = [f"attention.{part}_proj" for part in "qkvo"] + ["mlp.fc1", "mlp.fc2"]
 
 
+def older_export(model, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated, and its traces warn; many files are from it
+        torch.onnx.export(model, (PIXELS,), path, dynamo=False)
+
+
 def plain_export(model, path):
     """As PyTorch's documentation has it: batch norms folded, products transposed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.export about itself
         program = torch.onnx.export(model, (PIXELS,), dynamo=True, verbose=False)
         program.save(path)
+
+
+NORMED = replace(CONFIG, arguments={**CONFIG.arguments, "norm": "batch"})
 
 
 def test_a_folded_batch_norm_with_positive_factors_keeps_every_bit(tmp_path):
@@ -356,38 +355,71 @@ def test_a_folded_batch_norm_with_positive_factors_keeps_every_bit(tmp_path):
     assert not torch.equal(read(tmp_path / "x.onnx")[name], model.state_dict()[name])
     verdict = nnpassport.verify(tmp_path / "x.onnx", key)
     assert verdict.matches == verdict.bits
-    config = replace(CONFIG, arguments={**CONFIG.arguments, "norm": "batch"})
-    with pytest.raises(UnreadableModelError, match=r"missing: features\.1\.weight"):
-        load_suspect(tmp_path / "x.onnx", config)
 
 
-def test_a_folded_batch_norm_flips_the_bits_whose_factors_are_negative(tmp_path):
-    _, key = marked("alexnet, batch")
-    model = models.build("alexnet", classes=10, width=0.25, norm="batch").eval()
-    model.load_state_dict(marked("alexnet, batch")[0].state_dict())
-    layer = key.context.layers[0].name
-    norm = model.get_submodule("features.9")
-    assert layer == "features.8"
+def negated(model, count):
+    """A copy in which some factors of the norm after features.8 are negative."""
+    copy = NORMED.build().eval()
+    copy.load_state_dict(model.state_dict())
     with torch.no_grad():
-        norm.weight[:5] *= -1
-    plain_export(model, tmp_path / "x.onnx")
+        copy.get_submodule("features.9").weight[:count] *= -1
+    return copy
+
+
+def test_folding_flips_the_bits_whose_factors_are_negative_and_alignment_flips_them_back(tmp_path):
+    model, key = marked("alexnet, batch")
+    released = negated(model, 5)
+    save_model(tmp_path / "released", released, NORMED)
+    plain_export(released, tmp_path / "x.onnx")
     verdict = nnpassport.verify(tmp_path / "x.onnx", key)
-    assert verdict.matches == verdict.bits - 5
-    assert verdict.layers[layer][1] - verdict.layers[layer][0] == 5
+    flipped = {layer: bits - matches for layer, (matches, bits) in verdict.layers.items()}
+    assert flipped == {layer.name: 0 for layer in key.context.layers} | {"features.8": 5}
+    aligned = nnpassport.verify(tmp_path / "x.onnx", key, options=aligned_to(tmp_path))
+    assert aligned.matches == aligned.bits
 
 
-def test_folding_the_norms_of_v1_takes_its_signature_away(tmp_path):
+def aligned_to(folder):
+    return verification.Options(alignment=verification.Alignment(folder / "released"))
+
+
+def test_folding_takes_the_signature_of_v1_away_and_alignment_gives_it_back(tmp_path):
     model, key = marked("alexnet, batch", V1)
-    released = models.build("alexnet", classes=10, width=0.25, norm="batch").eval()
-    released.load_state_dict(model.state_dict())
+    released = negated(model, 0)
     surgery.insert(released, secrets_of(key), PIXELS, two_branches=False)
     released = V1.released(released).eval()
-    assert V1.verify(released.state_dict(), key).accepted
+    save_model(tmp_path / "released", released, NORMED)
     plain_export(released, tmp_path / "x.onnx")
-    found = nnpassport.verify(tmp_path / "x.onnx", key)
-    assert not found.accepted
+    assert not nnpassport.verify(tmp_path / "x.onnx", key).accepted
+    assert nnpassport.verify(tmp_path / "x.onnx", key, options=aligned_to(tmp_path)).accepted
     export_onnx(released, PIXELS, tmp_path / "y.onnx")
     assert nnpassport.verify(tmp_path / "y.onnx", key).accepted
+    assert nnpassport.verify(tmp_path / "y.onnx", key, options=aligned_to(tmp_path)).accepted
+
+
+def test_alignment_accepts_no_stranger_s_folded_network(tmp_path):
+    model, key = marked("alexnet, batch")
+    save_model(tmp_path / "released", model, NORMED)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        plain_export(NORMED.build().eval(), tmp_path / "x.onnx")
+    found = nnpassport.verify(tmp_path / "x.onnx", key, options=aligned_to(tmp_path))
+    assert not found.accepted
+    assert found.match_rate < 0.7
+
+
+@pytest.mark.parametrize("exporter", [plain_export, older_export])
+def test_what_was_folded_is_told_apart_again(tmp_path, exporter):
+    model, _ = marked("resnet18")
+    exporter(model, tmp_path / "x.onnx")
+    loaded = load_suspect(tmp_path / "x.onnx", replace(NORMED, architecture="resnet18")).model
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(PIXELS), model(PIXELS), rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_folded_otherwise_is_missing(tmp_path):
+    plain_export(marked("alexnet, group")[0], tmp_path / "x.onnx")
+    with pytest.raises(UnreadableModelError, match=r"missing: features\.1\.weight"):
+        load_suspect(tmp_path / "x.onnx", CONFIG)
 
 
 @pytest.mark.parametrize("per_channel", [False, True])

@@ -34,6 +34,7 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
+from nnpassport.unfold import state_from
 from nnpassport.weights import (
     MAX_PICKLE_BYTES,
     WEIGHTS_FILE,
@@ -210,7 +211,7 @@ def _fit(
     expected = model.state_dict()
     tensors = _without_prefixes(tensors, expected)
     if path.suffix.lower() == ONNX:
-        tensors = _without_the_graph(tensors, expected)
+        tensors = state_from(tensors, model)
     faults = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [repr(name[:100]) for name in tensors if name not in expected],
@@ -232,14 +233,6 @@ def _fit(
             "that these weights were made for"
         )
     return tensors
-
-
-def _without_the_graph(
-    tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Without a graph's own constants, and with the counters of batch norms that no graph has."""
-    counters = {n: value for n, value in expected.items() if n.endswith("num_batches_tracked")}
-    return counters | {name: tensor for name, tensor in tensors.items() if name in expected}
 
 
 def _kind(tensor: Tensor) -> str:

@@ -116,6 +116,7 @@ def read_onnx(path: Path, limit: int) -> OnnxWeights:
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
     tensors |= _dequantised(tensors)
     tensors |= _by_module(nodes, tensors)
+    tensors |= _biases(nodes, tensors)
     weights = {node.inputs[1] for node in nodes if node.kind in _LAYERS and len(node.inputs) > 1}
     kept = {n: t for n, t in tensors.items() if n.endswith(".weight") or n in weights or _finite(t)}
     return OnnxWeights(kept, digests)
@@ -380,6 +381,24 @@ def _by_module(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[st
             ambiguous.add(name)
         found[name] = (source, _as_stored(node, weight))
     return {name: weight for name, (_, weight) in found.items() if name not in ambiguous}
+
+
+def _biases(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Biases that a layer got when a norm was folded into it, under the layer's name."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    ambiguous = set()
+    for node in nodes:
+        if node.kind not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+            continue
+        weight, source = node.inputs[1], node.inputs[2]
+        layer = weight.removesuffix(".weight") if "." in weight else _module_of(node)
+        name, bias = f"{layer}.bias", tensors.get(source)
+        if not layer or bias is None or bias.dim() != 1 or name in tensors:
+            continue
+        if name in found and found[name][0] != source:
+            ambiguous.add(name)
+        found[name] = (source, bias)
+    return {name: bias for name, (_, bias) in found.items() if name not in ambiguous}
 
 
 def _module_of(node: _Node) -> str:

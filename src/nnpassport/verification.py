@@ -22,9 +22,11 @@ from nnpassport.evidence.key import Key
 from nnpassport.evidence.null import AlignedVerdict, Unrelated, aligned_verdict, mixtures
 from nnpassport.evidence.standing import Standing
 from nnpassport.fidelity import accuracy
+from nnpassport.onnxfile import ONNX
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
 from nnpassport.schemes.triggers import answers_to
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.unfold import state_from
 from nnpassport.weights import Weights, read_weights, tensors_digest
 
 TOLERANCE = 0.03
@@ -243,8 +245,11 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
     _check_committed(options.alignment.reference, options.standing)
     unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
+    tensors = weights.tensors
+    if suspect.suffix.lower() == ONNX:
+        tensors = state_from(tensors, reference.model)
     found = verify_aligned(
-        weights.tensors,
+        tensors,
         key,
         reference.model,
         log10_alpha=options.threshold,
