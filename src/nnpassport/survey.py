@@ -211,6 +211,8 @@ def _watch(model: nn.Module, example: Example) -> _Watched:
         elif _is_host(module):
             hook = _after_layer(name, watched)
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        elif type(module).__name__.endswith("Activation"):  # Hugging Face's, made of several steps
+            handles.append(module.register_forward_pre_hook(_before_activation(watched)))
     try:
         with torch.no_grad(), on_branch(model, Branch.PUBLIC), _Activations(watched):
             output = call(model, example)
@@ -240,6 +242,15 @@ def _before_norm(name: str, watched: _Watched) -> Callable[..., None]:
         watched.norms.setdefault(name, []).append(norm)
         for layer in _makers_of(x, watched):
             watched.pairs.setdefault(layer, []).append(name)
+
+    return hook
+
+
+def _before_activation(watched: _Watched) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        kind = type(module).__name__.removesuffix("Activation").lower()
+        for layer in _makers_of(args[0], watched) if args else []:
+            watched.activations.setdefault(layer, kind)
 
     return hook
 
