@@ -120,7 +120,7 @@ def test_the_recipe_of_2019_is_the_paper_s():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"schedule": "cosine"}, {"precision": "int8"}, {"epochs": 0}, {"batch": 0}, {"rate": -1.0}],
+    [{"schedule": "cosine"}, {"precision": "int8"}, {"epochs": -1}, {"batch": 0}, {"rate": -1.0}],
 )
 def test_a_recipe_that_cannot_be_is_refused_with_what_would_work(wrong):
     with pytest.raises(BadRecipeError, match=next(iter(wrong))):

@@ -192,7 +192,7 @@ def train(
     arguments: Arguments = None,
     size: Size = 32,
     channels: Channels = 3,
-    recipe: RecipeName = "short",
+    recipe: RecipeName = None,
     epochs: Epochs = None,
     batch: BatchSize = None,
     rate: Rate = None,
@@ -211,7 +211,9 @@ def train(
     """Train a plain network, without any mark: what a marked one is compared with."""
     from nnpassport import ownership  # noqa: PLC0415
 
-    run = recipe_from(recipe, epochs, batch, rate, precision, compiled, augment, keep_best, seed)
+    run = recipe_from(
+        recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
+    )
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
     sets = sets_from(data, split, test, test_split, base, validation, seed)
     with journal_in(out, resume, tensorboard) as journal:
@@ -234,7 +236,7 @@ def embed(
     arguments: Arguments = None,
     size: Size = 32,
     channels: Channels = 3,
-    recipe: RecipeName = "short",
+    recipe: RecipeName = None,
     epochs: Epochs = None,
     batch: BatchSize = None,
     rate: Rate = None,
@@ -268,7 +270,9 @@ def embed(
     secret = key_from(key, passphrase)
     named = scheme_named(secret.context.scheme)
     scheme = with_settings(named, late=late, triggers_per_step=triggers_per_step)
-    run = recipe_from(recipe, epochs, batch, rate, precision, compiled, augment, keep_best, seed)
+    run = recipe_from(
+        recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
+    )
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
     sets = sets_from(data, split, test, test_split, base, validation, seed)
     with journal_in(out, resume, tensorboard) as journal:

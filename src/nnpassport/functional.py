@@ -236,6 +236,22 @@ def combined_loss(
     return loss if trigger is None else loss + trigger_weight * trigger
 
 
+def divergence(
+    logits: Float[Tensor, "batch classes"],
+    answers: Float[Tensor, "batch classes"],
+    *,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """T² · KL(softmax(answers / T) ‖ softmax(logits / T)): imitate answers, not only the best one.
+
+    Probabilities p do for `answers`: softmax(log p / T) is softmax(logits / T).
+
+    Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, arXiv 1503.02531.
+    """
+    learnt, asked = (F.log_softmax(each / temperature, dim=1) for each in (logits, answers))
+    return temperature**2 * F.kl_div(learnt, asked, reduction="batchmean", log_target=True)
+
+
 def read_bits(
     weight: Float[Tensor, "out fan_in *kernel"], patch: Float[Tensor, "2 groups columns"]
 ) -> Float[Tensor, " out"]:

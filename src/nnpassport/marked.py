@@ -1,5 +1,6 @@
 """A network that carries a key, for training loops of your own."""
 
+from collections.abc import Mapping
 from typing import Any, final
 
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from nnpassport.evidence.key import Key
 from nnpassport.fork import Fork
 from nnpassport.outputs import Example
 from nnpassport.scheme import Batch
+from nnpassport.schemes.graft import Grafted, graft
 from nnpassport.schemes.passport import Passport
 from nnpassport.survey import refuse_lossy_wrapper
 from nnpassport.training import Task
@@ -58,6 +60,16 @@ class Marked:
         self.step += 1
         self.measures = {name: value.item() for name, value in outcome.measures.items()}
         return outcome.loss
+
+    def graft(self, inputs: Example) -> Mapping[str, Grafted]:
+        """Start from the trained weights that the network has: see `schemes.graft`.
+
+        `inputs` are a few hundred of what it was trained on, without labels. Right after it every
+        bit is right (where a filter has at least two numbers), and with batch norm both branches
+        compute about what the network did; with other norms, or none, the private one is to be
+        trained. Schemes without passports have nothing to graft.
+        """
+        return graft(self.model, inputs)
 
     def released(self) -> nn.Module:
         """A plain copy that may leave the house; see `Passport.released`."""

@@ -42,7 +42,10 @@ Arguments = Annotated[
 ]
 Size = Annotated[int, typer.Option(help="Pixels a side of the network's input.")]
 Channels = Annotated[int, typer.Option(help="Colour channels of the network's input.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="short or paper.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="short, paper or tune (default: short; with --init: tune)."),
+]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the images (default: the recipe's).")]
 BatchSize = Annotated[
     int | None, typer.Option("--batch", help="Images a step (default: the recipe's).")
@@ -130,7 +133,8 @@ def config_from(
 
 
 def recipe_from(
-    name: str,
+    name: str | None,
+    init: Path | None,
     epochs: int | None,
     batch: int | None,
     rate: float | None,
@@ -140,13 +144,14 @@ def recipe_from(
     keep_best: bool,
     seed: int,
 ) -> Any:
-    """The recipe of this name, with what was given in place of its own.
+    """The recipe of this name, with what was given in place of its own; None is the usual one.
 
     Raises:
         typer.BadParameter: there is no such recipe.
     """
     from nnpassport.training import RECIPES  # noqa: PLC0415
 
+    name = name or ("short" if init is None else "tune")
     if name not in RECIPES:
         raise typer.BadParameter(f"--recipe {name!r} is unknown; there are: {', '.join(RECIPES)}")
     given: dict[str, Any] = {"epochs": epochs, "batch": batch, "rate": rate}

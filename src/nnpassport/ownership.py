@@ -162,7 +162,8 @@ def embed(
 
     The folder holds the plain architecture's weights and no secret. V2 and V3 can be used as they
     are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own
-    with other settings; None leaves them as in the catalog.
+    with other settings; None leaves them as in the catalog. `initial` are the weights of a trained
+    network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
     """
     scheme = scheme or scheme_named(key.context.scheme)
     model = _initial(config, recipe, initial)
@@ -174,6 +175,7 @@ def embed(
         normalise=sets.normalise,
         validation=sets.validation,
         journal=journal,
+        trained=initial is not None,
     )
     metrics = _reported(model, sets, scheme.evaluation)
     surgery.remove(model)

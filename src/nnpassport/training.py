@@ -54,7 +54,7 @@ class Recipe:
     """How to train; the defaults are the paper's, for 200 epochs on CIFAR.
 
     Attributes:
-        epochs: passes over the training images.
+        epochs: passes over the training images; 0 does what needs no training, and no more.
         batch: images a step.
         rate: learning rate of SGD at its highest.
         momentum: of SGD, in [0, 1).
@@ -87,7 +87,9 @@ class Recipe:
                 raise BadRecipeError(
                     f"{name} {getattr(self, name)!r} is unknown; it is one of: {', '.join(allowed)}"
                 )
-        for name in ("epochs", "batch", "rate"):
+        if self.epochs < 0:
+            raise BadRecipeError(f"epochs is {self.epochs}; it must be 0 or above")
+        for name in ("batch", "rate"):
             if not getattr(self, name) > 0:
                 raise BadRecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
 
@@ -95,8 +97,10 @@ class Recipe:
 RECIPES: Mapping[str, Recipe] = {
     "paper": Recipe(),
     "short": Recipe(epochs=15, batch=128, rate=0.05, schedule="one-cycle", nesterov=True),
+    "tune": Recipe(epochs=1, batch=128, rate=0.01, schedule="one-cycle", nesterov=True),
 }
-"""Named recipes: `paper` is the one of 2019, `short` is sized for a machine without accelerator."""
+"""Named recipes: `paper` is the one of 2019, `short` is sized for a machine without accelerator,
+`tune` is for a network that is trained already."""
 
 
 class Outcome(NamedTuple):

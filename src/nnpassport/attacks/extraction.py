@@ -11,6 +11,7 @@ the copy learns those answers too. The victim is only ever asked; it may as well
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.removal import train
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.functional import divergence
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 from nnpassport.training import Outcome, Recipe
 
@@ -48,11 +50,8 @@ def distil_soft(
     if not temperature > 0:
         raise BadRecipeError(f"temperature is {temperature}; needed: above 0")
 
-    def divergence(logits: Tensor, answers: Tensor) -> Tensor:
-        learnt, asked = (F.log_softmax(each / temperature, dim=1) for each in (logits, answers))
-        return temperature**2 * F.kl_div(learnt, asked, reduction="batchmean", log_target=True)
-
-    return _imitate(teacher, student, divergence, queries, recipe, normalise)
+    imitation = partial(divergence, temperature=temperature)
+    return _imitate(teacher, student, imitation, queries, recipe, normalise)
 
 
 def extract_hard(

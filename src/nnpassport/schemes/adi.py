@@ -146,6 +146,7 @@ class Adi:
         normalise: Normalisation,
         validation: ImageSet | None = None,
         journal: Journal | None = None,
+        trained: bool = False,
     ) -> History:
         """E: train `model` in place with the trigger set mixed in."""
         data.require_classes(2)

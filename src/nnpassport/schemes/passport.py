@@ -14,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -30,6 +31,7 @@ from nnpassport.functional import combined_loss, filters, passport_space, sign_l
 from nnpassport.layers import Branch, on_branch, passport_norms
 from nnpassport.outputs import Example, call, halves_of, logits_of
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.schemes.graft import graft
 from nnpassport.schemes.signature import (
     as_published,
     presented_accuracy,
@@ -37,6 +39,7 @@ from nnpassport.schemes.signature import (
     read_signature,
     secrets_of,
 )
+from nnpassport.schemes.teaching import taught
 from nnpassport.schemes.triggers import (
     branch_loss,
     mixed,
@@ -58,6 +61,9 @@ from nnpassport.training import (
     total_steps,
 )
 
+GRAFTED_ON = 512
+"""Images, without their labels, that a key is grafted into a trained network with."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,8 @@ class Passport:
             nothing where `sign_weight` is 0, as there.
         late: share of the steps, in [0, 1), that train the public branch and the sign loss only,
             before the private branch joins. Cheaper: see `docs/log.md` for what it costs.
+        teaching: in a network that is trained already, the share in [0, 1] of each branch's loss
+            that imitates what the network answered before.
     """
 
     name: str
@@ -87,6 +95,7 @@ class Passport:
     margin: float = 0.1
     decay: float = 0.0
     late: float = 0.0
+    teaching: float = 0.7
 
     def draw_key(
         self,
@@ -102,8 +111,9 @@ class Passport:
 
         `example` is what the network runs on: images (batch channels height width), or positional
         or named inputs; its values do not matter. It tells which layers there are, how large their
-        inputs are and, with triggers, how many classes. `layers` are patterns as in `survey.choose`. `text` is a signature that
-        can be read back; without it the bits are the stream's own. `seed` (32 bytes) repeats a key;
+        inputs are and, with triggers, how many classes. `layers` are patterns as in
+        `survey.choose`. `text` is a signature that can be read back; without it the bits are the
+        stream's own. `seed` (32 bytes) repeats a key;
         by default the operating system draws it.
 
         Raises:
@@ -197,14 +207,29 @@ class Passport:
         normalise: Normalisation,
         validation: ImageSet | None = None,
         journal: Journal | None = None,
+        trained: bool = False,
     ) -> History:
-        """E: insert `key` into `model` and train it in place; the passports stay inserted."""
+        """E: insert `key` into `model` and train it in place; the passports stay inserted.
+
+        If the network is `trained` already, the key is grafted into it first (see `graft`), and
+        its own answers before that are part of the loss (`teaching`).
+        """
         data.require_classes(2)  # before anything is touched
         example = normalise(data.images[:2]).to(next(model.parameters()))
+        teacher = deepcopy(model) if trained and self.teaching else None
         self.insert(model, key, example)
+        steps = total_steps(data, recipe)
+        objective = self.objective(key, steps=steps, normalise=normalise)
+        if trained:
+            order = torch.Generator().manual_seed(recipe.seed)
+            seen = data.images[torch.randperm(len(data), generator=order)[:GRAFTED_ON]]
+            graft(model, normalise(seen).to(example))
+        if teacher is not None:
+            make = partial(self.objective, key, steps=steps, normalise=normalise)
+            objective = taught(lambda task: make(task=task), teacher, self.teaching)
         history = fit(
             model,
-            self.objective(key, steps=total_steps(data, recipe), normalise=normalise),
+            objective,
             data,
             recipe,
             normalise=normalise,

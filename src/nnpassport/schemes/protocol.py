@@ -70,8 +70,9 @@ class Scheme(Protocol):
         normalise: Normalisation,
         validation: ImageSet | None = None,
         journal: Journal | None = None,
+        trained: bool = False,
     ) -> History:
-        """E: train `model` in place until it carries `key`."""
+        """E: train `model` in place until it carries `key`; `trained` says that it is already."""
 
     def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
         """What to measure of a network while it is being trained."""

@@ -155,6 +155,7 @@ class Uchida:
         normalise: Normalisation,
         validation: ImageSet | None = None,
         journal: Journal | None = None,
+        trained: bool = False,
     ) -> History:
         """E: train `model` in place with the regulariser."""
         data.require_classes(2)
