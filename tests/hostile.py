@@ -570,6 +570,7 @@ def _of_models(folder: Path) -> dict[str, Parser]:
             _safetensors,
             _file(folder / "model.safetensors", read_weights),
         ),
+        "ONNX": Parser((_onnx(),), _bytes, _file(folder / "model.onnx", read_weights)),
         "checkpoint": Parser(
             (plain, legacy, wrapped), _zip, _file(folder / "model.pt", read_weights)
         ),
@@ -577,6 +578,28 @@ def _of_models(folder: Path) -> dict[str, Parser]:
             (wrapped, legacy), _zip, _file(folder / "training.pt", load_training)
         ),
     }
+
+
+def _onnx() -> bytes:
+    """Two layers as ONNX, on the wire: one keeps its name, of one the node says which it is."""
+
+    def field(number: int, content: int | bytes) -> bytes:
+        if isinstance(content, int):
+            return bytes([number << 3, content])
+        return bytes([number << 3 | 2, len(content)]) + content
+
+    def tensor(name: bytes, kind: int, numbers: bytes) -> bytes:
+        return field(1, 2) + field(1, 3) + field(2, kind) + field(8, name) + numbers
+
+    plain = tensor(b"a.weight", 1, field(9, struct.pack("<6f", *range(6))))
+    bits = b"".join(bytes([number | 128, 120]) for number in range(6))  # half precision, as varints
+    half = tensor(b"val_1", 10, field(5, bits))
+    scopes = field(1, b"pkg.torch.onnx.name_scopes") + field(2, b"['', 'b', 'linear']")
+    named = field(1, b"y") + field(1, b"val_1") + field(4, b"MatMul") + field(9, scopes)
+    first = field(1, b"x") + field(1, b"a.weight") + field(2, b"y") + field(4, b"Gemm")
+    graph = field(1, first) + field(1, named) + field(5, plain) + field(5, half)
+    size = len(graph)
+    return field(1, 8) + b"\x3a" + bytes([size & 127 | 128, size >> 7]) + graph
 
 
 def _pictures() -> Seeds:

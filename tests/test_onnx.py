@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import hostile
 import numpy as np
 import onnx
 import onnxruntime
@@ -730,3 +731,14 @@ def test_a_file_of_nothing_but_fields_takes_neither_memory_nor_time(tmp_path, mo
     (tmp_path / "x.onnx").write_bytes(field(7, field(5, listed)))
     with pytest.raises(UnreadableModelError, match="save it with raw_data"):
         read(tmp_path / "x.onnx")
+
+
+def test_the_seed_of_the_fuzzing_is_what_it_says(tmp_path):
+    (tmp_path / "x.onnx").write_bytes(hostile._onnx())
+    onnx.load(tmp_path / "x.onnx")
+    found = read(tmp_path / "x.onnx")
+    assert found.keys() == {"a.weight", "val_1", "b.weight"}
+    assert torch.equal(found["a.weight"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(found["b.weight"], found["val_1"].t())
+    proto = onnx.load(tmp_path / "x.onnx").graph.initializer[1]
+    assert np.array_equal(numpy_helper.to_array(proto), found["val_1"].numpy())

@@ -200,6 +200,12 @@ def test_a_folder_with_a_key_is_refused(house, name):
     shutil.copy(house / "alice.key", house / "released" / name)
     with pytest.raises(UnsuitableModelError, match="is a secret key"):
         packaged(house)
+    document = json.loads((house / "alice.key").read_bytes())
+    (house / "released" / name).write_text(
+        json.dumps({"before": "x" * 10**6, **document}, indent=1)
+    )
+    with pytest.raises(UnsuitableModelError, match="is a secret key"):
+        packaged(house)
     assert not (house / "hub").exists()
 
 
@@ -413,6 +419,7 @@ def test_the_commands_of_the_document_do_what_they_say(call, made, tmp_path, mon
             )
             code, said = run.returncode, run.stderr
         assert code == 0, (words, said)
+    assert call("verify", "hub/", "--key", "alice.key")[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {
         *("released", "alice.key", "alice.claim.json", "alice.onnx", "hub", "signed"),
         *("signer.pem", "signer.pub.pem"),

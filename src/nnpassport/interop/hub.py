@@ -36,8 +36,8 @@ _ALLOWED = (
     *("tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja", "*.onnx", "*.onnx.data"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md"),
 )
-_SECRETS = {b'"format":"nnpassport-key"': "a secret key", b"PRIVATE KEY-----": "a private key"}
-_SEARCHED = 2**16  # bytes at the start of a file; both stand there
+_SECRETS = {b"nnpassport-key": "a secret key", b"PRIVATE KEY-----": "a private key"}
+_SEARCHED = 2**24  # bytes at the start of a file, which is all of any but the weights
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
 
@@ -64,7 +64,8 @@ def package(
     """Write a folder for a model hub out of a released one, whole or not at all.
 
     `source` is a folder of `nnpassport release`, or one that a Hugging Face model was saved into:
-    its files are copied byte for byte, and a model card is added. `claim` must hold, and be about
+    its files are copied byte for byte, and a model card is added, in place of one that is there.
+    `claim` must hold, and be about
     these weights if it names any; the card states its digest, and `publish_claim` adds the file.
     `finish` is called with the folder before it takes its name, to sign it, say.
 
