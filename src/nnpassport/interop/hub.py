@@ -65,8 +65,8 @@ def package(
 
     `source` is a folder of `nnpassport release`, or one that a Hugging Face model was saved into:
     its files are copied byte for byte, and a model card is added, in place of one that is there.
-    `claim` must hold, and be about
-    these weights if it names any; the card states its digest, and `publish_claim` adds the file.
+    `claim` must hold, and be about these weights if it names any; the card states its digest, and
+    `publish_claim` adds the file.
     `finish` is called with the folder before it takes its name, to sign it, say.
 
     Raises:
