@@ -135,8 +135,9 @@ class Embeds(Protocol):
         recipe: Recipe,
         *,
         normalise: Normalisation,
+        trained: bool = False,
     ) -> object:
-        """Train `model` in place until it carries `key`."""
+        """Train `model` in place until it carries `key`; `trained` says that it is already."""
 
     def released(self, model: nn.Module) -> nn.Module:
         """A plain copy of the marked network."""
@@ -150,15 +151,17 @@ def overwrite(
     recipe: Recipe,
     *,
     normalise: Normalisation,
+    trained: bool = False,
 ) -> Attacked:
     """Embed a mark of the attacker's own with `scheme` and `key`, and release that network.
 
-    It succeeds if the owner's mark is gone; that the attacker's is there proves nothing, since he
-    can always train.
+    With `trained` he starts from the network as it is: passports are grafted into it, and a recipe
+    of no epochs does. It succeeds if the owner's mark is gone; that the attacker's is there proves
+    nothing, since he can always train.
     """
     stop = stopwatch("W, D")
     marked = deepcopy(model).requires_grad_(True)
-    scheme.embed(marked, key, data, recipe, normalise=normalise)
+    scheme.embed(marked, key, data, recipe, normalise=normalise, trained=trained)
     released = scheme.released(marked).to(next(model.parameters()).device).eval()
     for name, parameter in model.named_parameters():
         released.get_parameter(name).requires_grad_(parameter.requires_grad)

@@ -1,6 +1,7 @@
 """Every attack as a row: what it is, what it needs, at which strengths an audit runs it."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum, unique
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from nnpassport.attacks import substitution as fully_connected
 from nnpassport.attacks.extraction import distil_soft, extract_hard
 from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.passports import draw_seed
+from nnpassport.attacks.projection import project
 from nnpassport.audit.subject import Subject
 from nnpassport.data.images import ImageSet
 from nnpassport.scheme import BadRecipeError
@@ -51,6 +53,7 @@ class Attack(NamedTuple):
 ONCE = (0.0,)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLIPS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+_SEEN = 512  # images that a layer's inputs are measured on
 KINDS = tuple(perturbation.KINDS)
 REMOVAL, OBFUSCATION, AMBIGUITY = Family.REMOVAL, Family.OBFUSCATION, Family.AMBIGUITY
 
@@ -99,6 +102,25 @@ def _overwritten(subject: Subject, _: float) -> Attacked:
         recipe,
         normalise=subject.normalise,
     )
+
+
+def _grafted_over(subject: Subject, _: float) -> Attacked:
+    seed = draw_seed(subject.rng("graft"))
+    theirs = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    return removal.overwrite(
+        subject.model,
+        subject.scheme,
+        theirs,
+        subject.images(),
+        replace(subject.recipe(0.01), epochs=0),
+        normalise=subject.normalise,
+        trained=True,
+    )
+
+
+def _projected(subject: Subject, share: float) -> Attacked:
+    seen = subject.normalise(subject.images().images[:_SEEN]).to(subject.example)
+    return project(subject.model, seen, subject.rng(f"project {share}"), share=share)
 
 
 def _fine_pruned(subject: Subject, share: float) -> Attacked:
@@ -287,6 +309,22 @@ ATTACKS: Mapping[str, Attack] = {
     },
     "overwrite": Attack(
         REMOVAL, "embed a second mark of the same scheme", _overwritten, needs=_needs("train")
+    ),
+    "graft": Attack(
+        REMOVAL,
+        "put a second mark in by linear algebra, without training",
+        _grafted_over,
+        needs=_needs("train"),
+        marks="passport",
+    ),
+    "project": Attack(
+        REMOVAL,
+        "keep of each filter what lies in the directions that its inputs have",
+        _projected,
+        "share of the inputs' mean square that is kept",
+        (0.99,),
+        (0.9, 0.95, 0.99, 0.999),
+        needs=_needs("train"),
     ),
     "fine-prune": Attack(
         REMOVAL,
