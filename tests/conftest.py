@@ -17,7 +17,7 @@ from sklearn.datasets import load_digits  # noqa: E402
 
 from nnpassport import cli  # noqa: E402
 from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
-from nnpassport.functional import mean_patch, passport_space  # noqa: E402
+from nnpassport.functional import filters, mean_patch, passport_space  # noqa: E402
 from nnpassport.surgery import Secret  # noqa: E402
 from nnpassport.survey import choose, survey  # noqa: E402
 
@@ -40,7 +40,7 @@ def draw_secrets():
         rng = torch.Generator().manual_seed(seed)
         secrets = {}
         for site in choose(model, survey(model, example), patterns):
-            weight = site.layer.weight
+            weight = filters(site.layer.weight, site.geometry)
             space = passport_space(site.space, tuple(weight.shape[2:]), site.geometry)
             inputs = weight.shape[1] * site.geometry.groups
             passport = torch.rand(2, inputs, *space, generator=rng) * 2 - 1

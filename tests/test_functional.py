@@ -16,6 +16,7 @@ from nnpassport.functional import (
     collapsed_affine,
     combined_loss,
     convolve,
+    filters,
     geometry_of,
     mean_patch,
     passport_affine,
@@ -24,6 +25,7 @@ from nnpassport.functional import (
     sign_loss,
 )
 
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 SHAPES = settings(max_examples=30, deadline=None, derandomize=True, database=None)
 MODES = ("zeros", "reflect", "replicate", "circular")
@@ -129,6 +131,147 @@ def hosts(draw):
     with torch.no_grad():
         layer.weight.copy_(normal(*layer.weight.shape, seed=seed))
     return layer, normal(2, layer.in_channels, *space, seed=seed + 100)
+
+
+@st.composite
+def transposed_hosts(draw):
+    """A transposed convolution of any geometry, and a passport (2 in *space) that fits it."""
+    axes = draw(st.integers(1, 3))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(axes))
+
+    groups, kernel, stride = draw(st.integers(1, 3)), each(1, 3), each(1, 3)
+    padding, dilation, space = each(0, 2), each(1, 2), each(1, 3)
+    extra = tuple(
+        draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True)
+    )
+    layer = TRANSPOSED[axes](
+        draw(st.integers(1, 2)) * groups,
+        draw(st.integers(1, 2)) * groups,
+        kernel,
+        stride=stride,
+        padding=padding,
+        output_padding=extra,
+        dilation=dilation,
+        groups=groups,
+        dtype=torch.float64,
+    )
+    assume(all(side >= 1 for side in transposed_output(layer, space)))
+    seed = draw(st.integers(0, 99))
+    with torch.no_grad():
+        layer.weight.copy_(normal(*layer.weight.shape, seed=seed))
+    return layer, normal(2, layer.in_channels, *space, seed=seed + 100)
+
+
+def transposed_output(layer, space):
+    """Sides of the output: the kernel spreads over it from every input position."""
+    return [
+        (size - 1) * layer.stride[a]
+        + layer.dilation[a] * (layer.kernel_size[a] - 1)
+        + 1
+        + layer.output_padding[a]
+        - 2 * layer.padding[a]
+        for a, size in enumerate(space)
+    ]
+
+
+def transposed_average_by_loops(layer, passport):
+    """Each input position adds its kernel to the output; what falls outside is cut off."""
+    weight, passport = layer.weight.detach().numpy(), passport.numpy()
+    inputs, *space = passport.shape
+    sides = transposed_output(layer, space)
+    totals = np.zeros(layer.out_channels)
+    of_group = layer.out_channels // layer.groups
+    for place in itertools.product(*map(range, space)):
+        for tap in itertools.product(*map(range, layer.kernel_size)):
+            target = [
+                p * s + t * d - pad
+                for p, s, t, d, pad in zip(
+                    place, layer.stride, tap, layer.dilation, layer.padding, strict=True
+                )
+            ]
+            if not all(0 <= t < side for t, side in zip(target, sides, strict=True)):
+                continue
+            for channel in range(inputs):
+                first = channel // (inputs // layer.groups) * of_group
+                for out in range(of_group):
+                    added = weight[(channel, out, *tap)] * passport[(channel, *place)]
+                    totals[first + out] += added
+    return torch.from_numpy(totals / math.prod(sides))
+
+
+@SHAPES
+@given(transposed_hosts())
+def test_direct_collapsed_and_looped_passport_functions_agree_through_transposed_layers(host):
+    layer, passport = host
+    geometry = geometry_of(layer)
+    rows = filters(layer.weight, geometry)
+    oracle = tuple(transposed_average_by_loops(layer, each) for each in passport)
+    patch = mean_patch(passport, tuple(rows.shape), geometry)
+    for found in (passport_affine(rows, passport, geometry), collapsed_affine(rows, patch)):
+        torch.testing.assert_close(found, oracle, rtol=1e-11, atol=1e-11)
+
+
+@SHAPES
+@given(transposed_hosts())
+def test_the_passport_goes_through_a_transposed_layer_as_an_image_would(host):
+    layer, passport = host
+    bias = layer.bias.view(1, -1, *[1] * len(layer.kernel_size))
+    geometry = geometry_of(layer)
+    features = convolve(passport, filters(layer.weight, geometry), geometry)
+    torch.testing.assert_close(features + bias, layer(passport), rtol=1e-12, atol=1e-12)
+
+
+@SHAPES
+@given(transposed_hosts())
+def test_gradients_reach_the_weight_of_a_transposed_layer_as_through_the_layer_itself(host):
+    layer, passport = host
+    geometry = geometry_of(layer)
+    rows = filters(layer.weight, geometry)
+    patch = mean_patch(passport, tuple(rows.shape), geometry)
+    factors = normal(2, layer.out_channels, seed=3)
+    bias = layer.bias.detach().view(1, -1, *[1] * len(layer.kernel_size))
+
+    def gradient(affine):
+        return torch.autograd.grad((torch.stack(tuple(affine)) * factors).sum(), layer.weight)[0]
+
+    direct = (layer(passport) - bias).flatten(2).mean(2)
+    torch.testing.assert_close(
+        gradient(collapsed_affine(rows, patch)), gradient(direct), rtol=1e-11, atol=1e-11
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_filters_are_a_view_with_the_output_channels_first(groups):
+    layer = nn.ConvTranspose2d(6, 9, (2, 3), groups=groups)
+    rows = filters(layer.weight, geometry_of(layer))
+    assert rows.shape == (9, 6 // groups, 2, 3)
+    for out in range(9):
+        group, column = divmod(out, 9 // groups)
+        inputs = slice(group * 6 // groups, (group + 1) * 6 // groups)
+        assert torch.equal(rows[out], layer.weight[inputs, column])
+    with torch.no_grad():
+        layer.weight.zero_()
+    if groups == 1:  # with several, the rows of a group lie apart and are copied
+        assert rows.abs().max() == 0
+
+
+def test_gpt2s_matrices_are_read_as_the_linear_layers_that_they_are():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    matrix, linear = conv1d(5, 7).double(), nn.Linear(7, 5, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(matrix.weight.T)
+    passport = normal(2, 7, 6)
+    geometry = geometry_of(matrix)
+    rows = filters(matrix.weight, geometry)
+    patch = mean_patch(passport, tuple(rows.shape), geometry)
+    expected = passport_affine(linear.weight, passport, geometry_of(linear))
+    torch.testing.assert_close(passport_affine(rows, passport, geometry), expected)
+    torch.testing.assert_close(collapsed_affine(rows, patch), expected)
+    torch.testing.assert_close(
+        convolve(passport, rows, geometry).mT + matrix.bias, matrix(passport.mT.contiguous())
+    )
 
 
 @SHAPES
@@ -329,6 +472,10 @@ def test_bits_are_read_in_float64_from_weights_of_any_precision():
             Geometry((2, 1), ((0, 0), (0, 0)), (2, 2)),
         ),
         (
+            nn.ConvTranspose2d(4, 6, 3, stride=2, padding=(0, 1), output_padding=1, groups=2),
+            Geometry((2, 2), ((0, 0), (1, 1)), (1, 1), 2, "zeros", True, (1, 1)),
+        ),
+        (
             nn.Conv3d(2, 2, 3, padding=(0, 1, 2)),
             Geometry((1, 1, 1), ((0, 0), (1, 1), (2, 2)), (1, 1, 1)),
         ),
@@ -355,6 +502,7 @@ def test_other_layers_have_no_passport_function(layer):
         (nn.Conv2d(3, 4, 11, padding=5), (7, 7), (7, 7)),
         (nn.Conv1d(3, 4, 3), (100,), (8,)),
         (nn.Conv3d(3, 4, 3), (2, 9, 5), (2, 8, 5)),
+        (nn.ConvTranspose2d(3, 4, 5, dilation=3), (4, 32), (4, 8)),
         (nn.Linear(3, 4), (), (64,)),
     ],
 )

@@ -94,6 +94,9 @@ class PassportNorm(nn.Module):
             return self.norm(x)
         if self.branch is Branch.PRIVATE:
             return self._private(x)
+        if self.forks and self.norm is self.layer:
+            y = self.norm(x)
+            return torch.cat([y, _scaled(y, *self.affine(), self.channel_axis)])
         public, private = (x, x) if self.forks else x.chunk(2)
         return torch.cat([self.norm(public), self._private(private)])
 
@@ -199,13 +202,16 @@ class BranchNorm(nn.Module):
         self.private_norm = _statistics_of_its_own(norm)
         self.branch = Branch.PUBLIC
 
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """The wrapped norm, each half of a forked batch with its own statistics."""
+    def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The wrapped norm, each half of a forked batch with its own statistics.
+
+        Its argument is called what torch's norms call theirs, for networks that name it.
+        """
         if self.branch is Branch.PUBLIC:
-            return self.norm(x)
+            return self.norm(input)
         if self.branch is Branch.PRIVATE:
-            return self._private(x)
-        public, private = x.chunk(2)
+            return self._private(input)
+        public, private = input.chunk(2)
         return torch.cat([self.norm(public), self._private(private)])
 
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
