@@ -69,8 +69,9 @@ def find_fork(model: nn.Module, example: Example) -> Fork:
         unhook(model)
     raise UnsuitableModelError(
         f"the two branches of {type(model).__name__} cannot run in one forward: twice the batch "
-        "does not give twice the outputs; use scheme V1, a model whose first axis is the batch, or "
-        "an example whose batch is as long as no other axis of its inputs"
+        "does not give twice the outputs; use scheme V1, a model whose first axis is the batch, an "
+        "example whose batch is as long as no other axis of its inputs, or one without labels "
+        "where the network computes a loss of its own"
     )
 
 

@@ -200,7 +200,9 @@ def host_weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
         there = [name for name, each in weights.items() if each.dim() > 1]
         raise UnsuitableModelError(
             f"the network has no {layer.name}.weight, which the key was made for; needed: one "
-            f"of the owner's architecture; this one has: {', '.join(there[:40]) or 'no layers'}"
+            "of the owner's architecture (if the library that saved it renames layers, "
+            "load it with that library and verify the state dict); this one has: "
+            f"{', '.join(there[:40]) or 'no layers'}"
         )
     expected = filters(torch.empty(layer.weight, device="meta"), layer.geometry).shape
     if weight.shape != expected:
