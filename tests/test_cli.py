@@ -221,3 +221,25 @@ def test_training_again_in_the_same_folder_resumes_to_the_same_network(call, hou
     other = load_file(house / "other" / "model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_layers_says_what_can_carry_a_passport_and_what_it_costs(call):
+    code, out, _ = call("layers", "--model", "alexnet", "--norm", "batch", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["chosen"] == ["features.8", "features.11", "features.14"]
+    assert found["layers"]["features.8"]["before"] == "BatchNorm2d features.9"
+    assert found["refused"] == {"classifier": "its output is the network's own"}
+    assert 1.3 < found["step_cost"] < 1.6
+    assert found["bits"] == 896
+    code, out, err = call("layers", "--model", "resnet18", "--layer", "layer4.1.conv2")
+    assert code == 0
+    assert "→ layer4.1.conv2" in out
+    assert "V2 and V3 fork the batch at layer4.1.bn2" in " ".join(err.split())
+
+
+def test_layers_of_a_pattern_that_names_none_lists_what_there_is(call):
+    code, out, err = call("layers", "--layer", "classifier")
+    assert code == 2
+    assert "layer 'classifier' cannot carry a passport" in " ".join(err.split())
+    assert "features.8" in out

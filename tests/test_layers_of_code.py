@@ -17,7 +17,7 @@ EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
     CORE
     | {"outputs", "layers", "survey", "fork", "surgery", "statistics", "training", "fidelity"}
-    | {"schemes", "data", "data.triggers", *KEYS}
+    | {"schemes", "schemes.lora", "data", "data.triggers", *KEYS}
 )
 ALL = {"*"}
 
@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "files": {"scheme"},
     "config": {"scheme", "models", "files"},
     "onnxfile": {"scheme", "files"},
-    "weights": {"scheme", "files", "onnxfile"},
+    "adapter": {"scheme", "files"},
+    "weights": {"scheme", "files", "onnxfile", "adapter"},
     "unfold": {"scheme", "channels"},
     "checkpoint": {"scheme", "models", "onnxfile", "unfold", *FOLDERS},
     "training": {"scheme", "outputs", "data", "checkpoint", "files"},
@@ -54,9 +55,10 @@ MAY_IMPORT = {
     "evidence.claim": {"scheme", *KEYS, *SIGNED},
     "evidence": {*CORE, "statistics", "checkpoint", "channels", *FOLDERS, *EVIDENCE},
     "schemes": SCHEMES,
+    "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
     "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
-    "catalog": {"schemes", "attacks", "scheme"},
+    "catalog": {"schemes", "schemes.lora", "attacks", "scheme"},
     "verification": {
         *("catalog", "channels", "checkpoint", "onnxfile", "unfold"),
         *FOLDERS,
@@ -76,6 +78,7 @@ MAY_IMPORT = {
     },
     "attacking": ALL,
     "claiming": ALL,
+    "inspecting": ALL,
     "judging": ALL,
     "probing": ALL,
     "publishing": ALL,

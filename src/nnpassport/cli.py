@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__, attacking, claiming, judging, probing, publishing
+from nnpassport import __version__, attacking, claiming, inspecting, judging, probing, publishing
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -321,6 +321,7 @@ def bench(
         typer.echo(run(out, full=full, minutes=minutes, show=show))
 
 
+app.command()(inspecting.layers)
 app.command()(judging.verify)
 app.command()(judging.judge)
 app.command()(probing.probe)
