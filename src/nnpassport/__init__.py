@@ -14,11 +14,13 @@ from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.marked import Marked, mark
 from nnpassport.ownership import embed, release, train
 from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
+from nnpassport.schemes.lora import LORA
 from nnpassport.schemes.passport import V1, V2, V3, Passport
 from nnpassport.verification import Trial, verify, verify_answers
 
 __version__ = "0.1.0"
 __all__ = [
+    "LORA",
     "V1",
     "V2",
     "V3",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.lora import LORA
 from nnpassport.schemes.passport import V1, V2, V3
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE
@@ -28,6 +29,11 @@ CATALOG: Mapping[str, Entry] = {
     ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
 }
 
+ADAPTERS: Mapping[str, Entry] = {
+    LORA.name: Entry(LORA, "", "an adapter's product carries the signature; read from its file"),
+}
+"""Schemes of networks that carry an adapter: a plain one has nothing for them to mark."""
+
 
 def scheme_named(name: str) -> Scheme:
     """The scheme that keys and commands call `name`.
@@ -35,11 +41,12 @@ def scheme_named(name: str) -> Scheme:
     Raises:
         UnsuitableModelError: there is no such scheme.
     """
-    if name not in CATALOG:
+    schemes = {**CATALOG, **ADAPTERS}
+    if name not in schemes:
         raise UnsuitableModelError(
-            f"scheme {name!r} is not in the catalog; there are: {', '.join(CATALOG)}"
+            f"scheme {name!r} is not in the catalog; there are: {', '.join(schemes)}"
         )
-    return CATALOG[name].scheme
+    return schemes[name].scheme
 
 
 def with_settings(scheme: Scheme, **settings: float | None) -> Scheme:

@@ -65,6 +65,13 @@ def verify(
         ),
     ] = None,
     unrelated: Unrelated = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The network that your adapter was made for: what a merged suspect adds to it "
+            "is read (keys of scheme lora)."
+        ),
+    ] = None,
     claim: Annotated[
         Path | None, typer.Option(help="Your claim file; the verdict is no better than it.")
     ] = None,
@@ -102,12 +109,15 @@ def verify(
         raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
     if align is not None and (black_box or as_published):
         raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
+    if base is not None and (black_box or align is not None):
+        raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
     options = verification.Options(
         reference=None if like is None else read_config(like),
         trusted_factory=factory,
         log10_alpha=alpha,
         alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
+        base=base,
         standing=None if claim is None else _standing(claim, owner, secret, root, appeared),
     )
     if black_box:

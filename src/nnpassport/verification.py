@@ -24,6 +24,7 @@ from nnpassport.evidence.standing import Standing
 from nnpassport.fidelity import accuracy
 from nnpassport.onnxfile import ONNX
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
+from nnpassport.schemes.lora import added
 from nnpassport.schemes.triggers import answers_to
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.unfold import state_from
@@ -34,6 +35,11 @@ TOLERANCE = 0.03
 
 MIXTURES = 8
 """How many networks are made of the suspect's own filters where no unrelated ones are given."""
+
+BASE_DATED_ONLY = (
+    "what was added to a base counts only under a claim that is proved older than the suspect: "
+    "whoever has the suspect can make a base, and draw a key for it, that read as any bits"
+)
 
 
 @final
@@ -60,6 +66,7 @@ class Options:
         trusted_factory: the caller's own "package.module:factory"; see `checkpoint.load_suspect`.
         log10_alpha: threshold on log₁₀ p; None is that of `standing`, or 2⁻¹⁰⁰ without one.
         alignment: bring the suspect's channels into the owner's order before they are read.
+        base: what a merged adapter was made for; its weights are taken off the suspect's.
         standing: a claim that was checked. The verdict is no better than it.
     """
 
@@ -67,6 +74,7 @@ class Options:
     trusted_factory: str | None = None
     log10_alpha: float | None = None
     alignment: Alignment | None = None
+    base: Path | None = None
     standing: Standing | None = None
 
     @property
@@ -239,6 +247,8 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     if not scheme.reads_weights and options.alignment is None:
         return verify_answers(suspect, key, options=replace(options, standing=None)), None
     weights = _without_prefixes(read_weights(suspect), key)
+    if options.base is not None:
+        return _added(weights, options.base, key, options), None
     if options.alignment is None:
         verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
         return replace(verdict, digests=weights.digests), None
@@ -263,6 +273,23 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
     return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
+
+
+def _added(weights: Weights, path: Path, key: Key, options: Options) -> Verdict:
+    """V on what the suspect's weights add to those of the base."""
+    base = _without_prefixes(read_weights(path), key)
+    tensors = added(weights.tensors, base.tensors, key)
+    scheme = scheme_named(key.context.scheme)
+    verdict = scheme.verify(tensors, key, log10_alpha=options.threshold)
+    reason = f"{verdict.reason}; read from what was added to {path.name}"
+    if options.standing is None:
+        reason += "; that the base is older than the suspect is your word"
+    elif not options.standing.older:
+        verdict = replace(verdict, marked=False)
+        reason += f"; {BASE_DATED_ONLY}"
+    return replace(
+        verdict, reason=reason, digests={**weights.digests, **_named("base", base.digests)}
+    )
 
 
 def _check_committed(reference: Path, standing: Standing | None) -> None:

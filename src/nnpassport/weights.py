@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from nnpassport.adapter import ADAPTER_FILES, with_signed_scale
 from nnpassport.files import brief, is_text, read_once, reading
 from nnpassport.onnxfile import ONNX, read_onnx
 from nnpassport.scheme import UnreadableModelError
@@ -44,7 +45,8 @@ class Weights(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """The tensors of a `.safetensors` or `.onnx` file, a torch checkpoint, or a folder with one.
 
-    In a folder: `model.safetensors`, else `pytorch_model.bin`, else the only `*.pt`. A
+    In a folder: `model.safetensors`, else `pytorch_model.bin`, else an adapter of peft's, else the
+    only `*.pt`. Of an adapter, B has the sign of its scale (`adapter.with_signed_scale`). A
     checkpoint is a state dict, alone or under "state_dict" or "model". No code in it is run.
     What an ONNX file has under which names, `read_onnx` says.
 
@@ -57,7 +59,11 @@ def read_weights(path: Path) -> Weights:
     pickled = path.suffix.lower() in _PICKLES
     data = read_once(path, MAX_PICKLE_BYTES if pickled else MAX_MODEL_BYTES)
     tensors = _state_dict(unpickle(data, path), path) if pickled else _parse_safetensors(data, path)
-    return _checked(Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()}), path)
+    weights = _checked(Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()}), path)
+    if path.name not in ADAPTER_FILES:
+        return weights
+    signed, digest = with_signed_scale(weights.tensors, path.parent)
+    return Weights(signed, {**weights.digests, **digest})
 
 
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -145,7 +151,7 @@ def _weights_file(path: Path) -> Path:
             f"{path} is neither a folder nor a model file; needed: a folder that holds "
             f"{WEIGHTS_FILE}, or a file that ends in .safetensors, {ONNX}, {', '.join(_PICKLES)}"
         )
-    for name in (WEIGHTS_FILE, "pytorch_model.bin"):
+    for name in (WEIGHTS_FILE, "pytorch_model.bin", *ADAPTER_FILES):
         if os.path.lexists(path / name):
             return path / name
     with reading(path):
