@@ -49,7 +49,7 @@ CELLS = {
     "v2-graft": Cell("passport-v2", 0, attacks=True),
     "v3-graft": Cell("passport-v3", 0),
     "v1-88": Cell("passport-v1", 88),
-    "v2-88": Cell("passport-v2", 88, attacks=True),
+    "v2-88": Cell("passport-v2", 88),
     "v3-88": Cell("passport-v3", 88),
     "v2-88-labels": Cell("passport-v2", 88, teaching=0.0),
     "v2-88-naive": Cell("passport-v2", 88, graft=False, teaching=0.0),

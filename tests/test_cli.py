@@ -235,7 +235,7 @@ def test_layers_says_what_can_carry_a_passport_and_what_it_costs(call):
     code, out, err = call("layers", "--model", "resnet18", "--layer", "layer4.1.conv2")
     assert code == 0
     assert "→ layer4.1.conv2" in out
-    assert "V2 and V3 fork the batch at layer4.1.bn2" in " ".join(err.split())
+    assert "V2 and V3 fork the batch at layer4.1: a step" in " ".join(err.split())
 
 
 def test_layers_of_a_pattern_that_names_none_lists_what_there_is(call):
