@@ -99,6 +99,11 @@ def rank_main(rank, store, out):
             flat = torch.cat([each.flatten() for each in weights.values()])
             gathered = [torch.empty_like(flat) for _ in range(2)]
             dist.all_gather(gathered, flat)
+            try:
+                marked.released()
+                refusal = ""
+            except nnpassport.scheme.OwnershipError as error:
+                refusal = str(error)
             model = network()
             fresh = nnpassport.mark(model, key, IMAGES)
             missing = model.load_state_dict(weights, strict=False).missing_keys
@@ -109,6 +114,7 @@ def rank_main(rank, store, out):
                 "moved": (weights["6.weight" if "6.weight" in weights else "6.norm.weight"]
                           - network()[6].weight).abs().max().item(),
                 "missing": missing,
+                "refusal": refusal,
                 "matches": scheme.verify(plain.state_dict(), key).matches,
                 "matches alone": scheme.verify(
                     alone[5].released().state_dict(), key).matches,
@@ -153,6 +159,7 @@ def test_two_processes_train_as_one_does(kind, scheme, ranks):
     assert found["ranks agree"]
     assert found["moved"] > 1e-3
     assert found["missing"] == []
+    assert ("full_state_dict=True" in found["refusal"]) is (kind != "ddp")
     assert found["matches"] == found["matches alone"]
 
 

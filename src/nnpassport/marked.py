@@ -11,7 +11,7 @@ from nnpassport.data.images import Normalisation
 from nnpassport.evidence.key import Key
 from nnpassport.fork import Fork
 from nnpassport.outputs import Example
-from nnpassport.scheme import Batch
+from nnpassport.scheme import Batch, UnsuitableModelError
 from nnpassport.schemes.graft import Grafted, graft
 from nnpassport.schemes.passport import Passport
 from nnpassport.survey import refuse_lossy_wrapper
@@ -72,7 +72,18 @@ class Marked:
         return graft(self.model, inputs)
 
     def released(self) -> nn.Module:
-        """A plain copy that may leave the house; see `Passport.released`."""
+        """A plain copy that may leave the house; see `Passport.released`.
+
+        Raises:
+            UnsuitableModelError: the network is sharded over several processes.
+        """
+        kinds = {base.__name__ for each in self.model.modules() for base in type(each).__mro__}
+        if "FSDPModule" in kinds:
+            raise UnsuitableModelError(
+                "the network is sharded (fully_shard), and no process has all of it; mark another "
+                "one with the same key, load get_model_state_dict(…, full_state_dict=True) of "
+                "torch.distributed.checkpoint.state_dict into it, and release that"
+            )
         return self._scheme.released(self.model)
 
 
