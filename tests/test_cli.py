@@ -2,11 +2,13 @@ import json
 import stat
 import sys
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nnpassport import cli
+from nnpassport.checkpoint import load_model
 from nnpassport.evidence.keyfile import load_key
 
 SHAPE = ["--model", "alexnet", "--set", "width=0.125"]
@@ -243,3 +245,12 @@ def test_layers_of_a_pattern_that_names_none_lists_what_there_is(call):
     assert code == 2
     assert "layer 'classifier' cannot carry a passport" in " ".join(err.split())
     assert "features.8" in out
+
+
+def test_a_new_network_has_an_output_for_each_class_of_the_images(call, tmp_path):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=numpy.uint8)
+    numpy.savez(tmp_path / "data.npz", images=pixels, labels=numpy.arange(60) % 12)
+    words = ("--epochs", 1, "--set", "width=0.1", "--data", tmp_path / "data.npz")
+    code, _, err = call("train", *words, "-o", tmp_path / "plain")
+    assert code == 0, err
+    assert load_model(tmp_path / "plain").model.classifier.out_features == 12

@@ -75,8 +75,11 @@ class Base:
         self.config, self.weights = config, weights
 
     def config_for(self, sets: Any) -> Any:
-        """The config, with the classes of the images."""
-        return replace(self.config, classes=sets.train.classes)
+        """The config, with the classes of the images; a new network of ours gets as many outputs."""
+        config, names = self.config, sets.train.classes
+        if self.weights is None and "classes" in config.arguments:
+            config = replace(config, arguments={**config.arguments, "classes": len(names)})
+        return replace(config, classes=names)
 
 
 def base_from(
