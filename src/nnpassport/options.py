@@ -75,7 +75,7 @@ class Base:
         self.config, self.weights = config, weights
 
     def config_for(self, sets: Any) -> Any:
-        """The config, with the classes of the images; a new network of ours gets as many outputs."""
+        """The config with the images' classes; a new network of ours gets as many outputs."""
         config, names = self.config, sets.train.classes
         if self.weights is None and "classes" in config.arguments:
             config = replace(config, arguments={**config.arguments, "classes": len(names)})
@@ -150,13 +150,15 @@ def recipe_from(
     """The recipe of this name, with what was given in place of its own; None is the usual one.
 
     Raises:
-        typer.BadParameter: there is no such recipe.
+        typer.BadParameter: there is no such recipe, or nothing would be trained.
     """
     from nnpassport.training import RECIPES  # noqa: PLC0415
 
     name = name or ("short" if init is None else "tune")
     if name not in RECIPES:
         raise typer.BadParameter(f"--recipe {name!r} is unknown; there are: {', '.join(RECIPES)}")
+    if epochs == 0 and init is None:
+        raise typer.BadParameter("--epochs 0 trains nothing; it needs a trained network, --init")
     given: dict[str, Any] = {"epochs": epochs, "batch": batch, "rate": rate}
     return replace(
         RECIPES[name],
