@@ -491,7 +491,7 @@ def test_convolutions_can_be_adapted_and_grouped_ones_are_refused():
 
 
 def test_a_key_is_drawn_for_one_positive_adapter_on_layers_it_has(base):
-    with pytest.raises(UnsuitableModelError, match="no layer that can carry"):
+    with pytest.raises(UnsuitableModelError, match="carries no LoRA adapter"):
         LORA.draw_key(base)
     negative = adapter_on(base)
     key = LORA.draw_key(negative)

@@ -379,8 +379,14 @@ def _check_fits(pair: Pair, layer: LayerShape) -> None:
 
 
 def _survey(model: nn.Module) -> Survey:
+    layers = adapted(model)
+    if not layers:
+        raise UnsuitableModelError(
+            f"{type(model).__name__} carries no LoRA adapter, which this mark goes into; give what "
+            "peft's get_peft_model returns, or take a scheme for whole networks"
+        )
     sites, refused = {}, {}
-    for name, layer in adapted(model).items():
+    for name, layer in layers.items():
         host = layer.get_base_layer()
         try:
             geometry = geometry_of(host)
