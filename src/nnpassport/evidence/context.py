@@ -24,6 +24,7 @@ _MAX_NAME = 1_000
 _MAX_JSON = 2**24
 _MAX_COMMAS = 2**20
 _MAX_PRODUCTS = 2**36
+_MAX_LAYER_PRODUCTS = 2**27  # of one layer: sixteen bytes each while its mean patch is taken
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -93,6 +94,12 @@ class Context:
         padded, products = sum(each[0] for each in costs), sum(each[1] for each in costs)
         _require(padded <= MAX_NUMBERS, f"{padded} numbers with padding", f"at most {MAX_NUMBERS}")
         _require(products <= _MAX_PRODUCTS, f"{products} products", f"at most {_MAX_PRODUCTS}")
+        largest = max((each[1] for each in costs), default=0)
+        _require(
+            largest <= _MAX_LAYER_PRODUCTS,
+            f"a layer of {largest} products",
+            f"at most {_MAX_LAYER_PRODUCTS}",
+        )
         _require(self.bits <= MAX_NUMBERS, "too many signature bits", f"at most {MAX_NUMBERS}")
         if self.triggers is not None:
             _check_triggers(self.triggers)
