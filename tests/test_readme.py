@@ -76,6 +76,7 @@ def test_the_readme_s_commands_do_what_they_say(folder, authority):
     ]
     assert [words[1] for words in ours] == [
         *("claim", "key", "embed", "release", "verify", "claim"),
+        *("train", "layers", "key", "embed", "verify"),
         *("attack", "verify", "verify", "claim", "judge"),
         *("attacks", "attack", "audit"),
     ]
@@ -93,6 +94,7 @@ def test_the_readme_s_commands_do_what_they_say(folder, authority):
         extra = {
             "key": ["--set", "width=0.25"],
             "embed": ["--set", "width=0.25", "--batch", "16"],
+            "train": ["--set", "width=0.25", "--batch", "16"],
         }
         run = subprocess.run(
             [*words, *extra.get(words[1], [])],
