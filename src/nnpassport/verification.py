@@ -23,6 +23,7 @@ from nnpassport.evidence.null import AlignedVerdict, Unrelated, aligned_verdict,
 from nnpassport.evidence.standing import Standing
 from nnpassport.fidelity import accuracy
 from nnpassport.onnxfile import ONNX
+from nnpassport.outputs import logits_of
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
 from nnpassport.schemes.lora import added
 from nnpassport.schemes.triggers import answers_to
@@ -344,7 +345,7 @@ def _with_fidelity(
             f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
         )
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    answers = loaded.model(normalise(trial.data.images[:2])).shape[-1]
+    answers = logits_of(loaded.model(normalise(trial.data.images[:2]))).shape[-1]
     if answers != len(trial.data.classes):
         raise UnreadableDataError(
             f"the images have {len(trial.data.classes)} classes and the suspect answers with "

@@ -30,6 +30,7 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.key import Key
 from nnpassport.functional import sign_loss
 from nnpassport.layers import passport_norms
+from nnpassport.outputs import logits_of
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 from nnpassport.schemes.drawn import random_passports
 from nnpassport.schemes.protocol import Scheme
@@ -190,7 +191,7 @@ def insider_passport(
     forger = _Forger(presented, key, rng)
 
     def objective(module: nn.Module, batch: Batch) -> Outcome:
-        logits = module(batch.images)
+        logits = logits_of(module(batch.images))
         gamma = torch.cat([norm.affine()[0] for norm in passport_norms(presented).values()])
         loss = F.cross_entropy(logits, batch.labels) + 0.1 * sign_loss(gamma, wanted.to(gamma))
         match = (gamma.detach().sign() == wanted.to(gamma)).float().mean()

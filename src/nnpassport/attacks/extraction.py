@@ -21,6 +21,7 @@ from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.removal import train
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.functional import divergence
+from nnpassport.outputs import logits_of
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 from nnpassport.training import Outcome, Recipe
 
@@ -92,8 +93,8 @@ def _imitate(
     def objective(model: nn.Module, batch: Batch) -> Outcome:
         # The same pixels as the student, augmented: each epoch asks about other images.
         with torch.no_grad():
-            answers = victim.to(batch.images.device)(batch.images)
-        logits = model(batch.images)
+            answers = logits_of(victim.to(batch.images.device)(batch.images))
+        logits = logits_of(model(batch.images))
         agreement = (logits.detach().argmax(1) == answers.argmax(1)).float().mean()
         return Outcome(loss(logits, answers), {"agreement": agreement})
 
@@ -103,7 +104,9 @@ def _imitate(
 
 @torch.no_grad()
 def _check_same_answers(teacher: nn.Module, student: nn.Module, image: Tensor) -> None:
-    answers, logits = (each(image.to(next(each.parameters()))) for each in (teacher, student))
+    answers, logits = (
+        logits_of(each(image.to(next(each.parameters())))) for each in (teacher, student)
+    )
     if answers.shape != logits.shape:
         raise UnsuitableModelError(
             f"the teacher answers one image with {tuple(answers.shape)} and the student with "
