@@ -144,6 +144,19 @@ def test_attacks_that_train_report_what_they_had(subject, tmp_path):
     assert not entries(report, "distil-unrelated")[0]["owner"]["accepted"]
 
 
+def test_a_grafted_key_hides_the_mark_from_the_eye_and_not_from_alignment(subject, tmp_path):
+    report = audit(subject, tmp_path / "audit.json", full=True, only=("graft", "project"))
+    (grafted,) = entries(report, "graft")
+    assert (grafted["cost"]["had"], grafted["cost"]["epochs"]) == ("W, D", 0)
+    assert grafted["accuracy"] > report["before"]["accuracy"] - 0.05
+    assert grafted["owner"]["matches"] / grafted["owner"]["bits"] < 0.65
+    assert not grafted["owner"]["accepted"]
+    projected = entries(report, "project")
+    assert [entry["strength"] for entry in projected] == [0.9, 0.95, 0.99, 0.999]
+    assert projected[-1]["accuracy"] > report["before"]["accuracy"] - 0.05
+    assert projected[-1]["owner"]["accepted"]
+
+
 def test_an_audit_goes_on_where_it_stopped(subject, tmp_path, monkeypatch):
     path = tmp_path / "audit.json"
     names = ("prune", "solve")

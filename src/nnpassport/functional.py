@@ -84,9 +84,10 @@ def is_matrix(layer: nn.Module) -> bool:
 def filters(
     weight: Float[Tensor, "..."], geometry: Geometry
 ) -> Float[Tensor, "out fan_in *kernel"]:
-    """The weight of a layer with its output channels first, whatever its own order; a view of it.
+    """The weight of a layer with its output channels first, whatever its own order.
 
-    A transposed convolution keeps (in, out / groups, *kernel), GPT-2's matrices (in, out).
+    A transposed convolution keeps (in, out / groups, *kernel), GPT-2's matrices (in, out). With
+    groups, that of a transposed convolution is a copy: write back with `own_order`.
     """
     if not geometry.transposed:
         return weight
@@ -94,7 +95,9 @@ def filters(
     return weight.unflatten(0, (geometry.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def _own_order(rows: Float[Tensor, "out fan_in *kernel"], geometry: Geometry) -> Tensor:
+def own_order(
+    rows: Float[Tensor, "out fan_in *kernel"], geometry: Geometry
+) -> Float[Tensor, "..."]:
     """What `filters` does, undone: it is its own inverse."""
     return filters(rows, geometry)
 
@@ -122,7 +125,7 @@ def convolve(
     if geometry.transposed:
         return _TRANSPOSED[geometry.axes](
             passport,
-            _own_order(weight, geometry),
+            own_order(weight, geometry),
             None,
             geometry.stride,
             tuple(before for before, _ in geometry.padding),

@@ -65,9 +65,12 @@ class Marked:
         """Start from the trained weights that the network has: see `schemes.graft`.
 
         `inputs` are a few hundred of what it was trained on, without labels. Right after it every
-        bit is right (where a filter has at least two numbers), and with batch norm both branches
-        compute about what the network did; with other norms, or none, the private one is to be
-        trained. Schemes without passports have nothing to graft.
+        bit is right, and with batch norm both branches compute about what the network did; with
+        other norms, or none, the private one is to be trained.
+
+        Raises:
+            UnsuitableModelError: the scheme has no passports, or `graft` refuses the network or the
+                inputs; the model is as it was.
         """
         return graft(self.model, inputs)
 

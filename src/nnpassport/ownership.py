@@ -21,6 +21,7 @@ from nnpassport.data.triggers import read_triggers
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import plain_evaluation
 from nnpassport.scheme import (
+    BadRecipeError,
     UnreadableDataError,
     UnreadableKeyError,
     UnsuitableModelError,
@@ -33,6 +34,7 @@ from nnpassport.schemes.drawn import (
     shuffled_passports,
     with_passports,
 )
+from nnpassport.schemes.passport import Passport
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.training import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.verification import verify_model
@@ -164,8 +166,12 @@ def embed(
     are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own
     with other settings; None leaves them as in the catalog. `initial` are the weights of a trained
     network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
+
+    Raises:
+        BadRecipeError: the recipe has no epochs, and the scheme has something to be learnt.
     """
     scheme = scheme or scheme_named(key.context.scheme)
+    _check_learns(scheme, recipe, trained=initial is not None)
     model = _initial(config, recipe, initial)
     scheme.embed(
         model,
@@ -217,6 +223,16 @@ def _initial(
     if weights is not None:
         model.load_state_dict(weights)
     return model
+
+
+def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:
+    grafts = trained and isinstance(scheme, Passport)
+    if recipe.epochs == 0 and (not grafts or scheme.triggers):
+        raise BadRecipeError(
+            f"the recipe has no epochs, and {scheme.name} puts in by training "
+            f"{'its triggers' if grafts else 'its mark'}; needed: at least one epoch, or a key of "
+            "passport-v1 or passport-v2 and a trained network to start from, which are grafted"
+        )
 
 
 def _described(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.perturbation import check_share
-from nnpassport.functional import filters
+from nnpassport.functional import filters, own_order
 from nnpassport.schemes.patches import input_patches
 from nnpassport.survey import survey
 
@@ -40,7 +40,8 @@ def project(
     check_share(share)
     projected = deepcopy(model).eval()
     for site in survey(projected, inputs[:2]).sites.values():
-        rows = filters(site.layer.get_parameter("weight"), site.geometry)
+        weight = site.layer.get_parameter("weight")
+        rows = filters(weight, site.geometry)
         seen: list[Tensor] = []
         handle = site.layer.register_forward_pre_hook(lambda _m, args, s=seen: s.append(args[0]))
         projected(inputs)
@@ -51,7 +52,7 @@ def project(
             own @ _axes_of(patches[:, index].double(), share).to(own)
             for index, own in enumerate(groups)
         ]
-        rows.copy_(torch.cat(kept).view(rows.shape))
+        weight.copy_(own_order(torch.cat(kept).view(rows.shape), site.geometry))
     return Attacked(projected, stop(len(inputs)))
 
 

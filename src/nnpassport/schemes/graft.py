@@ -20,16 +20,19 @@ No label is used, and a few hundred inputs suffice. Neither the paper nor its su
 is the linear system that forges a passport for given weights, solved for the weights instead.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from nnpassport.functional import Geometry, filters, geometry_of
+from nnpassport.functional import Geometry, collapsed_affine, filters, geometry_of, own_order
 from nnpassport.layers import Branch, PassportNorm, on_branch, passport_norms
-from nnpassport.outputs import Example, call
+from nnpassport.outputs import Example, call, tensors_in
+from nnpassport.scheme import UnsuitableModelError
 from nnpassport.schemes.patches import input_patches
 
 RIDGE = 1.0
@@ -64,79 +67,98 @@ def graft(
 
     `inputs` are a few hundred of what the network was trained on, as it takes them. Which of the
     patches in them are looked at is drawn from `seed`. Returned is what was done, by the name of
-    the passport layer.
+    the passport layer. Branch and mode of the network stay what they are.
+
+    Raises:
+        UnsuitableModelError: there is no passport, a passport layer does not run on `inputs` or
+            meets numbers there that are not finite, or its weight is sharded or another layer's
+            too; the model is as it was.
     """
-    generator = torch.Generator().manual_seed(seed)
     norms = passport_norms(model)
-    return {
-        name: _graft(norms[name], *_seen(model, norms[name], inputs), ridge, generator)
-        for name in _in_order(model, inputs)
-    }
+    generator = torch.Generator().manual_seed(seed)
+    with on_branch(model, Branch.PUBLIC):
+        order = _in_order(model, norms, inputs)
+        return {name: _graft(model, norms[name], inputs, ridge, generator) for name in order}
 
 
 def _graft(
-    norm: PassportNorm, x: Tensor, y: Tensor, ridge: float, generator: torch.Generator
+    model: nn.Module, norm: PassportNorm, inputs: Example, ridge: float, generator: torch.Generator
 ) -> Grafted:
-    """`x` is what the host layer receives, `y` what the norm receives (or a bare layer gives)."""
-    layer = norm.layer
-    geometry = geometry_of(layer)
-    weight = layer.get_parameter("weight")
-    turned = _turn(norm, geometry, y)
+    seen = _seen(model, norm, inputs)
+    turn = _turn(model, norm, seen, inputs)
     gamma, beta = _own_affine(norm)
     agree = gamma.sign() == norm.signs
-    quiet = norm.signs * QUIET
-    mean = norm.norm(y).float().movedim(norm.channel_axis, -1).flatten(0, -2).mean(0)
-    # Of what is muted the mean is kept: γ°·E[z] + β° = γ·E[z] + β, with E[γ°·z + β°] = `mean`.
-    normal = torch.where(gamma == 0, 0.0, (mean - beta) / torch.where(gamma == 0, 1.0, gamma))
-    wanted_gamma = torch.where(agree, norm.signs * gamma.abs().clamp(min=QUIET), quiet)
-    wanted_beta = torch.where(agree, beta, beta + (gamma - quiet) * normal)
-    rows = filters(weight, geometry)
-    patches = input_patches(x, tuple(rows.shape[2:]), geometry, _PATCHES, generator).double()
-    need = torch.stack([wanted_gamma, wanted_beta], 1).double() - _said(norm)
-    change = _correction(patches, norm.mean_patch.double(), need, ridge)
-    before = _outputs_of(rows.double(), patches)
-    felt = _outputs_of(change, patches).square().mean() / before.square().mean().clamp(min=1e-12)
-    share = change.norm() / rows.double().norm().clamp(min=1e-12)
-    rows.add_(change.view(rows.shape).to(rows))  # a view of the weight: in place
-    return Grafted(turned, int((~agree).sum()), float(share), float(felt))
+    wanted_gamma = norm.signs * torch.where(agree, gamma.abs().clamp(min=QUIET), QUIET)
+    # Where γ differs the mean is kept: γ°·E[z] + β° = γ·E[z] + β, z being normalised.
+    wanted_beta = beta + (gamma - wanted_gamma) * turn * _mean_normalised(norm, seen.normed)
+    geometry = geometry_of(norm.layer)
+    weight = norm.layer.get_parameter("weight")
+    rows = filters(weight, geometry).double()
+    patches = _patches(seen.hosted, tuple(rows.shape[2:]), geometry, generator)
+    mean_patch = norm.mean_patch.double()
+    said = torch.stack(collapsed_affine(rows, mean_patch), 1)
+    need = torch.stack([wanted_gamma, wanted_beta], 1).double() - said
+    change = _correction(patches, mean_patch, need, ridge)
+    before, added = (_outputs_of(each, patches).flatten(1) for each in (rows, change))
+    weight.copy_(own_order(rows + change.view(rows.shape), geometry))
+    _follow(norm, before, added)
+    felt = added.square().mean() / before.square().mean().clamp(min=1e-12)
+    share = change.norm() / rows.norm().clamp(min=1e-12)
+    return Grafted(int((turn < 0).sum()), int((~agree).sum()), float(share), float(felt))
 
 
-def _turn(norm: PassportNorm, geometry: Geometry, y: Tensor) -> int:
-    """Negate channels whose bits disagree with γ°, where the norm allows it; how many."""
-    own = norm.norm
+def _patches(
+    runs: Sequence[Tensor],
+    kernel: tuple[int, ...],
+    geometry: Geometry,
+    generator: torch.Generator,
+) -> Float[Tensor, "samples groups fan_in"]:
+    count = -(-_PATCHES // len(runs))
+    drawn = [input_patches(x, kernel, geometry, count, generator) for x in runs]
+    return torch.cat(drawn).double()
+
+
+def _turn(
+    model: nn.Module, norm: PassportNorm, seen: "_Seen", inputs: Example
+) -> Float[Tensor, " out"]:
+    """Negate channels whose bits disagree with γ°, where nothing else changes by it; −1 if so.
+
+    Which channels have to turn together is found by trying: one by one, by groups, all of them. A
+    filter whose output is also used past the norm cannot turn at all.
+    """
+    own, ones = norm.norm, torch.ones_like(norm.signs)
     if own is norm.layer or getattr(own, "weight", None) is None:
-        return 0
-    gamma = own.get_parameter("weight")
-    votes = (gamma.sign() * norm.signs).view(_parts_that_turn(own, y, norm.channel_axis), -1)
-    turn = torch.where(votes.sum(1, keepdim=True) < 0, -1.0, 1.0).expand_as(votes).reshape(-1)
-    rows = filters(norm.layer.get_parameter("weight"), geometry)
-    rows.mul_(turn.to(rows).view(-1, *[1] * (rows.dim() - 1)))
-    statistics = [getattr(each, "running_mean", None) for each in (own, norm.private_norm)]
-    for vector in (getattr(norm.layer, "bias", None), gamma, *statistics):
+        return ones
+    votes = own.get_parameter("weight").sign() * norm.signs
+    for parts in dict.fromkeys([len(votes), getattr(own, "num_groups", 1), 1]):
+        ayes = votes.view(parts, -1).sum(1, keepdim=True).expand(parts, len(votes) // parts)
+        turn = torch.where(ayes.reshape(-1) < 0, -ones, ones)
+        if (turn > 0).all():
+            continue
+        _negate(norm, turn)
+        if _alike(seen.answers, _seen(model, norm, inputs).answers):
+            return turn
+        _negate(norm, turn)  # exactly what it was
+    return ones
+
+
+def _negate(norm: PassportNorm, turn: Float[Tensor, " out"]) -> None:
+    weight, geometry = norm.layer.get_parameter("weight"), geometry_of(norm.layer)
+    rows = filters(weight, geometry)
+    turned = rows * turn.to(rows).view(-1, *[1] * (rows.dim() - 1))
+    weight.copy_(own_order(turned, geometry))
+    statistics = [getattr(each, "running_mean", None) for each in (norm.norm, norm.private_norm)]
+    for vector in (norm.layer.bias, norm.norm.weight, *statistics):
         if isinstance(vector, Tensor):
             vector.mul_(turn.to(vector))
-    return int((turn < 0).sum())
 
 
-def _parts_that_turn(norm: nn.Module, y: Tensor, axis: int) -> int:
-    """Into how many parts the norm's channels fall of which each can be negated as a whole."""
-    channels = len(norm.get_parameter("weight"))
-    if isinstance(norm, nn.modules.batchnorm._NormBase):
-        return channels
-    if isinstance(norm, nn.GroupNorm):
-        return norm.num_groups
-    # RMS norms, whatever they are called: one channel negated must leave the others alone.
-    loudest = int(norm.get_parameter("weight").abs().argmax())
-    turned = y.movedim(axis, -1).clone()
-    turned[..., loudest].neg_()
-    before = norm(y).movedim(axis, -1)
-    after = norm(turned.movedim(-1, axis)).movedim(axis, -1)
-    others = torch.arange(channels) != loudest
-    alone = torch.allclose(before[..., others], after[..., others], rtol=1e-3, atol=1e-5)
-    return channels if alone else 1
+def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    pairs = [(one.float(), other.float()) for one, other in zip(before, after, strict=True)]
+    return all(bool((one - other).norm() <= 1e-3 * one.norm()) for one, other in pairs)
 
 
-def _own_affine(norm: PassportNorm) -> tuple[Tensor, Tensor]:
+def _own_affine(norm: PassportNorm) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
     """γ° and β° of the public branch: 1 and 0 where there is none."""
     own = norm.norm
     ones = torch.ones_like(norm.signs)
@@ -149,9 +171,34 @@ def _own_affine(norm: PassportNorm) -> tuple[Tensor, Tensor]:
     )
 
 
-def _said(norm: PassportNorm) -> Float[Tensor, "out 2"]:
-    gamma, beta = norm.affine()
-    return torch.stack([gamma, beta], 1).double()
+def _mean_normalised(norm: PassportNorm, runs: Sequence[Tensor]) -> Float[Tensor, " out"]:
+    """E[z]: the mean of each channel before γ° and β°, which a layer without norm does not have."""
+    own, plain = norm.norm, {}
+    if own is not norm.layer:
+        neutral = {"weight": torch.ones_like, "bias": torch.zeros_like}
+        parameters = dict(own.named_parameters())
+        plain = {n: make(parameters[n]) for n, make in neutral.items() if n in parameters}
+    normalised = [functional_call(own, plain, (y,)).movedim(norm.channel_axis, -1) for y in runs]
+    return torch.cat([z.float().flatten(0, -2) for z in normalised]).mean(0)
+
+
+def _follow(
+    norm: PassportNorm,
+    before: Float[Tensor, "samples out"],
+    added: Float[Tensor, "samples out"],
+) -> None:
+    """Keep the running statistics of batch norm true of what the layer puts out now.
+
+    A channel that was dead has no variance: what it gets would be amplified by 1 / √eps.
+    """
+    further, wider = added.mean(0), (before + added).var(0) - before.var(0)
+    for each in (norm.norm, norm.private_norm):
+        if not isinstance(each, nn.modules.batchnorm._BatchNorm):
+            continue
+        mean, variance = each.running_mean, each.running_var
+        if mean is not None and variance is not None:
+            mean.add_(further.to(mean))
+            variance.add_(wider.to(variance)).clamp_(min=0)
 
 
 def _correction(
@@ -166,8 +213,11 @@ def _correction(
     for group, wanted in enumerate(need.chunk(groups)):
         x, forms = patches[:, group], mean_patch[:, group]
         solved = _whitened(x, forms, ridge * float(x.square().mean()) + 1e-12)
-        # Where a filter has but one number, γ and β cannot both be had: least squares.
-        changes.append(wanted @ torch.linalg.pinv(forms @ solved.T) @ solved)
+        # Where a filter has but one number, γ and β cannot both be had: γ has the bits.
+        met = min(2, x.shape[1])
+        changes.append(
+            wanted[:, :met] @ torch.linalg.pinv((forms @ solved.T)[:met, :met]) @ solved[:met]
+        )
     return torch.cat(changes)
 
 
@@ -192,29 +242,74 @@ def _outputs_of(
     return torch.einsum("goi,ngi->ngo", parts, patches)
 
 
-def _seen(model: nn.Module, norm: PassportNorm, inputs: Example) -> tuple[Tensor, Tensor]:
-    """What the host layer receives and what the norm does, of the public branch."""
-    received: dict[int, Tensor] = {}
+class _Seen(NamedTuple):
+    hosted: list[Tensor]  # what the host layer receives, each time it runs
+    normed: list[Tensor]  # what the norm does, or a layer without norm
+    answers: list[Tensor]  # what comes out of the norm and of the network
 
-    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-        received.setdefault(id(module), args[0])
 
-    handles = [part.register_forward_pre_hook(note) for part in (norm.layer, norm)]
-    with on_branch(model, Branch.PUBLIC):
+def _seen(model: nn.Module, norm: PassportNorm, inputs: Example) -> _Seen:
+    seen = _Seen([], [], [])
+
+    def note_norm(received: Tensor, output: Any) -> None:
+        seen.normed.append(received)
+        seen.answers.extend(tensors_in(output))
+
+    notes = {norm.layer: lambda received, _: seen.hosted.append(received), norm: note_norm}
+    with _noting(notes):
+        answer = call(model, inputs)
+    seen.answers.extend(tensors_in(answer))
+    return seen
+
+
+def _in_order(
+    model: nn.Module, norms: Mapping[str, PassportNorm], inputs: Example
+) -> Sequence[str]:
+    """The passport layers in the order in which they run, after every check that there is."""
+    finite: dict[str, bool] = {}
+
+    def note(name: str) -> Callable[[Tensor, Any], None]:
+        def noted(received: Tensor, _output: Any) -> None:
+            finite[name] = finite.get(name, True) and bool(received.isfinite().all())
+
+        return noted
+
+    with _noting({norm.layer: note(name) for name, norm in norms.items()}):
         call(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return received[id(norm.layer)], received[id(norm)]
+    if not norms:
+        raise UnsuitableModelError(
+            f"{type(model).__name__} carries no passport, and only passports are grafted; insert a "
+            "key of passport-v1, -v2 or -v3, or train the mark in"
+        )
+    for name, norm in norms.items():
+        reason = _refusal(model, norm, finite.get(name))
+        if reason is not None:
+            raise UnsuitableModelError(f"no key can be grafted at {name!r}: {reason}")
+    return list(finite)
 
 
-def _in_order(model: nn.Module, inputs: Example) -> list[str]:
-    order: dict[str, None] = {}
-    handles = [
-        norm.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name))
-        for name, norm in passport_norms(model).items()
-    ]
-    with on_branch(model, Branch.PUBLIC):
-        call(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return list(order)
+def _refusal(model: nn.Module, norm: PassportNorm, finite: bool | None) -> str | None:
+    weight = norm.layer.get_parameter("weight")
+    users = [n for n, each in model.named_modules() if each._parameters.get("weight") is weight]
+    reasons = {
+        "its layer does not run on these inputs; give all that the network takes": finite is None,
+        "its layer receives numbers that are not finite; give other inputs": finite is False,
+        "its weight is sharded (fully_shard); graft before that": hasattr(weight, "full_tensor"),
+        f"one weight is that of {', '.join(users)}; train the mark in": len(users) > 1,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@contextmanager
+def _noting(notes: Mapping[nn.Module, Callable[[Tensor, Any], None]]) -> Iterator[None]:
+    """Tell of every run of these modules: their first input, and their output."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        notes[module](args[0], output)
+
+    handles = [module.register_forward_hook(hook) for module in notes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -213,6 +213,9 @@ class Passport:
 
         If the network is `trained` already, the key is grafted into it first (see `graft`), and
         its own answers before that are part of the loss (`teaching`).
+
+        Raises:
+            UnsuitableModelError: `insert` or `graft` refuses the network; it is as it was.
         """
         data.require_classes(2)  # before anything is touched
         example = normalise(data.images[:2]).to(next(model.parameters()))
@@ -223,7 +226,11 @@ class Passport:
         if trained:
             order = torch.Generator().manual_seed(recipe.seed)
             seen = data.images[torch.randperm(len(data), generator=order)[:GRAFTED_ON]]
-            graft(model, normalise(seen).to(example))
+            try:
+                graft(model, normalise(seen).to(example))
+            except UnsuitableModelError:
+                surgery.remove(model)
+                raise
         if teacher is not None:
             make = partial(self.objective, key, steps=steps, normalise=normalise)
             objective = taught(lambda task: make(task=task), teacher, self.teaching)

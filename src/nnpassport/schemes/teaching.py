@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.functional import divergence
-from nnpassport.outputs import call, logits_of
+from nnpassport.outputs import call, logits_of, tensors_in
 from nnpassport.scheme import Batch
 from nnpassport.training import Objective, Outcome, Task
 
@@ -23,7 +23,8 @@ def taught(make: Callable[[Task], Objective], teacher: nn.Module, share: float) 
 
         (1 − s)·L_c + s·T²·KL(softmax(teacher / T) ‖ softmax(branch / T)),  s the `share` in [0, 1]
 
-    `teacher` is asked, in evaluation mode, about the step's own images, augmentation and all.
+    `teacher` is asked, in evaluation mode, about the step's own images, augmentation and all; it
+    moves to where they are.
     """
     answers: list[Tensor] = []
     teacher = teacher.eval().requires_grad_(False)
@@ -36,6 +37,7 @@ def taught(make: Callable[[Task], Objective], teacher: nn.Module, share: float) 
     inner = make(task)
 
     def objective(model: nn.Module, batch: Batch) -> Outcome:
+        teacher.to(tensors_in(batch.images)[0].device)
         with torch.no_grad():
             answers[:] = [logits_of(call(teacher, batch.images))]
         return inner(model, batch)
