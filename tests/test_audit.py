@@ -151,6 +151,9 @@ def test_a_grafted_key_hides_the_mark_from_the_eye_and_not_from_alignment(subjec
     assert grafted["accuracy"] > report["before"]["accuracy"] - 0.05
     assert grafted["owner"]["matches"] / grafted["owner"]["bits"] < 0.65
     assert not grafted["owner"]["accepted"]
+    assert grafted["owner_aligned"]["matches"] / grafted["owner_aligned"]["bits"] > 0.95
+    assert grafted["owner_aligned"]["accepted"]
+    assert "found once aligned" in html(report)
     projected = entries(report, "project")
     assert [entry["strength"] for entry in projected] == [0.9, 0.95, 0.99, 0.999]
     assert projected[-1]["accuracy"] > report["before"]["accuracy"] - 0.05

@@ -128,7 +128,7 @@ def measured(
         by_answers = ATTACKS[name].marks == "triggers"
         return {**facts, **_forgery(subject, outcome, before["accuracy"], by_answers=by_answers)}
     found = _remains(subject, outcome, other_task=ATTACKS[name].other_task)
-    if ATTACKS[name].family is Family.OBFUSCATION:
+    if ATTACKS[name].family is Family.OBFUSCATION or ATTACKS[name].turns:
         found |= _aligned(subject, outcome.model)
     return {**facts, **found}
 

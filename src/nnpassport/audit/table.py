@@ -14,6 +14,7 @@ from nnpassport.attacks.projection import project
 from nnpassport.audit.subject import Subject
 from nnpassport.data.images import ImageSet
 from nnpassport.scheme import BadRecipeError
+from nnpassport.schemes.passport import V2
 from nnpassport.schemes.uchida import Uchida
 
 
@@ -36,6 +37,7 @@ class Attack(NamedTuple):
         full: strengths of a full one.
         needs: what a subject must have beside the network: "key", "train", "transfer".
         other_task: whether the network has another task afterwards.
+        turns: whether it negates or moves channels, so that the mark is read aligned as well.
         marks: the schemes it applies to, by the part they share; "" is all of them.
     """
 
@@ -48,6 +50,7 @@ class Attack(NamedTuple):
     needs: frozenset[str] = frozenset()
     marks: str = ""
     other_task: bool = False
+    turns: bool = False
 
 
 ONCE = (0.0,)
@@ -105,11 +108,12 @@ def _overwritten(subject: Subject, _: float) -> Attacked:
 
 
 def _grafted_over(subject: Subject, _: float) -> Attacked:
+    # V2 whatever the owner's scheme is: it is the attacker's choice, and needs no training.
     seed = draw_seed(subject.rng("graft"))
-    theirs = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    theirs = V2.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
     return removal.overwrite(
         subject.model,
-        subject.scheme,
+        V2,
         theirs,
         subject.images(),
         replace(subject.recipe(0.01), epochs=0),
@@ -312,10 +316,10 @@ ATTACKS: Mapping[str, Attack] = {
     ),
     "graft": Attack(
         REMOVAL,
-        "put a second mark in by linear algebra, without training",
+        "put a passport in by linear algebra, without training",
         _grafted_over,
         needs=_needs("train"),
-        marks="passport",
+        turns=True,
     ),
     "project": Attack(
         REMOVAL,
