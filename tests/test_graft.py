@@ -673,8 +673,8 @@ def small_config(normalise):
 @pytest.fixture(scope="module")
 def sets(digits):
     train, _, normalise = digits
-    few = train.subset(torch.arange(192)).resized(32)
-    return ownership.Sets(few, few.subset(torch.arange(64)), None, normalise)
+    few = train.subset(torch.arange(96)).resized(32)
+    return ownership.Sets(few, few.subset(torch.arange(32)), None, normalise)
 
 
 @pytest.mark.parametrize("name", ["uchida", "adi", "passport-v3"])
@@ -699,7 +699,7 @@ def test_a_grafted_run_that_was_interrupted_ends_where_the_other_does(sets, tmp_
     torch.manual_seed(3)
     weights = config.build().state_dict()
     key = ownership.draw_key(config, "passport-v2")
-    recipe = Recipe(epochs=2, batch=64, rate=0.01, schedule="constant", keep_best=True)
+    recipe = Recipe(epochs=2, batch=48, rate=0.01, schedule="constant", keep_best=True)
 
     def stop(now):
         raise KeyboardInterrupt
