@@ -126,3 +126,17 @@ def test_a_number_s_provenance_names_the_commit_it_was_taken_on():
     if head.returncode:
         pytest.skip("not a git checkout with a commit in it")
     assert facts["commit"] == head.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["passport-v2", "passport-v3"])
+def test_evaluation_after_a_step_gives_one_output_an_image(model, name):
+    scheme = scheme_named(name)
+    key = scheme.draw_key(model, EXAMPLE, seed=bytes(32), layers=["3"])
+    marked = nnpassport.mark(model, key, EXAMPLE, normalise=NORMALISE)
+    batch, labels = images()
+    marked.loss(batch, labels).backward()
+    with torch.no_grad():
+        answers = model.eval()(batch)
+        assert len(answers) == len(batch)
+        torch.testing.assert_close(answers, marked.released().eval()(batch))
+    assert torch.isfinite(marked.loss(batch, labels))

@@ -76,6 +76,12 @@ class PassportNorm(nn.Module):
         """The convolution or linear layer whose weight the passport runs through."""
         return self._layer[0]
 
+    def train(self, mode: bool = True) -> "PassportNorm":
+        """As ever; and evaluation ends a training step's BOTH: one output an image again."""
+        _end_step(self, mode)
+        super().train(mode)
+        return self
+
     def affine(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
         """γ and β of the passport at the layer's present weight; gradients flow to the weight."""
         weight, patch = filters(_whole(self.layer.weight), self._geometry), self.mean_patch
@@ -202,6 +208,12 @@ class BranchNorm(nn.Module):
         self.private_norm = _statistics_of_its_own(norm)
         self.branch = Branch.PUBLIC
 
+    def train(self, mode: bool = True) -> "BranchNorm":
+        """As ever; and evaluation ends a training step's BOTH: one output an image again."""
+        _end_step(self, mode)
+        super().train(mode)
+        return self
+
     def forward(self, input: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The wrapped norm, each half of a forked batch with its own statistics.
 
@@ -217,6 +229,11 @@ class BranchNorm(nn.Module):
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         shared: dict[str, Tensor] = dict(self.norm.named_parameters())
         return functional_call(cast(nn.Module, self.private_norm), shared, (x,))
+
+
+def _end_step(module: PassportNorm | BranchNorm, mode: bool) -> None:
+    if not mode and module.branch is Branch.BOTH:
+        module.branch = Branch.PUBLIC
 
 
 def own_statistics(model: nn.Module) -> list[nn.Module]:
@@ -244,8 +261,8 @@ def on_branch(model: nn.Module, branch: Branch) -> Iterator[None]:
     """Run one branch for a while, in evaluation mode; afterwards all is as before."""
     before = [(module, module.branch) for module in branched(model)]
     modes = [(module, module.training) for module in model.modules()]
+    model.eval()  # first: it would end BOTH
     set_branch(model, branch)
-    model.eval()
     try:
         yield
     finally:
