@@ -209,7 +209,7 @@ def render() -> str:
     ]
     lines += [
         f"| {e['source']} | {e['cell']} | {attack} | {100 * after['accuracy']:.2f} "
-        f"| {after['matches']} of {e['bits']} | {after['aligned_matches']} of {e['bits']} |"
+        f"| {after['matches']} of {e['bits']} | {after.get('aligned_matches', 'not read')} |"
         for e in entries
         for attack, after in e["after"].items()
     ]

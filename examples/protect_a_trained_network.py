@@ -1,0 +1,46 @@
+"""A key put into a network that is trained already, without training it.
+
+Run it: python examples/protect_a_trained_network.py
+"""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import nnpassport
+from nnpassport.data.images import Normalisation, batches, read_images
+from nnpassport.fidelity import accuracy
+
+data, test = (read_images("digits", split=s, size=16, channels=1) for s in ("train", "test"))
+normalise = Normalisation.measured(data)
+torch.manual_seed(0)
+model = nn.Sequential(
+    nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Conv2d(32, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Flatten(), nn.Linear(128 * 4 * 4, 10),
+)  # fmt: skip
+optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+for epoch in range(3):  # yours is trained already
+    for batch in batches(data, normalise, size=64, seed=0, epoch=epoch):
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch.images), batch.labels).backward()
+        optimizer.step()
+before = deepcopy(model).eval()
+
+images = normalise(data.images[:256])
+key = nnpassport.V2.draw_key(model, images[:2], owner="Alice", layers=["4"])  # keep it: save_key
+marked = nnpassport.mark(model, key, images[:2])
+marked.graft(images)  # no labels, no steps
+released = marked.released().eval()
+
+verdict = nnpassport.V2.verify(released.state_dict(), key)
+fresh = nnpassport.V2.draw_key(before, images[:2], owner="Mallory", layers=["4"])
+stranger = nnpassport.V2.verify(released.state_dict(), fresh)
+print(f"accuracy {accuracy(before, test, normalise):.3f} before")
+print(f"accuracy {accuracy(released, test, normalise):.3f} released")
+print(f"accuracy {nnpassport.V2.fidelity(released, key, test, normalise):.3f} on its passport")
+print(f"owner accepted: {verdict.accepted}; {verdict.reason}")
+print(f"fresh key accepted: {stranger.accepted}; {stranger.reason}")
+raise SystemExit(0 if verdict.accepted and not stranger.accepted else 1)
