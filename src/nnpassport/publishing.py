@@ -19,7 +19,7 @@ def export(
     factory: Factory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a network as ONNX, every weight under its own name. Needs nnpassport[onnx]."""
+    """Write a network as ONNX, every weight under its own name. Needs the extra `onnx`."""
     import torch  # noqa: PLC0415
 
     from nnpassport.checkpoint import load_model  # noqa: PLC0415
