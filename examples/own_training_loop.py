@@ -7,21 +7,24 @@ import torch
 from torch import nn
 
 import nnpassport
+from nnpassport import surgery
 from nnpassport.data.images import Normalisation, batches, read_images
+from nnpassport.fidelity import accuracy
 
-data = read_images("digits", split="train", size=16, channels=1)
+data, test = (read_images("digits", split=s, size=16, channels=1) for s in ("train", "test"))
 normalise = Normalisation.measured(data)
 
 torch.manual_seed(0)
 model = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Flatten(), nn.Linear(64 * 4 * 4, 10),
+    nn.Conv2d(32, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2),
+    nn.Flatten(), nn.Linear(128 * 4 * 4, 10),
 )  # fmt: skip
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-example = torch.zeros(1, 1, 16, 16)
+example = torch.zeros(2, 1, 16, 16)
 
 key = nnpassport.V2.draw_key(model, example, owner="Alice", layers=["4"])  # keep it: save_key
+print(f"bits right before {nnpassport.V2.verify(model.state_dict(), key).matches} of 128")
 marked = nnpassport.mark(model, key, example)
 for epoch in range(3):
     for batch in batches(data, normalise, size=64, seed=0, epoch=epoch):
@@ -29,8 +32,20 @@ for epoch in range(3):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+model.eval()  # ends the two branches
 released = marked.released()  # a plain network: no passport, no bits, no extra cost
 
-verdict = nnpassport.V2.verify(released.state_dict(), key, log10_alpha=-9.0)
-print(f"loss {loss.item():.3f}; {verdict.reason}")
-raise SystemExit(0 if verdict.accepted else 1)
+images = normalise(test.images)
+with torch.no_grad():
+    print(f"released answers as withheld: {torch.equal(released(images), model(images))}")
+print(f"accuracy {accuracy(model, test, normalise):.3f} public")
+surgery.present(model)
+print(f"accuracy {accuracy(model, test, normalise):.3f} private")
+surgery.withhold(model)
+
+verdict = nnpassport.V2.verify(released.state_dict(), key)
+print(f"owner accepted: {verdict.accepted}; {verdict.reason}")
+fresh = nnpassport.V2.draw_key(released, example, layers=["4"])
+stranger = nnpassport.V2.verify(released.state_dict(), fresh)
+print(f"fresh key accepted: {stranger.accepted}; {stranger.reason}")
+raise SystemExit(0 if verdict.accepted and not stranger.accepted else 1)

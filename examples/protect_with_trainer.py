@@ -1,30 +1,44 @@
 """Passports in Hugging Face's Trainer: one method of it is ours.
 
-Needs transformers. Run it: python examples/protect_with_trainer.py
+A small BERT learns which of six texts some words are from. Needs transformers.
+Run it: python examples/protect_with_trainer.py
 """
 
 import tempfile
-from pathlib import Path
+import zlib
 
 import torch
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from sklearn import datasets
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import nnpassport
-from nnpassport.data.images import Normalisation, read_images
-from nnpassport.weights import read_weights
+from nnpassport import surgery
 
-data = read_images("digits", split="train", size=16, channels=1)
-pixels = Normalisation.measured(data)(data.images)
-rows = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, data.labels, strict=True)]
+LENGTH, VOCABULARY = 24, 500
+SOURCES = ("iris", "wine", "digits", "diabetes", "breast_cancer", "linnerud")
+HOST = "bert.encoder.layer.1.intermediate.dense"
+
+rows = []
+for label, source in enumerate(SOURCES):
+    words = getattr(datasets, f"load_{source}")().DESCR.lower().split()
+    ids = torch.tensor([zlib.crc32(word.encode()) % VOCABULARY for word in words])
+    for start in range(0, len(ids) - LENGTH, 4):
+        part = {"input_ids": ids[start : start + LENGTH], "attention_mask": torch.ones(LENGTH)}
+        rows.append({**part, "labels": torch.tensor(label)})
+train, test = [row for i, row in enumerate(rows) if i % 5], rows[::5]
+
 torch.manual_seed(0)
-sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-config = ViTConfig(
-    image_size=16, patch_size=4, num_channels=1, intermediate_size=128, num_labels=10, **sizes
-)
-model = ViTForImageClassification(config)
-
-example = {"pixel_values": pixels[:2]}
-key = nnpassport.V2.draw_key(model, example, owner="Alice", layers=["vit.layers.2.mlp.fc1"])
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+model = BertForSequenceClassification(
+    BertConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_attention_heads=2,
+        num_labels=len(SOURCES), **sizes,
+    )
+)  # fmt: skip
+# All the inputs that training has, without labels.
+example = {name: torch.stack([row[name] for row in test[:3]]) for name in part}
+key = nnpassport.V2.draw_key(model, example, owner="Alice", layers=[HOST])  # keep it: save_key
+print(f"bits right before {nnpassport.V2.verify(model.state_dict(), key).matches} of 128")
 marked = nnpassport.mark(model, key, example)
 
 
@@ -32,29 +46,44 @@ class PassportTrainer(Trainer):
     """The loss is equation 1's; everything else is the Trainer's own."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
-        """In training both branches and the sign loss; in evaluation the public network's own."""
+        """In training both branches and the sign loss; in evaluation one branch's own."""
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs)
-        images = {name: value for name, value in inputs.items() if name != "labels"}
-        return marked.loss(images, inputs["labels"], model=model)
+        given = {name: value for name, value in inputs.items() if name != "labels"}
+        return marked.loss(given, inputs["labels"], model=model)
+
+
+def share_right(answers):
+    """The accuracy in [0, 1]."""
+    return {"accuracy": (answers.predictions.argmax(-1) == answers.label_ids).mean().item()}
 
 
 with tempfile.TemporaryDirectory() as folder:
     arguments = TrainingArguments(
         folder, max_steps=120, per_device_train_batch_size=32, learning_rate=2e-3,
-        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True, logging_strategy="no",
+        save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = PassportTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:200])
+    trainer = PassportTrainer(
+        model, arguments, train_dataset=train, eval_dataset=test, compute_metrics=share_right
+    )
+    # The loss is a mean: the Trainer has to divide it by the steps that it accumulates.
+    trainer.model_accepts_loss_kwargs = False
     trainer.train()
-    print(f"loss of the public network {trainer.evaluate()['eval_loss']:.3f}")
-    released = marked.released()  # a plain ViTForImageClassification
-    released.save_pretrained(folder, save_original_format=False)  # its layers' own names
-    weights = read_weights(Path(folder)).tensors
-    again = ViTForImageClassification.from_pretrained(folder)
+    public = trainer.evaluate()["eval_accuracy"]
+    surgery.present(model)
+    private = trainer.evaluate()["eval_accuracy"]
+    surgery.withhold(model)
+    marked.released().save_pretrained(folder)  # not trainer.save_model: it saves the marked one
+    verdict = nnpassport.verify(folder, key)
+    released = BertForSequenceClassification.from_pretrained(folder)
+print(f"accuracy {public:.3f} public")
+print(f"accuracy {private:.3f} private")
+with torch.no_grad():
+    same = torch.equal(released.eval()(**example).logits, model.eval()(**example).logits)
+print(f"released answers as withheld: {same}")
 
-verdict = nnpassport.V2.verify(weights, key)
 print(f"owner accepted: {verdict.accepted}; {verdict.reason}")
-fresh = nnpassport.V2.draw_key(again, example, layers=["vit.layers.2.mlp.fc1"])
-stranger = nnpassport.V2.verify(again.state_dict(), fresh)
+fresh = nnpassport.V2.draw_key(released, example, layers=[HOST])
+stranger = nnpassport.V2.verify(released.state_dict(), fresh)
 print(f"fresh key accepted: {stranger.accepted}; {stranger.reason}")
 raise SystemExit(0 if verdict.accepted and not stranger.accepted else 1)
