@@ -1,0 +1,154 @@
+"""Cells: the smallest runs that experiments are made of, each known by its inputs."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+from nnpassport.experiments.plans import Plan
+from nnpassport.training import Recipe
+
+BASELINES = ("uchida", "adi")
+SHORT_NAMES = {"": "plain", "passport-v1": "v1", "passport-v2": "v2", "passport-v3": "v3"}
+
+
+class Network(NamedTuple):
+    """One trained network.
+
+    Attributes:
+        scheme: as in the catalog; "" is a plain network.
+        norm: "batch" or "group".
+    """
+
+    architecture: str
+    task: str
+    scheme: str
+    norm: str
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """For names of files: alexnet-cifar10-v2-group-0."""
+        scheme = SHORT_NAMES.get(self.scheme, self.scheme)
+        return f"{self.architecture}-{self.task}-{scheme}-{self.norm}-{self.seed}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        work: "train"; "transfer", to `target`; or an attack of the audit's table, at `strengths`.
+    """
+
+    plan: Plan
+    network: Network
+    work: str = "train"
+    target: str = ""
+    strengths: tuple[float, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """Words for people; `name` is what is unique."""
+        parts = [self.network.slug, *([] if self.work == "train" else [self.work])]
+        parts += [self.target] if self.target else []
+        parts += [f"{self.strengths[0]:g}"] if len(self.strengths) == 1 and self.work_varies else []
+        return "-".join(parts)
+
+    @property
+    def work_varies(self) -> bool:
+        """Whether each strength of this attack is a cell of its own, being minutes of training."""
+        return self.work in {"fake3", "substitute-cerb", "substitute-ierb"}
+
+    @property
+    def name(self) -> str:
+        """Name of its file: the slug, and eight digits of the SHA-256 of all inputs."""
+        return f"{self.slug}-{digest(self.inputs)[:8]}"
+
+    @property
+    def trains(self) -> "Cell":
+        """The cell that trains its network."""
+        return Cell(self.plan, self.network)
+
+    @property
+    def needs(self) -> tuple["Cell", ...]:
+        """Cells whose networks it starts from."""
+        if self.work != "train":
+            return (self.trains,)
+        if self.network.scheme.startswith("passport") and self.plan.passports != "derived":
+            return (Cell(self.plan, self.network._replace(scheme="")),)
+        return ()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """All that its result depends on, as plain JSON values; the same inputs, the same cell."""
+        if self.work == "train":
+            return _training_inputs(self.plan, self.network)
+        shared = {"network": _training_inputs(self.plan, self.network), "work": self.work}
+        if self.work == "transfer":
+            return {
+                **shared,
+                "target": self.target,
+                "recipe": _said(transfer_recipe(self)),
+                "images": self.plan.transfer_images,
+            }
+        limits = {"train_images": self.plan.attack_images}
+        if self.work == "fake1":
+            limits["test_images"] = self.plan.fake_images
+        return {
+            **shared,
+            "strengths": list(self.strengths),
+            "attackers": self.plan.attackers._asdict(),
+            **limits,
+        }
+
+
+def transfer_recipe(cell: Cell) -> Recipe:
+    """How this transfer is trained."""
+    recipe = cell.plan.transfer
+    epochs = cell.plan.transfer_epochs.get(cell.target, recipe.epochs)
+    return dataclasses.replace(recipe, epochs=epochs, seed=cell.network.seed)
+
+
+def embed_recipe(plan: Plan, network: Network) -> Recipe:
+    """How this network is trained."""
+    return dataclasses.replace(plan.embed, seed=network.seed)
+
+
+def settings_of(plan: Plan, scheme: str) -> Mapping[str, float]:
+    """The plan's settings for this scheme, beside the catalog's."""
+    return plan.settings.get(scheme, {})
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of the inputs as JSON with sorted keys."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _training_inputs(plan: Plan, network: Network) -> dict[str, Any]:
+    inputs = {
+        **network._asdict(),
+        "arguments": dict(plan.architectures[network.architecture]),
+        "recipe": _said(embed_recipe(plan, network)),
+        "selection": plan.selection,
+        "validation": plan.validation if plan.selection != "best-on-test" else 0.0,
+        "images": plan.train_images.get(network.architecture),
+    }
+    if not network.scheme:
+        return inputs
+    inputs |= {"settings": dict(settings_of(plan, network.scheme))}
+    if network.scheme.startswith("passport"):
+        inputs |= {"passports": plan.passports}
+    if network.scheme in {"adi", "passport-v3"}:
+        inputs |= {"triggers": plan.triggers}
+    return inputs
+
+
+def _said(recipe: Recipe) -> dict[str, Any]:
+    """What differs from the defaults, so that a new field does not make every cell a new one."""
+    usual = dataclasses.asdict(Recipe())
+    return {n: v for n, v in dataclasses.asdict(recipe).items() if v != usual[n]}

@@ -1,0 +1,105 @@
+"""Many cells: in order of what they need, on one machine or on many, through joblib."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from nnpassport.experiments.cells import Cell
+from nnpassport.experiments.runs import run
+from nnpassport.experiments.store import Store
+from nnpassport.scheme import BadRecipeError, OwnershipError
+
+BACKENDS = ("loky", "dask", "ray")
+Show = Callable[[float, float, str], None]
+
+
+class Failure(NamedTuple):
+    """A cell that could not be run, and why."""
+
+    cell: Cell
+    reason: str
+
+
+def waves(cells: Iterable[Cell], store: Store) -> list[list[Cell]]:
+    """Cells that are still to be run, so that each wave needs nothing but earlier ones.
+
+    A network that is needed and not there is trained by its own cell, in an earlier wave, even if
+    that cell's result is known.
+    """
+    todo = {cell.name: cell for cell in cells if not store.done(cell)}
+    found: list[dict[str, Cell]] = []
+    while todo:
+        found.insert(0, todo)
+        needed = (each for cell in todo.values() for each in cell.needs)
+        todo = {c.name: c for c in needed if not (store.folder(c) / "config.json").exists()}
+    earlier: set[str] = set()
+    ordered = []
+    for wave in found:
+        ordered.append([cell for name, cell in wave.items() if name not in earlier])
+        earlier |= set(wave)
+    return [wave for wave in ordered if wave]
+
+
+def run_grid(
+    cells: Sequence[Cell],
+    store: Store,
+    *,
+    jobs: int = 1,
+    backend: str = "loky",
+    show: Show = lambda *_: None,
+) -> list[Failure]:
+    """Run what was not run; returns what could not be.
+
+    "loky" is this machine's processes; "dask" and "ray" send cells to the cluster that the
+    environment names, whose machines must see the same folders.
+
+    Raises:
+        BadRecipeError: the backend is unknown, or what it needs is not installed.
+    """
+    planned = waves(cells, store)
+    total, done = sum(map(len, planned)), 0
+    failures: list[Failure] = []
+    if jobs == 1 and backend == "loky":
+        for cell in (cell for wave in planned for cell in wave):
+            show(done, total, cell.slug)
+            failures += _attempt(cell, store)
+            done += 1
+        return failures
+    from joblib import Parallel, delayed  # noqa: PLC0415 - not needed for one process
+
+    with _backend(backend, jobs):
+        for wave in planned:
+            parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+            for failed in parallel(delayed(_attempt)(cell, store) for cell in wave):
+                done += 1
+                failures += failed
+                show(done, total, "")
+    return failures
+
+
+def _attempt(cell: Cell, store: Store) -> list[Failure]:
+    """Nothing, or the failure; any other exception than ours is a bug and ends the grid."""
+    try:
+        run(cell, store)
+    except OwnershipError as error:
+        return [Failure(cell, str(error))]
+    return []
+
+
+def _backend(name: str, jobs: int):  # type: ignore[no-untyped-def]  # joblib's own type is private
+    from joblib import parallel_config  # noqa: PLC0415
+
+    if name not in BACKENDS:
+        raise BadRecipeError(f"backend {name!r} is unknown; there are: {', '.join(BACKENDS)}")
+    try:
+        if name == "ray":
+            from ray.util.joblib import register_ray  # noqa: PLC0415
+
+            register_ray()
+        elif name == "dask":
+            import distributed  # noqa: PLC0415, F401 - joblib looks for its client
+    except ImportError as error:
+        raise BadRecipeError(
+            f"backend {name!r} needs a package that is not installed ({error}); install "
+            f"nnpassport[{name}], or leave the backend out"
+        ) from error
+    return parallel_config(backend=name, n_jobs=jobs)

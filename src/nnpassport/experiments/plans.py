@@ -1,0 +1,170 @@
+"""How the experiments are run: named plans, each with every choice that moves a number.
+
+The paper's own choices (test images as passports, the checkpoint that scores best on test images)
+are in `paper`; `sound` has its budget without them. [Fan19] and its code of 2019.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from nnpassport.audit.subject import Budget
+from nnpassport.scheme import BadRecipeError
+from nnpassport.training import RECIPES, Recipe
+
+PASSPORTS = ("derived", "shuffle-train", "shuffle-test")
+SELECTIONS = ("last", "best-on-validation", "best-on-test")
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """One protocol for all tables and figures.
+
+    Attributes:
+        name: as on the command line.
+        summary: what it is for, in a line.
+        embed: trains every network, plain or marked; its seed is the cell's.
+        transfer: the fine-tuning to another task (RTAL); its seed is the cell's.
+        transfer_epochs: by target, where it differs from `transfer`.
+        attackers: what attackers who train may spend.
+        tasks: what networks are trained on.
+        targets: what they are transferred to, without their own task.
+        architectures: names, and the arguments that they are built with.
+        seeds: one network each.
+        fakes: random passports of fake1.
+        passports: "derived" from a seed; or activations of 20 and 20 images, shuffled, in the
+            plain network: of training images, or of test images as in the paper's code.
+        triggers: "derived", or the "published" ones of Adi et al.
+        selection: which weights a run ends with.
+        validation: share of the training images that is held out; nothing is, if weights are
+            selected on test images.
+        train_images: at most so many images to train on, by architecture; others have all.
+        transfer_images: at most so many images of the other task.
+        attack_images: at most so many training images for attackers.
+        fake_images: at most so many test images for each random passport of fake1.
+        settings: other settings than the catalog's, by scheme.
+    """
+
+    name: str
+    summary: str
+    embed: Recipe
+    transfer: Recipe
+    attackers: Budget
+    tasks: tuple[str, ...] = ("cifar10", "cifar100")
+    targets: tuple[str, ...] = ("cifar10", "cifar100", "caltech101")
+    architectures: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: {"alexnet": {}, "resnet18": {}}
+    )
+    transfer_epochs: Mapping[str, int] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0,)
+    fakes: int = 50
+    passports: str = "derived"
+    triggers: str = "derived"
+    selection: str = "last"
+    validation: float = 0.05
+    train_images: Mapping[str, int] = field(default_factory=dict)
+    transfer_images: int | None = None
+    attack_images: int | None = None
+    fake_images: int | None = None
+    settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("passports", PASSPORTS), ("selection", SELECTIONS)):
+            if getattr(self, name) not in allowed:
+                raise BadRecipeError(
+                    f"{name} {getattr(self, name)!r} is unknown; it is one of: {', '.join(allowed)}"
+                )
+
+    def with_seeds(self, seeds: tuple[int, ...]) -> "Plan":
+        """The same plan for other seeds; cells do not depend on what other seeds there are."""
+        return dataclasses.replace(self, seeds=seeds) if seeds else self
+
+
+_PUBLISHED_SETTINGS = {name: {"decay": 1e-5} for name in ("passport-v1", "passport-v2")} | {
+    "passport-v3": {"decay": 1e-5, "triggers_per_step": 2}
+}
+_FOUR_TRIGGERS = {name: {"triggers_per_step": 4} for name in ("adi", "passport-v3")}
+
+PAPER = Plan(
+    "paper",
+    "the code of 2019: 200 epochs, passports from test images, the best epoch on test images",
+    embed=dataclasses.replace(RECIPES["paper"], keep_best=True),
+    transfer=Recipe(epochs=100, rate=0.01, schedule="constant"),
+    attackers=Budget(epochs=100, batch=64),
+    architectures={"alexnet": {}, "resnet18": {"residual": "relu-before-addition"}},
+    seeds=(0, 1, 2, 3, 4),
+    passports="shuffle-test",
+    triggers="published",
+    selection="best-on-test",
+    settings=_PUBLISHED_SETTINGS,
+)
+SOUND = dataclasses.replace(
+    PAPER,
+    name="sound",
+    summary="the same budget; keys derived from seeds, a validation split, nothing of the test set",
+    architectures={"alexnet": {}, "resnet18": {}},
+    passports="derived",
+    triggers="derived",
+    selection="best-on-validation",
+    settings={},
+)
+SHORT = Plan(
+    "short",
+    "one cycle of 5 epochs, for two processor cores: minutes to an hour a network",
+    embed=dataclasses.replace(RECIPES["short"], epochs=5, precision="bfloat16"),
+    transfer=Recipe(epochs=2, rate=0.01, schedule="constant", precision="bfloat16"),
+    transfer_epochs={"caltech101": 4},
+    attackers=Budget(epochs=2, batch=64, precision="bfloat16"),
+    tasks=("cifar10",),
+    train_images={"resnet18": 5_000},
+    transfer_images=20_000,
+    attack_images=10_000,
+    fake_images=1_000,
+    settings=_FOUR_TRIGGERS,
+)
+GPU_SHORT = Plan(
+    "gpu-short",
+    "one cycle of 30 epochs in large batches, compiled: minutes a network on an H100",
+    embed=Recipe(
+        epochs=30,
+        batch=512,
+        rate=0.2,
+        schedule="one-cycle",
+        nesterov=True,
+        precision="bfloat16",
+        compile=True,
+    ),
+    transfer=Recipe(
+        epochs=15, batch=256, rate=0.04, schedule="one-cycle", precision="bfloat16", compile=True
+    ),
+    attackers=Budget(epochs=20, batch=256, precision="bfloat16"),
+    seeds=(0, 1, 2),
+    settings={name: {"triggers_per_step": 16} for name in ("adi", "passport-v3")},
+)
+TRIAL = Plan(
+    "trial",
+    "scikit-learn's embedded digits and narrow networks: a few minutes, to see it work",
+    embed=Recipe(epochs=6, batch=64, rate=0.05, schedule="one-cycle", augment=False),
+    transfer=Recipe(epochs=3, batch=64, rate=0.02, schedule="one-cycle", augment=False),
+    attackers=Budget(epochs=2, batch=64),
+    tasks=("digits",),
+    targets=("digits-halves",),
+    architectures={"alexnet": {"width": 0.25}},
+    fakes=5,
+    attack_images=500,
+    settings=_FOUR_TRIGGERS | {"uchida": {"strength": 0.05}},
+)
+PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (SHORT, PAPER, SOUND, GPU_SHORT, TRIAL)}
+
+
+def plan_named(name: str) -> Plan:
+    """The plan of this name.
+
+    Raises:
+        BadRecipeError: there is none.
+    """
+    if name not in PLANS:
+        raise BadRecipeError(f"recipe {name!r} is unknown; there are: {', '.join(PLANS)}")
+    return PLANS[name]

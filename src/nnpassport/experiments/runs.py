@@ -1,0 +1,289 @@
+"""One cell, run: a network trained, transferred or attacked, and what was measured."""
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnpassport import ownership, verification
+from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
+from nnpassport.attacks.removal import fine_tune, with_head
+from nnpassport.audit.run import attempt, before_attacks
+from nnpassport.audit.subject import Subject
+from nnpassport.catalog import scheme_named, with_settings
+from nnpassport.checkpoint import load_model, save_model
+from nnpassport.config import ModelConfig
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.imageset import generator_for
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.experiments.cells import (
+    Cell,
+    embed_recipe,
+    settings_of,
+    transfer_recipe,
+)
+from nnpassport.experiments.store import Store
+from nnpassport.experiments.tasks import images_of, published_triggers
+from nnpassport.fidelity import accuracy
+from nnpassport.files import write_atomically
+from nnpassport.provenance import provenance
+from nnpassport.scheme import UnreadableDataError, UnreadableModelError, Verdict
+from nnpassport.schemes.drawn import shuffled_passports, with_passports
+from nnpassport.schemes.protocol import Scheme
+from nnpassport.schemes.triggers import answers_to
+from nnpassport.training import Journal, Progress
+
+Show = Callable[[Progress], None]
+_BEGUN = "begun.json"
+
+
+def run(cell: Cell, store: Store, show: Show = lambda _: None) -> dict[str, Any]:
+    """The cell's result: read if it was run, else run now, after what it needs.
+
+    A training that was interrupted goes on from its last checkpoint.
+    """
+    kept = store.read(cell)
+    if kept is not None:
+        return kept
+    for needed in cell.needs:
+        if not (store.folder(needed) / "config.json").exists():
+            _train(needed, store, show)
+    begun = time.monotonic()
+    works = {"train": _train, "transfer": _transfer}
+    result = works.get(cell.work, _attack)(cell, store, show)
+    return store.keep(cell, result, begun)
+
+
+def _train(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
+    """Train the cell's network into its folder; what it reaches, and what it carries."""
+    plan, network, folder = cell.plan, cell.network, store.folder(cell)
+    sets, recipe = _sets(cell, store), embed_recipe(plan, network)
+    _note_beginning(folder)
+    journal = Journal(folder / "training", resume=True, show=show)
+    config = ModelConfig(
+        architecture=network.architecture,
+        arguments={
+            "classes": len(sets.train.classes),
+            "norm": network.norm,
+            **plan.architectures[network.architecture],
+        },
+        classes=sets.train.classes,
+        input_size=(3, *sets.train.images.shape[2:]),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    key = _key(cell, store, config) if network.scheme else None
+    if key is None:
+        done = ownership.train(folder, config, sets, recipe, journal=journal)
+    else:
+        scheme = _scheme(cell)
+        done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
+        _release(folder, scheme, key)
+    counts = {"train_images": len(sets.train), "test_images": len(sets.test or ())}
+    result = {"metrics": dict(done.metrics), **counts, **_speed(folder)}
+    result["begun"] = json.loads((folder / _BEGUN).read_text())
+    return result if key is None else {**result, "marks": _marks(_subject(cell, store))}
+
+
+def _transfer(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
+    """Table 2, and Table 1: fine-tune to another task, and read the marks before and after.
+
+    Keys that are forged are forged before the transfer. Triggers are asked with the original head,
+    and a forged passport's bits are read by its own forger's key.
+    """
+    subject, target = _subject(cell, store), images_of(store.data, cell.target)
+    train = target.train.at_most(cell.plan.transfer_images, seed=cell.network.seed)
+    recipe, normalise = transfer_recipe(cell), subject.normalise
+    forged = _forged(cell, subject)
+    tuned = fine_tune(subject.model, train, recipe, normalise=normalise, form="rtal").model
+    original_head = with_head(tuned, subject.model)
+    return {
+        "accuracy": accuracy(tuned, target.test, normalise),
+        "source_accuracy": accuracy(subject.model, _test(subject), normalise),
+        "train_images": len(train),
+        "test_images": len(target.test),
+        "marks_before": _marks(subject) | _read_all(forged, subject, subject.model),
+        "marks": _marks(replace(subject, model=original_head))
+        | _read_all(forged, subject, original_head),
+    }
+
+
+def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
+    """An attack of the audit's table, at each strength."""
+    subject = _subject(cell, store)
+    if cell.work == "fake1":
+        limited = _test(subject).at_most(cell.plan.fake_images, seed=0)
+        subject = replace(subject, test=limited)
+    before = before_attacks(subject)
+    entries = [attempt(subject, cell.work, strength, before) for strength in cell.strengths]
+    return {
+        "before": before,
+        "entries": entries,
+        "genuine": _genuine(subject),
+        "train_images": len(subject.images()),
+        "test_images": len(_test(subject)),
+    }
+
+
+def _genuine(subject: Subject) -> float | None:
+    """Accuracy with the owner's own passports presented, on the same images."""
+    if subject.key is None or not subject.key.context.layers:
+        return None
+    test, normalise = _test(subject), subject.normalise
+    return subject.scheme.fidelity(subject.model, subject.key, test, normalise)
+
+
+def _sets(cell: Cell, store: Store) -> ownership.Sets:
+    images = images_of(store.data, cell.network.task)
+    seed, plan = cell.network.seed, cell.plan
+    train = images.train.at_most(plan.train_images.get(cell.network.architecture), seed=0)
+    if plan.selection == "best-on-test":
+        return ownership.Sets(train, images.test, images.test, Normalisation.measured(train))
+    return ownership.divide(train, images.test, validation=plan.validation, seed=seed)
+
+
+def _scheme(cell: Cell) -> Scheme:
+    scheme = scheme_named(cell.network.scheme)
+    return with_settings(scheme, **settings_of(cell.plan, scheme.name))
+
+
+def _key(cell: Cell, store: Store, config: ModelConfig) -> Key:
+    """The owner's key: that of the folder, or a new one as the plan wants it."""
+    path = store.folder(cell) / "owner.key"
+    if path.exists():
+        return load_key(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = ownership.draw_key(config, cell.network.scheme, owner="reproduction")
+    if key.context.layers and cell.network.scheme.startswith("passport"):
+        key = _with_plan_passports(key, cell, store)
+    if key.context.triggers is not None and cell.plan.triggers == "published":
+        key = ownership.with_trigger_file(key, published_triggers(store.data))
+    save_key(key, path)
+    return key
+
+
+def _with_plan_passports(key: Key, cell: Cell, store: Store) -> Key:
+    if cell.plan.passports == "derived":
+        return key
+    (plain,) = cell.needs
+    loaded = load_model(store.folder(plain))
+    task = images_of(store.data, cell.network.task)
+    images = task.test if cell.plan.passports == "shuffle-test" else task.train
+    rng = generator_for("passports", cell.network.seed)
+    picked = torch.randperm(len(images), generator=rng)[:40]
+    inputs = Normalisation(loaded.config.mean, loaded.config.std)(images.images[picked])
+    names = [layer.name for layer in key.context.layers]
+    passports = shuffled_passports(
+        loaded.model,
+        names,
+        inputs[:20],
+        inputs[20:],
+        rng,
+        batch_statistics=cell.plan.passports == "shuffle-test",
+    )
+    return with_passports(key, passports, rng)
+
+
+def _release(folder: Path, scheme: Scheme, key: Key) -> None:
+    """The plain network that leaves the house, whatever became of the mark: that is measured."""
+    loaded = load_model(folder)
+    scheme.insert(loaded.model, key, torch.zeros(2, *loaded.config.input_size))
+    released = scheme.released(loaded.model)
+    save_model(folder / "released", released, dataclasses.replace(loaded.config, notes={}))
+
+
+def _subject(cell: Cell, store: Store) -> Subject:
+    """The released network of this cell, for its attackers."""
+    folder = store.folder(cell)
+    released = folder / "released" if cell.network.scheme else folder
+    loaded = load_model(released)
+    images = images_of(store.data, cell.network.task)
+    config, key = loaded.config, None
+    if cell.network.scheme:
+        key = load_key(folder / "owner.key")
+        if key.context.scheme != cell.network.scheme:
+            raise UnreadableModelError(f"{folder} holds a key of another scheme; remove the folder")
+    return Subject(
+        model=loaded.model.eval(),
+        config=config,
+        scheme=_scheme(cell) if key is not None else scheme_named("passport-v2"),
+        normalise=Normalisation(config.mean, config.std),
+        key=key,
+        test=images.test,
+        train=images.train.at_most(cell.plan.attack_images, seed=cell.network.seed),
+        budget=cell.plan.attackers,
+        seed=cell.network.seed,
+    )
+
+
+def _test(subject: Subject) -> ImageSet:
+    if subject.test is None:  # `_subject` gives one
+        raise UnreadableDataError("there are no test images; needed: some to measure on")
+    return subject.test
+
+
+def _forged(cell: Cell, subject: Subject) -> dict[str, Key]:
+    """Keys that somebody forged on the network: Table 1's for the baselines."""
+    rng, example = subject.rng("forgery"), subject.example
+    if cell.network.scheme == "adi":
+        key = forge_triggers(
+            subject.model, subject.scheme, example, rng, normalise=subject.normalise
+        ).key
+        return {"forged": key}
+    if cell.network.scheme == "uchida":
+        gradient = forge_uchida_by_gradient(subject.model, subject.scheme, example, rng)
+        closed = forge_uchida(subject.model, subject.scheme, example, rng)
+        return {"forged": gradient.key, "forged in closed form": closed.key}
+    return {}
+
+
+def _marks(subject: Subject) -> dict[str, Any]:
+    """What V reads of the owner's mark: bits of the weights, answers to triggers."""
+    key, found = subject.key, {}
+    if key is None:
+        return {}
+    if subject.scheme.reads_weights:
+        found["bits"] = _facts(subject.scheme.verify(subject.model.state_dict(), key))
+    if key.context.triggers is not None:
+        answers = answers_to(key, subject.model, subject.normalise)
+        found["triggers"] = _facts(subject.scheme.verify_answers(answers, key))
+    return found
+
+
+def _read_all(keys: Mapping[str, Key], subject: Subject, model: nn.Module) -> dict[str, Any]:
+    return {
+        name: _facts(verification.verify_model(model, subject.normalise, key))
+        for name, key in keys.items()
+    }
+
+
+def _facts(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "bits": verdict.bits,
+        "matches": verdict.matches,
+        "log10_p_value": verdict.log10_p_value,
+        "accepted": verdict.accepted,
+    }
+
+
+def _speed(folder: Path) -> dict[str, float]:
+    """Median training speed, from the journal."""
+    lines = (folder / "training" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    speeds = [each["images_per_second"] for each in found if "images_per_second" in each]
+    return {"images_per_second": round(statistics.median(speeds), 1)} if speeds else {}
+
+
+def _note_beginning(folder: Path) -> None:
+    """By what a network was begun: an interrupted run may be ended by another commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / _BEGUN).exists():
+        write_atomically(folder / _BEGUN, (json.dumps(provenance()) + "\n").encode())
