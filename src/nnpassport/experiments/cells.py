@@ -76,11 +76,14 @@ class Cell:
     @property
     def needs(self) -> tuple["Cell", ...]:
         """Cells whose networks it starts from."""
-        if self.work != "train":
-            return (self.trains,)
-        if self.network.scheme.startswith("passport") and self.plan.passports != "derived":
-            return (Cell(self.plan, self.network._replace(scheme="")),)
-        return ()
+        own = () if self.work == "train" else (self.trains,)
+        drawn = self.network.scheme.startswith("passport") and self.plan.passports != "derived"
+        return (*own, self.plain) if drawn and self.work in {"train", "fake1"} else own
+
+    @property
+    def plain(self) -> "Cell":
+        """The cell that trains the plain network beside this one, which passports are drawn in."""
+        return Cell(self.plan, self.network._replace(scheme=""))
 
     @property
     def inputs(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def waves(cells: Iterable[Cell], store: Store) -> list[list[Cell]]:
     while todo:
         found.insert(0, todo)
         needed = (each for cell in todo.values() for each in cell.needs)
-        todo = {c.name: c for c in needed if not (store.folder(c) / "config.json").exists()}
+        todo = {c.name: c for c in needed if not store.ready(c)}
     earlier: set[str] = set()
     ordered = []
     for wave in found:

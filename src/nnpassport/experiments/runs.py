@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnpassport import ownership, verification
 from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
+from nnpassport.attacks.outcome import Forged, stopwatch
+from nnpassport.attacks.passports import draw_template, forged
 from nnpassport.attacks.removal import fine_tune, with_head
-from nnpassport.audit.run import attempt, before_attacks
+from nnpassport.audit.run import attempt, before_attacks, measured
 from nnpassport.audit.subject import Subject
 from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.checkpoint import load_model, save_model
@@ -54,7 +56,7 @@ def run(cell: Cell, store: Store, show: Show = lambda _: None) -> dict[str, Any]
     if kept is not None:
         return kept
     for needed in cell.needs:
-        if not (store.folder(needed) / "config.json").exists():
+        if not store.ready(needed):
             _train(needed, store, show)
     begun = time.monotonic()
     works = {"train": _train, "transfer": _transfer}
@@ -123,7 +125,10 @@ def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
         limited = _test(subject).at_most(cell.plan.fake_images, seed=0)
         subject = replace(subject, test=limited)
     before = before_attacks(subject)
-    entries = [attempt(subject, cell.work, strength, before) for strength in cell.strengths]
+    if cell.work == "fake1" and cell.plan.passports != "derived":
+        entries = [_redrawn(cell, store, subject, number, before) for number in cell.strengths]
+    else:
+        entries = [attempt(subject, cell.work, strength, before) for strength in cell.strengths]
     return {
         "before": before,
         "entries": entries,
@@ -131,6 +136,18 @@ def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
         "train_images": len(subject.images()),
         "test_images": len(_test(subject)),
     }
+
+
+def _redrawn(
+    cell: Cell, store: Store, subject: Subject, number: float, before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """fake1 where the owner's passports are activations: others, drawn in the same way."""
+    stop, rng = stopwatch("W"), subject.rng(f"redrawn {number}")
+    template = draw_template(subject.scheme, subject.model, subject.example, rng)
+    passports = _shuffled(template, cell, store, rng)
+    key = forged(template, passports, subject.model.state_dict())
+    outcome = Forged(subject.model, key, stop())
+    return measured(subject, "fake1", number, outcome, before)
 
 
 def _genuine(subject: Subject) -> float | None:
@@ -173,23 +190,25 @@ def _key(cell: Cell, store: Store, config: ModelConfig) -> Key:
 def _with_plan_passports(key: Key, cell: Cell, store: Store) -> Key:
     if cell.plan.passports == "derived":
         return key
-    (plain,) = cell.needs
-    loaded = load_model(store.folder(plain))
+    rng = generator_for("passports", cell.network.seed)
+    return with_passports(key, _shuffled(key, cell, store, rng), rng)
+
+
+def _shuffled(key: Key, cell: Cell, store: Store, rng: torch.Generator) -> dict[str, Tensor]:
+    """Passports as in the paper: activations of 20 and 20 images in the plain network."""
+    loaded = load_model(store.folder(cell.plain))
     task = images_of(store.data, cell.network.task)
     images = task.test if cell.plan.passports == "shuffle-test" else task.train
-    rng = generator_for("passports", cell.network.seed)
     picked = torch.randperm(len(images), generator=rng)[:40]
     inputs = Normalisation(loaded.config.mean, loaded.config.std)(images.images[picked])
-    names = [layer.name for layer in key.context.layers]
-    passports = shuffled_passports(
+    return shuffled_passports(
         loaded.model,
-        names,
+        [layer.name for layer in key.context.layers],
         inputs[:20],
         inputs[20:],
         rng,
         batch_statistics=cell.plan.passports == "shuffle-test",
     )
-    return with_passports(key, passports, rng)
 
 
 def _release(folder: Path, scheme: Scheme, key: Key) -> None:

@@ -44,6 +44,12 @@ class Store:
         """Whether the cell was run."""
         return self.path(cell).exists()
 
+    def ready(self, cell: Cell) -> bool:
+        """Whether the network of this cell is there, trained to its end and released."""
+        folder = self.folder(cell)
+        last = folder / "released" if cell.network.scheme else folder
+        return (last / "config.json").exists()
+
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """What is known of the cell, or None where it was not run.
 
