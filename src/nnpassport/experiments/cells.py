@@ -81,6 +81,11 @@ class Cell:
         return (*own, self.plain) if drawn and self.work in {"train", "fake1"} else own
 
     @property
+    def tested(self) -> int | None:
+        """At most so many test images say what an attack leaves and wins; None is all of them."""
+        return self.plan.fake_images if self.work == "fake1" else self.plan.attack_test_images
+
+    @property
     def plain(self) -> "Cell":
         """The cell that trains the plain network beside this one, which passports are drawn in."""
         return Cell(self.plan, self.network._replace(scheme=""))
@@ -98,14 +103,12 @@ class Cell:
                 "recipe": _said(transfer_recipe(self)),
                 "images": self.plan.transfer_images,
             }
-        limits = {"train_images": self.plan.attack_images}
-        if self.work == "fake1":
-            limits["test_images"] = self.plan.fake_images
         return {
             **shared,
             "strengths": list(self.strengths),
             "attackers": self.plan.attackers._asdict(),
-            **limits,
+            "train_images": self.plan.attack_images,
+            "test_images": self.tested,
         }
 
 

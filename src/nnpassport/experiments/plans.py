@@ -43,7 +43,8 @@ class Plan:
         train_images: at most so many images to train on, by architecture; others have all.
         transfer_images: at most so many images of the other task.
         attack_images: at most so many training images for attackers.
-        fake_images: at most so many test images for each random passport of fake1.
+        attack_test_images: at most so many test images to measure what attacks leave and win.
+        fake_images: the same for each random passport of fake1.
         settings: other settings than the catalog's, by scheme.
     """
 
@@ -67,6 +68,7 @@ class Plan:
     train_images: Mapping[str, int] = field(default_factory=dict)
     transfer_images: int | None = None
     attack_images: int | None = None
+    attack_test_images: int | None = None
     fake_images: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -121,6 +123,7 @@ SHORT = Plan(
     train_images={"resnet18": 5_000},
     transfer_images=20_000,
     attack_images=10_000,
+    attack_test_images=2_000,
     fake_images=1_000,
     settings=_FOUR_TRIGGERS,
 )

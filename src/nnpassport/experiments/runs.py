@@ -121,9 +121,7 @@ def _transfer(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
 def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     """An attack of the audit's table, at each strength."""
     subject = _subject(cell, store)
-    if cell.work == "fake1":
-        limited = _test(subject).at_most(cell.plan.fake_images, seed=0)
-        subject = replace(subject, test=limited)
+    subject = replace(subject, test=_test(subject).at_most(cell.tested, seed=0))
     before = before_attacks(subject)
     if cell.work == "fake1" and cell.plan.passports != "derived":
         entries = [_redrawn(cell, store, subject, number, before) for number in cell.strengths]
