@@ -124,7 +124,7 @@ SHORT = Plan(
     transfer_images=20_000,
     attack_images=10_000,
     attack_test_images=2_000,
-    fake_images=1_000,
+    fake_images=500,
     settings=_FOUR_TRIGGERS,
 )
 GPU_SHORT = Plan(

@@ -109,13 +109,20 @@ def _transfer(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     original_head = with_head(tuned, subject.model)
     return {
         "accuracy": accuracy(tuned, target.test, normalise),
-        "source_accuracy": accuracy(subject.model, _test(subject), normalise),
+        "source_accuracy": _source_accuracy(cell, store, subject),
         "train_images": len(train),
         "test_images": len(target.test),
         "marks_before": _marks(subject) | _read_all(forged, subject, subject.model),
         "marks": _marks(replace(subject, model=original_head))
         | _read_all(forged, subject, original_head),
     }
+
+
+def _source_accuracy(cell: Cell, store: Store, subject: Subject) -> float:
+    trained = store.read(cell.trains)
+    if trained is not None:
+        return float(trained["result"]["metrics"]["accuracy"])
+    return accuracy(subject.model, _test(subject), subject.normalise)
 
 
 def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
