@@ -89,8 +89,9 @@ that was interrupted, what its images take at its speed.
 
 Table 2's goal is to lose no more than the paper's own distance to the plain network of the same
 norm. In Table 3, F passes if the forged passport costs at most ε_f of the network's own accuracy;
-"V as published" accepts a signature all of whose bits match, "V exact" one whose p-value is below
-the threshold, which only a key that is derived from a seed has."""
+"V as published" accepts a signature all of whose bits match, as those of a forger do who reads them
+off the network with his passport; "V exact" one whose p-value is below the threshold, which only a
+key that is derived from a seed has. fake3 without flips presents the owner's own bits."""
 
 
 def _section(findings: Findings, prose: Mapping[str, str], pictures: dict[str, bytes]) -> list[str]:
@@ -99,7 +100,7 @@ def _section(findings: Findings, prose: Mapping[str, str], pictures: dict[str, b
     for name, title in TITLES.items():
         if name in _TABLES:
             body = [table.markdown() for table in _TABLES[name](findings)]
-        elif name in figures.FIGURES:
+        elif name in figures.PANELS:
             body = _figure(findings, name, pictures)
         else:
             continue
@@ -108,7 +109,7 @@ def _section(findings: Findings, prose: Mapping[str, str], pictures: dict[str, b
 
 
 def _figure(findings: Findings, name: str, pictures: dict[str, bytes]) -> list[str]:
-    picture = figures.FIGURES[name](findings)
+    picture = figures.picture(findings, name)
     if picture is None:
         return [NOT_RUN]
     path = f"figures/{findings.plan.name}-{name}.svg"

@@ -45,38 +45,10 @@ class Curve(NamedTuple):
 
 
 Paint = Callable[["Axes"], None]
-Draw = Callable[[Findings, Group], Paint | None]
-
-
-def fig2(findings: Findings) -> bytes | None:
-    """Plain network, genuine passport, counterfeit ones; None where nothing was measured."""
-    return _picture(findings, "fig2", _fig2_panel)
-
-
-def fig3(findings: Findings) -> bytes | None:
-    """Accuracy and bits found by the share of the parameters that is pruned."""
-    return _picture(findings, "fig3", _fig3_panel)
-
-
-def fig4(findings: Findings) -> bytes | None:
-    """The valid passport, fake1 and fake2."""
-    return _picture(findings, "fig4", _fig4_panel)
-
-
-def fig5(findings: Findings) -> bytes | None:
-    """Accuracy of fake3 by the share of the bits that is flipped."""
-    return _picture(findings, "fig5", _fig5_panel)
-
-
-FIGURES: Mapping[str, Callable[[Findings], bytes | None]] = {
-    "fig2": fig2,
-    "fig3": fig3,
-    "fig4": fig4,
-    "fig5": fig5,
-}
 
 
 def _fig2_panel(findings: Findings, group: Group) -> Paint | None:
+    """Plain network, genuine passport, counterfeit ones."""
     plain = _trained(findings, group._replace(scheme=""), "accuracy")
     return _strips(
         [
@@ -88,6 +60,7 @@ def _fig2_panel(findings: Findings, group: Group) -> Paint | None:
 
 
 def _fig4_panel(findings: Findings, group: Group) -> Paint | None:
+    """The valid passport, fake1 and fake2."""
     trained = _forged(findings.carried_out(group, "fake2"))
     paper = reported.FAKE2.get((group.architecture, group.task))
     return _strips(
@@ -105,21 +78,26 @@ def _random(findings: Findings, group: Group) -> Strip:
 
 
 def _fig3_panel(findings: Findings, group: Group) -> Paint | None:
+    """Accuracy and bits found by the share of the parameters that is pruned."""
     points = findings.carried_out(group, "prune")
     if not points:
         return None
-    unpruned = {point.seed: point.own for point in points}
-    accuracy = [(0.0, 100 * own) for own in unpruned.values()]
+    unpruned = {point.seed: point.before for point in points}
+    accuracy = [(0.0, 100 * before["accuracy"]) for before in unpruned.values()]
     accuracy += [(p.strength, 100 * p.entry["accuracy"]) for p in points]
-    found = [(p.strength, _bits(p.entry)) for p in points]
+    found = [(0.0, _bits(before)) for before in unpruned.values()]
+    found += [(p.strength, _bits(p.entry)) for p in points]
     curves = (
         Curve("accuracy", accuracy, _ACCURACY, "o"),
         Curve("bits found", found, _BITS, "^", dashed=True),
     )
-    base = 100 * Sample(tuple(unpruned.values())).mean
+    base = Sample(tuple(value for _, value in accuracy[: len(unpruned)])).mean
 
     def draw(axes: "Axes") -> None:
         _curves(axes, curves)
+        axes.set_xlabel("share of the parameters pruned, %")
+        if group.task not in reported.TASKS:
+            return
         low, high = (base - loss for loss in reversed(reported.PRUNED_LOSS))
         at = 100 * reported.PRUNED_SHARE
         axes.plot(
@@ -131,12 +109,12 @@ def _fig3_panel(findings: Findings, group: Group) -> Paint | None:
             solid_capstyle="butt",
             label="paper, at 60 %: 5 to 25 points lost",
         )
-        axes.set_xlabel("share of the parameters pruned, %")
 
     return draw
 
 
 def _fig5_panel(findings: Findings, group: Group) -> Paint | None:
+    """Accuracy of fake3 by the share of the bits that is flipped."""
     points = findings.carried_out(group, "fake3")
     if not points:
         return None
@@ -151,6 +129,9 @@ def _fig5_panel(findings: Findings, group: Group) -> Paint | None:
     def draw(axes: "Axes") -> None:
         _curves(axes, (curve,))
         axes.axhline(base, color=_MUTED, lw=1, ls=(0, (4, 3)), label="the network itself")
+        axes.set_xlabel("share of the bits flipped, %")
+        if group.task not in reported.TASKS:
+            return
         there = [(100 * share, base + lost) for share, lost in reported.FAKE3.items()]
         axes.plot(
             *zip(*there, strict=True),
@@ -161,7 +142,6 @@ def _fig5_panel(findings: Findings, group: Group) -> Paint | None:
             color=_INK,
             label="paper, CIFAR-100: 5 and 50 points lost",
         )
-        axes.set_xlabel("share of the bits flipped, %")
 
     return draw
 
@@ -185,15 +165,18 @@ def _bits(entry: Entry) -> float:
     return 100 * owner["matches"] / owner["bits"]
 
 
-def _picture(findings: Findings, name: str, panel: Draw) -> bytes | None:
-    """One row of panels for each network and task of which anything was measured, as SVG."""
+def picture(findings: Findings, name: str) -> bytes | None:
+    """The figure as SVG; None where nothing of it was measured.
+
+    A row of panels for each network and task of which anything was: V1, V2 and V3.
+    """
     plan = findings.plan
     rows = []
     for architecture in plan.architectures:
         for task in plan.tasks:
             title = f"{ARCHITECTURES.get(architecture, architecture)}, {name_of(task)}"
             drawn = {
-                f"{title}: {column}": panel(findings, Group(architecture, task, *kind))
+                f"{title}: {column}": PANELS[name](findings, Group(architecture, task, *kind))
                 for column, kind in SCHEMES.items()
             }
             if any(drawn.values()):
@@ -233,6 +216,15 @@ def _figure(rows: Sequence[Mapping[str, Paint | None]]) -> "Figure":
         fontsize=9,
     )
     return figure
+
+
+PANELS: Mapping[str, Callable[[Findings, Group], Paint | None]] = {
+    "fig2": _fig2_panel,
+    "fig3": _fig3_panel,
+    "fig4": _fig4_panel,
+    "fig5": _fig5_panel,
+}
+"""What paints the panel of one scheme, or None where nothing of it was measured."""
 
 
 def _frame(axes: "Axes", title: str) -> None:

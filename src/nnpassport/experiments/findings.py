@@ -65,16 +65,22 @@ class Point(NamedTuple):
     """One attack at one strength on one network.
 
     Attributes:
-        own: the network's own accuracy on the images of the attack, in [0, 1].
+        before: what there was before, on the same images: accuracy in [0, 1], and marks.
         genuine: with its owner's passport presented.
         entry: as in an audit.
     """
 
     seed: int
     strength: float
-    own: float
+    before: Entry
     genuine: float | None
     entry: Entry
+
+    @property
+    def own(self) -> float:
+        """The network's own accuracy."""
+        accuracy: float = self.before["accuracy"]
+        return accuracy
 
 
 @final
@@ -112,7 +118,7 @@ class Findings:
             Point(
                 seed,
                 entry["strength"] or 0.0,
-                found["before"]["accuracy"],
+                found["before"],
                 found["genuine"],
                 entry,
             )

@@ -226,7 +226,7 @@ def _table3(findings: Findings, architecture: str, task: str) -> Table:
         *("forged passport", "published", f"F (ε = {tolerance:g} points)", "F in the paper"),
         *("bits not the owner's", "V as published", "V exact"),
     )
-    remarks = tuple(f"Impossible: {name}. {reason}." for name, reason in reasons.items())
+    remarks = tuple(f"Impossible: {name}: {reason}." for name, reason in reasons.items())
     return Table(_names(architecture, task), head, rows, remarks)
 
 
@@ -249,6 +249,8 @@ def _forged_rows(findings: Findings) -> list[tuple[str, str, tuple[float, ...] |
 
 def _reported_forgery(group: Group, work: str, share: float | None) -> tuple[str, str]:
     """Accuracy and outcome of F as published."""
+    if group.task not in reported.TASKS:
+        return NONE, NONE
     accuracy = NONE
     if work == "fake1" and group.task in reported.FAKE1:
         accuracy = f"{reported.FAKE1[group.task]:g}"
