@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
+from nnpassport.audit.table import ATTACKS
 from nnpassport.experiments.plans import Plan
 from nnpassport.training import Recipe
 
@@ -103,13 +104,11 @@ class Cell:
                 "recipe": _said(transfer_recipe(self)),
                 "images": self.plan.transfer_images,
             }
-        return {
-            **shared,
-            "strengths": list(self.strengths),
-            "attackers": self.plan.attackers._asdict(),
-            "train_images": self.plan.attack_images,
-            "test_images": self.tested,
-        }
+        shared |= {"strengths": list(self.strengths), "test_images": self.tested}
+        if "train" not in ATTACKS[self.work].needs:
+            return shared
+        attackers = self.plan.attackers._asdict()
+        return {**shared, "attackers": attackers, "train_images": self.plan.attack_images}
 
 
 def transfer_recipe(cell: Cell) -> Recipe:

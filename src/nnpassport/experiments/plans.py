@@ -122,8 +122,8 @@ SHORT = Plan(
     tasks=("cifar10",),
     train_images={"resnet18": 5_000},
     transfer_images=20_000,
-    attack_images=10_000,
-    attack_test_images=2_000,
+    attack_images=5_000,
+    attack_test_images=1_000,
     fake_images=500,
     settings=_FOUR_TRIGGERS,
 )
