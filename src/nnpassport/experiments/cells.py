@@ -96,7 +96,10 @@ class Cell:
         """All that its result depends on, as plain JSON values; the same inputs, the same cell."""
         if self.work == "train":
             return _training_inputs(self.plan, self.network)
-        shared = {"network": _training_inputs(self.plan, self.network), "work": self.work}
+        shared: dict[str, Any] = {
+            "network": _training_inputs(self.plan, self.network),
+            "work": self.work,
+        }
         if self.work == "transfer":
             return {
                 **shared,
