@@ -253,7 +253,14 @@ def _strip(axes: "Axes", line: int, strip: Strip) -> None:
     axes.axhline(line, color=_RULE, lw=0.8, zorder=1)
     heights = [line + 0.9 * offset for offset in stacked(strip.values, _LIMITS)]
     many = len(strip.values) > 1
-    axes.scatter(strip.values, heights, s=9 if many else 34, color=strip.colour, zorder=3, lw=0)
+    axes.scatter(
+        strip.values,
+        heights,
+        s=9 if len(strip.values) > 10 else 30,
+        color=strip.colour,
+        zorder=3,
+        lw=0,
+    )
     said = "not run"
     if strip.values:
         count = f", n={len(strip.values)}"
