@@ -82,7 +82,7 @@ def document(results: Path, plans: Iterable[Plan], prose: Mapping[str, str]) -> 
         findings = Findings(plan.with_seeds(_seeds(results, plan)), results)
         if findings:
             parts += _section(findings, prose, pictures)
-    parts += _table4(results, prose)
+    parts += _table4(prose)
     return Document("\n\n".join(parts) + "\n", pictures)
 
 
@@ -126,7 +126,7 @@ def _figure(findings: Findings, name: str, pictures: dict[str, bytes]) -> list[s
     return [f"![{TITLES[name]}]({path})", CAPTIONS[name]]
 
 
-def _table4(results: Path, prose: Mapping[str, str]) -> list[str]:
+def _table4(prose: Mapping[str, str]) -> list[str]:
     return [f"## {TITLES['table4']}", tables.table4().markdown(), *_note(prose, "table4", "")]
 
 

@@ -308,8 +308,8 @@ def _exact(forged: Sequence[Mapping[str, Any]]) -> str:
     return f"{said}: log₁₀ p = {signed(min(logs), 1)}" if logs else f"{said}: not derived"
 
 
-def table4(costs: Mapping[str, Any] | None = None) -> Table:
-    """What passports cost in time, reported; measured where there are costs."""
+def table4() -> Table:
+    """What passports cost in time, as reported."""
     rows = [
         (
             scheme,
