@@ -6,6 +6,7 @@ import re
 import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from matplotlib.figure import Figure
@@ -82,8 +83,10 @@ def attacked(*entries, own=0.80, genuine=0.79):
     return {"before": before, "entries": list(entries), "genuine": genuine, **counts}
 
 
-def page(store, plan=PLAN, prose=None):
-    return document(store.results, [plan], prose or {}).text
+def page(store, plan=PLAN):
+    """The page's text; pictures take most of the time, and have tests of their own."""
+    with mock.patch.object(figures, "picture", return_value=b""):
+        return document(store.results, [plan], {}).text
 
 
 def section(text, heading, of=""):
