@@ -82,6 +82,7 @@ MAY_IMPORT = {
     "judging": ALL,
     "probing": ALL,
     "publishing": ALL,
+    "reproducing": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},

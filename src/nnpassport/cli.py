@@ -11,7 +11,16 @@ from typing import Annotated
 
 import typer
 
-from nnpassport import __version__, attacking, claiming, inspecting, judging, probing, publishing
+from nnpassport import (
+    __version__,
+    attacking,
+    claiming,
+    inspecting,
+    judging,
+    probing,
+    publishing,
+    reproducing,
+)
 from nnpassport.options import (
     Architecture,
     Arguments,
@@ -337,6 +346,7 @@ app.command()(judging.judge)
 app.command()(probing.probe)
 app.command()(publishing.export)
 app.command()(publishing.package)
+app.command()(reproducing.reproduce)
 app.command()(attacking.attack)
 app.command("attacks")(attacking.list_attacks)
 app.command()(attacking.audit)

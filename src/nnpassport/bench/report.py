@@ -97,6 +97,7 @@ def collect(
     repeats: int = 7,
     warmup: int = 2,
     minutes: float = float("inf"),
+    memory: bool = True,
     show: Show = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Times and memory of the cells, and all ratios there are between them, as plain JSON values.
@@ -109,7 +110,7 @@ def collect(
     deadline = begun + 60 * minutes
     there = [cell for cell in cells if SLOW_REFERENCE.exists() or "slow" not in cell.network]
     entries = [_left_out(c, c.task, "needs a checkout") for c in cells if c not in there]
-    parts = _parts(there, repeats + warmup)
+    parts = [p for p in _parts(there, repeats + warmup) if memory or not p.of_memory]
     for i, part in enumerate(parts):
         now = time.monotonic()
         share = part.work / sum(later.work for later in parts[i:])

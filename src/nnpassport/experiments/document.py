@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnpassport.experiments import figures, tables
+from nnpassport.experiments import costs, figures, tables
 from nnpassport.experiments.findings import NOT_RUN, Entry, Findings, seconds
 from nnpassport.experiments.plans import Plan
 from nnpassport.files import write_atomically
@@ -82,7 +82,7 @@ def document(results: Path, plans: Iterable[Plan], prose: Mapping[str, str]) -> 
         findings = Findings(plan.with_seeds(_seeds(results, plan)), results)
         if findings:
             parts += _section(findings, prose, pictures)
-    parts += _table4(prose)
+    parts += _table4(results, prose)
     return Document("\n\n".join(parts) + "\n", pictures)
 
 
@@ -126,8 +126,21 @@ def _figure(findings: Findings, name: str, pictures: dict[str, bytes]) -> list[s
     return [f"![{TITLES[name]}]({path})", CAPTIONS[name]]
 
 
-def _table4(prose: Mapping[str, str]) -> list[str]:
-    return [f"## {TITLES['table4']}", tables.table4().markdown(), *_note(prose, "table4", "")]
+def _table4(results: Path, prose: Mapping[str, str]) -> list[str]:
+    path = results / costs.NAME
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    made = []
+    if known is not None:
+        source, batches = known["provenance"], known["numbers"]
+        sizes = {f"{e['architecture']} {e['batch']}, {e['precision']}" for e in batches}
+        made = [
+            "<sub>The middle half of the turns in brackets. Images a step: "
+            f"{'; '.join(sorted(sizes))}. {source['device']} ({source['threads']} thread); torch "
+            f"{source['torch']}; commit {str(source['commit'])[:7]}; {source['date']}; wall time "
+            f"{source['wall_seconds'] / 60:.0f} min.</sub>"
+        ]
+    table = tables.table4(known).markdown()
+    return [f"## {TITLES['table4']}", table, *made, *_note(prose, "table4", "")]
 
 
 def _recipe(plan: Plan) -> str:

@@ -18,7 +18,7 @@ from nnpassport.experiments.findings import (
 )
 
 TASKS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "caltech101": "Caltech-101"}
-ARCHITECTURES = {"alexnet": "AlexNet", "resnet18": "ResNet-18"}
+ARCHITECTURES = {"alexnet": "AlexNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
 _MANY = 10  # digits that a comparison of means ignores
 
 
@@ -308,21 +308,48 @@ def _exact(forged: Sequence[Mapping[str, Any]]) -> str:
     return f"{said}: log₁₀ p = {signed(min(logs), 1)}" if logs else f"{said}: not derived"
 
 
-def table4() -> Table:
-    """What passports cost in time, as reported."""
-    rows = [
-        (
-            scheme,
-            NOT_RUN,
-            f"+{cost.training[0]:g} … {cost.training[1]:g} %",
-            NOT_RUN,
-            f"+{cost.inference:g} %" if cost.inference else "none",
-            f"+{cost.resnet50:g} %",
-        )
-        for scheme, cost in reported.TABLE4.items()
-    ]
-    head = ("scheme", "training", "paper", "inference", "paper", "training of ResNet-50, paper")
-    return Table("More time than the plain network", head, rows)
+def table4(costs: Mapping[str, Any] | None) -> Table:
+    """What passports cost in time, measured (`costs.measure_costs`) and reported."""
+    measured = costs or {"ratios": [], "verification": {}}
+    ratios = {(r["architecture"], r["task"], r["ratio"]): r for r in measured["ratios"]}
+    rows = []
+    for architecture, title in ARCHITECTURES.items():
+        for scheme, cost in reported.TABLE4.items():
+            own = architecture == "resnet50"
+            spread = f"+{cost.training[0]:g} … {cost.training[1]:g} %"
+            answer = "V1 folded" if scheme == "V1" else "V2 released"
+            seconds = measured["verification"].get(architecture, {})
+            black = seconds.get(f"{scheme} by triggers")
+            rows.append(
+                (
+                    title,
+                    scheme,
+                    _more(ratios.get((architecture, "train", f"{scheme} / plain"))),
+                    _more(ratios.get((architecture, "train", f"slow {scheme} / plain"))),
+                    f"+{cost.resnet50:g} %" if own else spread,
+                    _more(ratios.get((architecture, "infer", f"{answer} / plain"))),
+                    _more(ratios.get((architecture, "infer", "V1 presented / plain")))
+                    if scheme == "V1"
+                    else NONE,
+                    f"+{cost.inference:g} %" if cost.inference else "none",
+                    (f"{seconds[scheme]:.2f} s" if scheme in seconds else NOT_RUN)
+                    + (f", by triggers {black:.2f} s" if black is not None else ""),
+                )
+            )
+    head = (
+        *("network", "scheme", "training", "training as in the published code", "paper"),
+        *("inference as released", "inference, passport presented", "paper", "verification"),
+    )
+    return Table("More time than the plain network of the same norm", head, rows)
+
+
+def _more(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return NOT_RUN
+    low, middle, high = (
+        100 * (ratio[part] - 1) for part in ("lower_quartile", "median", "upper_quartile")
+    )
+    return f"{middle:+.0f} % ({low:+.0f} … {high:+.0f}, n={ratio['n']})".replace("-", "−")
 
 
 def name_of(task: str) -> str:
