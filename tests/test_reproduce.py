@@ -1,0 +1,230 @@
+"""Cells that are known by their inputs, run once, resumed, and sent to other processes."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from nnpassport.cli import app
+from nnpassport.evidence.keyfile import load_key
+from nnpassport.experiments import contents, costs, estimate, grid, plans, runs, tasks
+from nnpassport.experiments.cells import Cell, Network
+from nnpassport.experiments.store import Store
+from nnpassport.scheme import BadRecipeError, UnreadableDataError
+
+TINY = replace(
+    plans.TRIAL,
+    name="tiny",
+    embed=replace(plans.TRIAL.embed, epochs=1),
+    transfer=replace(plans.TRIAL.transfer, epochs=1),
+    architectures={"alexnet": {"width": 0.125}},
+    train_images={"alexnet": 256},
+    transfer_images=128,
+    fakes=2,
+    attack_images=64,
+    attack_test_images=50,
+    fake_images=50,
+)
+PLAIN = Network("alexnet", "digits", "", "group", 0)
+V2 = PLAIN._replace(scheme="passport-v2")
+UCHIDA = PLAIN._replace(scheme="uchida", norm="batch")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "results", tmp_path / "networks", None)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Cell(replace(TINY, embed=replace(TINY.embed, epochs=2)), V2),
+        Cell(replace(TINY, passports="shuffle-train"), V2),
+        Cell(replace(TINY, train_images={}), V2),
+        Cell(replace(TINY, settings={"passport-v2": {"decay": 1e-5}}), V2),
+        Cell(replace(TINY, architectures={"alexnet": {"width": 0.25}}), V2),
+        Cell(TINY, V2._replace(seed=1)),
+        Cell(TINY, PLAIN),
+    ],
+)
+def test_other_inputs_are_another_cell(other):
+    assert other.name != Cell(TINY, V2).name
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        Cell(replace(TINY, name="renamed", summary="the same"), V2),
+        Cell(TINY.with_seeds((0, 1, 2)), V2),
+        Cell(replace(TINY, fakes=50, attackers=plans.Budget(9, 9)), V2),
+        Cell(replace(TINY, triggers="published"), V2),
+    ],
+)
+def test_what_a_cell_does_not_depend_on_does_not_change_it(same):
+    assert same.name == Cell(TINY, V2).name
+
+
+def test_an_attack_depends_on_what_it_uses_alone():
+    richer = replace(TINY, attackers=plans.Budget(9, 9), attack_images=None)
+    assert Cell(TINY, V2, "prune", strengths=(0.5,)) != Cell(richer, V2, "prune", strengths=(0.5,))
+    for work, same in (("prune", True), ("solve", True), ("fake2", False), ("fake3", False)):
+        mine, theirs = (Cell(plan, V2, work, strengths=(0.5,)) for plan in (TINY, richer))
+        assert (mine.name == theirs.name) is same, work
+
+
+def test_cells_that_are_needed_come_first(store):
+    paper = replace(TINY, passports="shuffle-test")
+    cells = [Cell(paper, V2, "fake1", strengths=(0.0,)), Cell(paper, V2)]
+    assert [[cell.slug for cell in wave] for wave in grid.waves(cells, store)] == [
+        ["alexnet-digits-plain-group-0"],
+        ["alexnet-digits-v2-group-0"],
+        ["alexnet-digits-v2-group-0-fake1"],
+    ]
+
+
+def test_every_table_and_figure_has_cells_and_shares_them():
+    everything = contents.cells_of(plans.SHORT, tuple(contents.CONTENTS))
+    assert len({cell.name for cell in everything}) == len(everything)
+    for part in contents.CONTENTS:
+        own = contents.cells_of(plans.SHORT, (part,))
+        assert own
+        assert {cell.name for cell in own} <= {cell.name for cell in everything}
+    shares = [c.strengths for c in contents.cells_of(plans.SHORT, ("fig5",))]
+    assert {share for (share,) in shares} == {0.0, 0.1, 0.25, 0.5, 0.75, 1.0}
+    with pytest.raises(BadRecipeError, match="table9"):
+        contents.cells_of(plans.SHORT, ("table9",))
+
+
+def test_a_cell_is_run_once_goes_on_where_it_stopped_and_holds_no_secret(store, monkeypatch):
+    cell, attack = Cell(TINY, V2), Cell(TINY, V2, "transfer", "digits-halves")
+
+    def stop(progress):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(attack, store, stop)
+    key_file = store.folder(cell) / "owner.key"
+    before = key_file.read_bytes()
+    assert not store.ready(cell)
+
+    assert grid.run_grid([cell, attack], store) == []
+    assert key_file.read_bytes() == before  # an interrupted run keeps its owner
+    files = {path: path.stat().st_mtime_ns for path in store.results.rglob("*.json")}
+    assert len(files) == 2
+
+    monkeypatch.setattr(runs, "_train", None)
+    monkeypatch.setattr(runs, "_transfer", None)
+    assert grid.run_grid([cell, attack], store) == []
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+    key, texts = load_key(key_file), "".join(path.read_text() for path in files)
+    result = store.read(cell)
+    assert result["result"]["marks"]["bits"]["bits"] == sum(x.length for x in key.context.layers)
+    assert result["provenance"]["torch"]
+    signs = [str(int(sign)) for sign in key.layer_signs(key.context.layers[0].name)]
+    for secret in (key.seed.hex(), key.context.nonce.hex(), ", ".join(signs[:8])):
+        assert secret not in texts
+
+
+def test_results_of_others_are_refused(store):
+    cell = Cell(TINY, V2)
+    store.keep(cell, {"metrics": {}}, 0.0)
+    path = store.path(cell)
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | {"inputs": entry["inputs"] | {"seed": 5}}))
+    with pytest.raises(UnreadableDataError, match="inputs"):
+        store.read(cell)
+    path.write_text("{")
+    with pytest.raises(UnreadableDataError, match="no JSON"):
+        store.read(cell)
+
+
+def test_a_cell_that_cannot_be_run_does_not_stop_the_others(store):
+    absent = Cell(TINY, PLAIN._replace(task="cifar10"))
+    (failure,) = grid.run_grid([absent, Cell(TINY, UCHIDA)], store)
+    assert failure.cell is absent
+    assert "cifar10-train-*.parquet" in failure.reason
+    assert store.done(Cell(TINY, UCHIDA))
+
+
+def test_forged_marks_of_a_baseline_are_read_before_and_after_a_transfer(store):
+    cell = Cell(TINY, UCHIDA, "transfer", "digits-halves")
+    assert grid.run_grid([cell], store) == []
+    result = store.read(cell)["result"]
+    assert set(result["marks"]) == {"bits", "forged", "forged in closed form"}
+    closed = result["marks_before"]["forged in closed form"]
+    assert closed["matches"] == closed["bits"]
+    assert closed["log10_p_value"] is None
+    assert result["marks"]["bits"]["log10_p_value"] < 0
+    assert result["test_images"] == len(tasks.images_of(None, "digits-halves").test)
+
+
+def test_a_grid_on_a_cluster(store, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    cells = [Cell(TINY.with_seeds((0, 1)), PLAIN._replace(seed=seed)) for seed in (0, 1)]
+    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    monkeypatch.setattr(grid, "run", None)  # so that nothing can be run in this process
+    with (
+        distributed.LocalCluster(processes=True, **settings) as cluster,
+        distributed.Client(cluster),
+    ):
+        assert grid.run_grid(cells, store, jobs=2, backend="dask") == []
+    assert all(store.done(cell) for cell in cells)
+
+
+def test_backends_that_are_not_there_are_named(store):
+    with pytest.raises(BadRecipeError, match="loky, dask, ray"):
+        grid.run_grid([Cell(TINY, PLAIN)], store, jobs=2, backend="slurm")
+
+
+def test_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(plans.PLANS, "tiny", TINY)
+    given = ["reproduce", "table1", "--recipe", "tiny", "--results", str(tmp_path / "results")]
+    given += ["--networks", str(tmp_path / "networks"), "--json"]
+    run = CliRunner()
+
+    said = run.invoke(app, [*given, "--dry-run"])
+    assert said.exit_code == 0, said.output
+    planned = json.loads(said.stdout)
+    assert {row["state"] for row in planned["cells"]} == {"to run"}
+    assert len(planned["cells"]) == 4
+    assert all(row["seconds"] > 0 for row in planned["cells"])
+    assert not (tmp_path / "results").exists()
+
+    said = run.invoke(app, given)
+    assert said.exit_code == 0, said.output
+    assert json.loads(said.stdout)["done"] == 4
+    page = (tmp_path / "results" / "reproduction.md").read_text()
+    assert "Uchida" in page
+    assert "not run" in page  # Table 2
+
+    again = json.loads(run.invoke(app, [*given, "--dry-run"]).stdout)
+    assert {row["state"] for row in again["cells"]} == {"done"}
+
+    wrong = run.invoke(app, ["reproduce", "table1", "--recipe", "nonsense"])
+    assert isinstance(wrong.exception, BadRecipeError)
+    absent = run.invoke(app, [*given[:2], "--results", str(tmp_path / "r"), "--json"])
+    assert absent.exit_code == 2
+    assert "cifar10-train" in absent.output
+
+
+def test_an_estimate_follows_the_images(store):
+    some, more = (
+        Cell(replace(TINY, train_images={"alexnet": count}), PLAIN) for count in (200, 1200)
+    )
+    found = estimate.seconds([some, more], store)
+    assert found[more.name] > found[some.name] > 0
+    absent = Cell(TINY, PLAIN._replace(task="cifar10"))
+    assert estimate.seconds([absent], store) == {absent.name: None}
+
+
+def test_costs_are_measured_once_and_quick_ones_are_not_taken_for_them(tmp_path):
+    report = costs.measure_costs(tmp_path, quick=True)
+    found = {(r["task"], r["ratio"]) for r in report["ratios"]}
+    for scheme in ("V1", "V2", "V3"):
+        assert ("train", f"{scheme} / plain") in found
+        assert report["verification"]["alexnet"][scheme] > 0
+    assert {("infer", "V1 presented / plain"), ("infer", "V2 released / plain")} <= found
+    assert not (tmp_path / costs.NAME).exists()
+    assert costs.measure_costs(tmp_path, quick=True) == report
