@@ -224,7 +224,9 @@ def _forgery(
 ) -> dict[str, Any]:
     """After a forgery: what the paper's verification says of the key, and what the exact one."""
     scheme, key, test = subject.scheme, outcome.key, _test(subject)
-    shown = accuracy(outcome.model, test, subject.normalise)
+    # Most forgers show the network as it is, and its accuracy on these images is known.
+    same = _same(outcome.model, subject.model)
+    shown = target if same else accuracy(outcome.model, test, subject.normalise)
     if by_answers:  # triggers alone were forged: nothing is presented to the network
         answers = answers_to(key, outcome.model, subject.normalise)
         verdict, reached = scheme.verify_answers(answers, key), shown
@@ -249,6 +251,11 @@ def _forgery(
             "differs_from_owner": _difference(subject.key, key),
         },
     }
+
+
+def _same(shown: nn.Module, given: nn.Module) -> bool:
+    mine, theirs = shown.state_dict(), given.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
 def _difference(owner: Key | None, forged: Key) -> float | None:
