@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from nnpassport import training
 from nnpassport.cli import app
 from nnpassport.evidence.keyfile import load_key
-from nnpassport.experiments import contents, costs, estimate, grid, plans, runs, tasks
+from nnpassport.experiments import contents, costs, estimate, grid, plans, runs, speed, tasks
 from nnpassport.experiments.cells import Cell, Network
 from nnpassport.experiments.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError
@@ -228,3 +230,30 @@ def test_costs_are_measured_once_and_quick_ones_are_not_taken_for_them(tmp_path)
     assert {("infer", "V1 presented / plain"), ("infer", "V2 released / plain")} <= found
     assert not (tmp_path / costs.NAME).exists()
     assert costs.measure_costs(tmp_path, quick=True) == report
+
+
+@pytest.mark.parametrize(
+    ("device", "share"), [("NVIDIA H100 80GB HBM3", True), ("A processor", False)]
+)
+def test_speed_is_said_as_a_share_of_a_known_peak(tmp_path, device, share):
+    cell = Cell(plans.GPU_SHORT, Network("alexnet", "cifar10", "", "batch", 0))
+    (tmp_path / "training").mkdir()
+    lines = [{"step": 10 * i, "images_per_second": speed} for i, speed in enumerate((1, 1e5, 9e9))]
+    (tmp_path / "training" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = speed.training_speed(cell, tmp_path, device)
+    assert found["images_per_second"] == 1e5
+    multiplications = 32**2 * 64 * 75 + 16**2 * 192 * 1600 + 8**2 * 384 * 1728  # three layers
+    multiplications += 8**2 * 256 * (3456 + 2304) + 4096 * 10
+    assert found["flops_per_second"] == pytest.approx(6 * multiplications * 1e5)
+    if share:
+        assert found["share_of_peak"] == pytest.approx(6 * multiplications * 1e5 / 989.4e12)
+    else:
+        assert found["share_of_peak"] is None
+    assert speed.training_speed(cell, tmp_path / "nothing", device) == {}
+
+
+def test_images_stay_where_they_are_without_an_accelerator_or_room_on_it(monkeypatch):
+    data = tasks.images_of(None, "digits").train
+    assert training._resident(data, torch.device("cpu")) is data
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * data.images.nbytes, 0))
+    assert training._resident(data, torch.device("cuda")) is data

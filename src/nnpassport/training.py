@@ -192,7 +192,7 @@ def fit(
     journal = journal or Journal()
     accelerator = Accelerator()
     model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(model, data, recipe, journal, accelerator)
+    run = _Run(model, _resident(data, accelerator.device), recipe, journal, accelerator)
     torch.manual_seed(recipe.seed)
     run.restore()
     run.open_log()
@@ -212,6 +212,16 @@ def fit(
                 raise KeyboardInterrupt
     run.finish()
     return run.history
+
+
+def _resident(data: ImageSet, device: torch.device) -> ImageSet:
+    """The images on the device, once and for all, as bytes; where they would crowd it, as given.
+
+    Batches are then cut, augmented and normalised there, and nothing waits for the CPU.
+    """
+    if device.type != "cuda" or 4 * data.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return data
+    return data.to(device)
 
 
 @contextmanager

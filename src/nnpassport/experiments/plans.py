@@ -157,7 +157,8 @@ TRIAL = Plan(
     architectures={"alexnet": {"width": 0.25}},
     fakes=5,
     attack_images=500,
-    settings=_FOUR_TRIGGERS | {"uchida": {"strength": 0.05}},
+    settings={name: {"triggers_per_step": 16} for name in ("adi", "passport-v3")}
+    | {"uchida": {"strength": 0.05}},
 )
 PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (SHORT, PAPER, SOUND, GPU_SHORT, TRIAL)}
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -32,11 +31,12 @@ from nnpassport.experiments.cells import (
     settings_of,
     transfer_recipe,
 )
+from nnpassport.experiments.speed import training_speed
 from nnpassport.experiments.store import Store
 from nnpassport.experiments.tasks import images_of, published_triggers
 from nnpassport.fidelity import accuracy
 from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
+from nnpassport.provenance import device_name, provenance
 from nnpassport.scheme import UnreadableDataError, UnreadableModelError, Verdict
 from nnpassport.schemes.drawn import shuffled_passports, with_passports
 from nnpassport.schemes.protocol import Scheme
@@ -90,7 +90,8 @@ def _train(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
         done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
         _release(folder, scheme, key)
     counts = {"train_images": len(sets.train), "test_images": len(sets.test or ())}
-    result = {"metrics": dict(done.metrics), **counts, **_speed(folder)}
+    result = {"metrics": dict(done.metrics), **counts}
+    result |= training_speed(cell, folder, device_name())
     result["begun"] = json.loads((folder / _BEGUN).read_text())
     return result if key is None else {**result, "marks": _marks(_subject(cell, store))}
 
@@ -296,14 +297,6 @@ def _facts(verdict: Verdict) -> dict[str, Any]:
         "log10_p_value": verdict.log10_p_value,
         "accepted": verdict.accepted,
     }
-
-
-def _speed(folder: Path) -> dict[str, float]:
-    """Median training speed, from the journal."""
-    lines = (folder / "training" / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    speeds = [each["images_per_second"] for each in found if "images_per_second" in each]
-    return {"images_per_second": round(statistics.median(speeds), 1)} if speeds else {}
 
 
 def _note_beginning(folder: Path) -> None:
