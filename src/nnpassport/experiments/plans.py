@@ -149,7 +149,7 @@ GPU_SHORT = Plan(
 TRIAL = Plan(
     "trial",
     "scikit-learn's embedded digits and narrow networks: a few minutes, to see it work",
-    embed=Recipe(epochs=6, batch=64, rate=0.05, schedule="one-cycle", augment=False),
+    embed=Recipe(epochs=12, batch=64, rate=0.05, schedule="one-cycle", augment=False),
     transfer=Recipe(epochs=3, batch=64, rate=0.02, schedule="one-cycle", augment=False),
     attackers=Budget(epochs=2, batch=64),
     tasks=("digits",),
@@ -157,7 +157,7 @@ TRIAL = Plan(
     architectures={"alexnet": {"width": 0.25}},
     fakes=5,
     attack_images=500,
-    settings={name: {"triggers_per_step": 16} for name in ("adi", "passport-v3")}
+    settings={name: {"triggers_per_step": 24} for name in ("adi", "passport-v3")}
     | {"uchida": {"strength": 0.05}},
 )
 PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (SHORT, PAPER, SOUND, GPU_SHORT, TRIAL)}
