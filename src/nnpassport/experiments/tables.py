@@ -29,9 +29,13 @@ class Table(NamedTuple):
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     remarks: tuple[str, ...] = ()
+    folds: bool = False
 
     def markdown(self) -> str:
-        """The table as GitHub renders it."""
+        """The table as GitHub renders it; where nothing of it was run, that in a line."""
+        measured = [row for row in self.rows if not any(NOT_RUN in field for field in row)]
+        if self.folds and not measured:
+            return f"**{self.title}**: {NOT_RUN}, none of {len(self.rows)} rows"
         rule = tuple("---" for _ in self.head)
         lines = [f"| {' | '.join(row)} |" for row in (self.head, rule, *self.rows)]
         remarks = [f"\n{remark}" for remark in self.remarks]
@@ -227,7 +231,7 @@ def _table3(findings: Findings, architecture: str, task: str) -> Table:
         *("bits not the owner's", "V as published", "V exact"),
     )
     remarks = tuple(f"Impossible: {name}: {reason}." for name, reason in reasons.items())
-    return Table(_names(architecture, task), head, rows, remarks)
+    return Table(_names(architecture, task), head, rows, remarks, folds=True)
 
 
 def _forged_rows(findings: Findings) -> list[tuple[str, str, tuple[float, ...] | None]]:
