@@ -78,6 +78,7 @@ def test_the_lower_bounds_are_those_of_the_design():
     [
         ("alexnet", ["features.11", "features.14", "classifier"]),
         ("resnet18", ["layer4.0.conv2", "layer4.1.conv1", "layer4.1.conv2", "fc"]),
+        ("resnet50", ["layer4.0.conv2", "layer4.0.conv3", "layer4.1", "layer4.2", "fc"]),
     ],
 )
 def test_the_lower_bound_agrees_with_pytorchs_flop_counter(architecture, after_fork):

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from nnpassport import training
 from nnpassport.cli import app
 from nnpassport.evidence.keyfile import load_key
-from nnpassport.experiments import contents, costs, estimate, grid, plans, runs, speed, tasks
+from nnpassport.experiments import contents, estimate, grid, plans, runs, speed, tasks
 from nnpassport.experiments.cells import Cell, Network
 from nnpassport.experiments.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError
@@ -219,17 +219,6 @@ def test_an_estimate_follows_the_images(store):
     assert found[more.name] > found[some.name] > 0
     absent = Cell(TINY, PLAIN._replace(task="cifar10"))
     assert estimate.seconds([absent], store) == {absent.name: None}
-
-
-def test_costs_are_measured_once_and_quick_ones_are_not_taken_for_them(tmp_path):
-    report = costs.measure_costs(tmp_path, quick=True)
-    found = {(r["task"], r["ratio"]) for r in report["ratios"]}
-    for scheme in ("V1", "V2", "V3"):
-        assert ("train", f"{scheme} / plain") in found
-        assert report["verification"]["alexnet"][scheme] > 0
-    assert {("infer", "V1 presented / plain"), ("infer", "V2 released / plain")} <= found
-    assert not (tmp_path / costs.NAME).exists()
-    assert costs.measure_costs(tmp_path, quick=True) == report
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,10 @@ NAME = "costs.json"
 BATCHES: Mapping[str, int] = {"alexnet": 64, "resnet18": 64, "resnet50": 16}
 """Images a step; a step of ResNet-50 with 64 takes half a minute on a processor core."""
 
+VERIFICATIONS = 5
+"""How often V is timed, each time with another key."""
+
 Show = Callable[[float, float, str], None]
-_REPEATS = 5
 
 
 def measure_costs(
@@ -38,8 +40,13 @@ def measure_costs(
     """Measure all of Table 4 and write it into the folder of results; not again where it is there.
 
     Times of training and inference are ratios of networks that run in turns, as `bench` does.
-    Verification is in seconds: V in white box, and for V3 in black box too. `quick` takes narrow
-    networks, to try it out: its file says so and is not taken for the measurement.
+    Verification is in seconds: V in white box, and for V3 in black box too; every turn is kept,
+    and their median. Where there is no checkout, the published code's cost is in "not_run".
+    `quick` takes narrow networks, to try it out: its file says so and is not taken for the
+    measurement.
+
+    Raises:
+        UnwritableOutputError: the folder of results cannot be written to.
     """
     path = results / (f"quick-{NAME}" if quick else NAME)
     if path.exists():
@@ -48,11 +55,17 @@ def measure_costs(
     measured = collect(
         _cells(quick=quick), repeats=2 if quick else 7, minutes=minutes, memory=False, show=show
     )
-    names = ("alexnet",) if quick else tuple(BATCHES)
+    turns = {
+        name: verifications(name, quick=quick) for name in (("alexnet",) if quick else BATCHES)
+    }
     report = {
         **measured,
         "quick": quick,
-        "verification": {name: verification_seconds(name, quick=quick) for name in names},
+        "verification": {
+            name: {title: statistics.median(seconds) for title, seconds in of.items()}
+            for name, of in turns.items()
+        },
+        "verification_turns": turns,
     }
     write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
     return report
@@ -73,29 +86,32 @@ def _fields(cell: Cell) -> dict[str, Any]:
     return {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
 
 
-def verification_seconds(architecture: str, *, quick: bool) -> dict[str, float]:
-    """Median seconds of V: bits off the weights, by scheme; and V3's triggers, answers included."""
+def verifications(architecture: str, *, quick: bool) -> dict[str, list[float]]:
+    """Seconds of V, turn by turn: bits off the weights, by scheme; and V3's answers to triggers."""
     found = {}
     for title, scheme, norm in (("V1", V1, "batch"), ("V2", V2, "group"), ("V3", V3, "group")):
         model = build(architecture, norm=norm, width=0.25 if quick else 1.0).eval()
-        example = torch.zeros(2, 3, 32, 32)
-        weights = model.state_dict()
-        # Another seed each time: a key keeps what it has derived.
-        keys = [scheme.draw_key(model, example, seed=bytes([i] * 32)) for i in range(_REPEATS)]
-        found[title] = _median(partial(scheme.verify, weights), keys)
+        found[title] = _seconds(partial(scheme.verify, model.state_dict()), _keys(scheme, model))
         if scheme.triggers:
-            found[f"{title} by triggers"] = _median(partial(_by_triggers, scheme, model), keys)
+            verify = partial(_by_triggers, scheme, model)
+            found[f"{title} by triggers"] = _seconds(verify, _keys(scheme, model))
     return found
+
+
+def _keys(scheme: Passport, model: nn.Module) -> list[Key]:
+    """A new key for each turn: a key keeps what it has derived."""
+    example = torch.zeros(2, 3, 32, 32)
+    return [scheme.draw_key(model, example, seed=bytes([i] * 32)) for i in range(VERIFICATIONS)]
 
 
 def _by_triggers(scheme: Passport, model: nn.Module, key: Key) -> Verdict:
     return scheme.verify_answers(answers_to(key, model, CIFAR10), key)
 
 
-def _median(verify: Callable[[Key], Verdict], keys: Sequence[Key]) -> float:
+def _seconds(verify: Callable[[Key], Verdict], keys: Sequence[Key]) -> list[float]:
     times = []
     for key in keys:
         begun = time.perf_counter()
         verify(key)
         times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return times
