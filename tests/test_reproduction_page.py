@@ -367,7 +367,8 @@ def test_below_a_table_stands_how_it_was_made(store):
     store.keep(Cell(PLAN, GN), result, now)
     made = json.loads(store.path(Cell(PLAN, GN)).read_text())["provenance"]
     text = section(page(store), "Table 2")
-    for fact in ("Plan `made-up`, 12 epochs", "abcdef0", made["torch"], "2.9", "Old (1 thread)"):
+    facts = ("Plan `made-up`, 12 epochs", "abcdef0", made["torch"], "2.9", "Old (1 thread)")
+    for fact in facts:
         assert fact in text
     # 12 epochs of 47,500 images, at 100 a second: the file has the seconds of the last sitting only.
     assert "wall time 1 h 35 min" in text
