@@ -370,7 +370,7 @@ def test_below_a_table_stands_how_it_was_made(store):
     facts = ("Plan `made-up`, 12 epochs", "abcdef0", made["torch"], "2.9", "Old (1 thread)")
     for fact in facts:
         assert fact in text
-    # 12 epochs of 47,500 images, at 100 a second: the file has the seconds of the last sitting only.
+    # 12 epochs of 47,500 images at 100 a second: the file has the last sitting's seconds only.
     assert "wall time 1 h 35 min" in text
 
 
