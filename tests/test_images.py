@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from nnpassport.data import decoding, imageset
+from nnpassport.data import batching, decoding, imageset
 from nnpassport.data.images import (
     CIFAR10,
     IMAGENET,
@@ -239,6 +239,23 @@ def test_batches_are_a_function_of_seed_epoch_and_step():
     for seed, epoch in ((2, 2), (1, 3)):
         other = seen(batches(data, CIFAR10, seed=seed, epoch=epoch, **options))
         assert not pixels & {digest for _, digest, _ in other}
+
+
+def test_augmentation_that_is_drawn_ahead_is_that_of_each_step(monkeypatch):
+    data, augment = noise(50), Augment()
+    options = {"size": 8, "seed": 1, "epoch": 2}
+    plain = list(batches(data, CIFAR10, **options))
+    expected = []
+    order = epoch_order(50, seed=1, epoch=2)
+    for step in range(6):
+        pixels = data.images[order[8 * step : 8 * step + 8]]
+        expected.append(CIFAR10(augment(pixels, imageset.generator_for("augment", 1, 2, step))))
+    for ahead in (1, 4, 64):
+        monkeypatch.setattr(batching, "_AHEAD", ahead)
+        found = list(batches(data, CIFAR10, augment=augment, **options))
+        for one, other, wanted in zip(found, plain, expected, strict=True):
+            assert torch.equal(one.images, wanted)
+            assert torch.equal(one.labels, other.labels)
 
 
 def test_every_step_augments_anew():

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from nnpassport import training
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.scheme import BadRecipeError, Batch, UnreadableDataError, UnreadableModelError
 from nnpassport.schemes.passport import V1, V2, V3
@@ -26,6 +27,7 @@ from nnpassport.training import (
     Recipe,
     classification,
     fit,
+    products_in,
     total_steps,
 )
 
@@ -520,3 +522,87 @@ def test_a_killed_process_is_continued_by_another_one(tmp_path):
     assert entries(tmp_path / "broken") == entries(tmp_path / "whole")
     assert events(tmp_path / "broken", "score") == [8, 16, 24]
     assert events(tmp_path / "broken", "loss") == [10, 20, 24]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_numbers_are_all_there_whether_read_at_once_or_late(
+    model, data, tmp_path, monkeypatch, late
+):
+    """On an accelerator a step's loss is read ten steps later, and before anything is saved."""
+    monkeypatch.setattr(training, "_reads_late", lambda device: late)
+    losses, shown = [], []
+
+    def objective(model, batch):
+        outcome = classification(model, batch)
+        losses.append(outcome.loss.item())
+        return outcome
+
+    def show(at):
+        shown.append((at.step, len(losses), at.loss == losses[at.step - 1]))
+
+    recipe, journal = replace(RECIPE, epochs=4), Journal(tmp_path, show=show)
+    fit(model, objective, data, recipe, normalise=NORMALISE, journal=journal)
+    done = [16, 24, 32, 32] if late else [10, 20, 30, 32]
+    assert shown == [(step, n, True) for step, n in zip([10, 20, 30, 32], done, strict=True)]
+    assert [line["step"] for line in log(tmp_path)] == [8, 10, 16, 20, 24, 30, 32, 32]
+
+
+def test_products_are_rounded_where_the_precision_says_so_and_only_there():
+    def rounded():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = rounded()
+    for precision, expected in (
+        ("tf32", ("high", True)),
+        ("float32", ("highest", False)),
+        ("bfloat16", ("highest", False)),
+    ):
+        with products_in(precision, "cuda"):
+            assert rounded() == expected
+        assert rounded() == before
+    with products_in("tf32", "cpu"):
+        assert rounded() == before
+
+
+COMPILED = """
+from copy import deepcopy
+from functools import partial
+import torch
+from nnpassport.data.images import CIFAR10, ImageSet
+from nnpassport.models import build
+from nnpassport.schemes.passport import V1, V2, V3
+from nnpassport.training import Recipe, classification, fit
+
+torch.set_num_threads(1)
+torch.compile = partial(torch.compile, backend="aot_eager")
+counters = torch._dynamo.utils.counters
+rng = torch.Generator().manual_seed(0)
+pixels = torch.randint(0, 256, (16, 3, 32, 32), generator=rng, dtype=torch.uint8)
+data = ImageSet(pixels, torch.arange(16) % 10, tuple("0123456789"))
+for scheme, norm in ((None, "group"), (V1, "batch"), (V2, "batch"), (V3, "group")):
+    torch.manual_seed(0)
+    plain, found = build("alexnet", norm=norm, width=0.1), []
+    torch._dynamo.reset()
+    counters.clear()
+    for compiled in (False, True):
+        model = deepcopy(plain)
+        recipe = Recipe(epochs=2, batch=4, rate=0.01, compile=compiled)
+        if scheme is None:
+            fit(model, classification, data, recipe, normalise=CIFAR10)
+        else:
+            key = scheme.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes(32))
+            scheme.embed(model, key, data, recipe, normalise=CIFAR10, validation=data)
+        found.append(model.state_dict())
+    assert not counters["graph_break"], counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+"""
+
+
+def test_a_compiled_run_is_one_graph_for_all_its_steps_and_learns_the_same():
+    """By the compiler's front half, which is the one that could break a graph or make another."""
+    # A process of its own: this one's shapes are checked at run time, and that breaks graphs.
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr

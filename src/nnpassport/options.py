@@ -51,7 +51,9 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch", help="Images a step (default: the recipe's).")
 ]
 Rate = Annotated[float | None, typer.Option(help="Highest learning rate (default: the recipe's).")]
-Precision = Annotated[str, typer.Option(help="float32, or bfloat16 where the hardware has it.")]
+Precision = Annotated[
+    str, typer.Option(help="float32; bfloat16 or tf32 where the hardware has it.")
+]
 Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
 Seed = Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")]
 Held = Annotated[float, typer.Option(help="Share of --data held out to choose checkpoints on.")]

@@ -45,7 +45,12 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
     "one-cycle": one_cycle,
     "constant": lambda _: 1.0,
 }
-PRECISIONS: Mapping[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16}
+PRECISIONS: Mapping[str, torch.dtype | None] = {
+    "float32": None,
+    "tf32": None,
+    "bfloat16": torch.bfloat16,
+}
+"""By name, what autocast computes in."""
 
 
 @final
@@ -62,7 +67,8 @@ class Recipe:
         nesterov: Nesterov's form of the momentum.
         schedule: a key of `SCHEDULES`: factor on the rate by the share of steps done.
         augment: random crop after padding by 4, and horizontal flip.
-        precision: "float32", or "bfloat16" for autocast (weights stay float32).
+        precision: "float32"; "bfloat16" for autocast (weights stay float32); or "tf32", float32
+            whose products an NVIDIA GPU rounds to 10 bits, and any other device does not.
         compile: run the network through `torch.compile`.
         keep_best: end with the weights that scored highest in `evaluate`, not with the last.
         seed: of order, augmentation and whatever the network itself draws.
@@ -197,7 +203,8 @@ def fit(
     run.restore()
     run.open_log()
     compiled = torch.compile(model) if recipe.compile else model
-    with _frozen_before_group_norms(model), _interruptible() as interrupted:
+    products = products_in(recipe.precision, accelerator.device)
+    with products, _frozen_before_group_norms(model), _interruptible() as interrupted:
         while run.epoch < recipe.epochs:
             model.train()
             for batch in run.batches(normalise):
@@ -222,6 +229,29 @@ def _resident(data: ImageSet, device: torch.device) -> ImageSet:
     if device.type != "cuda" or 4 * data.images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return data
     return data.to(device)
+
+
+@contextmanager
+def products_in(precision: str, device: torch.device | str) -> Iterator[None]:
+    """Round products of float32 to TF32 where the precision says so, and nowhere else.
+
+    Left to itself, PyTorch rounds those of convolutions on every GPU that can.
+    """
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    # The older of two ways to say it: torch 2.13 refuses to mix them, and its compiler reads these.
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _round_products("high" if precision == "tf32" else "highest", precision == "tf32")
+    try:
+        yield
+    finally:
+        _round_products(*before)
+
+
+def _round_products(matmul: str, convolutions: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
 
 
 @contextmanager
@@ -261,6 +291,32 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+class _Step(NamedTuple):
+    """A step that is to be logged; its loss and measures may still be on their way here."""
+
+    step: int
+    epoch: int
+    loss: Tensor
+    measures: Mapping[str, Tensor]
+    images_per_second: float
+    there: Callable[[], None]
+
+
+def _reads_late(device: torch.device) -> bool:
+    # Reading a loss waits for all that an accelerator was given to do, and leaves it with nothing
+    # to do: there, a step's numbers are read when the next ones are due.
+    return device.type == "cuda"
+
+
+def _on_their_way(device: torch.device) -> Callable[[], None]:
+    """Waits for what has been copied from the device so far; the CPU's own copies are there."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize
+
+
 class _Run:
     """State of one training run: what a checkpoint holds, and how it moves by one step."""
 
@@ -294,6 +350,7 @@ class _Run:
         self._writer: Any = None
         self._saved = self._started = self._logged = time.monotonic()
         self._logged_step = 0
+        self._unread: _Step | None = None
 
     @property
     def epoch(self) -> int:
@@ -326,23 +383,47 @@ class _Run:
         self.optimizer.zero_grad()
         self.done += 1
         if self.done % 10 == 0 or self.done == steps:
-            self._log(outcome, steps)
+            self._log(outcome)
 
-    def _log(self, outcome: Outcome, steps: int) -> None:
+    def _log(self, outcome: Outcome) -> None:
+        self._read()
         now = time.monotonic()
-        loss = outcome.loss.item()
+        speed = (self.done - self._logged_step) * self.recipe.batch / max(now - self._logged, 1e-9)
+        self._logged, self._logged_step = now, self.done
+        loss, *values = (
+            value.detach().to("cpu", non_blocking=True)
+            for value in (outcome.loss, *outcome.measures.values())
+        )
+        self._unread = _Step(
+            self.done,
+            self.epoch,
+            loss,
+            dict(zip(outcome.measures, values, strict=True)),
+            speed,
+            _on_their_way(self.accelerator.device),
+        )
+        if not _reads_late(self.accelerator.device):
+            self._read()
+
+    def _read(self) -> None:
+        """Write down the step that was logged last, if it is not yet."""
+        if self._unread is None:
+            return
+        unread, self._unread = self._unread, None
+        unread.there()
+        step, speed, loss = unread.step, unread.images_per_second, unread.loss.item()
+        steps = self.recipe.epochs * self.per_epoch
         if not math.isfinite(loss):
             raise BadRecipeError(
-                f"the loss is {loss} at step {self.done} of {steps}; training has diverged at rate "
+                f"the loss is {loss} at step {step} of {steps}; training has diverged at rate "
                 f"{self.recipe.rate}; a third of that rate is worth a try"
             )
-        speed = (self.done - self._logged_step) * self.recipe.batch / max(now - self._logged, 1e-9)
-        measures = {name: value.item() for name, value in outcome.measures.items()}
-        self._logged, self._logged_step = now, self.done
-        self.journal.show(Progress(self.done, steps, self.epoch, loss, speed, measures))
-        self._record({"step": self.done, "loss": loss, "images_per_second": speed, **measures})
+        measures = {name: value.item() for name, value in unread.measures.items()}
+        self.journal.show(Progress(step, steps, unread.epoch, loss, speed, measures))
+        self._record({"step": step, "loss": loss, "images_per_second": speed, **measures})
 
     def close_epoch(self, numbers: Mapping[str, float]) -> None:
+        self._read()
         entry = {"epoch": float(self.epoch + 1), "step": float(self.done), **numbers}
         self.history.epochs.append(entry)
         self._record(entry)
@@ -364,6 +445,7 @@ class _Run:
             self.save()
 
     def save(self) -> None:
+        self._read()  # a resumed run will not log these steps again
         if self.folder is None:
             return
         now = time.monotonic()

@@ -191,10 +191,12 @@ def insider_passport(
     forger = _Forger(presented, key, rng)
 
     def objective(module: nn.Module, batch: Batch) -> Outcome:
+        nonlocal wanted
         logits = logits_of(module(batch.images))
         gamma = torch.cat([norm.affine()[0] for norm in passport_norms(presented).values()])
-        loss = F.cross_entropy(logits, batch.labels) + 0.1 * sign_loss(gamma, wanted.to(gamma))
-        match = (gamma.detach().sign() == wanted.to(gamma)).float().mean()
+        wanted = wanted.to(gamma)
+        loss = F.cross_entropy(logits, batch.labels) + 0.1 * sign_loss(gamma, wanted)
+        match = (gamma.detach().sign() == wanted).float().mean()
         return Outcome(loss + forger.closeness(), {"sign_match": match})
 
     fit(forger, objective, data, recipe, normalise=normalise)
@@ -240,7 +242,8 @@ class _Forger(nn.Module):
         with torch.autocast(self.forgery.device.type, enabled=False):
             for layer in self._layers:
                 passport = passports[layer.name].flatten(2)
-                patch = passport @ self._matrices[layer.name].to(passport).T
+                matrix = self._matrices[layer.name] = self._matrices[layer.name].to(passport)
+                patch = passport @ matrix.T
                 norm = self._norms[layer.name]
                 norm.mean_patch = patch.reshape(norm.mean_patch.shape)
         return self.model(x)

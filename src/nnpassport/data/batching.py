@@ -4,16 +4,19 @@ Pixels stay uint8 until they are on the device that computes. Everything random 
 of (seed, epoch, step), so a run that was interrupted goes on bit for bit where it stopped.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnpassport.data.imageset import ImageSet, Normalisation, generator_for
 from nnpassport.scheme import BadRecipeError, Batch
+
+_AHEAD = 64  # steps whose augmentation is drawn at once: one copy to the device for all of them
 
 
 @final
@@ -34,15 +37,28 @@ class Augment:
         `generator` is one of the CPU whatever device the images are on, so that every device sees
         the same augmentation.
         """
-        count, _, height, width = pixels.shape
+        return self.moved(pixels, moved_to(self.draw(len(pixels), generator), pixels.device))
+
+    def draw(self, count: int, generator: torch.Generator) -> Int64[Tensor, "3 count"]:
+        """For each image the crop's top and left edge, and whether it is mirrored, 0 or 1."""
         offsets = torch.randint(0, 2 * self.pad + 1, (2, count), generator=generator)
-        mirrored = torch.randint(0, 2, (count,), generator=generator).bool() & self.flip
-        top, left = offsets.to(pixels.device)
+        mirrored = torch.randint(0, 2, (1, count), generator=generator)
+        return torch.cat([offsets, mirrored * self.flip])
+
+    def moved(self, pixels: Tensor, drawn: Int64[Tensor, "3 count"]) -> Tensor:
+        """The images moved as `drawn` says, which is on their device."""
+        count, _, height, width = pixels.shape
+        top, left, mirrored = drawn
         windows = F.pad(pixels, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         cropped = windows[torch.arange(count, device=pixels.device), :, top, left]
-        return torch.where(
-            mirrored.to(pixels.device)[:, None, None, None], cropped.flip(3), cropped
-        )
+        return torch.where(mirrored.bool()[:, None, None, None], cropped.flip(3), cropped)
+
+
+def moved_to(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on the device; one with CUDA works on meanwhile, and the CPU does not wait."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def steps_per_epoch(images: int, size: int) -> int:
@@ -100,17 +116,27 @@ def _batches(
     device: torch.device,
 ) -> Iterator[Batch]:
     steps = steps_per_epoch(len(data), size)
-    order = epoch_order(len(data), seed=seed, epoch=epoch).to(data.images.device)
+    order = moved_to(epoch_order(len(data), seed=seed, epoch=epoch), data.images.device)
+    ahead: list[Tensor] = []
     for step in range(start, steps):
         chosen = order[step * size : (step + 1) * size]
-        pixels = data.images.index_select(0, chosen).to(device, non_blocking=True)
+        pixels = moved_to(data.images.index_select(0, chosen), device)
         if augment is not None:
-            pixels = augment(pixels, generator_for("augment", seed, epoch, step))
+            coming = range(step, min(step + _AHEAD, steps))
+            ahead = ahead or _drawn(augment, len(chosen), seed, epoch, coming, device)
+            pixels = augment.moved(pixels, ahead.pop(0))
         yield Batch(
             normalise(pixels).contiguous(memory_format=torch.channels_last),
-            data.labels[chosen].to(device, non_blocking=True),
+            moved_to(data.labels[chosen], device),
             epoch * steps + step,
         )
+
+
+def _drawn(
+    augment: Augment, count: int, seed: int, epoch: int, steps: Sequence[int], device: torch.device
+) -> list[Tensor]:
+    drawn = [augment.draw(count, generator_for("augment", seed, epoch, step)) for step in steps]
+    return [*moved_to(torch.stack(drawn), device)]
 
 
 def evaluation_batches(
@@ -129,8 +155,8 @@ def evaluation_batches(
     pieces = zip(data.images.split(size), data.labels.split(size), strict=True)
     return (
         Batch(
-            normalise(pixels.to(device)).contiguous(memory_format=torch.channels_last),
-            labels.to(device),
+            normalise(moved_to(pixels, device)).contiguous(memory_format=torch.channels_last),
+            moved_to(labels, device),
             step,
         )
         for step, (pixels, labels) in enumerate(pieces)

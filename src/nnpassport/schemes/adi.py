@@ -22,7 +22,7 @@ from nnpassport.scheme import Batch, UnreadableKeyError, UnsuitableModelError, V
 from nnpassport.schemes.signature import as_published, read_answers
 from nnpassport.schemes.triggers import (
     branch_loss,
-    mixed,
+    mixing,
     share_right,
     trigger_batch,
     trigger_shape,
@@ -120,10 +120,10 @@ class Adi:
         task: Task | None = None,
     ) -> Objective:
         """Cross-entropy of images and triggers together."""
-        triggers = trigger_batch(key, normalise)
+        mix = mixing(trigger_batch(key, normalise), self.triggers_per_step)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
-            batch = mixed(batch, triggers, self.triggers_per_step)
+            batch = mix(batch)
             output = call(model, batch.images)
             count = self.triggers_per_step
             loss, _ = branch_loss(output, batch.labels, count, None, task)

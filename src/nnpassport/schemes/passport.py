@@ -42,7 +42,7 @@ from nnpassport.schemes.signature import (
 from nnpassport.schemes.teaching import taught
 from nnpassport.schemes.triggers import (
     branch_loss,
-    mixed,
+    mixing,
     share_right,
     trigger_batch,
     trigger_shape,
@@ -169,12 +169,12 @@ class Passport:
         is a loss of the caller's own, instead of cross-entropy on the class scores.
         """
         start = round(self.late * steps) if self.two_branches else 0
-        triggers = trigger_batch(key, normalise) if self.triggers else None
+        count = self.triggers_per_step if self.triggers else 0
+        mix = mixing(trigger_batch(key, normalise), count) if self.triggers else None
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
-            batch = batch if triggers is None else mixed(batch, triggers, self.triggers_per_step)
+            batch = batch if mix is None else mix(batch)
             branches = self._outputs(model, batch, late=batch.step < start)
-            count = self.triggers_per_step if self.triggers else 0
             losses = [
                 branch_loss(output, batch.labels, count, self.trigger_weight, task)
                 for output in branches

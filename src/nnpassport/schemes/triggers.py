@@ -1,5 +1,6 @@
 """What the schemes with a trigger set share: its shape, its turn in each step."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -57,13 +58,27 @@ def answers_to(key: Key, model: nn.Module, normalise: Normalisation) -> Int64[Te
         return logits_of(model(normalise(images.to(device)))).argmax(1).cpu()
 
 
+def mixing(triggers: Batch, count: int) -> Callable[[Batch], Batch]:
+    """`mixed`, the triggers brought to where the images are at the first step."""
+
+    def mix(batch: Batch) -> Batch:
+        nonlocal triggers
+        for images in tensors_in(batch.images)[:1]:
+            device = images.device
+            triggers = Batch(triggers.images.to(device), triggers.labels.to(device))
+        return mixed(batch, triggers, count)
+
+    return mix
+
+
 def mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
     """The batch with the step's turn of the trigger set at its end; the set cycles.
 
     Raises:
         UnsuitableModelError: the network takes something else than one tensor of images.
     """
-    turn = (batch.step * count + torch.arange(count)) % len(triggers.labels)
+    places = torch.arange(count, device=triggers.labels.device)
+    turn = (batch.step * count + places) % len(triggers.labels)
     shown = triggers.images[turn]
 
     def joined(images: Tensor) -> Tensor:

@@ -128,15 +128,16 @@ class Uchida:
         signs = key.layer_signs(layer.name)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
+            nonlocal projection, signs
             output = call(model, batch.images)
             task_loss = (task or plain_loss)(output, batch.labels)
             weight = filters(model.get_parameter(f"{layer.name}.weight"), layer.geometry)
             # Full precision even under autocast, as for passports.
             with torch.autocast(weight.device.type, enabled=False):
+                projection, signs = projection.to(weight), signs.to(weight)
                 read = read_out(weight, projection)
-                wanted = signs.to(read)
-                regularisation = self._regularisation(read, wanted)
-            measures = {"sign_match": (read.detach().sign() == wanted).float().mean()}
+                regularisation = self._regularisation(read, signs)
+            measures = {"sign_match": (read.detach().sign() == signs).float().mean()}
             if task is None:
                 measures["accuracy"] = share_right(logits_of(output), batch.labels)
             else:
