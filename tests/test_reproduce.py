@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from nnpassport import training
@@ -222,23 +223,53 @@ def test_an_estimate_follows_the_images(store):
 
 
 @pytest.mark.parametrize(
-    ("device", "share"), [("NVIDIA H100 80GB HBM3", True), ("A processor", False)]
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA H200", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("AMD EPYC", None),
+    ],
 )
-def test_speed_is_said_as_a_share_of_a_known_peak(tmp_path, device, share):
+def test_a_peak_is_that_of_the_very_device(device, peak):
+    assert speed.peak(device, "bfloat16") == peak
+    if peak is not None:
+        assert speed.peak(device, "float32") < speed.peak(device, "tf32") < peak
+
+
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "A processor"])
+def test_speed_is_said_as_a_share_of_a_known_peak(tmp_path, device):
     cell = Cell(plans.GPU_SHORT, Network("alexnet", "cifar10", "", "batch", 0))
     (tmp_path / "training").mkdir()
     lines = [{"step": 10 * i, "images_per_second": speed} for i, speed in enumerate((1, 1e5, 9e9))]
     (tmp_path / "training" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     found = speed.training_speed(cell, tmp_path, device)
     assert found["images_per_second"] == 1e5
-    multiplications = 32**2 * 64 * 75 + 16**2 * 192 * 1600 + 8**2 * 384 * 1728  # three layers
-    multiplications += 8**2 * 256 * (3456 + 2304) + 4096 * 10
-    assert found["flops_per_second"] == pytest.approx(6 * multiplications * 1e5)
-    if share:
-        assert found["share_of_peak"] == pytest.approx(6 * multiplications * 1e5 / 989.4e12)
+    first = 32**2 * 64 * 75  # its input needs no gradient
+    others = 16**2 * 192 * 1600 + 8**2 * 384 * 1728 + 8**2 * 256 * (3456 + 2304) + 4096 * 10
+    flops = 2 * (2 * first + 3 * others)
+    assert found["flops_per_second"] == pytest.approx(flops * 1e5)
+    if device.startswith("NVIDIA"):
+        assert found["share_of_peak"] == pytest.approx(flops * 1e5 / 989.4e12)
     else:
         assert found["share_of_peak"] is None
     assert speed.training_speed(cell, tmp_path / "nothing", device) == {}
+
+
+@pytest.mark.parametrize(("scheme", "norm"), [("passport-v1", "batch"), ("passport-v3", "group")])
+def test_the_flops_of_a_step_of_any_batch_are_those_of_that_step(scheme, norm):
+    settings = (("triggers_per_step", 4),) if scheme == "passport-v3" else ()
+    shape = ("alexnet", (("width", 0.25),), norm, scheme, settings)
+    state = torch.get_rng_state()
+    expected = speed.step_flops(*shape, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    step = speed.training_step(*shape, 7, device="cpu")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert expected == counter.get_total_flops()
 
 
 def test_images_stay_where_they_are_without_an_accelerator_or_room_on_it(monkeypatch):

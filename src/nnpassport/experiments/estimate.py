@@ -4,23 +4,17 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from statistics import median
-from typing import Any
 
 import torch
 
 from nnpassport.audit.table import ATTACKS
-from nnpassport.catalog import scheme_named
-from nnpassport.data.images import CIFAR10
 from nnpassport.experiments.cells import Cell, embed_recipe, transfer_recipe
+from nnpassport.experiments.speed import SIDE, Arguments, network, step_of, training_step
 from nnpassport.experiments.store import Store
 from nnpassport.experiments.tasks import images_of, missing
-from nnpassport.models import build
-from nnpassport.scheme import Batch
-from nnpassport.training import PRECISIONS, Objective, Recipe, classification
+from nnpassport.training import Recipe
 
-Arguments = tuple[tuple[str, Any], ...]
 _REPEATS = 3
-_SIDE = 32
 
 
 def seconds(cells: Iterable[Cell], store: Store) -> dict[str, float | None]:
@@ -33,13 +27,13 @@ def _seconds(cell: Cell, store: Store) -> float | None:
     if any(missing(store.data, task) for task in tasks):
         return None
     trained, tested = _images(cell, store)
-    network, plan = cell.network, cell.plan
-    arguments = tuple(sorted(plan.architectures[network.architecture].items()))
-    shape = (network.architecture, arguments)
-    scheme = network.scheme if cell.work == "train" else ""
+    architecture, arguments, norm, scheme, settings = step_of(cell)
+    if cell.work != "train":
+        scheme, settings = "", ()
     recipe = _recipe(cell)
-    step = training_seconds(*shape, network.norm, scheme, recipe.batch, recipe.precision)
-    return trained * step + tested * forward_seconds(*shape, network.norm)
+    shape = (architecture, arguments, norm)
+    step = training_seconds(*shape, scheme, settings, recipe.batch, recipe.precision)
+    return trained * step + tested * forward_seconds(*shape)
 
 
 def _recipe(cell: Cell) -> Recipe:
@@ -78,31 +72,20 @@ def _least(count: int, limit: int | None) -> int:
 
 @cache
 def training_seconds(
-    architecture: str, arguments: Arguments, norm: str, scheme: str, batch: int, precision: str
+    architecture: str,
+    arguments: Arguments,
+    norm: str,
+    scheme: str,
+    settings: Arguments,
+    batch: int,
+    precision: str,
 ) -> float:
     """Measured: seconds of a training step, by image."""
-    model = _network(architecture, arguments, norm)
-    objective: Objective = classification
-    if scheme:
-        example, chosen = torch.zeros(2, 3, _SIDE, _SIDE), scheme_named(scheme)
-        key = chosen.draw_key(model, example, seed=bytes(32))
-        chosen.insert(model, key, example)
-        objective = chosen.objective(key, steps=1, normalise=CIFAR10)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimiser = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.001)
-    images = torch.randn(batch, 3, _SIDE, _SIDE, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch,), device=device)
-    dtype = PRECISIONS[precision]
-
-    def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = objective(model, Batch(images, labels, 0)).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
+    step = training_step(
+        *(architecture, arguments, norm, scheme, settings, batch),
+        precision=precision,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
     return _timed(step) / batch
 
 
@@ -110,19 +93,14 @@ def training_seconds(
 def forward_seconds(architecture: str, arguments: Arguments, norm: str, batch: int = 256) -> float:
     """Measured: seconds of an answer in full precision, by image."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = _network(architecture, arguments, norm).to(device).eval()
-    images = torch.randn(batch, 3, _SIDE, _SIDE, device=device)
+    model = network(architecture, arguments, norm).to(device).eval()
+    images = torch.randn(batch, 3, SIDE, SIDE, device=device)
 
     @torch.no_grad()
     def forward() -> None:
         model(images)
 
     return _timed(forward) / batch
-
-
-def _network(architecture: str, arguments: Arguments, norm: str) -> torch.nn.Module:
-    # Ten classes whatever the task: the head hardly matters beside the rest.
-    return build(architecture, **{"classes": 10, "norm": norm, **dict(arguments)})
 
 
 def _timed(run: Callable[[], None]) -> float:
