@@ -11,7 +11,6 @@ from nnpassport.audit.table import ATTACKS
 from nnpassport.experiments.plans import Plan
 from nnpassport.training import Recipe
 
-BASELINES = ("uchida", "adi")
 SHORT_NAMES = {"": "plain", "passport-v1": "v1", "passport-v2": "v2", "passport-v3": "v3"}
 
 
@@ -110,7 +109,9 @@ class Cell:
         shared |= {"strengths": list(self.strengths), "test_images": self.tested}
         if "train" not in ATTACKS[self.work].needs:
             return shared
-        attackers = self.plan.attackers._asdict()
+        attackers: dict[str, Any] = self.plan.attackers._asdict()
+        if self.work == "fake3" and self.plan.insider_rate is not None:
+            attackers["rate"] = self.plan.insider_rate
         return {**shared, "attackers": attackers, "train_images": self.plan.attack_images}
 
 

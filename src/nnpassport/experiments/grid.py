@@ -1,5 +1,6 @@
 """Many cells: in order of what they need, on one machine or on many, through joblib."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -49,8 +50,9 @@ def run_grid(
 ) -> list[Failure]:
     """Run what was not run; returns what could not be.
 
-    "loky" is this machine's processes; "dask" and "ray" send cells to the cluster that the
-    environment names, whose machines must see the same folders.
+    "loky" is this machine's processes. "dask" sends cells to the cluster of the client that there
+    is, or else of $DASK_SCHEDULER_ADDRESS; "ray" to the one of $RAY_ADDRESS, or else to processes
+    that Ray starts here. Their machines must see the same folders.
 
     Raises:
         BadRecipeError: the backend is unknown, or what it needs is not installed.
@@ -68,7 +70,9 @@ def run_grid(
 
     with _backend(backend, jobs):
         for wave in planned:
-            parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+            # Ray's backend gives results at the end of a wave only.
+            how = "list" if backend == "ray" else "generator_unordered"
+            parallel = Parallel(n_jobs=jobs, return_as=how, batch_size=1)
             for failed in parallel(delayed(_attempt)(cell, store) for cell in wave):
                 done += 1
                 failures += failed
@@ -94,12 +98,34 @@ def _backend(name: str, jobs: int):  # type: ignore[no-untyped-def]  # joblib's 
         if name == "ray":
             from ray.util.joblib import register_ray  # noqa: PLC0415
 
-            register_ray()
+            register_ray()  # type: ignore[no-untyped-call, unused-ignore]
         elif name == "dask":
-            import distributed  # noqa: PLC0415, F401 - joblib looks for its client
+            _dask_client()
     except ImportError as error:
         raise BadRecipeError(
             f"backend {name!r} needs a package that is not installed ({error}); install "
             f"nnpassport[{name}], or leave the backend out"
         ) from error
     return parallel_config(backend=name, n_jobs=jobs)
+
+
+def _dask_client() -> None:
+    """Connect this process to a cluster, unless it is: joblib looks for its client."""
+    import distributed  # noqa: PLC0415 - optional, and slow to import
+
+    try:
+        distributed.get_client()
+    except ValueError:
+        address = os.environ.get("DASK_SCHEDULER_ADDRESS")
+        if not address:
+            raise BadRecipeError(
+                "there is no Dask cluster to send runs to; set DASK_SCHEDULER_ADDRESS to its "
+                "scheduler's address, such as tcp://host:8786"
+            ) from None
+        try:
+            distributed.Client(address, timeout="10s")  # type: ignore[no-untyped-call, unused-ignore]
+        except (OSError, ValueError) as error:
+            raise BadRecipeError(
+                f"no Dask scheduler answers at DASK_SCHEDULER_ADDRESS={address} ({error}); "
+                "start one with `dask scheduler`, and workers with `dask worker ADDRESS`"
+            ) from error

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from nnpassport.attacks.ambiguity import REVERSE
+from nnpassport.attacks.removal import TRANSFER
 from nnpassport.audit.subject import Budget
 from nnpassport.scheme import BadRecipeError
 from nnpassport.training import RECIPES, Recipe
@@ -29,6 +31,8 @@ class Plan:
         transfer: the fine-tuning to another task (RTAL); its seed is the cell's.
         transfer_epochs: by target, where it differs from `transfer`.
         attackers: what attackers who train may spend.
+        insider_rate: learning rate of fake3. None is the audit's, which is a hundred times the
+            published one and meant for a hundredth of its steps.
         tasks: what networks are trained on.
         targets: what they are transferred to, without their own task.
         architectures: names, and the arguments that they are built with.
@@ -53,6 +57,7 @@ class Plan:
     embed: Recipe
     transfer: Recipe
     attackers: Budget
+    insider_rate: float | None = None
     tasks: tuple[str, ...] = ("cifar10", "cifar100")
     targets: tuple[str, ...] = ("cifar10", "cifar100", "caltech101")
     architectures: Mapping[str, Mapping[str, Any]] = field(
@@ -93,8 +98,9 @@ PAPER = Plan(
     "paper",
     "the code of 2019: 200 epochs, passports from test images, the best epoch on test images",
     embed=dataclasses.replace(RECIPES["paper"], keep_best=True),
-    transfer=Recipe(epochs=100, rate=0.01, schedule="constant"),
-    attackers=Budget(epochs=100, batch=64),
+    transfer=TRANSFER,
+    attackers=Budget(REVERSE.epochs, REVERSE.batch),
+    insider_rate=REVERSE.rate,
     architectures={"alexnet": {}, "resnet18": {"residual": "relu-before-addition"}},
     seeds=(0, 1, 2, 3, 4),
     passports="shuffle-test",
@@ -129,7 +135,7 @@ SHORT = Plan(
 )
 GPU_SHORT = Plan(
     "gpu-short",
-    "one cycle of 30 epochs in large batches, compiled: minutes a network on an H100",
+    "one cycle of 30 epochs in large batches, compiled: meant for minutes a network on an H100",
     embed=Recipe(
         epochs=30,
         batch=512,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport import ownership, verification
+from nnpassport.attacks.ambiguity import insider_passport
 from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template, forged
@@ -99,13 +100,12 @@ def _train(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
 def _transfer(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     """Table 2, and Table 1: fine-tune to another task, and read the marks before and after.
 
-    Keys that are forged are forged before the transfer. Triggers are asked with the original head,
-    and a forged passport's bits are read by its own forger's key.
+    Keys that are forged are forged before the transfer. Triggers are asked with the original head.
     """
     subject, target = _subject(cell, store), images_of(store.data, cell.target)
     train = target.train.at_most(cell.plan.transfer_images, seed=cell.network.seed)
     recipe, normalise = transfer_recipe(cell), subject.normalise
-    forged = _forged(cell, subject)
+    forgeries = _forgeries(cell, subject)
     tuned = fine_tune(subject.model, train, recipe, normalise=normalise, form="rtal").model
     original_head = with_head(tuned, subject.model)
     return {
@@ -113,9 +113,9 @@ def _transfer(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
         "source_accuracy": _source_accuracy(cell, store, subject),
         "train_images": len(train),
         "test_images": len(target.test),
-        "marks_before": _marks(subject) | _read_all(forged, subject, subject.model),
+        "marks_before": _marks(subject) | _read_all(forgeries, subject, subject.model),
         "marks": _marks(replace(subject, model=original_head))
-        | _read_all(forged, subject, original_head),
+        | _read_all(forgeries, subject, original_head),
     }
 
 
@@ -131,10 +131,7 @@ def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     subject = _subject(cell, store)
     subject = replace(subject, test=_test(subject).at_most(cell.tested, seed=0))
     before = before_attacks(subject)
-    if cell.work == "fake1" and cell.plan.passports != "derived":
-        entries = [_redrawn(cell, store, subject, number, before) for number in cell.strengths]
-    else:
-        entries = [attempt(subject, cell.work, strength, before) for strength in cell.strengths]
+    entries = [_attempt(cell, store, subject, strength, before) for strength in cell.strengths]
     return {
         "before": before,
         "entries": entries,
@@ -144,16 +141,39 @@ def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     }
 
 
-def _redrawn(
-    cell: Cell, store: Store, subject: Subject, number: float, before: Mapping[str, Any]
+def _attempt(
+    cell: Cell, store: Store, subject: Subject, strength: float, before: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """The audit's own attack, but for two where the plan has another way."""
+    if cell.work == "fake1" and cell.plan.passports != "derived":
+        outcome = _redrawn(cell, store, subject, strength)
+    elif cell.work == "fake3" and cell.plan.insider_rate is not None:
+        outcome = _insider(subject, strength, cell.plan.insider_rate)
+    else:
+        return attempt(subject, cell.work, strength, before)
+    return measured(subject, cell.work, strength, outcome, before)
+
+
+def _redrawn(cell: Cell, store: Store, subject: Subject, number: float) -> Forged:
     """fake1 where the owner's passports are activations: others, drawn in the same way."""
     stop, rng = stopwatch("W"), subject.rng(f"redrawn {number}")
     template = draw_template(subject.scheme, subject.model, subject.example, rng)
     passports = _shuffled(template, cell, store, rng)
-    key = forged(template, passports, subject.model.state_dict())
-    outcome = Forged(subject.model, key, stop())
-    return measured(subject, "fake1", number, outcome, before)
+    return Forged(subject.model, forged(template, passports, subject.model.state_dict()), stop())
+
+
+def _insider(subject: Subject, share: float, rate: float) -> Forged:
+    """fake3 at a rate of the plan's."""
+    return insider_passport(
+        subject.model,
+        subject.scheme,
+        subject.owner_key(),
+        subject.images(),
+        subject.recipe(rate),
+        normalise=subject.normalise,
+        rng=subject.rng(f"fake3 {share}"),
+        share=share,
+    )
 
 
 def _genuine(subject: Subject) -> float | None:
@@ -255,7 +275,7 @@ def _test(subject: Subject) -> ImageSet:
     return subject.test
 
 
-def _forged(cell: Cell, subject: Subject) -> dict[str, Key]:
+def _forgeries(cell: Cell, subject: Subject) -> dict[str, Key]:
     """Keys that somebody forged on the network: Table 1's for the baselines."""
     rng, example = subject.rng("forgery"), subject.example
     if cell.network.scheme == "adi":
