@@ -60,12 +60,13 @@ def reproduce(
     from nnpassport.experiments.plans import PLANS, plan_named  # noqa: PLC0415
     from nnpassport.experiments.store import Store  # noqa: PLC0415
 
-    parts = PARTS if "all" in what else tuple(dict.fromkeys(what))
+    named = [part for word in what for part in (PARTS if word == "all" else (word,))]
+    parts = tuple(dict.fromkeys(named))
     plan = _narrowed(plan_named(recipe), seeds, architecture or ())
     store = Store(results, networks, data)
     cells = contents.cells_of(plan, parts)
     if dry_run:
-        _print_plan(cells, store, jobs, as_json)
+        _print_plan(cells, store, jobs, as_json, costs_too="table4" in parts)
         raise typer.Exit(0)
     with progress_bar("reproduce") as show:
         failures = grid.run_grid(cells, store, jobs=jobs, backend=backend, show=show)
@@ -108,8 +109,10 @@ def _narrowed(plan: "Plan", seeds: str, architectures: Sequence[str]) -> "Plan":
     return replace(plan.with_seeds(numbers), architectures=chosen)
 
 
-def _print_plan(cells: "Sequence[Cell]", store: "Store", jobs: int, as_json: bool) -> None:
-    from nnpassport.experiments import estimate, grid  # noqa: PLC0415
+def _print_plan(
+    cells: "Sequence[Cell]", store: "Store", jobs: int, as_json: bool, *, costs_too: bool
+) -> None:
+    from nnpassport.experiments import costs, estimate, grid  # noqa: PLC0415
     from nnpassport.experiments.tasks import missing  # noqa: PLC0415
 
     to_run = [cell for wave in grid.waves(cells, store) for cell in wave]
@@ -124,6 +127,10 @@ def _print_plan(cells: "Sequence[Cell]", store: "Store", jobs: int, as_json: boo
         if cell.name not in names or store.done(cell):
             state += ": its network is needed and is not there"
         rows.append({"cell": cell.slug, "state": state, "seconds": known[cell.name]})
+    if costs_too:
+        there = (store.results / costs.NAME).exists()
+        state = "done" if there else f"to run, {costs.MINUTES:g} minutes at most"
+        rows.append({"cell": "costs of Table 4", "state": state, "seconds": None})
     total = sum(value for value in known.values() if value is not None) / jobs
     if as_json:
         typer.echo(json.dumps({"cells": rows, "jobs": jobs, "seconds": total}, indent=2))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnpassport.audit.table import ATTACKS
 from nnpassport.experiments import costs, figures, tables
 from nnpassport.experiments.findings import NOT_RUN, Entry, Findings, seconds
 from nnpassport.experiments.plans import Plan
@@ -37,7 +38,6 @@ _TABLES: Mapping[str, Callable[[Findings], list[tables.Table]]] = {
     "table2": tables.table2,
     "table3": tables.table3,
 }
-_IMAGES = ("train_images", "test_images")
 _HEADING = re.compile(r"^## +(.+?) *$", flags=re.M)
 
 
@@ -223,10 +223,12 @@ def _images(entries: Iterable[Entry]) -> str:
     for entry in entries:
         work = entry["inputs"].get("work", "train")
         use = {"train": "trained", "transfer": "transferred"}.get(work, "attacked")
-        for counts, name in zip(had.setdefault(use, (set(), set())), _IMAGES, strict=True):
-            counts.add(entry["result"][name])
+        train, test = had.setdefault(use, (set(), set()))
+        test.add(entry["result"]["test_images"])
+        if use != "attacked" or "train" in ATTACKS[work].needs:
+            train.add(entry["result"]["train_images"])
     return ", ".join(
-        f"{use} with {_numbers(train)} images and tested on {_numbers(test)}"
+        f"{use}{f' with {_numbers(train)} images' if train else ''} and tested on {_numbers(test)}"
         for use, (train, test) in had.items()
     )
 

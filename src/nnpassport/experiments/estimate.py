@@ -9,7 +9,7 @@ import torch
 
 from nnpassport.audit.table import ATTACKS
 from nnpassport.experiments.cells import Cell, embed_recipe, transfer_recipe
-from nnpassport.experiments.speed import SIDE, Arguments, network, step_of, training_step
+from nnpassport.experiments.speed import SIDE, Trained, training_step
 from nnpassport.experiments.store import Store
 from nnpassport.experiments.tasks import images_of, missing
 from nnpassport.training import Recipe
@@ -27,13 +27,10 @@ def _seconds(cell: Cell, store: Store) -> float | None:
     if any(missing(store.data, task) for task in tasks):
         return None
     trained, tested = _images(cell, store)
-    architecture, arguments, norm, scheme, settings = step_of(cell)
-    if cell.work != "train":
-        scheme, settings = "", ()
-    recipe = _recipe(cell)
-    shape = (architecture, arguments, norm)
-    step = training_seconds(*shape, scheme, settings, recipe.batch, recipe.precision)
-    return trained * step + tested * forward_seconds(*shape)
+    made, recipe = Trained.of(cell), _recipe(cell)
+    shown = made if cell.work == "train" else made.plain
+    step = training_seconds(shown, recipe.batch, recipe.precision) if trained else 0.0
+    return trained * step + tested * forward_seconds(made.plain)
 
 
 def _recipe(cell: Cell) -> Recipe:
@@ -71,29 +68,17 @@ def _least(count: int, limit: int | None) -> int:
 
 
 @cache
-def training_seconds(
-    architecture: str,
-    arguments: Arguments,
-    norm: str,
-    scheme: str,
-    settings: Arguments,
-    batch: int,
-    precision: str,
-) -> float:
+def training_seconds(trained: Trained, batch: int, precision: str) -> float:
     """Measured: seconds of a training step, by image."""
-    step = training_step(
-        *(architecture, arguments, norm, scheme, settings, batch),
-        precision=precision,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )
-    return _timed(step) / batch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _timed(training_step(trained, batch, precision=precision, device=device)) / batch
 
 
 @cache
-def forward_seconds(architecture: str, arguments: Arguments, norm: str, batch: int = 256) -> float:
+def forward_seconds(trained: Trained, batch: int = 256) -> float:
     """Measured: seconds of an answer in full precision, by image."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = network(architecture, arguments, norm).to(device).eval()
+    model = trained.network().to(device).eval()
     images = torch.randn(batch, 3, SIDE, SIDE, device=device)
 
     @torch.no_grad()

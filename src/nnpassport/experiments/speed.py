@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnpassport.catalog import scheme_named, with_settings
@@ -28,6 +29,41 @@ PEAKS: Mapping[str, Mapping[str, float]] = {
 }
 """FLOPs a second at most, dense: data sheets of NVIDIA's H100 SXM, H200 SXM and A100."""
 _SLOWER = {"PCIE": ("H100", "H200"), "NVL": ("H100", "H200"), "MIG": tuple(PEAKS)}
+
+
+class Trained(NamedTuple):
+    """What a training step depends on, but for its batch and precision.
+
+    Attributes:
+        arguments: of the architecture, beside classes and norm.
+        scheme: as in the catalog; "" is a plain network.
+        settings: of the scheme, beside the catalog's.
+    """
+
+    architecture: str
+    arguments: Arguments
+    norm: str
+    scheme: str = ""
+    settings: Arguments = ()
+
+    @classmethod
+    def of(cls, cell: Cell) -> "Trained":
+        """What the cell's network is trained as."""
+        network, plan = cell.network, cell.plan
+        arguments = tuple(sorted(plan.architectures[network.architecture].items()))
+        settings = tuple(sorted(settings_of(plan, network.scheme).items()))
+        return cls(network.architecture, arguments, network.norm, network.scheme, settings)
+
+    @property
+    def plain(self) -> "Trained":
+        """The same without a mark: what is fine-tuned or attacked."""
+        return self._replace(scheme="", settings=())
+
+    def network(self) -> nn.Module:
+        """An untrained one. Ten classes whatever the task: the head hardly matters."""
+        return build(
+            self.architecture, **{"classes": 10, "norm": self.norm, **dict(self.arguments)}
+        )
 
 
 def peak(device: str, precision: str) -> float | None:
@@ -54,7 +90,7 @@ def training_speed(cell: Cell, folder: Path, device: str) -> dict[str, float | N
     if not speeds:
         return {}
     speed, recipe = statistics.median(speeds), embed_recipe(cell.plan, cell.network)
-    flops = speed * step_flops(*step_of(cell), recipe.batch) / recipe.batch
+    flops = speed * step_flops(Trained.of(cell), recipe.batch) / recipe.batch
     most = peak(device, recipe.precision)
     return {
         "images_per_second": round(speed, 1),
@@ -63,32 +99,15 @@ def training_speed(cell: Cell, folder: Path, device: str) -> dict[str, float | N
     }
 
 
-def step_of(cell: Cell) -> tuple[str, Arguments, str, str, Arguments]:
-    """What a step of the training of this cell's network depends on, but for its batch."""
-    network, plan = cell.network, cell.plan
-    arguments = tuple(sorted(plan.architectures[network.architecture].items()))
-    settings = tuple(sorted(settings_of(plan, network.scheme).items())) if network.scheme else ()
-    return network.architecture, arguments, network.norm, network.scheme, settings
-
-
 @cache
-def step_flops(
-    architecture: str,
-    arguments: Arguments,
-    norm: str,
-    scheme: str,
-    settings: Arguments,
-    batch: int,
-) -> float:
+def step_flops(trained: Trained, batch: int) -> float:
     """FLOPs of one training step, as PyTorch counts them."""
     few, more = 2, 4
     counts = []
     for size in (few, more):
         # Ten classes and random weights: what is drawn for it is nobody else's to miss.
         with torch.random.fork_rng(devices=[]):
-            step = training_step(
-                *(architecture, arguments, norm, scheme, settings, size), device="cpu"
-            )
+            step = training_step(trained, size, device="cpu")
             with FlopCounterMode(display=False) as counter:
                 step()
         counts.append(counter.get_total_flops())
@@ -97,22 +116,14 @@ def step_flops(
 
 
 def training_step(
-    architecture: str,
-    arguments: Arguments,
-    norm: str,
-    scheme: str,
-    settings: Arguments,
-    batch: int,
-    *,
-    precision: str = "float32",
-    device: torch.device | str,
+    trained: Trained, batch: int, *, precision: str = "float32", device: torch.device | str
 ) -> Callable[[], None]:
     """A function that does one step, on images that are there, of a network that is made for it."""
-    model = network(architecture, arguments, norm)
+    model = trained.network()
     objective: Objective = classification
-    if scheme:
+    if trained.scheme:
         example = torch.zeros(2, 3, SIDE, SIDE)
-        chosen = with_settings(scheme_named(scheme), **dict(settings))
+        chosen = with_settings(scheme_named(trained.scheme), **dict(trained.settings))
         key = chosen.draw_key(model, example, seed=bytes(32))
         chosen.insert(model, key, example)
         objective = chosen.objective(key, steps=1, normalise=CIFAR10)
@@ -133,8 +144,3 @@ def training_step(
         optimiser.zero_grad()
 
     return step
-
-
-def network(architecture: str, arguments: Arguments, norm: str) -> torch.nn.Module:
-    """An untrained one. Ten classes whatever the task: the head hardly matters beside the rest."""
-    return build(architecture, **{"classes": 10, "norm": norm, **dict(arguments)})

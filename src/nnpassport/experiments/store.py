@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from nnpassport.experiments.cells import Cell, Network
+from nnpassport.experiments.cells import Cell
 from nnpassport.files import write_atomically
 from nnpassport.provenance import provenance
 from nnpassport.scheme import UnreadableDataError
@@ -87,8 +87,3 @@ class Store:
         text = json.dumps(entry, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.path(cell), text.encode())
         return entry
-
-    def results_of(self, network: Network, cells: tuple[Cell, ...]) -> list[dict[str, Any]]:
-        """All results there are of these cells on this network."""
-        found = (self.read(cell) for cell in cells if cell.network == network)
-        return [entry for entry in found if entry is not None]
