@@ -19,11 +19,11 @@ from nnpassport.layers import (
     BranchNorm,
     PassportNorm,
     branched,
+    forked,
     on_branch,
     passport_norms,
     replace_module,
     set_branch,
-    twice,
 )
 from nnpassport.outputs import Example, call, tensors_in, with_tensors
 from nnpassport.scheme import UnsuitableModelError
@@ -226,8 +226,8 @@ def _double(
             return None
         found[name] = found.get(name, frozenset()) | before
         return (
-            tuple(twice(v) if index in before else v for index, v in enumerate(args)),
-            {key: twice(v) if key in before else v for key, v in kwargs.items()},
+            tuple(forked(v) if index in before else v for index, v in enumerate(args)),
+            {key: forked(v) if key in before else v for key, v in kwargs.items()},
         )
 
     return hook

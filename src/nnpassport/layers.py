@@ -21,7 +21,7 @@ class Branch(Enum):
 
     PUBLIC = "public"  # the passport is withheld: the network as it is released
     PRIVATE = "private"  # the passport is presented
-    BOTH = "both"  # the batch is forked: its first half runs public, its second half private
+    BOTH = "both"  # the batch is forked: its first part runs public, its second one private
 
 
 @final
@@ -41,6 +41,8 @@ class PassportNorm(nn.Module):
         signs: the layer's signature, ±1 for each channel.
         channel_axis: where the output's channels are.
         branch: what `forward` computes.
+        private_share: of the images, the last ones, that a fork also sends through the private
+            branch; in (0, 1].
         forks: whether the batch is forked here (see `surgery`), the first passport layers of V2/V3.
     """
 
@@ -65,6 +67,7 @@ class PassportNorm(nn.Module):
         self._layer = (layer,)  # in a tuple, so that the layer is not registered here as well
         self.channel_axis = channel_axis
         self.branch = Branch.PUBLIC
+        self.private_share = 1.0
         self.forks = False
         # PyTorch's transformer layers run past their own parts in evaluation unless one has a hook.
         self.register_forward_pre_hook(_in_the_open)
@@ -102,8 +105,13 @@ class PassportNorm(nn.Module):
             return self._private(x)
         if self.forks and self.norm is self.layer:
             y = self.norm(x)
-            return torch.cat([y, _scaled(y, *self.affine(), self.channel_axis)])
-        public, private = (x, x) if self.forks else x.chunk(2)
+            private = _also_private(y, self.private_share)
+            return torch.cat([y, _scaled(private, *self.affine(), self.channel_axis)])
+        public, private = (
+            (x, _also_private(x, self.private_share))
+            if self.forks
+            else _parted(x, self.private_share)
+        )
         return torch.cat([self.norm(public), self._private(private)])
 
     def fork_input(
@@ -113,7 +121,7 @@ class PassportNorm(nn.Module):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Pre-forward hook that doubles a module's batch while both branches run.
+        """Pre-forward hook that forks a module's batch while both branches run.
 
         For networks where the branches have to part earlier than at the passport itself. `named`
         are the arguments that hold the batch: positions, which are the same for every image, do
@@ -122,8 +130,14 @@ class PassportNorm(nn.Module):
         if self.branch is not Branch.BOTH:
             return None
         return (
-            tuple(twice(v) if index in named else v for index, v in enumerate(args)),
-            {name: twice(v) if name in named else v for name, v in kwargs.items()},
+            tuple(
+                forked(v, self.private_share) if index in named else v
+                for index, v in enumerate(args)
+            ),
+            {
+                name: forked(v, self.private_share) if name in named else v
+                for name, v in kwargs.items()
+            },
         )
 
     def fork_beside(
@@ -176,9 +190,38 @@ def _scaled(
     return apply_affine(x, gamma.to(x.dtype), beta.to(x.dtype), channel_axis=axis)
 
 
-def twice(value: Any) -> Any:
-    """Every tensor in a value with its batch doubled; anything else as it is."""
-    return with_tensors(value, lambda t: torch.cat([t, t]) if t.dim() else t)
+def private_count(images: int, share: float) -> int:
+    """How many of a step's images also run through the private branch: at least one."""
+    return max(1, round(share * images))
+
+
+def public_count(rows: int, share: float) -> int:
+    """How many images a forked batch of `rows` was made of: n + `private_count`(n, share) = rows.
+
+    Raises:
+        ValueError: no batch of images is forked into that many.
+    """
+    near = round(rows / (1 + share))
+    for images in range(max(1, near - 2), near + 3):
+        if images + private_count(images, share) == rows:
+            return images
+    raise ValueError(f"no batch with a private share of {share} is forked into {rows} rows")
+
+
+def forked(value: Any, share: float = 1.0) -> Any:
+    """Every tensor in a value followed by its private share; anything else as it is."""
+    return with_tensors(value, lambda t: torch.cat([t, _also_private(t, share)]) if t.dim() else t)
+
+
+def _also_private(x: Tensor, share: float) -> Tensor:
+    # The last ones: triggers are at the end of a batch, and both branches are to learn them.
+    return x if share == 1 else x[len(x) - private_count(len(x), share) :]
+
+
+def _parted(x: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The public and the private part of a batch that was forked before."""
+    images = len(x) // 2 if share == 1 else public_count(len(x), share)
+    return x[:images], x[images:]
 
 
 def _statistics_of_its_own(norm: nn.Module) -> nn.Module | None:
@@ -207,6 +250,7 @@ class BranchNorm(nn.Module):
         self.norm = norm
         self.private_norm = _statistics_of_its_own(norm)
         self.branch = Branch.PUBLIC
+        self.private_share = 1.0
 
     def train(self, mode: bool = True) -> "BranchNorm":
         """As ever; and evaluation ends a training step's BOTH: one output an image again."""
@@ -223,7 +267,7 @@ class BranchNorm(nn.Module):
             return self.norm(input)
         if self.branch is Branch.PRIVATE:
             return self._private(input)
-        public, private = input.chunk(2)
+        public, private = _parted(input, self.private_share)
         return torch.cat([self.norm(public), self._private(private)])
 
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -250,24 +294,25 @@ def branched(model: nn.Module) -> list[PassportNorm | BranchNorm]:
     return [m for m in model.modules() if isinstance(m, PassportNorm | BranchNorm)]
 
 
-def set_branch(model: nn.Module, branch: Branch) -> None:
-    """What the model computes from now on."""
+def set_branch(model: nn.Module, branch: Branch, private_share: float = 1.0) -> None:
+    """What the model computes from now on; of BOTH, the share of images that is also private."""
     for module in branched(model):
         module.branch = branch
+        module.private_share = private_share
 
 
 @contextmanager
 def on_branch(model: nn.Module, branch: Branch) -> Iterator[None]:
     """Run one branch for a while, in evaluation mode; afterwards all is as before."""
-    before = [(module, module.branch) for module in branched(model)]
+    before = [(module, module.branch, module.private_share) for module in branched(model)]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # first: it would end BOTH
     set_branch(model, branch)
     try:
         yield
     finally:
-        for module, earlier in before:
-            module.branch = earlier
+        for module, earlier, share in before:
+            module.branch, module.private_share = earlier, share
         for part, mode in modes:
             part.training = mode
 

@@ -91,10 +91,9 @@ def part_of(output: Any, start: int, stop: int) -> Any:
     return with_tensors(output, cut)
 
 
-def halves_of(output: Any) -> tuple[Any, Any]:
-    """An output of twice the batch as two of the same make: public half, private half."""
-    batch = next((len(tensor) for tensor in tensors_in(output) if tensor.dim()), 0)
-    return part_of(output, 0, batch // 2), part_of(output, batch // 2, batch)
+def length_of(output: Any) -> int:
+    """How many images an output is for: the length of its first tensor that has one, or 0."""
+    return next((len(tensor) for tensor in tensors_in(output) if tensor.dim()), 0)
 
 
 def _is_record(output: Any) -> bool:

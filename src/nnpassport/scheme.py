@@ -82,16 +82,35 @@ class UnwritableOutputError(OwnershipError):
     """A result could not be saved; files that existed before are as they were."""
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of several equal parts of a step's images this is: the whole, unless processes share.
+
+    Attributes:
+        index: from 0 to below `of`.
+        of: how many parts there are.
+    """
+
+    index: int = 0
+    of: int = 1
+
+
+WHOLE = Part()
+
+
 class Batch(NamedTuple):
     """Normalised images (batch channel height width), class indices, number of the step.
 
     In a loop of the caller's own `images` is whatever the network takes, named or positional, and
-    `labels` whatever its loss takes.
+    `labels` whatever its loss takes. `part` says which part of the step's images these are, where
+    several processes train together.
     """
 
     images: Any
     labels: Any
     step: int = 0
+    part: Part = WHOLE
 
 
 @final

@@ -145,9 +145,13 @@ def present(model: nn.Module) -> None:
     set_branch(model, Branch.PRIVATE)
 
 
-def run_both(model: nn.Module) -> None:
-    """Run public and private network in one forward: n images give 2·n outputs, public first."""
-    set_branch(model, Branch.BOTH)
+def run_both(model: nn.Module, private_share: float = 1.0) -> None:
+    """Run public and private network in one forward: n images give 2·n outputs, public first.
+
+    With a smaller `private_share`, in (0, 1], that share of the images alone, the last of them,
+    has private outputs: `layers.private_count`.
+    """
+    set_branch(model, Branch.BOTH, private_share)
 
 
 def _check_foldable(norms: Mapping[str, PassportNorm]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnpassport.data.imageset import ImageSet, Normalisation, generator_for
-from nnpassport.scheme import BadRecipeError, Batch
+from nnpassport.scheme import WHOLE, BadRecipeError, Batch, Part
 
 _AHEAD = 64  # steps whose augmentation is drawn at once: one copy to the device for all of them
 
@@ -87,14 +87,16 @@ def batches(
     start: int = 0,
     augment: Augment | None = None,
     device: torch.device | str = "cpu",
+    part: Part = WHOLE,
 ) -> Iterator[Batch]:
     """The batches of one epoch from its step `start` on, in channels-last memory on `device`.
 
     Each is a pure function of (seed, epoch, step): starting late gives the same batches. The last
-    incomplete batch is left out, and `Batch.step` counts through all epochs.
+    incomplete batch is left out, and `Batch.step` counts through all epochs. A `part` of several
+    gets its own slice of each batch: the parts together are what one process would get.
 
     Raises:
-        BadRecipeError: the batch size or `start` is out of range.
+        BadRecipeError: the batch size, `start` or `part` is out of range.
     """
     steps = steps_per_epoch(len(data), size)
     if not 0 <= start <= steps:
@@ -102,7 +104,24 @@ def batches(
             f"start is step {start} of an epoch; needed: 0 to {steps}, the steps of {len(data)} "
             f"images in batches of {size}"
         )
-    return _batches(data, normalise, size, seed, epoch, start, augment, torch.device(device))
+    mine = slice_of(min(size, len(data)), part)
+    return _batches(data, normalise, size, seed, epoch, start, augment, torch.device(device), mine)
+
+
+def slice_of(size: int, part: Part) -> slice:
+    """Where a part's images are in a batch of `size`.
+
+    Raises:
+        BadRecipeError: the batch cannot be dealt out evenly, or there is no such part.
+    """
+    if size % part.of or not 0 <= part.index < part.of:
+        raise BadRecipeError(
+            f"a batch of {size} images cannot be shared by {part.of} processes (this is "
+            f"{part.index}); needed: a batch size that their number divides, such as "
+            f"{max(1, round(size / part.of)) * part.of}"
+        )
+    each = size // part.of
+    return slice(part.index * each, (part.index + 1) * each)
 
 
 def _batches(
@@ -114,17 +133,19 @@ def _batches(
     start: int,
     augment: Augment | None,
     device: torch.device,
+    mine: slice,
 ) -> Iterator[Batch]:
     steps = steps_per_epoch(len(data), size)
     order = moved_to(epoch_order(len(data), seed=seed, epoch=epoch), data.images.device)
     ahead: list[Tensor] = []
     for step in range(start, steps):
-        chosen = order[step * size : (step + 1) * size]
+        whole = order[step * size : (step + 1) * size]
+        chosen = whole[mine]
         pixels = moved_to(data.images.index_select(0, chosen), device)
         if augment is not None:
             coming = range(step, min(step + _AHEAD, steps))
-            ahead = ahead or _drawn(augment, len(chosen), seed, epoch, coming, device)
-            pixels = augment.moved(pixels, ahead.pop(0))
+            ahead = ahead or drawn_ahead(augment, len(whole), seed, epoch, coming, device)
+            pixels = augment.moved(pixels, ahead.pop(0)[:, mine])
         yield Batch(
             normalise(pixels).contiguous(memory_format=torch.channels_last),
             moved_to(data.labels[chosen], device),
@@ -132,9 +153,10 @@ def _batches(
         )
 
 
-def _drawn(
+def drawn_ahead(
     augment: Augment, count: int, seed: int, epoch: int, steps: Sequence[int], device: torch.device
 ) -> list[Tensor]:
+    """What `augment` draws for the `count` images of each of these steps, on the device."""
     drawn = [augment.draw(count, generator_for("augment", seed, epoch, step)) for step in steps]
     return [*moved_to(torch.stack(drawn), device)]
 
@@ -145,14 +167,18 @@ def evaluation_batches(
     size: int,
     *,
     device: torch.device | str = "cpu",
+    part: Part = WHOLE,
 ) -> Iterator[Batch]:
     """All images in their own order, the last batch as small as it comes; nothing is random.
+
+    A `part` gets the batches index, index + of, and so on.
 
     Raises:
         BadRecipeError: the batch size is below 1.
     """
     steps_per_epoch(len(data), size)
-    pieces = zip(data.images.split(size), data.labels.split(size), strict=True)
+    own = slice(part.index, None, part.of)
+    pieces = zip(data.images.split(size)[own], data.labels.split(size)[own], strict=True)
     return (
         Batch(
             normalise(moved_to(pixels, device)).contiguous(memory_format=torch.channels_last),

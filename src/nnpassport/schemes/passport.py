@@ -28,9 +28,9 @@ from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
 from nnpassport.fork import Fork
 from nnpassport.functional import combined_loss, filters, passport_space, sign_loss
-from nnpassport.layers import Branch, on_branch, passport_norms
-from nnpassport.outputs import Example, call, halves_of, logits_of
-from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.layers import Branch, on_branch, passport_norms, public_count
+from nnpassport.outputs import Example, call, length_of, logits_of, part_of
+from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.graft import graft
 from nnpassport.schemes.signature import (
     as_published,
@@ -81,7 +81,10 @@ class Passport:
         decay: factor on Σ γ², a term of the reference code (1e-5) that the paper does not have;
             nothing where `sign_weight` is 0, as there.
         late: share of the steps, in [0, 1), that train the public branch and the sign loss only,
-            before the private branch joins. Cheaper: see `docs/log.md` for what it costs.
+            before the private branch joins. This and the next two make training cheaper:
+            `docs/performance.md` has what they cost in accuracy.
+        private_share: of each step's images, in (0, 1], that the private branch sees as well.
+        private_every: the private branch runs in every so many steps.
         teaching: in a network that is trained already, the share in [0, 1] of each branch's loss
             that imitates what the network answered before.
     """
@@ -95,7 +98,18 @@ class Passport:
     margin: float = 0.1
     decay: float = 0.0
     late: float = 0.0
+    private_share: float = 1.0
+    private_every: int = 1
     teaching: float = 0.7
+
+    def __post_init__(self) -> None:
+        for name, right, needed in (
+            ("late", 0 <= self.late < 1, "at least 0 and below 1"),
+            ("private_share", 0 < self.private_share <= 1, "above 0 and at most 1"),
+            ("private_every", self.private_every >= 1, "1 or more steps"),
+        ):
+            if not right:
+                raise BadRecipeError(f"{name} is {getattr(self, name)}; needed: {needed}")
 
     def draw_key(
         self,
@@ -174,10 +188,11 @@ class Passport:
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             batch = batch if mix is None else mix(batch)
-            branches = self._outputs(model, batch, late=batch.step < start)
+            alone = batch.step < start or batch.step % self.private_every != 0
+            branches = self._branches(model, batch, alone=alone)
             losses = [
-                branch_loss(output, batch.labels, count, self.trigger_weight, task)
-                for output in branches
+                branch_loss(output, labels, count, self.trigger_weight, task)
+                for output, labels in branches
             ]
             regularisation, match = self._sign_term(model)
             loss = combined_loss(
@@ -189,7 +204,7 @@ class Passport:
             )
             if task is None:
                 names = ("accuracy", "private_accuracy")
-                shown = [share_right(logits_of(output), batch.labels) for output in branches]
+                shown = [share_right(logits_of(output), labels) for output, labels in branches]
             else:
                 names = ("task_loss", "private_task_loss")
                 shown = [each.detach() for each, _ in losses]
@@ -322,16 +337,30 @@ class Passport:
         else:
             surgery.present(model)
 
-    def _outputs(self, model: nn.Module, batch: Batch, *, late: bool) -> tuple[Any, ...]:
-        """Outputs of the branches that this step trains, public first."""
+    def _branches(
+        self, model: nn.Module, batch: Batch, *, alone: bool
+    ) -> tuple[tuple[Any, Any], ...]:
+        """Outputs and labels of the branches that this step trains, public first.
+
+        `alone`: the public branch without the private one, where there are two.
+        """
         if not self.two_branches:
             surgery.present(model)
-            return (call(model, batch.images),)
-        if late:
+            return ((call(model, batch.images), batch.labels),)
+        if alone:
             surgery.withhold(model)
-            return (call(model, batch.images),)
-        surgery.run_both(model)
-        return halves_of(call(model, batch.images))
+            return ((call(model, batch.images), batch.labels),)
+        surgery.run_both(model, self.private_share)
+        both = call(model, batch.images)
+        rows = length_of(both)
+        images = public_count(rows, self.private_share)
+        of_private = batch.labels
+        if self.private_share < 1:
+            of_private = part_of(of_private, 2 * images - rows, images)
+        return (
+            (part_of(both, 0, images), batch.labels),
+            (part_of(both, images, rows), of_private),
+        )
 
     def _sign_term(self, model: nn.Module) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
