@@ -1,0 +1,172 @@
+"""What cheaper training of the private branch costs in accuracy: AlexNet on CIFAR-10.
+
+    python benchmarks/cheaper.py run --data FOLDER     all cells that results/ does not have yet
+    python benchmarks/cheaper.py render                results/cheaper.md and its picture
+
+FOLDER holds cifar10-train-*.parquet and cifar10-test.parquet. Every cell has the same first
+weights, order and augmentation for its seed; test images are only reported on. The cost of a cell
+is counted: FLOPs of its steps as a multiple of the plain network's, which its times can be held to.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nnpassport import ownership
+from nnpassport.bench import lower_bound
+from nnpassport.catalog import scheme_named, with_settings
+from nnpassport.config import ModelConfig
+from nnpassport.data.images import read_images
+from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.files import write_atomically
+from nnpassport.provenance import provenance
+from nnpassport.training import RECIPES, Journal
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+class Cell(NamedTuple):
+    """A scheme, "" for a plain network, and how seldom its private branch is trained."""
+
+    scheme: str = ""
+    late: float = 0.0
+    share: float = 1.0
+    every: int = 1
+
+    @property
+    def settings(self) -> Mapping[str, float]:
+        """As the scheme's fields."""
+        return {"late": self.late, "private_share": self.share, "private_every": self.every}
+
+    @property
+    def work(self) -> float:
+        """The private branch's share of its full work."""
+        return (1 - self.late) * self.share / self.every
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        return (
+            f"{self.scheme or 'plain'}-late{self.late:g}-share{self.share:g}-every{self.every}"
+            if self.scheme
+            else "plain"
+        )
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        cheaper = [
+            *([f"late {self.late:g}"] if self.late else []),
+            *([f"share {self.share:g}"] if self.share < 1 else []),
+            *([f"every {self.every} steps"] if self.every > 1 else []),
+        ]
+        name = {"": "plain", "passport-v2": "V2", "passport-v3": "V3"}[self.scheme]
+        return f"{name}, {', '.join(cheaper)}" if cheaper else name
+
+
+V2, V3 = "passport-v2", "passport-v3"
+CELLS = (
+    Cell(),
+    Cell(V2),
+    Cell(V2, share=0.25),
+    Cell(V2, every=4),
+    Cell(V2, late=0.75),
+    Cell(V3, share=0.25),
+    Cell(V2, share=0.125),
+    Cell(V2, share=0.5),
+    Cell(V2, late=0.75, share=0.25),
+    Cell(V2, every=8),
+    Cell(V2, late=0.9),
+    Cell(V3),
+    Cell(V2, every=2),
+    Cell(V2, late=0.5),
+    Cell(V2, share=0.0625),
+)
+
+
+def run(data: Path, runs: Path, *, epochs: int, seeds: int, only: str | None) -> None:
+    """Train every cell that is missing, seed by seed; a cell that was begun goes on."""
+    for seed in range(seeds):
+        for cell in CELLS:
+            path = RESULTS / "cheaper" / f"{cell.name}-{epochs}-{seed}.json"
+            if path.exists() or (only is not None and only not in cell.name):
+                continue
+            claim = runs / f"{path.stem}.claimed"  # several of these may run beside one another
+            runs.mkdir(parents=True, exist_ok=True)
+            try:
+                claim.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            try:
+                entry = train(cell, data, runs / path.stem, epochs=epochs, seed=seed)
+                write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+            finally:
+                claim.unlink()
+
+
+def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> dict[str, Any]:
+    """Train one cell; its numbers, and where they come from."""
+    origin = provenance()
+    images = read_images(str(data / "cifar10-train-*.parquet"))
+    test = read_images(data / "cifar10-test.parquet")
+    sets = ownership.divide(images, test, validation=0.05, seed=seed)
+    recipe = replace(RECIPES["short"], epochs=epochs, seed=seed, precision="bfloat16")
+    config = ModelConfig(
+        architecture="alexnet",
+        arguments={"classes": 10, "norm": "group"},
+        classes=images.classes,
+        input_size=(3, 32, 32),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    journal, begun, bits = Journal(folder / "training", resume=True), time.monotonic(), {}
+    if cell.scheme:
+        path = folder / "owner.key"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            save_key(ownership.draw_key(config, cell.scheme, owner="benchmark"), path)
+        key = load_key(path)
+        scheme = with_settings(scheme_named(cell.scheme), **cell.settings)
+        done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
+        verdict = ownership.release(folder, key, folder / "released")
+        bits = {
+            "bits": verdict.bits,
+            "matches": verdict.matches,
+            "log10_p_value": verdict.log10_p_value,
+        }
+    else:
+        done = ownership.train(folder, config, sets, recipe, journal=journal)
+    return {
+        "cell": cell._asdict(),
+        "metrics": dict(done.metrics),
+        **bits,
+        "step_cost": 1 + (lower_bound("alexnet") - 1) * cell.work if cell.scheme else 1.0,
+        "recipe": asdict(recipe),
+        "train_images": len(sets.train),
+        "test_images": len(test),
+        "wall_seconds_of_this_call": round(time.monotonic() - begun, 1),
+        "command": f"python benchmarks/cheaper.py run --epochs {epochs} --seeds {seed + 1}",
+        "provenance": origin,
+    }
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run")
+    one.add_argument("--data", type=Path, required=True)
+    one.add_argument("--runs", type=Path, default=Path("runs"))
+    one.add_argument("--epochs", type=int, default=2)
+    one.add_argument("--seeds", type=int, default=1)
+    one.add_argument("--only")
+    given = parser.parse_args()
+    run(given.data, given.runs, epochs=given.epochs, seeds=given.seeds, only=given.only)
+
+
+if __name__ == "__main__":
+    main()
