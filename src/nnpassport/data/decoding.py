@@ -75,12 +75,12 @@ def decode_all(
             _as_declared(done, count, source, complete=False)
             tasks = [chunk[i : i + _TASK] for i in range(0, len(chunk), _TASK)]
             results = [
-                r for task in pool.map(lambda t: _decode_some(t, wanted), tasks) for r in task
+                r for task in pool.map(lambda t: decode_some(t, wanted), tasks) for r in task
             ]
             good = _sift(chunk, results, source, skipped if skip_corrupt else None)
             if good:
                 images = _reserve(count, good[0][1].shape, source) if images is None else images
-                _same_shape(images.shape[1:], good, source)
+                same_shape(images.shape[1:], good, source)
                 for picture, pixels in good:
                     images[len(labels)] = pixels
                     labels.append(picture.label or 0)
@@ -116,11 +116,16 @@ def _sift(
         elif skipped is not None:
             skipped.append(f"{picture.name}: {pixels}")
         else:
-            raise UnreadableDataError(
-                f"{source}: {picture.name} cannot be used ({pixels}); needed: a labelled picture "
-                f"in one of {', '.join(FORMATS)}. Repair or remove it, or skip what is corrupt"
-            )
+            raise unusable(picture, pixels, source)
     return good
+
+
+def unusable(picture: Encoded, why: str, source: str) -> UnreadableDataError:
+    """The error that names a picture and says what is wrong with it."""
+    return UnreadableDataError(
+        f"{source}: {picture.name} cannot be used ({why}); needed: a labelled picture "
+        f"in one of {', '.join(FORMATS)}. Repair or remove it, or skip what is corrupt"
+    )
 
 
 def _reserve(count: int, shape: tuple[int, ...], source: str) -> Pixels:
@@ -134,9 +139,14 @@ def _reserve(count: int, shape: tuple[int, ...], source: str) -> Pixels:
         ) from None
 
 
-def _same_shape(
+def same_shape(
     expected: tuple[int, ...], good: Sequence[tuple[Encoded, Pixels]], source: str
 ) -> None:
+    """Check that all pictures are of one shape.
+
+    Raises:
+        UnreadableDataError: one is not, and how to make them equal.
+    """
     found = Counter(pixels.shape for _, pixels in good)
     found.setdefault(expected, 0)
     if len(found) > 1:
@@ -157,7 +167,8 @@ def _some(names: Sequence[str]) -> str:
     return "; ".join(names[:3]) + more
 
 
-def _decode_some(pictures: Sequence[Encoded], wanted: Wanted) -> list[Pixels | str]:
+def decode_some(pictures: Sequence[Encoded], wanted: Wanted) -> list[Pixels | str]:
+    """uint8 (channels height width) of each, in order, or why it cannot be used."""
     return [_decode(picture, wanted) for picture in pictures]
 
 
