@@ -16,7 +16,17 @@ CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
     CORE
-    | {"outputs", "layers", "survey", "fork", "surgery", "statistics", "training", "fidelity"}
+    | {
+        "outputs",
+        "layers",
+        "survey",
+        "fork",
+        "surgery",
+        "statistics",
+        "training",
+        "fidelity",
+        "distributed",
+    }
     | {"schemes", "schemes.lora", "data", "data.triggers", *KEYS}
 )
 ALL = {"*"}
@@ -40,11 +50,13 @@ MAY_IMPORT = {
     "config": {"scheme", "models", "files"},
     "onnxfile": {"scheme", "files"},
     "adapter": {"scheme", "files"},
-    "weights": {"scheme", "files", "onnxfile", "adapter"},
+    "shards": {"scheme", "files"},
+    "weights": {"scheme", "files", "onnxfile", "adapter", "shards"},
     "unfold": {"scheme", "channels"},
     "checkpoint": {"scheme", "models", "onnxfile", "unfold", *FOLDERS},
-    "training": {"scheme", "outputs", "data", "checkpoint", "files"},
-    "fidelity": {"scheme", "outputs", "data"},
+    "distributed": {"scheme", "outputs", "layers"},
+    "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
+    "fidelity": {"scheme", "outputs", "distributed", "data"},
     "evidence.context": CORE,
     "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
     "evidence.key": {*CORE, "data.triggers", *KEYS},
@@ -60,7 +72,7 @@ MAY_IMPORT = {
     "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
     "catalog": {"schemes", "schemes.lora", "attacks", "scheme"},
     "verification": {
-        *("catalog", "channels", "checkpoint", "onnxfile", "unfold"),
+        *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
         *FOLDERS,
         *SCHEMES,
         *EVIDENCE,
@@ -84,7 +96,7 @@ MAY_IMPORT = {
     "publishing": ALL,
     "reproducing": ALL,
     "experiments": ALL,  # all but cli, see below
-    "terminal": {"scheme"},
+    "terminal": {"scheme", "distributed"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},
     "cli": ALL,
     "demo": ALL,

@@ -18,10 +18,20 @@ from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import log10_text_choices, read_text
 from nnpassport.fidelity import accuracy, recalibrate
 from nnpassport.functional import mean_patch, read_bits, sign_loss
-from nnpassport.layers import Branch, on_branch, own_statistics, passport_norms
+from nnpassport.layers import (
+    Branch,
+    forked,
+    on_branch,
+    own_statistics,
+    passport_norms,
+    private_count,
+    public_count,
+)
 from nnpassport.scheme import (
+    BadRecipeError,
     BadSignatureError,
     Batch,
+    Part,
     UnreadableDataError,
     UnsuitableModelError,
 )
@@ -535,6 +545,77 @@ def test_a_late_private_branch_joins_at_its_step_and_the_signs_are_there_before(
         torch.testing.assert_close(outcome.loss, expected)
         assert ("private_accuracy" in outcome.measures) is (step >= 5)
     assert signs > 0
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.01])
+def test_the_private_branch_sees_the_last_images_alone(share, digits):
+    scheme = replace(V2, private_share=share)
+    model, key, images, labels = prepared(scheme, digits)
+    count = {1.0: 6, 0.5: 3, 0.3: 2, 0.01: 1}[share]
+    outcome = scheme.objective(key, steps=10)(model, Batch(images, labels))
+    public = F.cross_entropy(logits_of(model, images, Branch.PUBLIC), labels)
+    private = F.cross_entropy(logits_of(model, images, Branch.PRIVATE)[-count:], labels[-count:])
+    signs = 0.1 * regularisation(model)[0]
+    torch.testing.assert_close(outcome.loss, public + private + signs)
+    assert outcome.measures["private_accuracy"][1] == count
+
+
+def test_every_batch_is_parted_as_it_was_forked():
+    for images in range(1, 200):
+        for share in (1.0, 0.75, 0.5, 1 / 3, 0.25, 0.1, 1 / 64):
+            rows = len(forked(torch.zeros(images), share))
+            assert rows == images + private_count(images, share)
+            assert public_count(rows, share) == images
+    with pytest.raises(ValueError, match="no batch"):
+        public_count(1, 1.0)
+
+
+def test_a_private_branch_that_joins_in_some_steps_only_is_out_of_the_others(digits):
+    scheme = replace(V2, private_every=3)
+    model, key, images, labels = prepared(scheme, digits)
+    objective = scheme.objective(key, steps=10)
+    joined = [
+        "private_accuracy" in objective(model, Batch(images, labels, step)).measures
+        for step in range(7)
+    ]
+    assert joined == [True, False, False] * 2 + [True]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"private_share": 0.0}, {"private_share": 1.5}, {"private_every": 0}, {"late": 1.0}],
+)
+def test_a_private_branch_that_is_never_trained_is_refused(settings):
+    with pytest.raises(BadRecipeError, match=f"{next(iter(settings))} is .*needed"):
+        replace(V2, **settings)
+
+
+@pytest.mark.parametrize("weight", [None, 2.0])
+@pytest.mark.parametrize("scheme", [V1, V2, V3])
+def test_the_mean_loss_of_the_parts_of_a_step_is_that_of_the_step(scheme, weight, digits):
+    if scheme is V3:  # three triggers: one part of two has one more than the other
+        scheme = replace(V3, triggers=5, triggers_per_step=3, trigger_weight=weight)
+    model, key, images, labels = prepared(scheme, digits)
+    objective = scheme.objective(key, steps=10, normalise=digits[2])
+    whole = objective(model, Batch(images, labels, 1))
+    for count in (2, 3, 6):
+        size = 6 // count
+        parts = [
+            objective(
+                model,
+                Batch(
+                    images[i * size : (i + 1) * size],
+                    labels[i * size : (i + 1) * size],
+                    1,
+                    Part(i, count),
+                ),
+            )
+            for i in range(count)
+        ]
+        mean = torch.stack([part.loss for part in parts]).mean()
+        torch.testing.assert_close(mean, whole.loss)
+        counted = sum(part.measures["accuracy"] for part in parts)
+        assert torch.equal(counted, whole.measures["accuracy"])
 
 
 def test_the_evaluation_measures_the_network_as_it_will_be_used(marked, digits):

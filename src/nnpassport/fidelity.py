@@ -1,11 +1,13 @@
 """F: what accuracy does a network reach, and is it what its owner says?"""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
+from nnpassport.distributed import at_work
 from nnpassport.outputs import logits_of
 from nnpassport.scheme import Batch
 
@@ -23,14 +25,19 @@ def accuracy(
     """Share of `data` that `model` classifies rightly, in [0, 1].
 
     Counted over images: the mean over batches of the reference code would weigh a last, smaller
-    batch too much. The model is used as it stands; put it into evaluation mode first.
+    batch too much. The model is used as it stands; put it into evaluation mode first. Processes
+    that share the measurement (`distributed.sharing`) have some of the batches each.
     """
+    team, device = at_work(), _device_of(model)
     # Summed where it is computed, and read once: an accelerator does not wait for each batch.
-    right = sum(
-        (logits_of(model(part.images)).argmax(1) == part.labels).sum()
-        for part in evaluation_batches(data, normalise, size=batch, device=_device_of(model))
-    )
-    return int(right) / len(data)
+    right, turns = torch.zeros((), dtype=torch.int64, device=device), 0
+    for mine in evaluation_batches(data, normalise, size=batch, device=device, part=team.part):
+        right += (logits_of(model(mine.images)).argmax(1) == mine.labels).sum()
+        turns += 1
+    if math.ceil(len(data) / batch / team.size) > turns:
+        # Where weights are dealt out, a forward takes all processes: this one has no batch left.
+        model(next(evaluation_batches(data, normalise, size=1, device=device)).images)
+    return int(team.total(right)) / len(data)
 
 
 def plain_evaluation(

@@ -87,7 +87,7 @@ class PassportNorm(nn.Module):
 
     def affine(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
         """γ and β of the passport at the layer's present weight; gradients flow to the weight."""
-        weight, patch = filters(_whole(self.layer.weight), self._geometry), self.mean_patch
+        weight, patch = filters(whole_weight(self.layer.weight), self._geometry), self.mean_patch
         if not weight.is_contiguous():
             # Channels-last: sum in the order that W has in memory; its own order would copy W twice
             # a step, which costs more than the product.
@@ -173,7 +173,8 @@ def _in_the_open(_module: nn.Module, _args: tuple[Any, ...]) -> None:
     """A hook that does nothing but be there."""
 
 
-def _whole(weight: Any) -> Tensor:
+def whole_weight(weight: Any) -> Tensor:
+    """A weight of which a process may have its part only (FSDP), whole; gradients flow back."""
     if not hasattr(weight, "full_tensor"):
         return weight
     from torch.distributed.tensor import Partial  # noqa: PLC0415 - a second, for FSDP only

@@ -15,7 +15,7 @@ from nnpassport.scheme import Batch, UnsuitableModelError
 from nnpassport.schemes.graft import Grafted, graft
 from nnpassport.schemes.passport import Passport
 from nnpassport.survey import refuse_lossy_wrapper
-from nnpassport.training import Task
+from nnpassport.training import Task, read_measure
 
 
 @final
@@ -58,7 +58,7 @@ class Marked:
         refuse_lossy_wrapper(running, one_branch=one_branch)
         outcome = self._objective(running, Batch(inputs, labels, self.step))
         self.step += 1
-        self.measures = {name: value.item() for name, value in outcome.measures.items()}
+        self.measures = {name: read_measure(value) for name, value in outcome.measures.items()}
         return outcome.loss
 
     def graft(self, inputs: Example) -> Mapping[str, Grafted]:

@@ -19,6 +19,17 @@ def call(model: nn.Module, example: Example) -> Any:
     return model(**example) if isinstance(example, Mapping) else model(*example)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside what DDP and `torch.compile` wrap around it, or itself."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if type(model).__name__ == "DistributedDataParallel":
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
 def tensors_in(output: Any) -> list[Tensor]:
     """All tensors in a network's output, whatever it is made of, in a fixed order."""
     if isinstance(output, Tensor):

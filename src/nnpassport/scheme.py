@@ -14,6 +14,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── UnreadableDataError      images or labels are missing, corrupt or of the wrong kind
     ├── BadSignatureError        a signature text or a digital signature that cannot be used
     ├── BadRecipeError           training, or a probe, was asked for what cannot be done
+    ├── LostProcessError         another process of a distributed training is gone
     ├── UnreachableServiceError  a service does not answer, or too seldom to tell anything
     └── UnwritableOutputError    a result could not be saved; what was there before is untouched
 """
@@ -72,6 +73,18 @@ class BadSignatureError(OwnershipError):
 
 class BadRecipeError(OwnershipError):
     """A training recipe, or the terms of a probe, that cannot be carried out."""
+
+
+class LostProcessError(OwnershipError):
+    """Another process of a distributed training is gone.
+
+    Attributes:
+        said: whether another of the remaining processes has said so already.
+    """
+
+    def __init__(self, message: str = "", *, said: bool = False) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 class UnreachableServiceError(OwnershipError):

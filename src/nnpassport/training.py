@@ -14,17 +14,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.checkpoint import load_training, save_training
 from nnpassport.data.images import Augment, ImageSet, Normalisation, batches, steps_per_epoch
+from nnpassport.distributed import Team, dealt_like, losing_none, sharing, together, whole, wrapped
 from nnpassport.files import write_atomically
 from nnpassport.outputs import logits_of
 from nnpassport.scheme import BadRecipeError, Batch
@@ -60,7 +62,7 @@ class Recipe:
 
     Attributes:
         epochs: passes over the training images; 0 does what needs no training, and no more.
-        batch: images a step.
+        batch: images a step, of all processes together.
         rate: learning rate of SGD at its highest.
         momentum: of SGD, in [0, 1).
         weight_decay: L2 penalty on every parameter, as SGD's.
@@ -110,7 +112,11 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 class Outcome(NamedTuple):
-    """What an objective says of one batch: the loss to descend, and facts worth showing."""
+    """What an objective says of one batch: the loss to descend, and facts worth showing.
+
+    The loss of a `Batch.part` is such that the mean over all parts is the loss of the whole step. A
+    measure is one number, or a count and what it is of (`share_right`), which parts can add up.
+    """
 
     loss: Tensor
     measures: Mapping[str, Tensor]
@@ -120,6 +126,7 @@ Objective = Callable[[nn.Module, Batch], Outcome]
 Task = Callable[[Any, Any], Tensor]
 """A loss of the caller's own: output of one branch, labels → scalar."""
 Evaluation = Callable[[nn.Module], Mapping[str, float]]
+_AGREED_EVERY = 10  # steps: so often several processes ask one another whether to save or stop
 
 
 @final
@@ -166,8 +173,22 @@ class History:
 def classification(model: nn.Module, batch: Batch) -> Outcome:
     """Plain training: cross-entropy, nothing else."""
     logits = logits_of(model(batch.images))
-    right = (logits.detach().argmax(1) == batch.labels).float().mean()
+    right = share_right(logits, batch.labels)
     return Outcome(F.cross_entropy(logits, batch.labels), {"accuracy": right})
+
+
+def share_right(logits: Tensor, labels: Tensor) -> Float[Tensor, "2"]:
+    """Accuracy on a part of a batch, as a count: right answers, and answers."""
+    right = (logits.detach().argmax(1) == labels).sum()
+    return torch.stack([right, right.new_tensor(len(labels))]).float()
+
+
+def read_measure(value: Tensor) -> float:
+    """A measure as one number; a share of nothing is 0."""
+    if value.dim() == 0:
+        return value.item()
+    part, of = value.tolist()
+    return part / of if of else 0.0
 
 
 def total_steps(data: ImageSet, recipe: Recipe) -> int:
@@ -185,40 +206,56 @@ def fit(
     evaluate: Evaluation | None = None,
     journal: Journal | None = None,
 ) -> History:
-    """Train `model` in place on whatever device Accelerate finds.
+    """Train `model` in place on whatever device Accelerate finds, in one process or in several.
 
     `evaluate` runs after each epoch; its "score" is what `keep_best` compares. Checkpoints are
-    written atomically: every so often, after each epoch, and on Ctrl-C (which then raises
-    KeyboardInterrupt as usual).
+    written atomically: every so often, after each epoch, and on Ctrl-C or SIGTERM (which then raise
+    KeyboardInterrupt). They do not depend on how many processes there are.
+
+    Several processes (`distributed`) each call this with the same arguments; all have the trained
+    weights afterwards, and only the first writes and shows anything.
 
     Raises:
-        BadRecipeError: the loss is no longer finite, or `resume` finds another recipe's run.
+        BadRecipeError: the loss is no longer finite, `resume` finds another recipe's run, or the
+            processes cannot share the batch or differ in what they train.
+        LostProcessError: another process is gone.
     """
     data.require_classes(2)
-    journal = journal or Journal()
-    accelerator = Accelerator()
-    model.to(accelerator.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = _Run(model, _resident(data, accelerator.device), recipe, journal, accelerator)
-    torch.manual_seed(recipe.seed)
-    run.restore()
-    run.open_log()
-    compiled = torch.compile(model) if recipe.compile else model
-    products = products_in(recipe.precision, accelerator.device)
-    with products, _frozen_before_group_norms(model), _interruptible() as interrupted:
-        while run.epoch < recipe.epochs:
-            model.train()
-            for batch in run.batches(normalise):
-                run.step(compiled, objective, batch)  # type: ignore[arg-type]
-                if interrupted():
-                    run.save()
+    journal, team = journal or Journal(), together()
+    if not team.leads:
+        journal = replace(journal, show=lambda _: None, tensorboard=False)
+    model.to(team.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with losing_none(team, lambda: _what_now(journal)), wrapped(model, team) as (network, running):
+        run = _Run(network, _resident(data, team.device), recipe, journal, team)
+        torch.manual_seed(recipe.seed + team.rank)
+        run.restore()
+        run.open_log()
+        compiled = torch.compile(running) if recipe.compile else running
+        products = products_in(recipe.precision, team.device)
+        with products, _frozen_before_group_norms(network), _interruptible() as interrupted:
+            while run.epoch < recipe.epochs:
+                network.train()
+                for batch in run.batches(normalise):
+                    run.step(compiled, objective, batch)  # type: ignore[arg-type]
+                    if run.paused(interrupted()):
+                        raise KeyboardInterrupt
+                with sharing(team):
+                    numbers = {} if evaluate is None else evaluate(network)
+                run.close_epoch(numbers)
+                run.save()
+                if any(team.any_of(interrupted())):  # during the evaluation, of the last epoch even
                     raise KeyboardInterrupt
-                run.save_if_due()
-            run.close_epoch({} if evaluate is None else evaluate(model))
-            run.save()
-            if interrupted():  # during the evaluation, of the last epoch perhaps
-                raise KeyboardInterrupt
-    run.finish()
+        run.finish()
     return run.history
+
+
+def _what_now(journal: Journal) -> str:
+    if journal.folder is None:
+        return "start the training again; it keeps no checkpoints"
+    return (
+        f"its last checkpoint is {journal.folder / 'training.pt'}: go on from there with --resume, "
+        "with as many processes as you like"
+    )
 
 
 def _resident(data: ImageSet, device: torch.device) -> ImageSet:
@@ -274,7 +311,8 @@ def _frozen_before_group_norms(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], bool]]:
     # A KeyboardInterrupt in the middle of optimizer.step() would leave half of the weights updated,
-    # so Ctrl-C only raises a flag here, which the loop reads between steps.
+    # so Ctrl-C only raises a flag here, which the loop reads between steps. SIGTERM is what
+    # launchers and queues send before they kill.
     asked = False
 
     def ask(*_: object) -> None:
@@ -284,11 +322,12 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Step(NamedTuple):
@@ -326,10 +365,10 @@ class _Run:
         data: ImageSet,
         recipe: Recipe,
         journal: Journal,
-        accelerator: Accelerator,
+        team: Team,
     ) -> None:
         self.model, self.data, self.recipe = model, data, recipe
-        self.journal, self.folder, self.accelerator = journal, journal.folder, accelerator
+        self.journal, self.folder, self.team = journal, journal.folder, team
         self.optimizer = torch.optim.SGD(
             (p for p in model.parameters() if p.requires_grad),
             lr=recipe.rate,
@@ -337,12 +376,13 @@ class _Run:
             weight_decay=recipe.weight_decay,
             nesterov=recipe.nesterov,
         )
-        # Hashing the images takes a second for large sets: once, and only where it is written.
+        # Hashing the images takes a second for large sets: once, and only where it is needed.
         self._identity: dict[str, Any] = (
             {}
-            if journal.folder is None
+            if journal.folder is None and team.size == 1
             else {"recipe": dataclasses.asdict(recipe), "data": data.digest()}
         )
+        team.require_same("recipe or set of images", json.dumps(self._identity, sort_keys=True))
         self.done = 0
         self.per_epoch = steps_per_epoch(len(data), recipe.batch)
         self.history = History()
@@ -365,7 +405,8 @@ class _Run:
             epoch=self.epoch,
             start=self.done - self.epoch * self.per_epoch,
             augment=Augment() if self.recipe.augment else None,
-            device=self.accelerator.device,
+            device=self.team.device,
+            part=self.team.part,
         )
 
     def step(self, model: nn.Module, objective: Objective, batch: Batch) -> None:
@@ -376,9 +417,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         dtype = PRECISIONS[recipe.precision]
-        with torch.autocast(self.accelerator.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(self.team.device.type, dtype, enabled=dtype is not None):
             outcome = objective(model, batch)
-        self.accelerator.backward(outcome.loss)
+        outcome.loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.done += 1
@@ -390,20 +431,29 @@ class _Run:
         now = time.monotonic()
         speed = (self.done - self._logged_step) * self.recipe.batch / max(now - self._logged, 1e-9)
         self._logged, self._logged_step = now, self.done
-        loss, *values = (
-            value.detach().to("cpu", non_blocking=True)
-            for value in (outcome.loss, *outcome.measures.values())
-        )
+        loss, *values = (value.to("cpu", non_blocking=True) for value in self._of_all(outcome))
         self._unread = _Step(
             self.done,
             self.epoch,
             loss,
             dict(zip(outcome.measures, values, strict=True)),
             speed,
-            _on_their_way(self.accelerator.device),
+            _on_their_way(self.team.device),
         )
-        if not _reads_late(self.accelerator.device):
+        if not _reads_late(self.team.device):
             self._read()
+
+    def _of_all(self, outcome: Outcome) -> list[Tensor]:
+        """The loss and the measures of the whole step: counts added up, numbers averaged."""
+        values = [value.detach() for value in (outcome.loss, *outcome.measures.values())]
+        if self.team.size == 1:
+            return values
+        flat = self.team.total(torch.cat([value.reshape(-1).double() for value in values]))
+        parts = flat.split([value.numel() for value in values])
+        return [
+            part.view(value.shape) if value.dim() else part[0] / self.team.size
+            for part, value in zip(parts, values, strict=True)
+        ]
 
     def _read(self) -> None:
         """Write down the step that was logged last, if it is not yet."""
@@ -418,7 +468,7 @@ class _Run:
                 f"the loss is {loss} at step {step} of {steps}; training has diverged at rate "
                 f"{self.recipe.rate}; a third of that rate is worth a try"
             )
-        measures = {name: value.item() for name, value in unread.measures.items()}
+        measures = {name: read_measure(value) for name, value in unread.measures.items()}
         self.journal.show(Progress(step, steps, unread.epoch, loss, speed, measures))
         self._record({"step": step, "loss": loss, "images_per_second": speed, **measures})
 
@@ -430,19 +480,31 @@ class _Run:
         score = numbers.get("score", -math.inf)
         if self.recipe.keep_best and score > self.history.best:
             self.history.best = score
-            self.best_weights = deepcopy(self.model.state_dict())
+            self.best_weights = deepcopy(whole(dict(self.model.state_dict())))
         self._logged = time.monotonic()  # so that evaluation does not count as training time
 
     def finish(self) -> None:
         if self.best_weights is not None:
-            self.model.load_state_dict(self.best_weights)
+            self._load(self.best_weights)
         self.history.seconds += time.monotonic() - self._started
         if self._writer is not None:
             self._writer.close()
 
-    def save_if_due(self) -> None:
-        if time.monotonic() - self._saved > self.journal.checkpoint_every:
+    def paused(self, asked: bool) -> bool:
+        """Save if it is time to, or if it was `asked` to stop here, which is what is returned."""
+        if self.team.size > 1 and self.done % _AGREED_EVERY:
+            return False  # all of them have to save together
+        due = time.monotonic() - self._saved > self.journal.checkpoint_every
+        stops, saves = self.team.any_of(asked, due and self.team.leads)
+        if stops or saves:
             self.save()
+        return stops
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        mine = self.model.state_dict()
+        self.model.load_state_dict(
+            {name: dealt_like(value, mine[name]) for name, value in weights.items()}
+        )
 
     def save(self) -> None:
         self._read()  # a resumed run will not log these steps again
@@ -451,11 +513,17 @@ class _Run:
         now = time.monotonic()
         self.history.seconds += now - self._started
         self._saved = self._started = now
+        weights, optimizer = (
+            whole(dict(self.model.state_dict())),
+            whole(self.optimizer.state_dict()),
+        )
+        if not self.team.leads:
+            return
         state = {
             **self._identity,
             "done": self.done,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": weights,
+            "optimizer": optimizer,
             "history": dataclasses.asdict(self.history),
             "best_weights": self.best_weights,
             "generator": torch.get_rng_state(),
@@ -467,9 +535,24 @@ class _Run:
     def restore(self) -> None:
         if not self.journal.resume or self.folder is None:
             return
-        if not (self.folder / "training.pt").exists():
+        state = self.team.from_leader(partial(self._found, self.folder / "training.pt"))
+        if state is None:
             return
-        state = load_training(self.folder / "training.pt")
+        self._load(state["model"])
+        self.optimizer.load_state_dict(self._dealt(state["optimizer"]))
+        self.done = self._logged_step = state["done"]
+        self.history = History(**state["history"])
+        self.best_weights = state["best_weights"]
+        if self.team.leads:
+            torch.set_rng_state(state["generator"])
+        else:
+            torch.manual_seed(self.recipe.seed + self.team.rank + self.team.size * self.done)
+
+    def _found(self, path: Path) -> dict[str, Any] | None:
+        """The checkpoint at `path`, once it is known to be one of this run; None without one."""
+        if not path.exists():
+            return None
+        state = load_training(path)
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise BadRecipeError(
@@ -481,15 +564,19 @@ class _Run:
                 f"{self.folder} holds a run with another network; resuming needs the same one: "
                 "repeat the options of the first call, or start in an empty folder"
             )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.done = self._logged_step = state["done"]
-        self.history = History(**state["history"])
-        self.best_weights = state["best_weights"]
-        torch.set_rng_state(state["generator"])
+        return state
+
+    def _dealt(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """A whole optimiser's state, each parameter's part as that parameter is dealt out."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = {
+            index: {name: dealt_like(value, parameters[index]) for name, value in each.items()}
+            for index, each in optimizer["state"].items()
+        }
+        return {**optimizer, "state": state}
 
     def open_log(self) -> None:
-        if self.folder is None:
+        if self.folder is None or not self.team.leads:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "metrics.jsonl"
@@ -516,7 +603,7 @@ class _Run:
         return entry["step"] <= self.done and entry.get("epoch", 0) <= self.epoch
 
     def _record(self, entry: Mapping[str, float]) -> None:
-        if self.folder is None:
+        if self.folder is None or not self.team.leads:
             return
         with (self.folder / "metrics.jsonl").open("a") as log:
             log.write(json.dumps(dict(entry)) + "\n")

@@ -104,8 +104,8 @@ def batches(
             f"start is step {start} of an epoch; needed: 0 to {steps}, the steps of {len(data)} "
             f"images in batches of {size}"
         )
-    mine = slice_of(min(size, len(data)), part)
-    return _batches(data, normalise, size, seed, epoch, start, augment, torch.device(device), mine)
+    slice_of(min(size, len(data)), part)  # refused now, and not at the first batch
+    return _batches(data, normalise, size, seed, epoch, start, augment, torch.device(device), part)
 
 
 def slice_of(size: int, part: Part) -> slice:
@@ -133,9 +133,9 @@ def _batches(
     start: int,
     augment: Augment | None,
     device: torch.device,
-    mine: slice,
+    part: Part,
 ) -> Iterator[Batch]:
-    steps = steps_per_epoch(len(data), size)
+    steps, mine = steps_per_epoch(len(data), size), slice_of(min(size, len(data)), part)
     order = moved_to(epoch_order(len(data), seed=seed, epoch=epoch), data.images.device)
     ahead: list[Tensor] = []
     for step in range(start, steps):
@@ -150,6 +150,7 @@ def _batches(
             normalise(pixels).contiguous(memory_format=torch.channels_last),
             moved_to(data.labels[chosen], device),
             epoch * steps + step,
+            part,
         )
 
 

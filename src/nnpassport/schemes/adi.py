@@ -23,9 +23,9 @@ from nnpassport.schemes.signature import as_published, read_answers
 from nnpassport.schemes.triggers import (
     branch_loss,
     mixing,
-    share_right,
     trigger_batch,
     trigger_shape,
+    triggers_here,
 )
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.training import (
@@ -37,6 +37,7 @@ from nnpassport.training import (
     Recipe,
     Task,
     fit,
+    share_right,
 )
 
 
@@ -126,11 +127,12 @@ class Adi:
             batch = mix(batch)
             output = call(model, batch.images)
             count = self.triggers_per_step
-            loss, _ = branch_loss(output, batch.labels, count, None, task)
-            triggers_right = share_right(logits_of(output)[-count:], batch.labels[-count:])
+            loss, _ = branch_loss(output, batch.labels, count, None, task, batch.part)
+            images = len(batch.labels) - triggers_here(count, batch.part)
+            triggers_right = share_right(logits_of(output)[images:], batch.labels[images:])
             measures = {"trigger_accuracy": triggers_right}
             if task is None:
-                right = share_right(logits_of(output)[:-count], batch.labels[:-count])
+                right = share_right(logits_of(output)[:images], batch.labels[:images])
                 measures = {"accuracy": right, **measures}
             return Outcome(loss, measures)
 

@@ -41,13 +41,23 @@ from nnpassport.evidence.context import NONCE_BYTES, Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.functional import Geometry, geometry_of, sign_loss
-from nnpassport.outputs import Example, call, logits_of
+from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
-from nnpassport.schemes.triggers import plain_loss, share_right
+from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, Survey, choose
-from nnpassport.training import Evaluation, History, Journal, Objective, Outcome, Recipe, Task, fit
+from nnpassport.training import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    Task,
+    fit,
+    share_right,
+)
 from nnpassport.weights import tensors_digest
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
@@ -149,7 +159,7 @@ class Lora:
             output = call(model, batch.images)
             task_loss = (task or plain_loss)(output, batch.labels)
             gammas, signs = [], []
-            for name, pair in _live_pairs(model, names):
+            for name, pair in _live_pairs(unwrapped(model), names):
                 secrets[name] = _moved(secrets[name], pair.a)
                 with torch.autocast(pair.a.device.type, enabled=False):
                     gammas.append(pair.read(secrets[name][0]))
@@ -320,7 +330,7 @@ def pairs_in(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, 
         UnsuitableModelError: half a pair, two pairs for one layer, or shapes that do not multiply.
     """
     halves: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name in tensors:
         found = _PAIR.fullmatch(name)
         if found and _unwrapped(found[1]) in layers:
             half = halves.setdefault(_unwrapped(found[1]), {})
@@ -328,7 +338,7 @@ def pairs_in(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, 
                 raise UnsuitableModelError(
                     f"{found[1]} has several adapters; needed: the file of the one to verify"
                 )
-            half[found[2]] = tensor
+            half[found[2]] = tensors[name]
     return {name: _pair(name, half) for name, half in halves.items()}
 
 

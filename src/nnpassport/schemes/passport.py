@@ -43,7 +43,6 @@ from nnpassport.schemes.teaching import taught
 from nnpassport.schemes.triggers import (
     branch_loss,
     mixing,
-    share_right,
     trigger_batch,
     trigger_shape,
 )
@@ -58,6 +57,7 @@ from nnpassport.training import (
     Recipe,
     Task,
     fit,
+    share_right,
     total_steps,
 )
 
@@ -191,7 +191,7 @@ class Passport:
             alone = batch.step < start or batch.step % self.private_every != 0
             branches = self._branches(model, batch, alone=alone)
             losses = [
-                branch_loss(output, labels, count, self.trigger_weight, task)
+                branch_loss(output, labels, count, self.trigger_weight, task, batch.part)
                 for output, labels in branches
             ]
             regularisation, match = self._sign_term(model)

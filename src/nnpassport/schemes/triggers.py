@@ -13,7 +13,7 @@ from nnpassport.evidence.context import TriggerShape
 from nnpassport.evidence.key import Key
 from nnpassport.layers import Branch, on_branch
 from nnpassport.outputs import Example, call, logits_of, part_of, tensors_in
-from nnpassport.scheme import Batch, UnsuitableModelError
+from nnpassport.scheme import WHOLE, Batch, Part, UnsuitableModelError
 from nnpassport.training import Task
 
 
@@ -71,13 +71,21 @@ def mixing(triggers: Batch, count: int) -> Callable[[Batch], Batch]:
     return mix
 
 
+def triggers_here(count: int, part: Part) -> int:
+    """How many of a step's `count` triggers a part of its batch has."""
+    return len(range(part.index, count, part.of))
+
+
 def mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
     """The batch with the step's turn of the trigger set at its end; the set cycles.
+
+    The parts of a batch share the turn: the first trigger is the first part's, and so on.
 
     Raises:
         UnsuitableModelError: the network takes something else than one tensor of images.
     """
-    places = torch.arange(count, device=triggers.labels.device)
+    device = triggers.labels.device
+    places = torch.arange(count, device=device)[batch.part.index :: batch.part.of]
     turn = (batch.step * count + places) % len(triggers.labels)
     shown = triggers.images[turn]
 
@@ -98,7 +106,7 @@ def mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
                 "images of that shape; scheme V2 has no triggers"
             )
     labels = torch.cat([batch.labels, triggers.labels[turn].to(batch.labels)])
-    return Batch(inputs, labels, batch.step)
+    return batch._replace(images=inputs, labels=labels)
 
 
 def _are_images(values: list[Any], shown: Tensor) -> bool:
@@ -113,26 +121,30 @@ def plain_loss(output: Any, labels: Tensor) -> Float[Tensor, ""]:
 
 
 def branch_loss(
-    output: Any, labels: Any, count: int, weight: float | None, task: Task | None
+    output: Any,
+    labels: Any,
+    count: int,
+    weight: float | None,
+    task: Task | None,
+    part: Part = WHOLE,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """L_c of one branch's images, and of its triggers: the last `count` of the batch.
+    """L_c of one branch's images, and of its triggers: the last of the batch, `count` in a step.
 
     Where `weight` (λ_t) is None, a trigger weighs like any other image: the first number is the
-    mean over all of them and the second for information.
+    mean over all of them and the second for information. Of a `part` of a batch, the mean of these
+    numbers over all parts is what the whole batch has.
     """
-    loss = task or plain_loss
-    if count == 0 or (weight is None and task is None):
+    loss, here = task or plain_loss, triggers_here(count, part)
+    if count == 0 or (part.of == 1 and weight is None and task is None):
         whole = loss(output, labels)
         return whole, torch.zeros_like(whole)
-    size = len(labels)
-    of_images = loss(part_of(output, 0, size - count), labels[:-count])
-    of_triggers = plain_loss(part_of(output, size - count, size), labels[-count:])
+    images = len(labels) - here
+    of_images = loss(part_of(output, 0, images), labels[:images])
+    of_triggers = torch.zeros_like(of_images)
+    if here:
+        of_triggers = plain_loss(part_of(output, images, len(labels)), labels[images:])
+        of_triggers = of_triggers * (here * part.of / count)
     if weight is not None:
         return of_images, of_triggers
-    share = count / size
+    share = count / (images * part.of + count)
     return (1 - share) * of_images + share * of_triggers, of_triggers
-
-
-def share_right(logits: Tensor, labels: Tensor) -> Float[Tensor, ""]:
-    """Accuracy on one batch, in [0, 1]."""
-    return (logits.detach().argmax(1) == labels).float().mean()

@@ -21,10 +21,11 @@ from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.functional import Geometry, filters
-from nnpassport.outputs import Example, call, logits_of
+from nnpassport.layers import whole_weight
+from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
-from nnpassport.schemes.triggers import plain_loss, share_right
+from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, choose, survey
 from nnpassport.training import (
@@ -36,6 +37,7 @@ from nnpassport.training import (
     Recipe,
     Task,
     fit,
+    share_right,
 )
 
 
@@ -131,7 +133,8 @@ class Uchida:
             nonlocal projection, signs
             output = call(model, batch.images)
             task_loss = (task or plain_loss)(output, batch.labels)
-            weight = filters(model.get_parameter(f"{layer.name}.weight"), layer.geometry)
+            host = unwrapped(model).get_parameter(f"{layer.name}.weight")
+            weight = filters(whole_weight(host), layer.geometry)
             # Full precision even under autocast, as for passports.
             with torch.autocast(weight.device.type, enabled=False):
                 projection, signs = projection.to(weight), signs.to(weight)

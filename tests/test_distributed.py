@@ -1,0 +1,308 @@
+"""Several processes train what one process trains, and stop, resume and fail as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnpassport import distributed
+from nnpassport.distributed import Team
+from nnpassport.scheme import BadRecipeError, LostProcessError
+
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("TORCH")},
+    "OMP_NUM_THREADS": "1",
+}
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+PROGRAM = '''
+"""python program.py OUT CASE...: each case trained in however many processes this is."""
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nnpassport.catalog import scheme_named
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.distributed import together
+from nnpassport.training import Journal, Recipe, fit
+
+torch.set_num_threads(1)
+RNG = torch.Generator().manual_seed(7)
+IMAGES = torch.randint(256, (104, 1, 8, 8), dtype=torch.uint8, generator=RNG)
+LABELS = torch.randint(3, (104,), generator=RNG)
+DATA = ImageSet(IMAGES, LABELS, ("a", "b", "c"))
+HELD_OUT = DATA.subset(torch.arange(37))  # 37: no number of processes shares that evenly
+RECIPE = Recipe(epochs=3, batch=8, rate=0.05, schedule="one-cycle", keep_best=True, seed=3)
+
+
+def normalise(pixels):
+    return Normalisation((0.5,), (0.3,))(pixels).double()
+
+
+def network(norm):
+    torch.manual_seed(0)
+    make = {"batch": nn.BatchNorm2d, "group": lambda c: nn.GroupNorm(2, c)}[norm]
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 6, 3, bias=False), make(6), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(6, 8, 3, bias=False), make(8), nn.ReLU()),
+        nn.Sequential(nn.Conv2d(8, 4, 1, bias=False), make(4), nn.ReLU()),
+        nn.Flatten(), nn.Linear(64, 3),
+    ).double()
+
+
+def train(out, name, norm, stops=None, resume=False):
+    model, scheme = network(norm), scheme_named(name)
+    if scheme.triggers:
+        scheme = replace(scheme, triggers=7, triggers_per_step=3)
+    example = normalise(IMAGES[:2])
+    if name == "uchida":
+        scheme = replace(scheme, bits=32)
+    hosts = {"adi": None, "uchida": ["1.0"]}.get(name, ["0.0", "1.0"])
+    key = scheme.draw_key(model, example, seed=bytes(32), layers=hosts)
+    scheme.insert(model, key, example)
+    inner, team = scheme.objective(key, steps=39, normalise=normalise), together()
+
+    def objective(running, batch):
+        if stops == batch.step and team.rank == team.size - 1:
+            os.kill(os.getpid(), 2)
+        if stops == -batch.step and team.rank == team.size - 1:
+            os.kill(os.getpid(), 9)
+        return inner(running, batch)
+
+    journal = Journal(Path(out), resume=resume, checkpoint_every=1e9 if stops is None else 0)
+    try:
+        history = fit(model, objective, DATA, RECIPE, normalise=normalise, journal=journal,
+                      evaluate=scheme.evaluation(HELD_OUT, normalise))
+    except KeyboardInterrupt:
+        return
+    if team.leads:
+        weights = {n: t.tolist() for n, t in model.state_dict().items()}
+        epochs = [{k: v for k, v in e.items()} for e in history.epochs]
+        Path(out, "found.json").write_text(json.dumps({"weights": weights, "epochs": epochs}))
+
+
+if __name__ == "__main__":
+    for case in json.loads(sys.argv[2]):
+        os.environ["NNPASSPORT_SHARDED"] = str(case.pop("sharded", 0))
+        train(Path(sys.argv[1], case.pop("out")), **case)
+'''
+
+
+def launch(folder, processes, cases):
+    program = folder / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    command = [sys.executable] if processes == 1 else [*LAUNCH, f"--nproc-per-node={processes}"]
+    return subprocess.run(
+        [*command, program, folder, json.dumps(cases)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def found(folder, out):
+    return json.loads((folder / out / "found.json").read_text(encoding="utf-8"))
+
+
+def logged(folder, out):
+    lines = (folder / out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name != "images_per_second"}
+        for line in lines
+    ]
+
+
+def assert_same(folder, one, other):
+    for name, value in found(folder, one)["weights"].items():
+        expected = torch.tensor(value, dtype=torch.float64)
+        mine = torch.tensor(found(folder, other)["weights"][name], dtype=torch.float64)
+        torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-10, msg=name)
+    for mine, expected in zip(logged(folder, other), logged(folder, one), strict=True):
+        assert mine == pytest.approx(expected, rel=1e-9, abs=1e-10)
+
+
+KINDS = (
+    ("passport-v1", "batch"),
+    ("passport-v2", "batch"),
+    ("passport-v3", "batch"),
+    ("passport-v3", "group"),
+    ("adi", "group"),
+    ("uchida", "batch"),
+)
+SHARDED = KINDS[:4]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every kind trained by one process, by two, by two that share the weights, interrupted."""
+    folder = tmp_path_factory.mktemp("distributed")
+    alone = [{"out": f"one {name} {norm}", "name": name, "norm": norm} for name, norm in KINDS]
+    copied = [{**case, "out": case["out"].replace("one", "copied")} for case in alone]
+    dealt = [
+        {**case, "out": case["out"].replace("one", "sharded"), "sharded": 1}
+        for case in alone[: len(SHARDED)]
+    ]
+    kind = {"name": "passport-v3", "norm": "batch"}
+    stopped = [
+        {"out": "two, one", **kind, "stops": 14},
+        {"out": "two sharded, one", **kind, "stops": 14, "sharded": 1},
+    ]
+    ended = launch(folder, 1, [*alone, {"out": "one, two sharded", **kind, "stops": 14}])
+    assert ended.returncode == 0, ended.stderr
+    resumed = {"out": "one, two sharded", **kind, "resume": True, "sharded": 1}
+    ended = launch(folder, 2, [*copied, *dealt, *stopped, resumed])
+    assert ended.returncode == 0, ended.stderr
+    for out in ("two, one", "two sharded, one"):
+        assert not (folder / out / "found.json").exists()  # they were stopped
+    ended = launch(folder, 1, [{**case, "stops": None, "resume": True} for case in stopped])
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("name", "norm"), KINDS)
+def test_two_processes_train_what_one_does(name, norm, runs):
+    assert_same(runs, f"one {name} {norm}", f"copied {name} {norm}")
+
+
+@pytest.mark.parametrize(("name", "norm"), SHARDED)
+def test_two_processes_that_deal_out_the_weights_do_too(name, norm, runs):
+    assert_same(runs, f"one {name} {norm}", f"sharded {name} {norm}")
+
+
+@pytest.mark.parametrize("out", ["two, one", "two sharded, one", "one, two sharded"])
+def test_a_run_goes_on_with_another_number_of_processes(out, runs):
+    assert_same(runs, "one passport-v3 batch", out)
+
+
+def test_an_accuracy_is_counted_over_all_images_of_a_step_and_an_evaluation(runs):
+    for entry in logged(runs, "copied passport-v3 group"):
+        if "epoch" in entry:
+            assert (37 * entry["accuracy"]) == pytest.approx(round(37 * entry["accuracy"]))
+        else:  # eight images and three triggers, which two processes cannot share evenly
+            assert (11 * entry["accuracy"]) == pytest.approx(round(11 * entry["accuracy"]))
+
+
+def embedding(folder, key, *more):
+    return [
+        *("-m", "nnpassport", "embed", "--data", "digits", "--split", "train", "--size", "8"),
+        *("--channels", "1", "--key", key, "--out", folder / "net", "--set", "width=0.25"),
+        *("--batch", "32", *more),
+    ]
+
+
+@pytest.fixture
+def owner(tmp_path):
+    key = tmp_path / "owner.key"
+    command = ["key", "new", "--size", "8", "--channels", "1", "--set", "width=0.25", "--out", key]
+    subprocess.run([sys.executable, "-m", "nnpassport", *command], check=True, env=ENVIRONMENT)
+    return key
+
+
+def processes_of(launcher):
+    """Ids of a launcher's processes, by rank."""
+    ids = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
+            variables = (status.parent / "environ").read_bytes().split(b"\0")
+        except (OSError, ValueError):
+            continue
+        ranks = [v.removeprefix(b"RANK=") for v in variables if v.startswith(b"RANK=")]
+        if parent == launcher.pid and ranks:
+            ids[int(ranks[0])] = int(status.parent.name)
+    return ids
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_job_with_one_error_and_a_checkpoint(killed, owner, tmp_path):
+    training = tmp_path / "net" / "training"
+    job = subprocess.Popen(
+        [*LAUNCH, "--nproc-per-node=2", *embedding(tmp_path, owner, "--epochs", "400")],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (training / "training.pt").exists():
+            assert time.monotonic() < deadline
+            assert job.poll() is None, job.communicate()[1]
+            time.sleep(0.1)
+        os.kill(processes_of(job)[killed], signal.SIGKILL)
+        output, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert output == ""
+    assert errors.count("error: LostProcessError") == 1, errors
+    assert "Traceback" not in errors.split("torch.distributed.elastic")[0]
+    assert f"{training / 'training.pt'}: go on from there with --resume" in errors.replace("\n", "")
+    state = torch.load(training / "training.pt", weights_only=True)
+    epochs = len(state["history"]["epochs"]) + 1
+    again = (
+        subprocess.run(
+            [sys.executable, *embedding(tmp_path, owner, "--epochs", "400", "--resume")],
+            env={**ENVIRONMENT, "NNPASSPORT_STOP": str(epochs)},
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+        if False
+        else None
+    )
+    assert again is None
+
+
+def test_one_process_is_a_team_of_its_own():
+    team = distributed.together()
+    assert (team.rank, team.size, team.leads, team.sharded) == (0, 1, True, False)
+    value = torch.tensor([1.5])
+    assert team.total(value) is value
+    assert team.any_of(True, False) == (True, False)
+    assert team.from_leader(lambda: 3) == 3
+    team.require_same("recipe", "a")
+    team.wait()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    from nnpassport.data.batching import slice_of
+
+    assert slice_of(12, Team(1, 3).part) == slice(4, 8)
+    with pytest.raises(BadRecipeError, match="128 images cannot be shared by 3 .* such as 129"):
+        slice_of(128, Team(1, 3).part)
+
+
+def test_only_what_comes_of_a_lost_process_is_called_one():
+    def fails(error, team):
+        with distributed.losing_none(team, lambda: "go on"):
+            raise error
+
+    lost = RuntimeError("[/pytorch/gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(LostProcessError, match="another of the 2 processes .* go on"):
+        fails(lost, Team(1, 2))
+    for error, team in ((lost, Team()), (RuntimeError("shapes cannot be multiplied"), Team(1, 2))):
+        with pytest.raises(RuntimeError, match=str(error)[:9].replace("[", r"\[")):
+            fails(error, team)
+
+
+def test_the_first_version_of_fsdp_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadRecipeError, match="--fsdp_version 2"):
+        distributed._is_asked_to_shard()
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    assert distributed._is_asked_to_shard()
