@@ -21,6 +21,7 @@ _TRANSPOSED: Mapping[int, Callable[..., Tensor]] = {
     2: F.conv_transpose2d,
     3: F.conv_transpose3d,
 }
+_WIDENED = 2**20  # numbers
 HOSTS = (
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -261,9 +262,12 @@ def read_bits(
     """sign(γ) in {−1, 0, +1}, computed in float64 so that every machine reads the same bits.
 
     A γ of exactly zero gives 0, which matches neither bit: a zeroed channel never helps a claim.
+    A large layer is widened some rows at a time: in float64 it is four times what a file keeps.
     """
-    gamma, _ = collapsed_affine(weight.double(), patch.double())
-    return gamma.sign()
+    whole = patch.shape[1] > 1 or weight.numel() <= _WIDENED
+    rows = len(weight) if whole else max(1, _WIDENED // patch.shape[2])
+    parts = [collapsed_affine(part.double(), patch.double())[0] for part in weight.split(rows)]
+    return torch.cat(parts).sign()
 
 
 def passport_space(

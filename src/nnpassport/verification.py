@@ -3,7 +3,7 @@
 Every function here either gives a verdict or raises, and then nothing was decided.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
@@ -25,11 +25,13 @@ from nnpassport.fidelity import accuracy
 from nnpassport.onnxfile import ONNX
 from nnpassport.outputs import logits_of
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
-from nnpassport.schemes.lora import added
+from nnpassport.schemes.lora import added, is_adapter
+from nnpassport.schemes.signature import host_weight
 from nnpassport.schemes.triggers import answers_to
+from nnpassport.shards import Shards
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.unfold import state_from
-from nnpassport.weights import Weights, read_weights, tensors_digest
+from nnpassport.weights import Weights, read_lazily, read_weights, tensors_digest
 
 TOLERANCE = 0.03
 """ε_f where none is declared: the paper's for AlexNet."""
@@ -107,7 +109,8 @@ def verify(
 ) -> Verdict:
     """Does the network in `suspect`, a folder or file from anybody, carry `key`?
 
-    Bits are read from the weights alone. With a `trial` the network is also built (from its own
+    Bits are read from the weights alone, of safetensors one layer at a time, so that a network may
+    be larger than the memory. With a `trial` the network is also built (from its own
     config if that names an architecture of ours, else from the reference) and F is measured: does
     the passport sustain the accuracy? With alignment both are of the aligned network.
 
@@ -247,6 +250,11 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
         return verify_answers(suspect, key, options=replace(options, standing=None)), None
+    if options.base is None and options.alignment is None:
+        shards = _layer_by_layer(suspect, key)
+        if shards is not None:
+            verdict = scheme.verify(shards, key, log10_alpha=options.threshold)
+            return replace(verdict, digests=shards.digests()), None
     weights = _without_prefixes(read_weights(suspect), key)
     if options.base is not None:
         return _added(weights, options.base, key, options), None
@@ -274,6 +282,24 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
     return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
+
+
+def _layer_by_layer(suspect: Path, key: Key) -> Shards | None:
+    """The suspect's tensors under the key's names, none of them read; None if they have to be.
+
+    Whether the key's layers are there, in its shapes, is settled by the headers: a file that names
+    a tensor of any size can make nobody read it.
+    """
+    shards = read_lazily(suspect)
+    if shards is None:
+        return None
+    shards = shards.renamed(_prefixed(shards, key))
+    described = shards.described()
+    if is_adapter(described):
+        return None
+    for layer in key.context.layers:
+        host_weight(described, layer)
+    return shards
 
 
 def _added(weights: Weights, path: Path, key: Key, options: Options) -> Verdict:
@@ -306,14 +332,20 @@ def _check_committed(reference: Path, standing: Standing | None) -> None:
 
 
 def _without_prefixes(weights: Weights, key: Key) -> Weights:
-    """Under the names that the key knows: wrappers for training prefix all of them."""
-    wanted = [f"{layer.name}.weight" for layer in key.context.layers]
-    tensors = weights.tensors
+    """Under the names that the key knows."""
+    names = _prefixed(weights.tensors, key)
+    return weights._replace(tensors={new: weights.tensors[old] for new, old in names.items()})
+
+
+def _prefixed(there: Iterable[str], key: Key) -> dict[str, str]:
+    """The names that the key knows, and those that are there: wrappers for training prefix all."""
+    wanted = {f"{layer.name}.weight" for layer in key.context.layers}
+    names = {name: name for name in there}
     for prefix in PREFIXES * 2:
-        if tensors.keys() >= set(wanted) or not all(name.startswith(prefix) for name in tensors):
+        if names.keys() >= wanted or not all(name.startswith(prefix) for name in names):
             continue
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return weights._replace(tensors=tensors)
+        names = {name.removeprefix(prefix): old for name, old in names.items()}
+    return names
 
 
 def _given(unrelated: Mapping[str, Weights]) -> Unrelated:

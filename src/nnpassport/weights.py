@@ -6,7 +6,6 @@ no tensor may pose as larger than what is stored, or hold NaN or Inf.
 
 import hashlib
 import io
-import math
 import os
 import struct
 import sys
@@ -23,6 +22,15 @@ from nnpassport.adapter import ADAPTER_FILES, with_signed_scale
 from nnpassport.files import brief, is_text, read_once, reading
 from nnpassport.onnxfile import ONNX, read_onnx
 from nnpassport.scheme import UnreadableModelError
+from nnpassport.shards import (
+    INDEX_FILE,
+    INDEX_SUFFIX,
+    SUFFIX,
+    Shards,
+    finite_fault,
+    is_index,
+    open_shards,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_MODEL_BYTES = 16 * 2**30
@@ -45,15 +53,19 @@ class Weights(NamedTuple):
 def read_weights(path: Path) -> Weights:
     """The tensors of a `.safetensors` or `.onnx` file, a torch checkpoint, or a folder with one.
 
-    In a folder: `model.safetensors`, else `pytorch_model.bin`, else an adapter of peft's, else the
-    only `*.pt`. Of an adapter, B has the sign of its scale (`adapter.with_signed_scale`). A
-    checkpoint is a state dict, alone or under "state_dict" or "model". No code in it is run.
-    What an ONNX file has under which names, `read_onnx` says.
+    In a folder: `model.safetensors`, else the shards of `model.safetensors.index.json`, else
+    `pytorch_model.bin`, else an adapter of peft's, else the only `*.pt`. Of an adapter, B has the
+    sign of its scale (`adapter.with_signed_scale`). A checkpoint is a state dict, alone or under
+    "state_dict" or "model". No code in it is run. What an ONNX file has under which names,
+    `read_onnx` says.
 
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
     """
     path = _weights_file(path)
+    if is_index(path):
+        shards = open_shards(path, limit=MAX_MODEL_BYTES)
+        return _checked(Weights(dict(shards), shards.digests()), path)
     if path.suffix.lower() == ONNX:
         return _checked(Weights(*read_onnx(path, MAX_MODEL_BYTES)), path)
     pickled = path.suffix.lower() in _PICKLES
@@ -66,6 +78,19 @@ def read_weights(path: Path) -> Weights:
     return Weights(signed, {**weights.digests, **digest})
 
 
+def read_lazily(path: Path) -> Shards | None:
+    """The same tensors in the memory of one of them, each read when it is asked for.
+
+    None where that cannot be had: of a pickle, of ONNX, and of an adapter, which is small.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, hostile, or too large even for this.
+    """
+    path = _weights_file(path)
+    kept = path.suffix.lower() == SUFFIX and path.name not in ADAPTER_FILES
+    return open_shards(path) if kept or is_index(path) else None
+
+
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse NaN and Inf in any floating-point tensor.
 
@@ -73,8 +98,8 @@ def require_finite(tensors: Mapping[str, Tensor]) -> None:
         UnreadableModelError: naming the first such tensor.
     """
     for name, tensor in tensors.items():
-        if not _is_finite(tensor):
-            raise UnreadableModelError(_not_finite(name))
+        if (fault := finite_fault(name, tensor)) is not None:
+            raise UnreadableModelError(fault)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -132,8 +157,8 @@ def defect(tensors: Mapping[str, Tensor]) -> str | None:
             return f"{name!r} of shape {tuple(tensor.shape)} does not hold all its numbers"
         if tensor.dim() > _MOST_AXES or total > MAX_MODEL_BYTES:
             return f"{name!r} exceeds {_MOST_AXES} axes or {MAX_MODEL_BYTES} bytes in total"
-        if not _is_finite(tensor):
-            return _not_finite(name)
+        if (fault := finite_fault(name, tensor)) is not None:
+            return fault
     return None
 
 
@@ -145,13 +170,14 @@ def _checked(weights: Weights, path: Path) -> Weights:
 
 def _weights_file(path: Path) -> Path:
     if not path.is_dir():
-        if path.suffix.lower() in (".safetensors", ONNX, *_PICKLES):
+        if path.suffix.lower() in (SUFFIX, ONNX, *_PICKLES) or is_index(path):
             return path
+        ends = ", ".join((SUFFIX, INDEX_SUFFIX, ONNX, *_PICKLES))
         raise UnreadableModelError(
             f"{path} is neither a folder nor a model file; needed: a folder that holds "
-            f"{WEIGHTS_FILE}, or a file that ends in .safetensors, {ONNX}, {', '.join(_PICKLES)}"
+            f"{WEIGHTS_FILE} or {INDEX_FILE}, or a file that ends in {ends}"
         )
-    for name in (WEIGHTS_FILE, "pytorch_model.bin", *ADAPTER_FILES):
+    for name in (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", *ADAPTER_FILES):
         if os.path.lexists(path / name):
             return path / name
     with reading(path):
@@ -160,7 +186,8 @@ def _weights_file(path: Path) -> Path:
         return pickles[0]
     raise UnreadableModelError(
         f"{path} holds {len(pickles)} files *.pt and no {WEIGHTS_FILE}; "
-        f"needed: {WEIGHTS_FILE}, pytorch_model.bin or a single *.pt, or give the file itself"
+        f"needed: {WEIGHTS_FILE}, {INDEX_FILE}, pytorch_model.bin or a single *.pt, or give the "
+        "file itself"
     )
 
 
@@ -220,18 +247,3 @@ def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
         f"{path} holds {found}, but a state dict maps names to tensors; "
         "save `model.state_dict()`, alone or under 'state_dict' or 'model'"
     )
-
-
-def _not_finite(name: str) -> str:
-    return (
-        f"tensor {name!r} holds NaN or Inf, but a model needs finite numbers; "
-        "give a checkpoint from before its training diverged"
-    )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    # not isfinite().all(): that allocates several times the tensor; extremes propagate NaN
-    low, high = torch.aminmax(tensor.detach())
-    return math.isfinite(low.item()) and math.isfinite(high.item())

@@ -27,13 +27,15 @@ from nnpassport.statistics import (
 
 def secrets_of(key: Key) -> dict[str, surgery.Secret]:
     """What surgery needs of a key: each layer's mean patch and signs, by the layer's name."""
-    return {
-        layer.name: surgery.Secret(
-            mean_patch(key.layer_passport(layer.name), layer.weight, layer.geometry),
-            key.layer_signs(layer.name),
-        )
-        for layer in key.context.layers
-    }
+    return {layer.name: secret_of(key, layer) for layer in key.context.layers}
+
+
+def secret_of(key: Key, layer: LayerShape) -> surgery.Secret:
+    """The same of one layer."""
+    return surgery.Secret(
+        mean_patch(key.layer_passport(layer.name), layer.weight, layer.geometry),
+        key.layer_signs(layer.name),
+    )
 
 
 def read_signature(
@@ -44,22 +46,16 @@ def read_signature(
 ) -> Verdict:
     """V: read sign(Avg(W ∗ P_γ)) off the weights, and how likely so many matches are by chance.
 
-    `weights` is a state dict. Derived bits are uniform and independent of any network that was not
-    trained on them, so their matches are Binomial(n, ½) whatever the weights: the p-value is exact.
-    A key whose passports or bits were chosen freely has no p-value, because a linear system finds
-    passports for any bits.
+    `weights` is a state dict, or one whose tensors are read when they are asked for: they are, one
+    after the other, and one at a time is kept. Derived bits are uniform and independent of any
+    network that was not trained on them, so their matches are Binomial(n, ½) whatever the weights:
+    the p-value is exact. A key whose passports or bits were chosen freely has no p-value, because a
+    linear system finds passports for any bits.
 
     Raises:
         UnsuitableModelError: a layer that the key names is missing or has another shape.
     """
-    host = {layer.name: host_weight(weights, layer) for layer in key.context.layers}
-    counts = {
-        name: (
-            int((read_bits(host[name].cpu(), secret.mean_patch) == secret.signs).sum()),
-            len(secret.signs),
-        )
-        for name, secret in secrets_of(key).items()
-    }
+    counts = {layer.name: _matches(weights, key, layer) for layer in key.context.layers}
     verdict = judged(
         key,
         "signature bits",
@@ -69,6 +65,14 @@ def read_signature(
         log10_alpha=log10_alpha,
     )
     return replace(verdict, layers=counts)
+
+
+def _matches(weights: Mapping[str, Tensor], key: Key, layer: LayerShape) -> tuple[int, int]:
+    """How many bits of one layer match, and of how many."""
+    host = host_weight(weights, layer)
+    secret = secret_of(key, layer)
+    read = read_bits(host.cpu(), secret.mean_patch)
+    return int((read == secret.signs).sum()), len(secret.signs)
 
 
 def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
