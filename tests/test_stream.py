@@ -21,6 +21,7 @@ from nnpassport.data import picks, rowgroups, stream
 from nnpassport.data.ahead import done_ahead
 from nnpassport.data.batching import Augment, steps_per_epoch
 from nnpassport.data.images import CIFAR10, Normalisation, read_images
+from nnpassport.data.imageset import generator_for
 from nnpassport.data.stream import open_stream
 from nnpassport.scheme import BadRecipeError, Part, UnreadableDataError
 
@@ -176,6 +177,36 @@ def test_what_lies_together_is_not_seen_together(data):
     # are of one row group where a window has two, and not all.
     lanes = np.concatenate([seen.reshape(-1, 8, 2)[:, lane] for lane in range(8)]).reshape(8, -1)
     assert 0.3 < (lanes[:, 1:] // 10 == lanes[:, :-1] // 10).mean() < 0.6
+
+
+@pytest.mark.parametrize("shape", [(9, 3, 6, 5), (1, 3, 7, 7), (5, 1, 4, 4), (4, 3, 1, 1)])
+def test_images_are_normalised_alike_in_either_layout(shape):
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator_for("images"))
+    normalise = Normalisation(CIFAR10.mean[: shape[1]], CIFAR10.std[: shape[1]])
+    ours = normalise(images.contiguous(memory_format=torch.channels_last))
+    assert torch.equal(ours, normalise(images))
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("pad", "side"), [(4, 8), (2, 5), (9, 8), (0, 8)])
+def test_one_image_is_moved_as_a_batch_of_them_is(pad, side):
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (200, 3, side, side + 2), dtype=torch.uint8, generator=rng)
+    augment = Augment(pad)
+    drawn = augment.draw(200, rng)
+    placed = torch.full_like(images, 255).numpy()
+    for place, image, own in zip(placed, images.numpy(), drawn.T.tolist(), strict=True):
+        picks.put_moved(place, image, pad, own)
+    assert torch.equal(torch.from_numpy(placed), augment.moved(images, drawn))
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["while decoding", "on the device"])
+def test_an_epoch_is_augmented_as_an_epoch_in_memory_is(data, early, monkeypatch):
+    monkeypatch.setattr(stream, "_is_cpu", lambda _: early)
+    plain, moved = (list(epoch(data, 1, augment=each)) for each in (None, Augment()))
+    for step, (ours, theirs) in enumerate(zip(plain, moved, strict=True)):
+        generator = generator_for("augment", 5, 1, step)
+        assert torch.equal(Augment()(ours.images.to(torch.uint8), generator), theirs.images)
 
 
 # Parts

@@ -191,6 +191,8 @@ class Normalisation:
                 f"{len(self.mean)}; read the images with channels={len(self.mean)}"
             )
         mean, std = _columns(self, pixels.device)
+        if pixels.is_cpu and _has_channels_last(pixels):
+            return _by_rows(pixels, mean, std)
         return torch.sub(pixels, mean).div_(std)
 
     @classmethod
@@ -211,6 +213,23 @@ CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 
 IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """What torchvision's weights expect."""
+
+
+def _has_channels_last(pixels: Tensor) -> bool:
+    last = pixels.dim() == 4 and pixels.is_contiguous(memory_format=torch.channels_last)
+    return last and not pixels.is_contiguous()
+
+
+def _by_rows(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    # A CPU takes three times as long to go through mean and std anew for each pixel, as it must
+    # where channels lie innermost; and a few images at a time stay in its cache between the two.
+    count, channels, height, width = pixels.shape
+    rows = pixels.permute(0, 2, 3, 1).reshape(count, height, width * channels)
+    means, stds = (each.flatten().repeat(width) for each in (mean, std))
+    normalised = torch.empty(rows.shape, device=pixels.device)
+    for some, place in zip(rows.split(4), normalised.split(4), strict=True):
+        torch.sub(some, means, out=place).div_(stds)
+    return normalised.view(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=32)

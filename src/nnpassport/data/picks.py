@@ -30,6 +30,13 @@ class Pick(NamedTuple):
     others: Callable[[], Iterator[Encoded]]
 
 
+class Moves(NamedTuple):
+    """How `Augment` moves some images: each one's top and left edge, and whether it is mirrored."""
+
+    pad: int
+    drawn: list[list[int]]
+
+
 def picks_of(rows: Rows, order: Sequence[int], places: range, *, spare: bool) -> list[Pick]:
     """The pictures at these places of the order; with `spare`, those that follow may replace them.
 
@@ -85,6 +92,23 @@ class LaneReader:
         self._order, self._at = order_within(window, self._shuffle).tolist(), number
 
 
+def put_moved(place: Pixels, pixels: Pixels, pad: int, drawn: Sequence[int]) -> None:
+    """Put one image in its place as `Augment.moved` would move it, in one copy."""
+    top, left, mirrored = drawn
+    place[...] = 0
+    seen = place[:, :, ::-1] if mirrored else place
+    _, height, width = pixels.shape
+    rows, from_rows = _overlap(pad - top, height)
+    columns, from_columns = _overlap(pad - left, width)
+    seen[:, rows, columns] = pixels[:, from_rows, from_columns]
+
+
+def _overlap(shift: int, length: int) -> tuple[slice, slice]:
+    """Where a line that is shifted against another covers it, in the one's places and its own."""
+    count, here, there = max(length - abs(shift), 0), max(shift, 0), max(-shift, 0)
+    return slice(here, here + count), slice(there, there + count)
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Decoder:
@@ -112,15 +136,33 @@ class Decoder:
         return images, np.empty(count, np.int64)
 
     def tasks(
-        self, picks: Sequence[Pick], images: Pixels, labels: npt.NDArray[np.int64]
+        self,
+        picks: Sequence[Pick],
+        images: Pixels,
+        labels: npt.NDArray[np.int64],
+        moves: Moves | None = None,
     ) -> list[Callable[[], None]]:
         """What fills the places with the picks, for threads to share."""
         starts = range(0, len(picks), _TASK)
+        places = [slice(at, min(at + _TASK, len(picks))) for at in starts]
         return [
-            partial(self._fill, picks[at : at + _TASK], images[at:], labels[at:]) for at in starts
+            partial(
+                self._fill,
+                picks[own],
+                images[own],
+                labels[own],
+                None if moves is None else Moves(moves.pad, moves.drawn[own]),
+            )
+            for own in places
         ]
 
-    def _fill(self, picks: Sequence[Pick], images: Pixels, labels: npt.NDArray[np.int64]) -> None:
+    def _fill(
+        self,
+        picks: Sequence[Pick],
+        images: Pixels,
+        labels: npt.NDArray[np.int64],
+        moves: Moves | None,
+    ) -> None:
         results = decode_some([pick.picture for pick in picks], self.wanted)
         for place, (pick, result) in enumerate(zip(picks, results, strict=True)):
             picture, pixels = (
@@ -128,7 +170,11 @@ class Decoder:
             )
             if pixels.shape != self.shape:
                 same_shape(self.shape, [(picture, pixels)], f"{self.source}, {picture.name}")
-            images[place], labels[place] = pixels, picture.label or 0
+            labels[place] = picture.label or 0
+            if moves is None:
+                images[place] = pixels
+            else:
+                put_moved(images[place], pixels, moves.pad, moves.drawn[place])
 
     def _replaced(self, pick: Pick, why: str) -> tuple[Encoded, Pixels]:
         for other in pick.others():
