@@ -54,7 +54,8 @@ MAY_IMPORT = {
     "weights": {"scheme", "files", "onnxfile", "adapter", "shards"},
     "unfold": {"scheme", "channels"},
     "checkpoint": {"scheme", "models", "onnxfile", "unfold", *FOLDERS},
-    "distributed": {"scheme", "outputs", "layers"},
+    "processes": set(),
+    "distributed": {"scheme", "outputs", "processes", "layers"},
     "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "distributed", "data"},
     "evidence.context": CORE,
@@ -96,7 +97,7 @@ MAY_IMPORT = {
     "publishing": ALL,
     "reproducing": ALL,
     "experiments": ALL,  # all but cli, see below
-    "terminal": {"scheme", "distributed"},
+    "terminal": {"scheme", "processes"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},
     "cli": ALL,
     "demo": ALL,

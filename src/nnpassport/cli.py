@@ -4,6 +4,7 @@
 """
 
 import json
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -58,6 +59,7 @@ from nnpassport.options import (
     recipe_from,
     sets_from,
 )
+from nnpassport.processes import world
 from nnpassport.scheme import OwnershipError
 from nnpassport.terminal import errors, print_metrics, print_table, print_verdict, progress_bar
 
@@ -376,8 +378,9 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except OwnershipError as error:
-        errors.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
-        errors.print(str(error), markup=False, soft_wrap=True)
+        if _first_to_say(type(error).__name__):
+            errors.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
+            errors.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)
     except _BadUsage as error:
         error.show()  # type: ignore[attr-defined]
@@ -389,6 +392,16 @@ def main() -> None:
         traceback.print_exc()
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _first_to_say(what: str) -> bool:
+    """Whether no other of several processes that fail alike has said so."""
+    if world() == 1:
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all when one has failed
+    from nnpassport.distributed import first_to_say  # noqa: PLC0415
+
+    return first_to_say(what)
 
 
 if __name__ == "__main__":

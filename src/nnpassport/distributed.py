@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
+from datetime import timedelta
 from inspect import signature
 from types import MethodType
 from typing import Any, NamedTuple, TypeVar, cast, final
@@ -30,6 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnpassport.layers import Branch, passport_norms
 from nnpassport.outputs import with_tensors
+from nnpassport.processes import rank as own_rank
+from nnpassport.processes import world
 from nnpassport.scheme import (
     BadRecipeError,
     LostProcessError,
@@ -127,15 +130,6 @@ class Team:
         if self.size > 1:
             dist.barrier()
 
-    def first_to_say(self, what: str) -> bool:
-        """Whether no other process has said this yet; True where nobody can be asked."""
-        if self.size == 1:
-            return True
-        with suppress(Exception):  # the store may be gone with the process that kept it
-            store = dist.distributed_c10d._get_default_store()
-            return bool(store.add(f"nnpassport/{what}", 1) == 1)
-        return True
-
 
 _at_work: ContextVar[Team | None] = ContextVar("team", default=None)
 
@@ -155,11 +149,6 @@ def sharing(team: Team) -> Iterator[None]:
         _at_work.reset(token)
 
 
-def leads() -> bool:
-    """Whether this process is the one that writes and prints, by what its launcher told it."""
-    return os.environ.get("RANK", "0") == "0" or _world() == 1
-
-
 def together() -> Team:
     """The processes that were started together, connected; one by itself is a team of one.
 
@@ -168,10 +157,10 @@ def together() -> Team:
     """
     if dist.is_available() and dist.is_initialized():
         size, rank = dist.get_world_size(), dist.get_rank()
-    elif _world() == 1:
+    elif world() == 1:
         return Team(device=Accelerator().device)
     else:
-        size, rank = _world(), int(os.environ["RANK"])
+        size, rank = world(), own_rank()
         if _device().type == "cuda":
             torch.cuda.set_device(_device())
         backend = "cpu:gloo,cuda:nccl" if _device().type == "cuda" else "gloo"
@@ -180,10 +169,6 @@ def together() -> Team:
     if size == 1:
         return Team(device=Accelerator().device)
     return Team(rank, size, _device(), _is_asked_to_shard())
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def _device() -> torch.device:
@@ -390,6 +375,25 @@ def losing_none(team: Team, advice: Callable[[], str]) -> Iterator[None]:
             raise
         raise LostProcessError(
             f"another of the {team.size} processes of this training is gone, and process "
-            f"{team.rank} cannot go on without it; {advice()}",
-            said=not team.first_to_say("lost"),
+            f"{team.rank} cannot go on without it; {advice()}"
         ) from error
+
+
+def first_to_say(what: str) -> bool:
+    """Whether no other of the processes has said this; True where none can be asked."""
+    if world() == 1:
+        return True
+    with suppress(Exception):  # the store may be gone with the process that kept it
+        return bool(_store().add(f"nnpassport/{what}", 1) == 1)
+    return True
+
+
+def _store() -> Any:
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=5),
+    )

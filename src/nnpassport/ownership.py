@@ -18,6 +18,7 @@ from nnpassport.checkpoint import load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
+from nnpassport.distributed import sharing, together
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import plain_evaluation
 from nnpassport.scheme import (
@@ -145,7 +146,7 @@ def train(
     )
     metrics = _reported(model, sets, plain_evaluation)
     described = _described(config, sets, metrics, {})
-    save_model(folder, model.cpu(), described)
+    _write(folder, model, described)
     return described
 
 
@@ -186,7 +187,7 @@ def embed(
     metrics = _reported(model, sets, scheme.evaluation)
     surgery.remove(model)
     described = _described(config, sets, metrics, {"scheme": scheme.name})
-    save_model(folder, model.cpu(), described)
+    _write(folder, model, described)
     return described
 
 
@@ -235,6 +236,12 @@ def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:
         )
 
 
+def _write(folder: Path, model: nn.Module, config: ModelConfig) -> None:
+    """Save what was trained; of several processes the leader does, and the others wait for it."""
+    team = together()
+    team.from_leader(lambda: save_model(folder, model.cpu(), config))
+
+
 def _described(
     config: ModelConfig, sets: Sets, metrics: Mapping[str, float], notes: Mapping[str, str]
 ) -> ModelConfig:
@@ -252,8 +259,9 @@ def _reported(
     model: nn.Module, sets: Sets, evaluation: Callable[[ImageSet, Normalisation], Evaluation]
 ) -> dict[str, float]:
     """Final numbers: on the validation images, and on the test images where there are any."""
-    held_out = evaluation(sets.validation, sets.normalise)(model)
-    numbers = {f"validation_{name}": value for name, value in held_out.items()}
-    if sets.test is not None:
-        numbers |= evaluation(sets.test, sets.normalise)(model)
+    with sharing(together()):
+        held_out = evaluation(sets.validation, sets.normalise)(model)
+        numbers = {f"validation_{name}": value for name, value in held_out.items()}
+        if sets.test is not None:
+            numbers |= evaluation(sets.test, sets.normalise)(model)
     return {name: value for name, value in numbers.items() if not name.endswith("score")}

@@ -76,15 +76,7 @@ class BadRecipeError(OwnershipError):
 
 
 class LostProcessError(OwnershipError):
-    """Another process of a distributed training is gone.
-
-    Attributes:
-        said: whether another of the remaining processes has said so already.
-    """
-
-    def __init__(self, message: str = "", *, said: bool = False) -> None:
-        super().__init__(message)
-        self.said = said
+    """Another process of a distributed training is gone."""
 
 
 class UnreachableServiceError(OwnershipError):

@@ -19,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from nnpassport.processes import leads
 from nnpassport.scheme import Verdict
 
 errors = Console(stderr=True, highlight=False)
@@ -36,7 +37,7 @@ def progress_bar(title: str) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True) as progress:
+    with Progress(*columns, console=errors, transient=True, disable=not leads()) as progress:
         task = progress.add_task(title, total=1, note="")
 
         def show(done: float, total: float, text: str | None = None) -> None:
@@ -46,7 +47,9 @@ def progress_bar(title: str) -> Iterator[Any]:
 
 
 def print_metrics(out: Path, metrics: Any, as_json: bool) -> None:
-    """Print what a run measured, in percent, or as JSON as it is."""
+    """Print what a run measured, in percent, or as JSON as it is; one process of several does."""
+    if not leads():
+        return
     if as_json:
         typer.echo(json.dumps({"folder": str(out), "metrics": dict(metrics)}, indent=2))
         return
