@@ -82,7 +82,12 @@ MAY_IMPORT = {
     "ownership": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "marked": {"catalog", *SCHEMES},
     "interop": {"interop", "layers", "outputs", "onnxfile", "scheme", *FOLDERS, *CLAIMS},
-    "bench": {"bench", "models", "provenance", "checkpoint", *FOLDERS, *SCHEMES},
+    "bench": {
+        *("bench", "models", "provenance", "checkpoint", "attacks"),
+        *FOLDERS,
+        *SCHEMES,
+        *EVIDENCE,
+    },
     "audit": {
         *("audit", "attacks", "catalog", "ownership", "verification", "checkpoint", "provenance"),
         *SCHEMES,

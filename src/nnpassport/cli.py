@@ -47,6 +47,7 @@ from nnpassport.options import (
     Seed,
     Size,
     Split,
+    Stream,
     Tensorboard,
     Test,
     TestSplit,
@@ -208,6 +209,7 @@ def train(
     split: Split = None,
     test: Test = None,
     test_split: TestSplit = None,
+    stream: Stream = False,
     model: Architecture = "alexnet",
     norm: Norm = "group",
     arguments: Arguments = None,
@@ -236,7 +238,7 @@ def train(
         recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
     )
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
-    sets = sets_from(data, split, test, test_split, base, validation, seed)
+    sets = sets_from(data, split, test, test_split, base, validation, seed, stream)
     with journal_in(out, resume, tensorboard) as journal:
         done = ownership.train(
             out, base.config_for(sets), sets, run, initial=base.weights, journal=journal
@@ -252,6 +254,7 @@ def embed(
     split: Split = None,
     test: Test = None,
     test_split: TestSplit = None,
+    stream: Stream = False,
     model: Architecture = "alexnet",
     norm: Norm = "group",
     arguments: Arguments = None,
@@ -295,7 +298,7 @@ def embed(
         recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
     )
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
-    sets = sets_from(data, split, test, test_split, base, validation, seed)
+    sets = sets_from(data, split, test, test_split, base, validation, seed, stream)
     with journal_in(out, resume, tensorboard) as journal:
         done = ownership.embed(
             out,
@@ -334,12 +337,29 @@ def bench(
         bool, typer.Option("--full", help="All cells, not only the quick ones.")
     ] = False,
     minutes: Annotated[float, typer.Option(help="Time budget; what is left over is named.")] = 10.0,
+    architecture: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images a step; repeatable.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Only compiled networks, or none.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="infer, train, memory, acts or loop; repeatable.")
+    ] = None,
 ) -> None:
-    """What marks cost: training and inference beside the plain network, as ratios."""
-    from nnpassport.bench import run  # noqa: PLC0415
+    """What marks cost: training, inference and acts beside the plain network, as ratios."""
+    from nnpassport.bench import choose, run  # noqa: PLC0415
 
+    cells = choose(
+        full=full,
+        architectures=architecture or (),
+        batches=batch or (),
+        precisions=precision or (),
+        compiled=compiled,
+        only=only or (),
+    )
     with progress_bar("bench") as show:
-        typer.echo(run(out, full=full, minutes=minutes, show=show))
+        typer.echo(run(out, cells=cells, minutes=minutes, show=show))
 
 
 app.command()(inspecting.layers)

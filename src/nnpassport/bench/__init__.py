@@ -1,10 +1,13 @@
-"""What a mark costs beside the plain network: time of a training step and of inference, memory.
+"""What a mark costs beside the plain network: training, inference, memory, acts on keys, the loop.
 
-`run` measures and writes; `measure`, `collect` and `render` are its parts.
+`choose` and `plan` name what there is to measure; `run` measures and writes; `measure`, `collect`
+and `render` are its parts.
 """
 
-from nnpassport.bench.networks import FULL, QUICK, Cell, cells, lower_bound
-from nnpassport.bench.report import collect, render, run
+from nnpassport.bench.cells import FULL, QUICK, Cell, cells, plan
+from nnpassport.bench.networks import lower_bound
+from nnpassport.bench.page import render
+from nnpassport.bench.report import choose, collect, run
 from nnpassport.bench.timing import Measurement, measure, peak_memory
 
 __all__ = [
@@ -13,10 +16,12 @@ __all__ = [
     "Cell",
     "Measurement",
     "cells",
+    "choose",
     "collect",
     "lower_bound",
     "measure",
     "peak_memory",
+    "plan",
     "render",
     "run",
 ]

@@ -1,94 +1,89 @@
-"""From measurements to ratios, beside what is aimed at and what the paper's Table 4 reports."""
+"""Measure the cells that there is time for; what there is none for is named."""
 
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnpassport.bench.networks import FULL, QUICK, SLOW_REFERENCE, Cell, lower_bound, work
-from nnpassport.bench.timing import ENOUGH, Measurement, measure, peak_memory
+from nnpassport.bench.cells import NETWORKS, QUICK, Cell, plan, rows_of
+from nnpassport.bench.comparisons import limits, ratios
+from nnpassport.bench.networks import SLOW_REFERENCE, lower_bound, work
+from nnpassport.bench.page import render
+from nnpassport.bench.timing import Measurement, measure, peak_memory
 from nnpassport.files import write_atomically
 from nnpassport.provenance import provenance
+from nnpassport.scheme import BadRecipeError
 
 Show = Callable[[float, float, str], None]
-
-
-class Facts(NamedTuple):
-    """What a target may depend on."""
-
-    architecture: str
-    batch: int
-    bound: float  # of a step of two branches, as a multiple of a plain step
-
-
-class Comparison(NamedTuple):
-    """A ratio of one network to another of the same norm.
-
-    Attributes:
-        paper: the range in the paper's Table 4, as a ratio.
-        target: the most that it should be, or None where the row is there for comparison.
-        unit: what the lower network's number is multiplied by.
-    """
-
-    task: str
-    above: str
-    below: str
-    norm: str
-    paper: str = ""
-    target: Callable[[Facts], float | None] = lambda _: None
-    unit: Callable[[Facts], float] = lambda _: 1.0
-    unit_name: str = ""
-
-    @property
-    def name(self) -> str:
-        """As in the table."""
-        return f"{self.above} / {self.below}{self.unit_name}"
-
-
-_MEMORY = {"alexnet": 1.6, "resnet18": 1.4}
-_COMPARISONS = (
-    Comparison("train", "V1", "plain", "batch", "1.15–1.30", lambda _: 1.03),
-    Comparison("train", "slow V1", "plain", "batch", "1.15–1.30"),
-    Comparison("train", "V2", "plain", "group", "2.00–2.25", lambda f: 1.10 * f.bound),
-    Comparison(
-        "train", "V2", "plain", "group", "", lambda _: 1.10, lambda f: f.bound, " × lower bound"
-    ),
-    Comparison("train", "forked", "plain", "group"),
-    Comparison("train", "V2", "forked", "group"),
-    Comparison("train", "slow V2", "plain", "group", "2.00–2.25"),
-    Comparison("train", "V3", "plain", "group", "2.00–2.50"),
-    Comparison("train", "V3", "V2", "group", "", lambda f: 1 + 2 / f.batch),
-    Comparison("train", "slow V3", "plain", "group", "2.00–2.50"),
-    Comparison("infer", "V1 presented", "plain", "batch", "1.10", lambda _: 1.02),
-    Comparison("infer", "V1 folded", "plain", "batch", "", lambda _: 1.0),
-    Comparison("infer", "V2 released", "plain", "group", "1.00", lambda _: 1.0),
-    Comparison("memory", "V1", "plain", "batch"),
-    Comparison("memory", "V2", "plain", "group", "", lambda f: _MEMORY.get(f.architecture)),
-    Comparison("memory", "V3", "plain", "group"),
-    Comparison("memory", "slow V2", "plain", "group"),
-)
 
 
 def run(
     out: Path | None = None,
     *,
-    full: bool = False,
+    cells: Sequence[Cell] | None = None,
     minutes: float = float("inf"),
     show: Show = lambda done, total, text: None,
 ) -> str:
-    """Measure the quick or all cells, write `out` as JSON if given, and return the tables.
+    """Measure these cells or the quick ones, write `out` as JSON if given, return the tables.
 
     Raises:
         UnwritableOutputError: `out` cannot be written.
     """
-    results = collect(FULL if full else QUICK, minutes=minutes, show=show)
+    if cells is None:
+        results = collect(QUICK, minutes=minutes, show=show)
+    else:
+        results = collect(cells, minutes=minutes, memory=False, show=show)
     if out is not None:
         write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
     return render(results)
+
+
+def choose(
+    *,
+    full: bool = False,
+    architectures: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    precisions: Sequence[str] = (),
+    compiled: bool | None = None,
+    only: Collection[str] = (),
+) -> tuple[Cell, ...] | None:
+    """The cells that these options name; None are the quick ones, as they are without any.
+
+    What is not named is as in the quick cells, or with `full` all there is.
+
+    Raises:
+        BadRecipeError: one of them is unknown.
+    """
+    if not (full or architectures or batches or precisions or only or compiled):
+        return None
+    both = (False, True) if full else (False,)
+    return plan(
+        architectures or (NETWORKS if full else ("alexnet", "resnet18")),
+        batches or ((64, 256) if full else (64,)),
+        precisions or (("float32", "bfloat16") if full else ("float32",)),
+        compiled=both if compiled is None else (compiled,),
+        tasks=_tasks(only, full=full),
+    )
+
+
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    **{task: (task,) for task in ("infer", "train", "memory", "loop")},
+    "acts": ("act", "long act"),
+}
+
+
+def _tasks(only: Collection[str], *, full: bool) -> tuple[str, ...]:
+    unknown = [name for name in only if name not in _PARTS]
+    if unknown:
+        raise BadRecipeError(
+            f"the benchmark has no part {', '.join(unknown)}; there are: {', '.join(_PARTS)}"
+        )
+    default = _PARTS if full else ("infer", "train", "memory")
+    return tuple(task for name in only or default for task in _PARTS[name])
 
 
 def collect(
@@ -102,15 +97,17 @@ def collect(
 ) -> dict[str, Any]:
     """Times and memory of the cells, and all ratios there are between them, as plain JSON values.
 
-    What does not fit into `minutes` is named under "not_run" and nothing is put in its place. Once
-    a group of cells has enough turns, it gets more only within its share of the time by its work: a
-    short budget means few repeats of everything rather than all repeats of a few.
+    With `memory` that of the training cells too. What does not fit into `minutes` is named under
+    "not_run" and nothing is put in its place. Once a group of cells has enough turns, it gets more
+    only within its share of the time by its work: a short budget means few repeats of everything
+    rather than all repeats of a few.
     """
     begun = time.monotonic()
     deadline = begun + 60 * minutes
+    cells = _with_memory(cells) if memory else cells
     there = [cell for cell in cells if SLOW_REFERENCE.exists() or "slow" not in cell.network]
-    entries = [_left_out(c, c.task, "needs a checkout") for c in cells if c not in there]
-    parts = [p for p in _parts(there, repeats + warmup) if memory or not p.of_memory]
+    entries = [_left_out(cell, "needs a checkout") for cell in cells if cell not in there]
+    parts = _parts(there, repeats + warmup)
     for i, part in enumerate(parts):
         now = time.monotonic()
         share = part.work / sum(later.work for later in parts[i:])
@@ -143,6 +140,7 @@ def collect(
         },
         "lower_bounds": bounds,
         "ratios": ratios(numbers, bounds),
+        "limits": limits(numbers),
         "numbers": numbers,
         "not_run": [entry for entry in entries if "reason" in entry],
     }
@@ -150,40 +148,50 @@ def collect(
 
 class _Part(NamedTuple):
     cells: list[Cell]
-    of_memory: bool
     work: float
 
     @property
+    def of_memory(self) -> bool:
+        return self.cells[0].task == "memory"
+
+    @property
     def title(self) -> str:
-        return " ".join(map(str, [*self.cells[0].group, *["memory"] * self.of_memory]))
+        first = self.cells[0]
+        words = (first.architecture, first.batch, first.precision, first.task, first.layers or "")
+        return " ".join([*filter(None, map(str, words)), *["compiled"] * first.compiled])
 
 
 def _parts(cells: Iterable[Cell], turns: int) -> list[_Part]:
-    """Groups of cells to be timed together, each followed by those whose memory is compared."""
+    """Groups of cells to be timed together; memory one cell after the other."""
     parts = []
     for _, members in itertools.groupby(cells, key=lambda cell: cell.group):
         group = list(members)
-        parts.append(_Part(group, of_memory=False, work=turns * sum(map(work, group))))
-        probed = [cell for cell in group if _has_memory(cell)]
-        if probed:
-            # Three runs, and about as long as two more to start a process.
-            parts.append(_Part(probed, of_memory=True, work=5 * sum(map(work, probed))))
+        # Three runs, and about as long as two more to start a process.
+        runs = 5 if group[0].task == "memory" else turns
+        parts.append(_Part(group, runs * sum(map(work, group))))
     return parts
 
 
-def _has_memory(cell: Cell) -> bool:
-    return cell.task == "train" and any(
-        cell.norm == c.norm and cell.network in {c.above, c.below}
-        for c in _COMPARISONS
-        if c.task == "memory"
-    )
+def _with_memory(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, each group of training cells followed by those whose memory is compared."""
+    found = []
+    for _, members in itertools.groupby(cells, key=lambda cell: cell.group):
+        group = list(members)
+        compared = rows_of("memory", group[0].architecture) if group[0].task == "train" else ()
+        probed = [
+            replace(cell, task="memory")
+            for cell in group
+            if (cell.network, cell.norm) in compared and not cell.compiled
+        ]
+        found += group + probed
+    return found
 
 
 def _timed(measured: Iterable[Measurement]) -> list[dict[str, Any]]:
     return [
-        _entry(m.cell, m.cell.task, m.seconds, m.processor_seconds)
+        _entry(m.cell, m.seconds, m.processor_seconds)
         if m.seconds
-        else _left_out(m.cell, m.cell.task, "no time left")
+        else _left_out(m.cell, m.refused or "no time left")
         for m in measured
     ]
 
@@ -195,23 +203,20 @@ def _probed(
     for i, cell in enumerate(cells):
         show(i / len(cells))
         if time.monotonic() < deadline:
-            entries.append(_entry(cell, "memory", [peak_memory(cell)], []))
+            entries.append(_entry(cell, [peak_memory(cell)], []))
         else:
-            entries.append(_left_out(cell, "memory", "no time left"))
+            entries.append(_left_out(cell, "no time left"))
     return entries
 
 
-def _left_out(cell: Cell, task: str, reason: str) -> dict[str, Any]:
-    return {**asdict(cell), "task": task, "reason": reason}
+def _left_out(cell: Cell, reason: str) -> dict[str, Any]:
+    return {**asdict(cell), "reason": reason}
 
 
-def _entry(
-    cell: Cell, task: str, values: Sequence[float], processor: Sequence[float]
-) -> dict[str, Any]:
-    """One cell's numbers: seconds, or bytes where the task is "memory"."""
+def _entry(cell: Cell, values: Sequence[float], processor: Sequence[float]) -> dict[str, Any]:
+    """One cell's numbers: seconds of a step, or bytes where the task is "memory"."""
     return {
         **asdict(cell),
-        "task": task,
         "n": len(values),
         "median": statistics.median(values),
         "min": min(values),
@@ -219,126 +224,3 @@ def _entry(
         "values": list(values),
         "processor_seconds": list(processor),
     }
-
-
-def ratios(
-    numbers: Sequence[Mapping[str, Any]], bounds: Mapping[str, float]
-) -> list[dict[str, Any]]:
-    """Every comparison whose two networks were both measured, turn by turn."""
-    groups: dict[tuple[Any, ...], dict[tuple[str, str], Mapping[str, Any]]] = {}
-    for entry in numbers:
-        group = tuple(entry[part] for part in ("architecture", "batch", "precision", "task"))
-        groups.setdefault(group, {})[entry["network"], entry["norm"]] = entry
-    return [
-        {
-            "architecture": architecture,
-            "batch": batch,
-            "precision": precision,
-            **_ratio(
-                comparison,
-                Facts(architecture, batch, bounds[architecture]),
-                found[comparison.above, comparison.norm],
-                found[comparison.below, comparison.norm],
-            ),
-        }
-        for (architecture, batch, precision, task), found in groups.items()
-        for comparison in _COMPARISONS
-        if comparison.task == task
-        and {(comparison.above, comparison.norm), (comparison.below, comparison.norm)} <= set(found)
-    ]
-
-
-def _ratio(
-    comparison: Comparison, facts: Facts, above: Mapping[str, Any], below: Mapping[str, Any]
-) -> dict[str, Any]:
-    unit = comparison.unit(facts)
-    values, processor = (
-        [a / (b * unit) for a, b in zip(above[kind], below[kind], strict=True)]
-        for kind in ("values", "processor_seconds")
-    )
-    # Inclusive: the other method puts the quartiles of two numbers outside of them.
-    twice = values * 2 if len(values) == 1 else values
-    lower, median, upper = statistics.quantiles(twice, n=4, method="inclusive")
-    target = comparison.target(facts)
-    return {
-        "task": comparison.task,
-        "ratio": comparison.name,
-        "n": len(values),
-        "median": median,
-        "lower_quartile": lower,
-        "upper_quartile": upper,
-        "by_processor_time": statistics.median(processor) if processor else None,
-        "target": target,
-        "met": _met(
-            median, lower, target, enough=comparison.task == "memory" or len(values) >= ENOUGH
-        ),
-        "paper": comparison.paper,
-    }
-
-
-def _met(median: float, lower: float, target: float | None, *, enough: bool) -> str | None:
-    """Judged as printed, to two decimals."""
-    if target is None:
-        return None
-    if not enough:
-        return "too few turns"
-    if round(median, 2) <= round(target, 2):
-        return "yes"
-    return "within noise" if round(lower, 2) <= round(target, 2) else "no"
-
-
-def render(results: Mapping[str, Any]) -> str:
-    """The results as Markdown: ratios beside targets and paper, numbers, and what was not run."""
-    source = results["provenance"]
-    bounds = ", ".join(f"{name} {bound:.3f}" for name, bound in results["lower_bounds"].items())
-    ratio_rows = [
-        (
-            r["architecture"], r["batch"], r["precision"], r["task"], r["ratio"],
-            f"{r['median']:.2f}", f"{r['lower_quartile']:.2f}–{r['upper_quartile']:.2f}",
-            _number(r["by_processor_time"]), r["n"], _number(r["target"]), r["met"], r["paper"],
-        )
-        for r in results["ratios"]
-    ]  # fmt: skip
-    number_rows = [
-        (
-            e["architecture"], e["batch"], e["precision"], e["task"], e["network"], e["norm"],
-            *(f"{e[key] * scale:.1f} {unit}" for key in ("median", "min", "max")), e["n"],
-        )
-        for e in results["numbers"]
-        for scale, unit in [(2**-20, "MiB") if e["task"] == "memory" else (1e3, "ms")]
-    ]  # fmt: skip
-    missing = [
-        f"- {cell['architecture']}, batch {cell['batch']}, {cell['precision']}, {cell['task']}, "
-        f"{cell['network']} ({cell['norm']} norm): {cell['reason']}"
-        for cell in results["not_run"]
-    ]
-    return "\n".join(
-        [
-            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in source.items()),
-            "",
-            f"Lower bound of a step of two branches, as a multiple of a plain step: {bounds}.",
-            "",
-            *_table(_RATIO_COLUMNS, ratio_rows),
-            "",
-            *_table(_NUMBER_COLUMNS, number_rows),
-            *(["", "Not run:", "", *missing] if missing else []),
-        ]
-    )
-
-
-_RATIO_COLUMNS = (
-    "architecture", "batch", "precision", "task", "ratio", "measured", "middle half",
-    "by processor time", "n", "target, at most", "met", "paper, Table 4",
-)  # fmt: skip
-_NUMBER_COLUMNS = (
-    "architecture", "batch", "precision", "task", "network", "norm", "median", "min", "max", "n",
-)  # fmt: skip
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join('' if v is None else str(v) for v in line)} |" for line in lines]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -15,25 +15,30 @@ from typing import NamedTuple, final
 
 import torch
 
-from nnpassport.bench.networks import Cell, default_device, prepare
+from nnpassport.bench.cells import Cell
+from nnpassport.bench.networks import default_device
+from nnpassport.bench.prepared import NotCompiledError, prepare
 
 ENOUGH = 3
 """Turns from which on a ratio is judged, and time is rather spent on what has none yet."""
+_LONG_TURN = 30.0  # seconds: nothing that one such turn did not warm up is left cold
 _SAMPLE_SECONDS = 0.1  # shorter samples are repeated: reading the clock and the queue cost too
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Seconds that one run of a cell took in each turn; empty if there was no time for it.
+    """Seconds that one step of a cell took in each turn; empty if there was no time for it.
 
-    Seconds of processor time, summed over threads, are the steadier measure on a processor that is
-    shared. There are none on an accelerator, where they would only say how busy the host was.
+    `refused` says why it could not be run, if it could not. Seconds of processor time, summed over
+    threads, are the steadier measure on a processor that is shared. There are none on an
+    accelerator, where they would only say how busy the host was.
     """
 
     cell: Cell
     seconds: tuple[float, ...]
     processor_seconds: tuple[float, ...]
+    refused: str = ""
 
 
 def measure(
@@ -46,45 +51,72 @@ def measure(
     deadline: float = float("inf"),
     show: Callable[[float], None] = lambda part: None,
 ) -> list[Measurement]:
-    """Time the cells in turns; the first `warmup` turns do not count.
+    """Time the cells in turns; the first `warmup` turns do not count, or the first if it is long.
 
     `until` and `deadline` are readings of `time.monotonic`: a turn that would likely end after
     `until` is not begun if there are `ENOUGH` already, and none that would end after `deadline`. So
     all cells have as many repeats as there was time for, and maybe none.
     """
     device = device or default_device()
-    runs = [prepare(cell, device) for cell in cells] if time.monotonic() < deadline else []
-    calls = [1] * len(cells)
+    runs, refused = _ready(cells, device, deadline)
+    calls = dict.fromkeys(runs, 1)
     order = random.Random(1)  # noqa: S311 (no secret)
-    samples: list[list[_Sample]] = [[] for _ in cells]
-    longest = 0.0
-    for turn in range(warmup + repeats):
+    samples: dict[Cell, list[_Sample]] = {cell: [] for cell in cells}
+    longest, warm = 0.0, warmup
+    turn = 0
+    while turn < warm + repeats:
         begun = time.monotonic()
-        if begun + longest > (until if turn >= warmup + ENOUGH else deadline):
+        if begun + longest > (until if turn >= warm + ENOUGH else deadline):
             break
         # Shuffled: in a fixed order each cell would always run on the caches and freed memory of
         # the same other one, and that is worth some percent.
-        for done, i in enumerate(order.sample(range(len(runs)), len(runs))):
-            sample = _timed(runs[i], calls[i], device)
-            if turn >= warmup:
-                samples[i].append(sample)
+        for done, cell in enumerate(order.sample(list(runs), len(runs))):
+            sample = _timed(runs[cell], calls[cell], device)
+            if turn >= warm:
+                samples[cell].append(sample.per(cell.steps))
             else:
-                calls[i] = max(1, round(_SAMPLE_SECONDS / sample.seconds))
-            show((turn + (done + 1) / len(cells)) / (warmup + repeats))
+                calls[cell] = max(1, round(_SAMPLE_SECONDS / sample.seconds))
+            show((turn + (done + 1) / len(runs)) / (warm + repeats))
         longest = time.monotonic() - begun
+        turn += 1
+        if longest > _LONG_TURN:
+            warm = min(warm, turn)
     return [
         Measurement(
             cell,
             tuple(sample.seconds for sample in mine),
             tuple(sample.processor for sample in mine if device == "cpu"),
+            refused.get(cell, ""),
         )
-        for cell, mine in zip(cells, samples, strict=True)
+        for cell, mine in samples.items()
     ]
+
+
+def _ready(
+    cells: Sequence[Cell], device: str, deadline: float
+) -> tuple[dict[Cell, Callable[[], object]], dict[Cell, str]]:
+    """What runs each cell, as far as there is time to prepare it; and why others cannot be run."""
+    torch.compiler.reset()  # of the last group's graphs
+    runs, refused = {}, {}
+    longest = 0.0
+    for cell in cells:
+        begun = time.monotonic()
+        if begun + longest >= deadline:  # compiling takes its time
+            break
+        try:
+            runs[cell] = prepare(cell, device)
+        except NotCompiledError as error:
+            refused[cell] = str(error)
+        longest = max(longest, time.monotonic() - begun)
+    return runs, refused
 
 
 class _Sample(NamedTuple):
     seconds: float
     processor: float
+
+    def per(self, steps: int) -> "_Sample":
+        return _Sample(self.seconds / steps, self.processor / steps)
 
 
 def _timed(run: Callable[[], object], calls: int, device: str) -> _Sample:
