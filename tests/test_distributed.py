@@ -1,5 +1,6 @@
 """Several processes train what one process trains, and stop, resume and fail as one."""
 
+import io
 import json
 import os
 import signal
@@ -8,8 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
+from pyarrow import parquet
 
 from nnpassport import distributed
 from nnpassport.distributed import Team
@@ -33,6 +38,7 @@ from torch import nn
 
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.stream import open_stream
 from nnpassport.distributed import together
 from nnpassport.training import Journal, Recipe, fit
 
@@ -60,7 +66,8 @@ def network(norm):
     ).double()
 
 
-def train(out, name, norm, stops=None, resume=False):
+def train(out, name, norm, stops=None, resume=False, stream=None):
+    data = DATA if stream is None else open_stream(stream, channels=1)
     model, scheme = network(norm), scheme_named(name)
     if scheme.triggers:
         scheme = replace(scheme, triggers=7, triggers_per_step=3)
@@ -81,7 +88,7 @@ def train(out, name, norm, stops=None, resume=False):
 
     journal = Journal(Path(out), resume=resume, checkpoint_every=1e9 if stops is None else 0)
     try:
-        history = fit(model, objective, DATA, RECIPE, normalise=normalise, journal=journal,
+        history = fit(model, objective, data, RECIPE, normalise=normalise, journal=journal,
                       evaluate=scheme.evaluation(HELD_OUT, normalise))
     except KeyboardInterrupt:
         return
@@ -144,6 +151,18 @@ KINDS = (
 SHARDED = KINDS[:4]
 
 
+def written(folder):
+    """A Parquet file of 104 pictures in row groups of ten."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for number in range(104):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(256, size=(8, 8), dtype=np.uint8)).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": number % 3})
+    parquet.write_table(pa.Table.from_pylist(rows), folder / "set.parquet", row_group_size=10)
+    return folder / "set.parquet"
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Every kind trained by one process, by two, by two that share the weights, interrupted."""
@@ -155,14 +174,24 @@ def runs(tmp_path_factory):
         for case in alone[: len(SHARDED)]
     ]
     kind = {"name": "passport-v3", "norm": "batch"}
+    streamed = {"name": "passport-v2", "norm": "batch", "stream": str(written(folder))}
     stopped = [
         {"out": "two, one", **kind, "stops": 14},
         {"out": "two sharded, one", **kind, "stops": 14, "sharded": 1},
     ]
-    ended = launch(folder, 1, [*alone, {"out": "one, two sharded", **kind, "stops": 14}])
+    alone += [
+        {"out": "one stream", **streamed},
+        {"out": "one, two stream", **streamed, "stops": 14},
+        {"out": "one, two sharded", **kind, "stops": 14},
+    ]
+    ended = launch(folder, 1, alone)
     assert ended.returncode == 0, ended.stderr
     resumed = {"out": "one, two sharded", **kind, "resume": True, "sharded": 1}
-    ended = launch(folder, 2, [*copied, *dealt, *stopped, resumed])
+    streams = [
+        {"out": "copied stream", **streamed},
+        {"out": "one, two stream", **streamed, "resume": True},
+    ]
+    ended = launch(folder, 2, [*copied, *dealt, *stopped, resumed, *streams])
     assert ended.returncode == 0, ended.stderr
     for out in ("two, one", "two sharded, one"):
         assert not (folder / out / "found.json").exists()  # they were stopped
@@ -179,6 +208,11 @@ def test_two_processes_train_what_one_does(name, norm, runs):
 @pytest.mark.parametrize(("name", "norm"), SHARDED)
 def test_two_processes_that_deal_out_the_weights_do_too(name, norm, runs):
     assert_same(runs, f"one {name} {norm}", f"sharded {name} {norm}")
+
+
+def test_images_that_are_streamed_are_shared_and_resumed_too(runs):
+    assert_same(runs, "one stream", "copied stream")
+    assert_same(runs, "one stream", "one, two stream")
 
 
 @pytest.mark.parametrize("out", ["two, one", "two sharded, one", "one, two sharded"])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
+from nnpassport.data.images import Images, Normalisation, evaluation_batches
 from nnpassport.distributed import at_work
 from nnpassport.outputs import logits_of
 from nnpassport.scheme import Batch
@@ -17,7 +17,7 @@ Predict = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def accuracy(
     model: Callable[[Tensor], Tensor],
-    data: ImageSet,
+    data: Images,
     normalise: Normalisation,
     *,
     batch: int = 256,
@@ -41,7 +41,7 @@ def accuracy(
 
 
 def plain_evaluation(
-    data: ImageSet, normalise: Normalisation
+    data: Images, normalise: Normalisation
 ) -> Callable[[nn.Module], dict[str, float]]:
     """What to measure of a network with nothing to present: "accuracy", and it is the "score"."""
 

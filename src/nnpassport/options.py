@@ -59,6 +59,10 @@ Seed = Annotated[int, typer.Option(help="Of initial weights, order and augmentat
 Held = Annotated[float, typer.Option(help="Share of --data held out to choose checkpoints on.")]
 Test = Annotated[str | None, typer.Option(help="Test images, only ever reported on.")]
 TestSplit = Annotated[str | None, typer.Option(help="Split of --test.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Read Parquet shards as they are needed, not into memory."),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 Initial = Annotated[Path | None, typer.Option("--init", help="Start from this model folder.")]
@@ -181,12 +185,14 @@ def sets_from(
     base: Base,
     validation: float,
     seed: int,
+    stream: bool = False,
 ) -> Any:
-    """Training, held-out and test images, read with a bar on stderr."""
+    """Training, held-out and test images, read with a bar on stderr, or to be streamed."""
     from nnpassport import ownership  # noqa: PLC0415
 
-    images = images_from(data, split, base.config)
-    tested = None if test is None else images_from(test, test_split, base.config)
+    opened = stream_from if stream else images_from
+    images = opened(data, split, base.config)
+    tested = None if test is None else opened(test, test_split, base.config)
     return ownership.divide(images, tested, validation=validation, seed=seed)
 
 
@@ -197,6 +203,14 @@ def images_from(source: str, split: str | None, config: Any) -> Any:
     channels, size, _ = config.input_size
     with progress_bar(f"reading {Path(source).name}") as show:
         return read_images(source, split=split, size=size, channels=channels, progress=show)
+
+
+def stream_from(source: str, split: str | None, config: Any) -> Any:
+    """The images of Parquet shards, at the size and channels of `config`; none is read yet."""
+    from nnpassport.data.stream import open_stream  # noqa: PLC0415
+
+    channels, size, _ = config.input_size
+    return open_stream(source, split=split, size=size, channels=channels)
 
 
 def key_from(path: Path, ask: bool) -> Any:

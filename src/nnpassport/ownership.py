@@ -16,7 +16,7 @@ from nnpassport import surgery
 from nnpassport.catalog import scheme_named
 from nnpassport.checkpoint import load_model, save_model
 from nnpassport.config import ModelConfig
-from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
 from nnpassport.distributed import sharing, together
 from nnpassport.evidence.key import Key
@@ -40,6 +40,8 @@ from nnpassport.schemes.protocol import Scheme
 from nnpassport.training import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.verification import verify_model
 
+MEASURED_ON = 2_048
+"""Images of a stream whose mean and deviation stand for those of all."""
 # How many images each of γ and β is made of, in the paper's modes.
 PUBLISHED_PASSPORTS: Mapping[str, int] = {"random": 0, "image": 1, "shuffle": 20}
 
@@ -55,13 +57,13 @@ class Sets:
         test: only ever reported on; None where there is none.
     """
 
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet | None
+    train: Images
+    validation: Images
+    test: Images | None
     normalise: Normalisation
 
 
-def divide(data: ImageSet, test: ImageSet | None, *, validation: float, seed: int) -> Sets:
+def divide(data: Images, test: Images | None, *, validation: float, seed: int) -> Sets:
     """Hold a share of the training images out for validation, and measure mean and deviation."""
     if test is not None and len(test.classes) != len(data.classes):
         raise UnreadableDataError(
@@ -69,7 +71,8 @@ def divide(data: ImageSet, test: ImageSet | None, *, validation: float, seed: in
             f"{len(data.classes)}; needed: two parts of one data set"
         )
     train, held_out = data.split(validation, seed=seed)
-    return Sets(train, held_out, test, Normalisation.measured(train))
+    seen = train if isinstance(train, ImageSet) else train.sample(MEASURED_ON, seed=seed)
+    return Sets(train, held_out, test, Normalisation.measured(seen))
 
 
 def draw_key(
@@ -256,7 +259,7 @@ def _described(
 
 
 def _reported(
-    model: nn.Module, sets: Sets, evaluation: Callable[[ImageSet, Normalisation], Evaluation]
+    model: nn.Module, sets: Sets, evaluation: Callable[[Images, Normalisation], Evaluation]
 ) -> dict[str, float]:
     """Final numbers: on the validation images, and on the test images where there are any."""
     with sharing(together()):

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.checkpoint import load_training, save_training
-from nnpassport.data.images import Augment, ImageSet, Normalisation, batches, steps_per_epoch
+from nnpassport.data.images import (
+    Augment,
+    Images,
+    ImageSet,
+    Normalisation,
+    batches,
+    steps_per_epoch,
+)
 from nnpassport.distributed import Team, dealt_like, losing_none, sharing, together, whole, wrapped
 from nnpassport.files import write_atomically
 from nnpassport.outputs import logits_of
@@ -191,7 +198,7 @@ def read_measure(value: Tensor) -> float:
     return part / of if of else 0.0
 
 
-def total_steps(data: ImageSet, recipe: Recipe) -> int:
+def total_steps(data: Images, recipe: Recipe) -> int:
     """Optimiser steps in a whole run."""
     return recipe.epochs * steps_per_epoch(len(data), recipe.batch)
 
@@ -199,7 +206,7 @@ def total_steps(data: ImageSet, recipe: Recipe) -> int:
 def fit(
     model: nn.Module,
     objective: Objective,
-    data: ImageSet,
+    data: Images,
     recipe: Recipe,
     *,
     normalise: Normalisation,
@@ -258,12 +265,14 @@ def _what_now(journal: Journal) -> str:
     )
 
 
-def _resident(data: ImageSet, device: torch.device) -> ImageSet:
+def _resident(data: Images, device: torch.device) -> Images:
     """The images on the device, once and for all, as bytes; where they would crowd it, as given.
 
     Batches are then cut, augmented and normalised there, and nothing waits for the CPU.
     """
-    if device.type != "cuda" or 4 * data.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cuda" or not isinstance(data, ImageSet):
+        return data
+    if 4 * data.images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return data
     return data.to(device)
 
@@ -362,7 +371,7 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        data: ImageSet,
+        data: Images,
         recipe: Recipe,
         journal: Journal,
         team: Team,

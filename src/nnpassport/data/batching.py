@@ -6,7 +6,7 @@ of (seed, epoch, step), so a run that was interrupted goes on bit for bit where 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, cast, final, runtime_checkable
 
 import torch
 from jaxtyping import Int64
@@ -15,6 +15,66 @@ from torch.nn import functional as F
 
 from nnpassport.data.imageset import ImageSet, Normalisation, generator_for
 from nnpassport.scheme import WHOLE, BadRecipeError, Batch, Part
+
+
+@runtime_checkable
+class Images(Protocol):
+    """What can be trained and measured on: an `ImageSet` in memory, or an `ImageStream`."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """What identifies the set, for a run that is resumed."""
+        ...
+
+    def require_classes(self, least: int = 2) -> "Images":
+        """The set, once it is known to have images of so many classes."""
+        ...
+
+    def sample(self, count: int, *, seed: int) -> ImageSet:
+        """A random choice of `count` of the images, in memory."""
+        ...
+
+    def split(self, fraction: float, *, seed: int) -> "tuple[Images, Images]":
+        """Training and validation set."""
+        ...
+
+
+@runtime_checkable
+class Streamed(Images, Protocol):
+    """One that cuts its batches itself; see the functions of the same names."""
+
+    def batches(
+        self,
+        normalise: Normalisation,
+        *,
+        size: int,
+        seed: int,
+        epoch: int,
+        start: int = 0,
+        augment: "Augment | None" = None,
+        device: torch.device | str = "cpu",
+        part: Part = WHOLE,
+    ) -> Iterator[Batch]:
+        """One epoch's batches from its step `start` on."""
+        ...
+
+    def evaluation_batches(
+        self,
+        normalise: Normalisation,
+        size: int,
+        *,
+        device: torch.device | str = "cpu",
+        part: Part = WHOLE,
+    ) -> Iterator[Batch]:
+        """All images in their own order."""
+        ...
+
 
 _AHEAD = 64  # steps whose augmentation is drawn at once: one copy to the device for all of them
 
@@ -78,7 +138,7 @@ def epoch_order(images: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def batches(
-    data: ImageSet,
+    data: Images,
     normalise: Normalisation,
     *,
     size: int,
@@ -98,6 +158,17 @@ def batches(
     Raises:
         BadRecipeError: the batch size, `start` or `part` is out of range.
     """
+    if not isinstance(data, ImageSet):
+        return cast(Streamed, data).batches(
+            normalise,
+            size=size,
+            seed=seed,
+            epoch=epoch,
+            start=start,
+            augment=augment,
+            device=device,
+            part=part,
+        )
     steps = steps_per_epoch(len(data), size)
     if not 0 <= start <= steps:
         raise BadRecipeError(
@@ -163,7 +234,7 @@ def drawn_ahead(
 
 
 def evaluation_batches(
-    data: ImageSet,
+    data: Images,
     normalise: Normalisation,
     size: int,
     *,
@@ -177,6 +248,8 @@ def evaluation_batches(
     Raises:
         BadRecipeError: the batch size is below 1.
     """
+    if not isinstance(data, ImageSet):
+        return cast(Streamed, data).evaluation_batches(normalise, size, device=device, part=part)
     steps_per_epoch(len(data), size)
     own = slice(part.index, None, part.of)
     pieces = zip(data.images.split(size)[own], data.labels.split(size)[own], strict=True)

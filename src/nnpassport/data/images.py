@@ -13,6 +13,7 @@ from nnpassport.data import cache as cached
 from nnpassport.data import sources
 from nnpassport.data.batching import (
     Augment,
+    Images,
     batches,
     epoch_order,
     evaluation_batches,
@@ -27,6 +28,7 @@ __all__ = [
     "IMAGENET",
     "Augment",
     "ImageSet",
+    "Images",
     "Normalisation",
     "batches",
     "epoch_order",

@@ -114,6 +114,17 @@ class ImageSet:
         order = torch.randperm(len(self), generator=generator_for("at most", seed))
         return self.subset(order[:count].sort()[0])
 
+    def sample(self, count: int, *, seed: int) -> "ImageSet":
+        """A random choice of `count` of the images, in random order; all where there are no more.
+
+        Raises:
+            UnreadableDataError: `count` is below 1.
+        """
+        if count < 1:
+            raise UnreadableDataError(f"{count} images were asked for; needed: at least 1")
+        order = torch.Generator().manual_seed(seed)
+        return self.subset(torch.randperm(len(self), generator=order)[:count])
+
     def resized(self, size: int) -> "ImageSet":
         """The square in the middle of every image, scaled to `size` pixels (bicubic).
 

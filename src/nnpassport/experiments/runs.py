@@ -79,7 +79,7 @@ def _train(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
             **plan.architectures[network.architecture],
         },
         classes=sets.train.classes,
-        input_size=(3, *sets.train.images.shape[2:]),
+        input_size=(3, *sets.train.sample(1, seed=0).images.shape[2:]),
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     )

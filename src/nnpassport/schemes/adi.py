@@ -13,7 +13,7 @@ from typing import final
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import Context
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
@@ -142,17 +142,18 @@ class Adi:
         self,
         model: nn.Module,
         key: Key,
-        data: ImageSet,
+        data: Images,
         recipe: Recipe,
         *,
         normalise: Normalisation,
-        validation: ImageSet | None = None,
+        validation: Images | None = None,
         journal: Journal | None = None,
         trained: bool = False,
     ) -> History:
         """E: train `model` in place with the trigger set mixed in."""
         data.require_classes(2)
-        self.insert(model, key, normalise(data.images[:2]).to(next(model.parameters())))
+        example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
+        self.insert(model, key, example)
         return fit(
             model,
             self.objective(key, steps=1, normalise=normalise),
@@ -163,7 +164,7 @@ class Adi:
             journal=journal,
         )
 
-    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """Accuracy, which is the score too."""
         return plain_evaluation(data, normalise)
 

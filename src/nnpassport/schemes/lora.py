@@ -36,7 +36,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import NONCE_BYTES, Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
@@ -179,17 +179,17 @@ class Lora:
         self,
         model: nn.Module,
         key: Key,
-        data: ImageSet,
+        data: Images,
         recipe: Recipe,
         *,
         normalise: Normalisation,
-        validation: ImageSet | None = None,
+        validation: Images | None = None,
         journal: Journal | None = None,
         trained: bool = False,
     ) -> History:
         """E: train the adapter in `model`, in place, with the regulariser."""
         data.require_classes(2)
-        self.insert(model, key, normalise(data.images[:2]))
+        self.insert(model, key, normalise(data.sample(2, seed=0).images))
         return fit(
             model,
             self.objective(key, steps=1),
@@ -200,7 +200,7 @@ class Lora:
             journal=journal,
         )
 
-    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """Accuracy, which is the score too."""
         return plain_evaluation(data, normalise)
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nnpassport import surgery
-from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
@@ -216,11 +216,11 @@ class Passport:
         self,
         model: nn.Module,
         key: Key,
-        data: ImageSet,
+        data: Images,
         recipe: Recipe,
         *,
         normalise: Normalisation,
-        validation: ImageSet | None = None,
+        validation: Images | None = None,
         journal: Journal | None = None,
         trained: bool = False,
     ) -> History:
@@ -233,14 +233,13 @@ class Passport:
             UnsuitableModelError: `insert` or `graft` refuses the network; it is as it was.
         """
         data.require_classes(2)  # before anything is touched
-        example = normalise(data.images[:2]).to(next(model.parameters()))
+        example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
         teacher = deepcopy(model) if trained and self.teaching else None
         self.insert(model, key, example)
         steps = total_steps(data, recipe)
         objective = self.objective(key, steps=steps, normalise=normalise)
         if trained:
-            order = torch.Generator().manual_seed(recipe.seed)
-            seen = data.images[torch.randperm(len(data), generator=order)[:GRAFTED_ON]]
+            seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
             try:
                 graft(model, normalise(seen).to(example))
             except UnsuitableModelError:
@@ -261,7 +260,7 @@ class Passport:
         self._rest(model)
         return history
 
-    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """What to measure, after each epoch say, while the passports are inserted.
 
         "accuracy" is the network's as it will be used: presented for V1, public for V2 and V3,

@@ -6,7 +6,7 @@ from typing import Protocol
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.key import Key
 from nnpassport.fork import Fork
 from nnpassport.outputs import Example
@@ -64,17 +64,17 @@ class Scheme(Protocol):
         self,
         model: nn.Module,
         key: Key,
-        data: ImageSet,
+        data: Images,
         recipe: Recipe,
         *,
         normalise: Normalisation,
-        validation: ImageSet | None = None,
+        validation: Images | None = None,
         journal: Journal | None = None,
         trained: bool = False,
     ) -> History:
         """E: train `model` in place until it carries `key`; `trained` says that it is already."""
 
-    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """What to measure of a network while it is being trained."""
 
     def fidelity(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
@@ -153,17 +153,17 @@ class Uchida:
         self,
         model: nn.Module,
         key: Key,
-        data: ImageSet,
+        data: Images,
         recipe: Recipe,
         *,
         normalise: Normalisation,
-        validation: ImageSet | None = None,
+        validation: Images | None = None,
         journal: Journal | None = None,
         trained: bool = False,
     ) -> History:
         """E: train `model` in place with the regulariser."""
         data.require_classes(2)
-        self.insert(model, key, normalise(data.images[:2]))
+        self.insert(model, key, normalise(data.sample(2, seed=0).images))
         return fit(
             model,
             self.objective(key, steps=1),
@@ -174,7 +174,7 @@ class Uchida:
             journal=journal,
         )
 
-    def evaluation(self, data: ImageSet, normalise: Normalisation) -> Evaluation:
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """Accuracy, which is the score too."""
         return plain_evaluation(data, normalise)
 
