@@ -76,15 +76,15 @@ CELLS = (
     Cell(V2, every=4),
     Cell(V2, late=0.75),
     Cell(V3, share=0.25),
-    Cell(V2, share=0.125),
-    Cell(V2, share=0.5),
-    Cell(V2, late=0.75, share=0.25),
-    Cell(V2, every=8),
-    Cell(V2, late=0.9),
-    Cell(V3),
-    Cell(V2, every=2),
     Cell(V2, late=0.5),
-    Cell(V2, share=0.0625),
+    Cell(V2, share=0.5),
+    Cell(V3),
+    Cell(V2, late=0.9),
+    Cell(V3, late=0.5),
+    Cell(V2, every=2),
+    Cell(V2, late=0.75, share=0.5),
+    Cell(V2, share=0.125),
+    Cell(V2, every=8),
 )
 
 
