@@ -159,11 +159,13 @@ def _first_shape(stream: "ImageStream") -> tuple[int, int, int]:
 class ImageStream:
     """Labelled images of one size that are read when they are needed; made by `open_stream`.
 
-    In memory are, at most: `buffer` bytes of encoded pictures, twice that while pictures that
-    cannot be used are replaced, and as much again as a footer understates; the decoded batches
-    ahead, as uint8: 512 images, or two batches where these are more; one picture for each worker,
-    of at most `decoding.MOST_PIXELS`. The number of images plays no part, nor that of shards but
-    for their footers.
+    In memory are, at most: `buffer` bytes of encoded pictures, or twice that where footers declare
+    too little (beyond it the file is refused) or `skip_corrupt` keeps those of batches on their
+    way; what is being unpacked, one row group or, of row groups that are larger than their share of
+    the buffer, a page for each lane (pyarrow puts 1024 rows into a page); the decoded batches
+    ahead, as uint8: 512 images, or two batches where these are more; and one picture for each
+    worker, of at most `decoding.MOST_PIXELS`. The number of images plays no part, nor that of
+    shards but for their footers.
 
     Attributes:
         name: what to call the set in messages and reports.
