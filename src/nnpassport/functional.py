@@ -265,8 +265,13 @@ def read_bits(
     A large layer is widened some rows at a time: in float64 it is four times what a file keeps.
     """
     whole = patch.shape[1] > 1 or weight.numel() <= _WIDENED
-    rows = len(weight) if whole else max(1, _WIDENED // patch.shape[2])
-    parts = [collapsed_affine(part.double(), patch.double())[0] for part in weight.split(rows)]
+    rows = len(weight) if whole else min(len(weight), max(1, _WIDENED // patch.shape[2]))
+    # One buffer for all parts: what is allocated anew for each, aligned, the C library scatters.
+    wide = weight.new_empty((rows, *weight.shape[1:]), dtype=torch.float64)
+    parts = [
+        collapsed_affine(wide[: len(part)].copy_(part.detach()), patch.double())[0]
+        for part in weight.split(rows)
+    ]
     return torch.cat(parts).sign()
 
 
