@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnpassport import surgery
+from nnpassport import layers, surgery
 from nnpassport.checkpoint import ModelConfig, save_model
 from nnpassport.data.images import ImageSet
 from nnpassport.evidence.key import Key
@@ -545,6 +545,22 @@ def test_a_late_private_branch_joins_at_its_step_and_the_signs_are_there_before(
         torch.testing.assert_close(outcome.loss, expected)
         assert ("private_accuracy" in outcome.measures) is (step >= 5)
     assert signs > 0
+
+
+@pytest.mark.parametrize("scheme", [V1, V2])
+def test_a_step_runs_through_each_passport_once(scheme, digits, monkeypatch):
+    model, key, images, labels = prepared(scheme, digits)
+    norms, runs = passport_norms(model), []
+    once = layers.collapsed_affine
+
+    def counted(weight, patch):
+        runs.append(weight)
+        return once(weight, patch)
+
+    monkeypatch.setattr(layers, "collapsed_affine", counted)
+    scheme.objective(key, steps=10)(model, Batch(images, labels)).loss.backward()
+    assert len(runs) == len(norms) > 1
+    assert all(norm.kept is None and not norm.keeps for norm in norms.values())
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.3, 0.01])

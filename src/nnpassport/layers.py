@@ -1,6 +1,6 @@
 """The passport layer: a norm (or a bare layer) whose scale and shift come from a passport."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from enum import Enum, unique
@@ -43,6 +43,7 @@ class PassportNorm(nn.Module):
         branch: what `forward` computes.
         private_share: of the images, the last ones, that a fork also sends through the private
             branch; in (0, 1].
+        keeps: whether a forward leaves its γ in `kept`; see `keeping_gammas`.
         forks: whether the batch is forked here (see `surgery`), the first passport layers of V2/V3.
     """
 
@@ -69,6 +70,8 @@ class PassportNorm(nn.Module):
         self.branch = Branch.PUBLIC
         self.private_share = 1.0
         self.forks = False
+        self.keeps = False
+        self.kept: Tensor | None = None
         # PyTorch's transformer layers run past their own parts in evaluation unless one has a hook.
         self.register_forward_pre_hook(_in_the_open)
         self.register_buffer("mean_patch", mean_patch.to(weight), persistent=False)
@@ -106,7 +109,7 @@ class PassportNorm(nn.Module):
         if self.forks and self.norm is self.layer:
             y = self.norm(x)
             private = _also_private(y, self.private_share)
-            return torch.cat([y, _scaled(private, *self.affine(), self.channel_axis)])
+            return torch.cat([y, _scaled(private, *self._affine(), self.channel_axis)])
         public, private = (
             (x, _also_private(x, self.private_share))
             if self.forks
@@ -150,9 +153,16 @@ class PassportNorm(nn.Module):
         """`fork_input` after the fork, for what did not pass it, such as a mask."""
         return self.fork_input(named, module, args, kwargs)
 
+    def _affine(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+        gamma, beta = self.affine()
+        # Not where it has no graph, as in a forward that a checkpoint will repeat.
+        if not torch.compiler.is_compiling() and self.keeps and gamma.requires_grad:
+            self.kept = gamma
+        return gamma, beta
+
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         norm = self.norm if self.private_norm is None else self.private_norm
-        gamma, beta = self.affine()
+        gamma, beta = self._affine()
         if norm is self.layer:
             return _scaled(norm(x), gamma, beta, self.channel_axis)
         # What the norm has of its own is replaced; what it lacks (RMSNorm's bias, affine=False) is
@@ -236,6 +246,23 @@ def passport_norms(model: nn.Module) -> dict[str, PassportNorm]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, PassportNorm)
     }
+
+
+@contextmanager
+def keeping_gammas(model: nn.Module) -> Iterator[Callable[[], list[Float[Tensor, " out"]]]]:
+    """A function that gives γ of every passport layer, in their order.
+
+    Those that a forward inside has computed are not computed again: with its gradient that would be
+    twice the work that a passport costs.
+    """
+    norms = [*passport_norms(model).values()]
+    for norm in norms:
+        norm.keeps = True
+    try:
+        yield lambda: [norm.affine()[0] if norm.kept is None else norm.kept for norm in norms]
+    finally:
+        for norm in norms:
+            norm.keeps, norm.kept = False, None
 
 
 @final

@@ -28,7 +28,7 @@ from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
 from nnpassport.fork import Fork
 from nnpassport.functional import combined_loss, filters, passport_space, sign_loss
-from nnpassport.layers import Branch, on_branch, passport_norms, public_count
+from nnpassport.layers import Branch, keeping_gammas, on_branch, passport_norms, public_count
 from nnpassport.outputs import Example, call, length_of, logits_of, part_of
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes.graft import graft
@@ -189,12 +189,13 @@ class Passport:
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             batch = batch if mix is None else mix(batch)
             alone = batch.step < start or batch.step % self.private_every != 0
-            branches = self._branches(model, batch, alone=alone)
+            with keeping_gammas(model) as gammas:
+                branches = self._branches(model, batch, alone=alone)
+                regularisation, match = self._sign_term(model, gammas())
             losses = [
                 branch_loss(output, labels, count, self.trigger_weight, task, batch.part)
                 for output, labels in branches
             ]
-            regularisation, match = self._sign_term(model)
             loss = combined_loss(
                 torch.stack([task for task, _ in losses]).sum(),
                 torch.stack([trigger for _, trigger in losses]).sum(),
@@ -268,7 +269,8 @@ class Passport:
         """
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            numbers = {"sign_match": float(self._sign_term(model)[1])}
+            with torch.no_grad(), keeping_gammas(model) as gammas:
+                numbers = {"sign_match": float(self._sign_term(model, gammas())[1])}
             with on_branch(model, Branch.PRIVATE):
                 private = accuracy(model, data, normalise)
             if not self.two_branches:
@@ -361,11 +363,12 @@ class Passport:
             (part_of(both, images, rows), of_private),
         )
 
-    def _sign_term(self, model: nn.Module) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    def _sign_term(
+        self, model: nn.Module, gammas: Sequence[Float[Tensor, " out"]]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
-        norms = passport_norms(model).values()
-        gamma = torch.cat([norm.affine()[0] for norm in norms])
-        signs = torch.cat([norm.signs for norm in norms])
+        gamma = torch.cat([*gammas])
+        signs = torch.cat([norm.signs for norm in passport_norms(model).values()])
         term = sign_loss(gamma, signs, margin=self.margin)
         if self.decay and self.sign_weight:
             term = term + self.decay / self.sign_weight * gamma.square().sum()
