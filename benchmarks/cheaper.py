@@ -9,12 +9,15 @@ is counted: FLOPs of its steps as a multiple of the plain network's, which its t
 """
 
 import argparse
+import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
 
 from nnpassport import ownership
 from nnpassport.bench import lower_bound
@@ -22,6 +25,7 @@ from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import read_images
 from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.evidence.report import styled
 from nnpassport.files import write_atomically
 from nnpassport.provenance import provenance
 from nnpassport.training import RECIPES, Journal
@@ -154,6 +158,105 @@ def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> di
     }
 
 
+def entries_in(folder: Path) -> list[dict[str, Any]]:
+    """What was run, in the order of `CELLS`; cells that were not are not in it."""
+    order = {cell: i for i, cell in enumerate(CELLS)}
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda e: (order[Cell(**e["cell"])], e["recipe"]["seed"]))
+
+
+def render(entries: Sequence[Mapping[str, Any]]) -> str:
+    """A table of what was run, as Markdown."""
+    first = entries[0]
+    recipe, seeds = first["recipe"], sorted({e["recipe"]["seed"] for e in entries})
+    by_name = {Cell(**e["cell"]).title: e["metrics"]["accuracy"] for e in entries}
+    done = {Cell(**e["cell"]) for e in entries}
+    missing = [cell.title for cell in CELLS if cell not in done]
+    rows = []
+    for e in entries:
+        cell, metrics = Cell(**e["cell"]), e["metrics"]
+        private = metrics.get("private_accuracy")
+        rows.append(
+            (
+                cell.title,
+                f"{e['step_cost']:.3f}",
+                f"{100 * metrics['accuracy']:.2f}",
+                f"{100 * (metrics['accuracy'] - by_name['plain']):+.2f}" if cell.scheme else "",
+                "" if private is None else f"{100 * private:.2f}",
+                f"{e['matches']} of {e['bits']}" if cell.scheme else "",
+                f"{e['log10_p_value']:.0f}" if cell.scheme else "",
+                str(e["recipe"]["seed"]),
+            )
+        )
+    head = (
+        "training", "cost of a step", "accuracy, %", "to plain, points", "private accuracy, %",
+        "bits", "log₁₀ p", "seed",
+    )  # fmt: skip
+    table = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
+    commits = sorted({e["provenance"]["commit"][:12] for e in entries})
+    source = first["provenance"]
+    return "\n".join(
+        [
+            "# What cheaper training of the private branch costs",
+            "",
+            "Rendered by `python benchmarks/cheaper.py render` from `results/cheaper/*.json`, each",
+            "written by `python benchmarks/cheaper.py run --data FOLDER`.",
+            "",
+            f"AlexNet with group norm, CIFAR-10, {recipe['epochs']} epochs of "
+            f"{first['train_images']:,} images, batch {recipe['batch']}, {recipe['precision']}; "
+            f"accuracies on {first['test_images']:,} test images;",
+            f"n = 1 run a row, seed {', '.join(map(str, seeds))}. So short a training is far from "
+            "converged (the paper's is 200 epochs), and one run",
+            "does not resolve tenths of a point. *Cost* is counted: FLOPs of a training step, the "
+            "mean over all steps, as a multiple of the plain network's.",
+            "",
+            "*Late*: the private branch joins after that share of the steps. *Share*: it sees that "
+            "share of each batch. *Every*: it runs in every so many steps. The sign loss runs in "
+            "all of them.",
+            "",
+            *table,
+            "",
+            "![Cost and accuracy](../docs/figures/cheaper.svg)",
+            "",
+            *([f"Not run: {'; '.join(missing)}.", ""] if missing else []),
+            f"{source['device']}, {source['threads']} thread, torch {source['torch']}, commits "
+            f"{', '.join(commits)}.",
+            "",
+        ]
+    )
+
+
+def draw(entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """Cost against accuracy, of both branches, as SVG."""
+    with styled("cheaper"):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        for e in entries:
+            cell, metrics = Cell(**e["cell"]), e["metrics"]
+            colour = {"": "#1b1f24", V2: "#0072b2", V3: "#d55e00"}[cell.scheme]
+            public, private = 100 * metrics["accuracy"], metrics.get("private_accuracy")
+            axes.plot(e["step_cost"], public, "o", color=colour)
+            if private is not None:
+                axes.plot(e["step_cost"], 100 * private, "o", color=colour, fillstyle="none")
+                axes.plot([e["step_cost"]] * 2, [public, 100 * private], color=colour, lw=0.6)
+            right = e["step_cost"] < 1.35
+            axes.annotate(
+                cell.title,
+                (e["step_cost"], public),
+                xytext=(6 if right else -6, 3),
+                textcoords="offset points",
+                ha="left" if right else "right",
+                fontsize=8,
+                color=colour,
+            )
+        axes.set_xlabel("cost of a training step, × the plain network's (counted FLOPs)")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title("filled: as released; hollow: with the passport", fontsize=9, loc="left")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -164,7 +267,13 @@ def main() -> None:
     one.add_argument("--epochs", type=int, default=2)
     one.add_argument("--seeds", type=int, default=1)
     one.add_argument("--only")
+    commands.add_parser("render")
     given = parser.parse_args()
+    if given.command == "render":
+        entries = entries_in(RESULTS / "cheaper")
+        write_atomically(RESULTS / "cheaper.md", render(entries).encode())
+        write_atomically(RESULTS.parent / "docs" / "figures" / "cheaper.svg", draw(entries))
+        return
     run(given.data, given.runs, epochs=given.epochs, seeds=given.seeds, only=given.only)
 
 
