@@ -249,7 +249,7 @@ def passport_norms(model: nn.Module) -> dict[str, PassportNorm]:
 
 
 @contextmanager
-def keeping_gammas(model: nn.Module) -> Iterator[Callable[[], list[Float[Tensor, " out"]]]]:
+def keeping_gammas(model: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
     """A function that gives γ of every passport layer, in their order.
 
     Those that a forward inside has computed are not computed again: with its gradient that would be

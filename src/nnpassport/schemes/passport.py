@@ -364,7 +364,7 @@ class Passport:
         )
 
     def _sign_term(
-        self, model: nn.Module, gammas: Sequence[Float[Tensor, " out"]]
+        self, model: nn.Module, gammas: Sequence[Tensor]
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
         gamma = torch.cat([*gammas])
