@@ -70,6 +70,12 @@ def test_measures_fidelity_on_data(call, house):
     assert fidelity["target"] > 0.5
 
 
+def test_a_size_that_the_architecture_does_not_take_is_an_error_that_says_so(call, tmp_path):
+    code, _, said = call("key", "new", "--size", "8", "-o", tmp_path / "owner.key")
+    assert code == 2
+    assert "AlexNet does not run on inputs of shape (1, 3, 8, 8)" in " ".join(said.split())
+
+
 def test_verifies_in_black_box_through_predictions(call, house):
     words = ["--key", house / "alice.key", "--black-box", "--json"]
     _, mine, _ = call("verify", house / "released", *words)

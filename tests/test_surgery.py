@@ -484,7 +484,7 @@ def test_a_survey_leaves_the_network_as_it_was(training):
     before = snapshot(model)
     survey(model, IMAGES)
     assert_as_it_was(model, before)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UnsuitableModelError, match=r"\(4, 2, 8, 8\)"):
         survey(model, normal(4, 2, 8, 8))
     assert_as_it_was(model, before)
 

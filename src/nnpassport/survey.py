@@ -216,6 +216,12 @@ def _watch(model: nn.Module, example: Example) -> _Watched:
     try:
         with torch.no_grad(), on_branch(model, Branch.PUBLIC), _Activations(watched):
             output = call(model, example)
+    except RuntimeError as error:  # torch's own, for shapes that do not meet
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example))
+        raise UnsuitableModelError(
+            f"{type(model).__name__} does not run on inputs of shape {shapes} ({error!s:.200}); "
+            "needed: inputs of the size that it was made for"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
