@@ -3,8 +3,11 @@
 import itertools
 import json
 import runpy
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,12 +15,23 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnpassport import bench
-from nnpassport.bench import comparisons, networks, prepared, report, steps, timing
-from nnpassport.bench.cells import CHEAPER
+from nnpassport.bench import (
+    acts,
+    comparisons,
+    loop,
+    networks,
+    page,
+    prepared,
+    report,
+    steps,
+    timing,
+)
+from nnpassport.bench.cells import CHEAPER, EVERYWHERE, LOOP_STEPS, TRANSFORMER, Cell, plan
 from nnpassport.data.images import CIFAR10
 from nnpassport.models import build
-from nnpassport.scheme import BadRecipeError, Batch
+from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 from nnpassport.schemes.passport import V1, V2, V3
+from nnpassport.training import classification
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 TABLE4 = [
@@ -246,3 +260,278 @@ def test_memory_is_measured_in_a_fresh_process():
 def test_refuses_a_network_that_the_task_does_not_have():
     with pytest.raises(BadRecipeError, match="V1 presented"):
         prepared.prepare(replace(TINY[0], network="V3"), "cpu")
+
+
+def small(cell):
+    """The same on a network that is narrow, and on few images."""
+    return replace(cell, width=0.1, batch=4)
+
+
+def test_a_transformer_has_all_of_its_flops_counted():
+    depth, tokens, dim = 12, 64, 192
+    a_token = depth * (4 * dim**2 + 8 * dim**2) + 48 * dim  # products: blocks, and the patches
+    attention = depth * 2 * tokens**2 * dim
+    flops = networks._flops(TRANSFORMER)
+    assert sum(flops) == 2 * (tokens * a_token + attention + 10 * dim)
+    # Forked at the ninth of twelve blocks.
+    after = (tokens * 12 * dim**2 + 2 * tokens**2 * dim) * 4 + 10 * dim
+    assert bench.lower_bound(TRANSFORMER) == pytest.approx(1 + 2 * after / sum(flops))
+
+
+def test_v1_has_no_row_for_a_transformer_because_it_refuses_it():
+    model = networks.network(Cell(TRANSFORMER, 2, "float32", "infer", "plain", "layer", width=0.1))
+    with pytest.raises(UnsuitableModelError, match="layer without a norm"):
+        V1.insert(model, V1.draw_key(model, EXAMPLE), EXAMPLE)
+    rows = plan([TRANSFORMER], [4], ["float32"], compiled=[False])
+    assert {"V2", "V3", "forked"} <= {cell.network for cell in rows}
+    assert not any("V1" in cell.network or "slow" in cell.network for cell in rows)
+
+
+@pytest.mark.parametrize("task", ["infer", "train", "act", "long act"])
+def test_whatever_is_planned_can_be_run(task):
+    found = plan(["alexnet"], [4], ["float32"], compiled=[False], tasks=[task])
+    for cell in found:
+        prepared.prepare(small(cell), "cpu")()
+    assert found
+
+
+@pytest.mark.parametrize("network", ["forked", "V3 share 1/4", "V2 late 3/4", "V2 released"])
+def test_a_transformer_can_be_run(network):
+    task = "infer" if network == "V2 released" else "train"
+    cell = Cell(TRANSFORMER, 4, "bfloat16", task, network, "layer")
+    assert cell in plan([TRANSFORMER], [4], compiled=[False])
+    prepared.prepare(small(cell), "cpu")()
+    assert not plan([TRANSFORMER], tasks=["act", "long act"])
+
+
+@pytest.mark.parametrize(
+    ("network", "rows"),
+    [
+        ("V2", [8]),
+        ("V2 share 1/4", [5]),
+        ("V2 every 2", [8, 4]),
+        ("V2 late 3/4", [4, 4, 4, 8]),
+    ],
+)
+def test_cheaper_training_is_run_in_whole_cycles(network, rows):
+    cell = Cell("alexnet", 4, "float32", "train", network, "group", width=0.1)
+    model = networks.network(cell)
+    descend, forwards = steps.objective(cell, model), []
+    model.register_forward_hook(lambda _module, _args, output: forwards.append(len(output)))
+    run = steps.bare_steps(cell, model, descend, "cpu")
+    run()
+    run()
+    assert forwards == rows * 2
+    assert cell.steps == len(rows)
+
+
+def test_a_step_of_a_cycle_takes_its_share_of_it(monkeypatch, hurried):
+    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: time.sleep(0.04))
+    late = Cell("alexnet", 4, "float32", "train", "V2 late 3/4", "group")
+    (measured,) = bench.measure([late], repeats=1, warmup=0)
+    assert 0.01 <= measured.seconds[0] < 0.03
+
+
+def test_cheaper_training_has_a_bound_of_its_own():
+    bounds = {name: networks.step_bound(name, 64, 1.4) for name in ("V2", "V3", *CHEAPER)}
+    assert bounds == pytest.approx(
+        {
+            "V2": 1.4,
+            "V3": 66 / 64 * 1.4,
+            "V2 share 1/2": 1.2,
+            "V2 share 1/4": 1.1,
+            "V3 share 1/4": 66 / 64 * (1 + 0.4 * 16 / 66),
+            "V2 every 2": 1.2,
+            "V2 late 3/4": 1.1,
+        }
+    )
+    assert set(CHEAPER) <= {c.above for c in comparisons.COMPARISONS}
+
+
+def test_an_epoch_of_the_loop_does_as_many_steps_as_the_bare_ones(monkeypatch):
+    counts = {}
+    for network in ("plain step", "plain fit", "V2 step", "V2 fit"):
+        cell = Cell("alexnet", 2, "float32", "loop", network, "group", width=0.1)
+        images = []
+        monkeypatch.setattr(loop, "objective", lambda _cell, _model, seen=images: watched(seen))
+        prepared.prepare(cell, "cpu")()
+        counts[network] = images
+    assert set(map(tuple, counts.values())) == {(2,) * LOOP_STEPS}
+
+
+def watched(seen):
+    def descend(model, batch):
+        seen.append(len(batch.images))
+        return classification(model, batch)
+
+    return descend
+
+
+def test_the_loop_is_held_to_its_bare_steps():
+    cell = Cell("alexnet", 64, "float32", "loop", "V2 step", "group")
+    numbers = [
+        report._entry(replace(cell, network="V2 fit"), [1.0, 2.0, 4.2], [1.0] * 3),
+        report._entry(cell, [1.0, 2.0, 4.0], [1.0] * 3),
+    ]
+    (row,) = comparisons.ratios(numbers, {"alexnet": 1.4})
+    assert (row["ratio"], row["target"], row["met"]) == ("V2 fit / V2 step", 1.05, "yes")
+
+
+def test_acts_are_compared_among_networks_with_the_same_passport_layers():
+    cell = Cell("resnet50", 64, "float32", "act", "plain", "group")
+    verify = replace(cell, network="verify")
+    numbers = [
+        report._entry(each, [seconds] * 3, [seconds] * 3)
+        for each, seconds in (
+            (cell, 1.0),
+            (verify, 0.5),
+            (replace(cell, layers=EVERYWHERE), 2.0),
+            (replace(verify, layers=EVERYWHERE), 1.5),
+        )
+    ]
+    found = comparisons.ratios(numbers, {"resnet50": 1.15})
+    assert [(r["layers"], r["ratio"], r["median"]) for r in found] == [
+        (None, "verify / plain", 0.5),
+        (EVERYWHERE, "verify / plain", 0.75),
+    ]
+    (limit,) = comparisons.limits(numbers)
+    assert (limit["median"], limit["target"], limit["met"]) == (1.5, 1.0, "no")
+    page_text = page.render(
+        {
+            "provenance": {},
+            "lower_bounds": {},
+            "not_run": [],
+            "ratios": found,
+            "limits": [limit],
+            "numbers": numbers,
+        }
+    )
+    assert "resnet50, passports everywhere: verify takes 1.50 s" in page_text
+
+
+def test_an_act_derives_another_key_every_time(monkeypatch):
+    seen = []
+    monkeypatch.setattr(acts, "read_signature", lambda _weights, key: seen.append(key))
+    run = prepared.prepare(Cell("alexnet", 4, "float32", "act", "verify", "group", 0.1), "cpu")
+    run()
+    run()
+    first, second = (key.layer_passport("features.8") for key in seen)
+    assert not torch.equal(first, second)
+
+
+def compiled_cells(*networks_):
+    return [
+        Cell("alexnet", 4, "float32", "train", name, "group", width=0.1, compiled=True)
+        for name in networks_
+    ]
+
+
+# By itself: checking shapes at run time breaks the compiler's graphs.
+COMPILED = """
+from functools import partial
+
+import torch
+
+from nnpassport import bench
+from nnpassport.bench import page
+
+torch.compile = partial(torch.compile, backend="eager")
+cells = [
+    bench.Cell("alexnet", 4, "float32", "train", name, "group", width=0.1, compiled=True)
+    for name in ("eager", "plain", "V2")
+]
+results = bench.collect(cells, repeats=1, warmup=0)
+assert [e["compiled"] for e in results["numbers"]] == [True] * 3, results["not_run"]
+shown = {page.title(r) for r in results["ratios"]}
+assert shown == {"plain / eager (group norm)", "V2 / plain", "V2 / plain × lower bound"}
+assert "| alexnet | 4 | float32, compiled | train | V2 / plain |" in bench.render(results)
+"""
+
+
+def test_compiled_cells_are_compared_among_themselves():
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_cannot_be_compiled_is_not_run_and_the_rest_is(monkeypatch, hurried):
+    def broken(model):
+        def fail(_images):
+            raise RuntimeError("no C++ compiler\nand a long log")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", broken)
+    results = bench.collect(compiled_cells("eager", "plain"), repeats=1, warmup=0)
+    assert [e["network"] for e in results["numbers"]] == ["eager"]
+    (left_out,) = results["not_run"]
+    assert "RuntimeError: no C++ compiler; needed" in left_out["reason"]
+
+
+def test_a_graph_too_many_is_an_error_and_does_not_run_uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(prepared, "_GRAPHS", 1)
+    torch.compiler.reset()
+    plain, marked = compiled_cells("plain", "V2")
+    prepared.prepare(plain, "cpu")
+    with pytest.raises(prepared.NotCompiledError, match="recompile_limit"):
+        prepared.prepare(marked, "cpu")
+    torch.compiler.reset()
+
+
+def test_nothing_is_prepared_that_would_likely_end_after_the_deadline(monkeypatch, hurried):
+    monkeypatch.setattr(timing, "prepare", lambda cell, device: time.sleep(0.2) or (lambda: None))
+    begun = time.monotonic()
+    measured = bench.measure(TINY, repeats=1, warmup=0, deadline=begun + 0.5)
+    assert all(each.seconds == () for each in measured[3:])
+    assert time.monotonic() - begun < 1
+
+
+def test_a_turn_ends_with_the_time_and_does_not_count(monkeypatch, hurried):
+    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: time.sleep(0.1))
+    begun = time.monotonic()
+    measured = bench.measure(TINY, repeats=3, warmup=0, deadline=begun + 0.3)
+    assert {each.seconds for each in measured} == {()}
+    assert time.monotonic() - begun < 0.1 * len(TINY)
+
+
+def test_a_long_turn_warms_up_by_itself(monkeypatch, hurried):
+    runs = []
+    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: runs.append(cell))
+    monkeypatch.setattr(timing, "_LONG_TURN", 0.0)
+    (measured,) = bench.measure(TINY[:1], repeats=3, warmup=2)
+    assert len(runs) == 1 + 3
+    assert len(measured.seconds) == 3
+
+
+def test_the_parts_of_a_run_can_be_named_one_by_one():
+    assert bench.choose() is None
+    acts_only = bench.choose(only=["acts"], architectures=["resnet50"])
+    assert {cell.task for cell in acts_only} == {"act", "long act"}
+    assert {cell.layers for cell in acts_only} == {None, EVERYWHERE}
+    quick = {(c.architecture, c.batch, c.precision) for c in bench.choose(compiled=True)}
+    assert quick == {("alexnet", 64, "float32"), ("resnet18", 64, "float32")}
+    assert bench.choose(full=True) == bench.FULL
+    one = bench.choose(only=["train"], architectures=["vit-tiny"], batches=[8], compiled=False)
+    assert {(c.architecture, c.batch, c.task, c.compiled) for c in one} == {
+        ("vit-tiny", 8, "train", False)
+    }
+    for wrong in ({"only": ["act"]}, {"architectures": ["vgg"]}, {"precisions": ["int8"]}):
+        with pytest.raises(BadRecipeError, match="there are: "):
+            bench.choose(**wrong)
+
+
+def test_groups_are_whole_so_that_all_of_one_are_timed_together():
+    groups = [group for group, _ in itertools.groupby(bench.FULL, key=lambda cell: cell.group)]
+    assert len(groups) == len(set(groups))
+
+
+def test_results_of_before_are_still_read():
+    kept = networks.SLOW_REFERENCE.parent.parent / "results" / "bench-quick.json"
+    results = json.loads(kept.read_text())
+    assert "compiled" not in results["numbers"][0]
+    again = comparisons.ratios(results["numbers"], results["lower_bounds"])
+    old = {(r["architecture"], r["task"], r["ratio"]): r["median"] for r in results["ratios"]}
+    assert {(r["architecture"], r["task"], r["ratio"]): r["median"] for r in again} == old
+    assert "| resnet18 | 64 | float32 | train | V2 / plain |" in bench.render(results)

@@ -68,15 +68,21 @@ def measure(
         begun = time.monotonic()
         if begun + longest > (until if turn >= warm + ENOUGH else deadline):
             break
+        taken: dict[Cell, _Sample] = {}
         # Shuffled: in a fixed order each cell would always run on the caches and freed memory of
         # the same other one, and that is worth some percent.
-        for done, cell in enumerate(order.sample(list(runs), len(runs))):
-            sample = _timed(runs[cell], calls[cell], device)
+        for cell in order.sample(list(runs), len(runs)):
+            if time.monotonic() >= deadline:
+                break
+            taken[cell] = _timed(runs[cell], calls[cell], device)
+            show((turn + len(taken) / len(runs)) / (warm + repeats))
+        if len(taken) < len(runs):  # a turn that is not whole has nothing to be compared with
+            break
+        for cell, sample in taken.items():
             if turn >= warm:
                 samples[cell].append(sample.per(cell.steps))
             else:
                 calls[cell] = max(1, round(_SAMPLE_SECONDS / sample.seconds))
-            show((turn + (done + 1) / len(runs)) / (warm + repeats))
         longest = time.monotonic() - begun
         turn += 1
         if longest > _LONG_TURN:
