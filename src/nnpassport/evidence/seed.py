@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -42,12 +43,18 @@ def stream(seed: bytes, context: Context, purpose: str, layer: str = "") -> Stre
         raise UnreadableKeyError(
             f"the seed is not {SEED_BYTES} bytes; needed: secrets.token_bytes({SEED_BYTES})"
         )
-    salt = hashlib.sha256(context.encode()).digest()
+    salt = _salt_of(context)
     info = length_prefixed(b"nnpassport/v1", purpose.encode("ascii"), layer.encode("utf-8"))
     # RFC 5869; one block of output, so that expanding is one HMAC.
     extracted = hmac.digest(salt, seed, "sha256")
     key = hmac.digest(extracted, info + b"\x01", "sha256")
     return lambda count: hashlib.shake_256(key).digest(count)
+
+
+@lru_cache(maxsize=16)
+def _salt_of(context: Context) -> bytes:
+    # Every stream of a key has the same: encoding it for each would take the square of its layers.
+    return hashlib.sha256(context.encode()).digest()
 
 
 def derive_signs(seed: bytes, context: Context, layer: LayerShape) -> Float[Tensor, " out"]:
