@@ -208,7 +208,7 @@ def render(entries: Sequence[Mapping[str, Any]]) -> str:
             f"n = 1 run a row, seed {', '.join(map(str, seeds))}. So short a training is far from "
             "converged (the paper's is 200 epochs), and one run",
             "does not resolve tenths of a point. *Cost* is counted: FLOPs of a training step, the "
-            "mean over all steps, as a multiple of the plain network's.",
+            "mean over all steps, as a multiple of the plain network's; without V3's triggers.",
             "",
             "*Late*: the private branch joins after that share of the steps. *Share*: it sees that "
             "share of each batch. *Every*: it runs in every so many steps. The sign loss runs in "
@@ -247,7 +247,7 @@ def draw(entries: Sequence[Mapping[str, Any]]) -> bytes:
             axes.annotate(
                 cell.title,
                 (cost, public),
-                xytext=(6 if right else -6, 3),
+                xytext=(6 if right else -6, -10 if cell.scheme == V3 else 3),
                 textcoords="offset points",
                 ha="left" if right else "right",
                 fontsize=8,

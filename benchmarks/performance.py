@@ -50,7 +50,7 @@ PARTS = (
     Part("resnet18", f"--architecture resnet18 --precision bfloat16 {BOTH}", 4),
     Part("resnet50", f"--architecture resnet50 --batch 16 --precision bfloat16 {BOTH}", 4),
     Part("vit", f"--architecture vit-tiny --precision bfloat16 {BOTH}", 2),
-    Part("loop", "--architecture alexnet --only loop", 2),
+    Part("loop", "--architecture alexnet --precision bfloat16 --only loop", 3.5),
     Part("compiled", f"--architecture alexnet --compile {BOTH}", 4),
 )
 

@@ -82,7 +82,7 @@ class Passport:
             nothing where `sign_weight` is 0, as there.
         late: share of the steps, in [0, 1), that train the public branch and the sign loss only,
             before the private branch joins. This and the next two make training cheaper:
-            `docs/performance.md` has what they cost in accuracy.
+            `results/cheaper.md` has what they cost in accuracy.
         private_share: of each step's images, in (0, 1], that the private branch sees as well.
         private_every: the private branch runs in every so many steps.
         teaching: in a network that is trained already, the share in [0, 1] of each branch's loss
