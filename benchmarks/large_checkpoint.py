@@ -1,6 +1,6 @@
 """V on checkpoints larger than what it may take in memory: results/scaling/verification.json.
 
-    python benchmarks/large_checkpoint.py --folder /tmp/large
+    python benchmarks/large_checkpoint.py --folder FOLDER
 
 makes checkpoints of 0.7, 1.9 and 5.9 GB with the layers of a Llama of 7 billion parameters (fewer
 blocks, bfloat16, shards of a gigabyte as the hub has them), in which every linear layer of every

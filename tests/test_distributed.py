@@ -317,7 +317,6 @@ def test_one_process_is_a_team_of_its_own():
     assert team.any_of(True, False) == (True, False)
     assert team.from_leader(lambda: 3) == 3
     team.require_same("recipe", "a")
-    team.wait()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():

@@ -606,6 +606,14 @@ def test_a_private_branch_that_is_never_trained_is_refused(settings):
         replace(V2, **settings)
 
 
+def test_a_private_branch_that_would_see_triggers_alone_is_refused(digits):
+    scheme = replace(V3, triggers=5, private_share=0.2, trigger_weight=1.0)
+    model, key, images, labels = prepared(scheme, digits)
+    objective = scheme.objective(key, steps=10, normalise=digits[2])
+    with pytest.raises(BadRecipeError, match="larger private_share"):
+        objective(model, Batch(images, labels))
+
+
 @pytest.mark.parametrize("weight", [None, 2.0])
 @pytest.mark.parametrize("scheme", [V1, V2, V3])
 def test_the_mean_loss_of_the_parts_of_a_step_is_that_of_the_step(scheme, weight, digits):

@@ -6,6 +6,8 @@ averaged (`wrapped`), batch norms see the whole batch, and whatever is counted i
 weights are those that one process with the same batches would have reached.
 
 Only the leader, process 0, writes and prints.
+
+[Iof15] Ioffe, Szegedy: Batch Normalization, ICML 2015.
 """
 
 import atexit
@@ -124,11 +126,6 @@ class Team:
                 "process 0; needed: the same program, files and options in all of them, and a key "
                 "that is drawn once, saved, and loaded by each"
             )
-
-    def wait(self) -> None:
-        """Go on when all processes are here."""
-        if self.size > 1:
-            dist.barrier()
 
 
 _at_work: ContextVar[Team | None] = ContextVar("team", default=None)
@@ -344,7 +341,7 @@ def _over_all(norm: _BatchNorm, x: Tensor) -> Tensor:
     y = centred * torch.rsqrt(variance + norm.eps).view(shape)
     if norm.weight is not None:
         y = y * norm.weight.view(shape) + norm.bias.view(shape)
-    _remember(norm, mean.detach(), variance.detach() * count / (count - 1))
+    _remember(norm, mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
     return y.to(x.dtype)
 
 

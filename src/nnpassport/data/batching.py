@@ -169,14 +169,24 @@ def batches(
             device=device,
             part=part,
         )
-    steps = steps_per_epoch(len(data), size)
-    if not 0 <= start <= steps:
-        raise BadRecipeError(
-            f"start is step {start} of an epoch; needed: 0 to {steps}, the steps of {len(data)} "
-            f"images in batches of {size}"
-        )
+    steps_from(start, len(data), size)
     slice_of(min(size, len(data)), part)  # refused now, and not at the first batch
     return _batches(data, normalise, size, seed, epoch, start, augment, torch.device(device), part)
+
+
+def steps_from(start: int, images: int, size: int) -> range:
+    """The steps of an epoch from `start` on.
+
+    Raises:
+        BadRecipeError: the epoch has no such step.
+    """
+    steps = steps_per_epoch(images, size)
+    if not 0 <= start <= steps:
+        raise BadRecipeError(
+            f"start is step {start} of an epoch; needed: 0 to {steps}, the steps of {images} "
+            f"images in batches of {size}"
+        )
+    return range(start, steps)
 
 
 def slice_of(size: int, part: Part) -> slice:
@@ -257,7 +267,7 @@ def evaluation_batches(
         Batch(
             normalise(moved_to(pixels, device)).contiguous(memory_format=torch.channels_last),
             moved_to(labels, device),
-            step,
+            part.index + part.of * step,
         )
         for step, (pixels, labels) in enumerate(pieces)
     )

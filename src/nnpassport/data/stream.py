@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nnpassport.data import sources
 from nnpassport.data.ahead import done_ahead
-from nnpassport.data.batching import Augment, moved_to, slice_of, steps_per_epoch
+from nnpassport.data.batching import Augment, moved_to, slice_of, steps_from, steps_per_epoch
 from nnpassport.data.decoding import Encoded, Wanted, decode_all, decode_some, unusable
 from nnpassport.data.imageset import ImageSet, Normalisation, generator_for
 from nnpassport.data.lanes import MOST_LANES, Shuffle, deal, lanes_for, windows
@@ -38,7 +38,7 @@ from nnpassport.data.rowgroups import (
     pieces_of,
     shards_of,
 )
-from nnpassport.scheme import WHOLE, BadRecipeError, Batch, Part, UnreadableDataError
+from nnpassport.scheme import WHOLE, Batch, Part, UnreadableDataError
 
 BUFFER = 2**28
 _AHEAD = 512  # images that are decoded before they are asked for, if that is 2 to 16 batches
@@ -327,15 +327,10 @@ class ImageStream:
             UnreadableDataError: on the way: a picture cannot be used, a file is damaged, has
                 changed or is gone.
         """
-        steps = self.steps_per_epoch(size)
-        if not 0 <= start <= steps:
-            raise BadRecipeError(
-                f"start is step {start} of an epoch; needed: 0 to {steps}, the steps of "
-                f"{len(self)} images in batches of {size}"
-            )
+        todo, steps = steps_from(start, len(self), size), self.steps_per_epoch(size)
         width = min(size, len(self))
         epoch_ = _Epoch(seed, epoch, steps, width, slice_of(width, part), part)
-        return self._batches(normalise, epoch_, range(start, steps), augment, device)
+        return self._batches(normalise, epoch_, todo, augment, device)
 
     def _batches(
         self,

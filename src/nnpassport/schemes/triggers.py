@@ -13,7 +13,7 @@ from nnpassport.evidence.context import TriggerShape
 from nnpassport.evidence.key import Key
 from nnpassport.layers import Branch, on_branch
 from nnpassport.outputs import Example, call, logits_of, part_of, tensors_in
-from nnpassport.scheme import WHOLE, Batch, Part, UnsuitableModelError
+from nnpassport.scheme import WHOLE, BadRecipeError, Batch, Part, UnsuitableModelError
 from nnpassport.training import Task
 
 
@@ -133,12 +133,20 @@ def branch_loss(
     Where `weight` (λ_t) is None, a trigger weighs like any other image: the first number is the
     mean over all of them and the second for information. Of a `part` of a batch, the mean of these
     numbers over all parts is what the whole batch has.
+
+    Raises:
+        BadRecipeError: the branch sees triggers and no images.
     """
     loss, here = task or plain_loss, triggers_here(count, part)
     if count == 0 or (part.of == 1 and weight is None and task is None):
         whole = loss(output, labels)
         return whole, torch.zeros_like(whole)
     images = len(labels) - here
+    if images < 1:
+        raise BadRecipeError(
+            f"a branch sees {len(labels)} images of a step, and all may be triggers ({here} of "
+            "them); needed: a larger private_share or batch, or fewer triggers a step"
+        )
     of_images = loss(part_of(output, 0, images), labels[:images])
     of_triggers = torch.zeros_like(of_images)
     if here:
