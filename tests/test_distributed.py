@@ -66,7 +66,7 @@ def network(norm):
     ).double()
 
 
-def train(out, name, norm, stops=None, resume=False, stream=None):
+def train(out, name, norm, stops=None, resume=False, stream=None, own_key=False):
     data = DATA if stream is None else open_stream(stream, channels=1)
     model, scheme = network(norm), scheme_named(name)
     if scheme.triggers:
@@ -75,7 +75,8 @@ def train(out, name, norm, stops=None, resume=False, stream=None):
     if name == "uchida":
         scheme = replace(scheme, bits=32)
     hosts = {"adi": None, "uchida": ["1.0"]}.get(name, ["0.0", "1.0"])
-    key = scheme.draw_key(model, example, seed=bytes(32), layers=hosts)
+    seed = bytes([together().rank if own_key else 0]) * 32
+    key = scheme.draw_key(model, example, seed=seed, layers=hosts)
     scheme.insert(model, key, example)
     inner, team = scheme.objective(key, steps=39, normalise=normalise), together()
 
@@ -226,6 +227,14 @@ def test_an_accuracy_is_counted_over_all_images_of_a_step_and_an_evaluation(runs
             assert (37 * entry["accuracy"]) == pytest.approx(round(37 * entry["accuracy"]))
         else:  # eight images and three triggers, which two processes cannot share evenly
             assert (11 * entry["accuracy"]) == pytest.approx(round(11 * entry["accuracy"]))
+
+
+def test_processes_with_keys_of_their_own_are_refused(tmp_path):
+    case = {"out": "own keys", "name": "passport-v2", "norm": "group", "own_key": True}
+    ended = launch(tmp_path, 2, [case])
+    assert ended.returncode != 0
+    assert "process 1 of 2 has another network or key than process 0" in ended.stderr
+    assert not (tmp_path / "own keys").exists()
 
 
 def embedding(folder, key, *more):
