@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -666,3 +667,68 @@ def test_a_passport_of_a_large_layer_is_derived_in_a_moment():
     start = time.process_time()
     assert key.layer_passport("large").nbytes > 22e6
     assert time.process_time() - start < 5  # a tenth of a second where nothing else runs
+
+
+def pictures(count=40, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, 8, 8), generator=rng).to(torch.uint8)
+
+
+def bound_key(images, choices=None, seed=bytes(32)):
+    context = Context(
+        "adi", "Zoë", (), TriggerShape(len(images), 10, tuple(images.shape[1:])), bytes(16)
+    )
+    return Key(seed, context, trigger_images=images, trigger_choices=choices)
+
+
+def test_labels_of_chosen_pictures_are_bound_to_them():
+    key = bound_key(pictures())
+    assert key.derived
+    labels = key.trigger_set()[1]
+    changed = pictures()
+    changed[0, 0, 0, 0] ^= 1
+    others = bound_key(changed).trigger_set()[1]
+    # One bit of one picture, and every label is drawn anew: about a tenth stay by chance.
+    assert int((labels == others).sum()) < 15
+    assert torch.equal(labels, bound_key(pictures()).trigger_set()[1])
+
+
+def test_chosen_labels_leave_nothing_derived():
+    key = bound_key(pictures())
+    chosen = replace(key, trigger_labels=key.trigger_set()[1])
+    assert not chosen.derived
+    assert chosen.bound == b""
+
+
+def test_labels_come_from_the_choices_evenly():
+    rng = torch.Generator().manual_seed(1)
+    rows = torch.stack([torch.randperm(10, generator=rng)[:2] for _ in range(400)])
+    key = bound_key(pictures(400), rows)
+    labels = key.trigger_set()[1]
+    assert key.label_choices == 2
+    first = int((labels == rows[:, 0]).sum())
+    assert first + int((labels == rows[:, 1]).sum()) == 400
+    assert 150 < first < 250  # five standard deviations
+
+
+@pytest.mark.parametrize(
+    "rows", [[[1, 1]] * 40, [[0, 10]] * 40, [[-1, 3]] * 40, [[1]] * 40, [[1, 2]] * 39]
+)
+def test_choices_that_are_none_are_refused(rows):
+    with pytest.raises(UnreadableKeyError):
+        bound_key(pictures(), torch.tensor(rows))
+
+
+def test_choices_need_pictures():
+    context = bound_key(pictures()).context
+    with pytest.raises(UnreadableKeyError, match="images that they are for"):
+        Key(bytes(32), context, trigger_choices=torch.tensor([[1, 2]] * 40))
+
+
+def test_a_bound_key_survives_its_file(tmp_path):
+    key = bound_key(pictures(), torch.tensor([[1, 2]] * 40))
+    save_key(key, tmp_path / "key")
+    loaded = load_key(tmp_path / "key")
+    assert loaded.fingerprint == key.fingerprint
+    assert loaded.derived
+    assert torch.equal(loaded.trigger_set()[1], key.trigger_set()[1])

@@ -153,7 +153,7 @@ def test_labels_are_words_of_the_stream_below_the_ceiling():
 def test_labels_skip_the_words_that_would_favour_some_classes(monkeypatch):
     high = (2**32 - 1).to_bytes(4, "big")
 
-    def skewed(*_):
+    def skewed(*_, bound=b""):
         return lambda count: ((high * 20 + bytes(7) + b"\x05") * (count // 88 + 1))[:count]
 
     monkeypatch.setattr(seed_module, "stream", skewed)

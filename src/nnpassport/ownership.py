@@ -28,7 +28,6 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.schemes.adi import with_published_triggers
 from nnpassport.schemes.drawn import (
     image_passports,
     random_passports,
@@ -37,6 +36,7 @@ from nnpassport.schemes.drawn import (
 )
 from nnpassport.schemes.passport import Passport
 from nnpassport.schemes.protocol import Scheme
+from nnpassport.schemes.triggered import with_published_triggers
 from nnpassport.training import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.verification import verify_model
 

@@ -153,10 +153,7 @@ def verify_model(
 ) -> Verdict:
     """The same question about a network in memory: by its weights, or else by its answers."""
     scheme = scheme_named(key.context.scheme)
-    if scheme.reads_weights:
-        return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)
-    answers = answers_to(key, model, normalise)
-    return scheme.verify_answers(answers, key, log10_alpha=log10_alpha)
+    return scheme.verify_network(model, key, normalise, log10_alpha=log10_alpha)
 
 
 def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
@@ -249,7 +246,10 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     """
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
-        return verify_answers(suspect, key, options=replace(options, standing=None)), None
+        loaded = _load(suspect, options)
+        normalise = Normalisation(loaded.config.mean, loaded.config.std)
+        verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
+        return replace(verdict, digests=loaded.digests), None
     if options.base is None and options.alignment is None:
         shards = _layer_by_layer(suspect, key)
         if shards is not None:

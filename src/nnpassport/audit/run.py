@@ -189,6 +189,8 @@ def _marks(subject: Subject, model: nn.Module) -> dict[str, Any]:
     scheme, key = subject.scheme, subject.key
     if scheme.reads_weights:
         marks["owner"] = _read(lambda: scheme.verify(model.state_dict(), key))
+    elif not scheme.triggers:
+        marks["owner"] = _read(lambda: scheme.verify_network(model, key, subject.normalise))
     if scheme.triggers:
         answers = answers_to(key, model, subject.normalise)
         marks["owner_triggers"] = _read(lambda: scheme.verify_answers(answers, key))

@@ -15,7 +15,6 @@ from nnpassport.audit.subject import Subject
 from nnpassport.data.images import ImageSet
 from nnpassport.scheme import BadRecipeError
 from nnpassport.schemes.passport import V2
-from nnpassport.schemes.uchida import Uchida
 
 
 @unique
@@ -502,15 +501,9 @@ ATTACKS: Mapping[str, Attack] = {
 def applies(attack: Attack, subject: Subject) -> bool:
     """Whether the subject's scheme has what the attack forges."""
     scheme = subject.scheme
-    projection = isinstance(scheme, Uchida)
-    facts = {
-        "": True,
-        "weights": scheme.reads_weights,
-        "projection": projection,
-        "triggers": scheme.triggers > 0,
-        "passport": scheme.reads_weights and not projection,
-    }
-    return facts[attack.marks]
+    return attack.marks in {"", *scheme.parts} or (
+        attack.marks == "weights" and scheme.reads_weights
+    )
 
 
 def why_not(attack: Attack, subject: Subject) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from nnpassport.evidence.context import Context
+from nnpassport.evidence.context import Context, TriggerShape
 from nnpassport.evidence.seed import (
     SEED_BYTES,
     check_text,
@@ -35,6 +35,10 @@ class Key:
     evidence against a rival who solves for tensors. Explicit ones are the paper's image, shuffled
     and random passports, kept so that its tables can be reproduced.
 
+    Pictures of the owner's own choice are no such tensors, as long as their labels are not chosen
+    too: all else is then derived from the seed *and* the digest of the pictures. Who changes one
+    picture draws every label and every bit anew, so that choosing pictures is drawing seeds.
+
     Attributes:
         seed: 32 secret bytes.
         context: what the seed is for; not secret.
@@ -44,6 +48,8 @@ class Key:
         projections: explicit projections by layer, each (bits fan_in) float32.
         trigger_images: explicit trigger images (count channel height width), uint8.
         trigger_labels: explicit labels (count), int64.
+        trigger_choices: the classes that the labels of explicit images are drawn from, (count
+            choices) int64, distinct in each row; None is all classes.
     """
 
     seed: bytes
@@ -54,6 +60,7 @@ class Key:
     trigger_images: Tensor | None = None
     trigger_labels: Tensor | None = None
     projections: Mapping[str, Tensor] | None = None
+    trigger_choices: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
@@ -68,7 +75,7 @@ class Key:
             mapping = getattr(self, field)
             if mapping is not None:
                 object.__setattr__(self, field, {n: _own(t) for n, t in mapping.items()})
-        for field in ("trigger_images", "trigger_labels"):
+        for field in ("trigger_images", "trigger_labels", "trigger_choices"):
             tensor = getattr(self, field)
             if tensor is not None:
                 object.__setattr__(self, field, _own(tensor))
@@ -82,8 +89,34 @@ class Key:
 
     @property
     def derived(self) -> bool:
-        """Whether everything comes from the seed, a text apart: nothing was chosen freely."""
-        return not self.explicit_tensors()
+        """Whether everything comes from the seed, a text apart: nothing was chosen freely.
+
+        Pictures may be chosen where all else is bound to them.
+        """
+        bound = {"trigger_images", "trigger_choices"} if self.bound else set()
+        return set(self.explicit_tensors()) <= bound
+
+    @property
+    def bound(self) -> bytes:
+        """Digest of the explicit pictures that all else is derived from, or nothing.
+
+        SHA-256(LP("trigger_images", shape, bytes), and the same of the choices where there are any)
+        """
+        if self.trigger_images is None or self.trigger_labels is not None:
+            return b""
+        there = {"trigger_images": self.trigger_images, "trigger_choices": self.trigger_choices}
+        tensors = {name: tensor for name, tensor in there.items() if tensor is not None}
+        return hashlib.sha256(_spelled(tensors)).digest()
+
+    @property
+    def label_choices(self) -> int:
+        """How many classes each trigger's label was drawn from.
+
+        Raises:
+            UnreadableKeyError: the key has no trigger set.
+        """
+        choices = self.trigger_choices
+        return triggers_of(self.context).classes if choices is None else choices.shape[1]
 
     @property
     def fingerprint(self) -> str:
@@ -93,13 +126,9 @@ class Key:
         """
         parts = [b"nnpassport/key/v1", self.seed, self.context.encode()]
         parts += [b"no text"] if self.text is None else [b"text", self.text.encode("ascii")]
-        for name, tensor in sorted(self.explicit_tensors().items()):
-            shape = ",".join(str(size) for size in tensor.shape)
-            array = tensor.numpy()
-            little_endian = array.astype(array.dtype.newbyteorder("<"))
-            parts += [name.encode(), array.dtype.name.encode(), shape.encode()]
-            parts += [little_endian.tobytes()]
-        return hashlib.sha256(length_prefixed(*parts)).hexdigest()
+        return hashlib.sha256(
+            length_prefixed(*parts) + _spelled(self.explicit_tensors())
+        ).hexdigest()
 
     def explicit_tensors(self) -> dict[str, Tensor]:
         """The tensors that were chosen and not derived, as "passports/LAYER", "signs/LAYER", …"""
@@ -110,6 +139,8 @@ class Key:
             tensors["trigger_images"] = self.trigger_images
         if self.trigger_labels is not None:
             tensors["trigger_labels"] = self.trigger_labels
+        if self.trigger_choices is not None:
+            tensors["trigger_choices"] = self.trigger_choices
         return tensors
 
     def layer_signs(self, name: str) -> Float[Tensor, " out"]:
@@ -122,8 +153,8 @@ class Key:
         if self.signs is not None:
             return self.signs[name].clone()
         if self.text is not None:
-            return whiten_text(self.text, self.seed, self.context)[name]
-        return derive_signs(self.seed, self.context, layer)
+            return whiten_text(self.text, self.seed, self.context, self.bound)[name]
+        return derive_signs(self.seed, self.context, layer, self.bound)
 
     def layer_passport(self, name: str) -> Float[Tensor, "2 in *space"]:
         """Passport of the layer called `name`: P_γ and P_β.
@@ -134,7 +165,7 @@ class Key:
         layer = self.context.layer(name)
         if self.passports is not None:
             return self.passports[name].clone()
-        return derive_passport(self.seed, self.context, layer)
+        return derive_passport(self.seed, self.context, layer, self.bound)
 
     def layer_projection(self, name: str) -> Float[Tensor, "bits fan_in"]:
         """Projection X that reads the bits of the layer called `name` off its mean filter.
@@ -145,7 +176,7 @@ class Key:
         layer = self.context.layer(name)
         if self.projections is not None:
             return self.projections[name].clone()
-        return derive_projection(self.seed, self.context, layer)
+        return derive_projection(self.seed, self.context, layer, self.bound)
 
     def trigger_set(
         self,
@@ -157,12 +188,31 @@ class Key:
         """
         from nnpassport.data.triggers import abstract_images  # noqa: PLC0415
 
-        shape, labels = triggers_of(self.context), self.trigger_labels
-        labels = derive_labels(self.seed, self.context) if labels is None else labels.clone()
+        shape, labels = triggers_of(self.context), self._labels()
         if self.trigger_images is not None:
             return self.trigger_images.clone(), labels
         draw = trigger_stream(self.seed, self.context)
         return abstract_images(draw, count=shape.count, size=shape.size), labels
+
+    def _labels(self) -> Int64[Tensor, " count"]:
+        if self.trigger_labels is not None:
+            return self.trigger_labels.clone()
+        if self.trigger_choices is None:
+            return derive_labels(self.seed, self.context, self.bound)
+        places = derive_labels(self.seed, self.context, self.bound, self.label_choices)
+        return self.trigger_choices.gather(1, places[:, None])[:, 0]
+
+
+def _spelled(tensors: Mapping[str, Tensor]) -> bytes:
+    """Name, dtype, shape and little-endian numbers of each, length-prefixed, sorted by name."""
+    parts: list[bytes] = []
+    for name, tensor in sorted(tensors.items()):
+        array = tensor.numpy()
+        little_endian = array.astype(array.dtype.newbyteorder("<"))
+        shape = ",".join(str(size) for size in tensor.shape)
+        parts += [name.encode(), array.dtype.name.encode(), shape.encode()]
+        parts += [little_endian.tobytes()]
+    return length_prefixed(*parts)
 
 
 def _check_explicit(key: Key) -> None:
@@ -192,7 +242,7 @@ def _check_explicit(key: Key) -> None:
 def _check_explicit_triggers(key: Key) -> None:
     images, labels, shape = key.trigger_images, key.trigger_labels, key.context.triggers
     if shape is None:
-        if images is not None or labels is not None:
+        if images is not None or labels is not None or key.trigger_choices is not None:
             raise _bad_key("trigger images or labels", "a context with a trigger set for them")
         return
     if images is not None:
@@ -201,6 +251,23 @@ def _check_explicit_triggers(key: Key) -> None:
         _check_tensor(labels, "trigger_labels", torch.int64, (shape.count,))
         if labels.min() < 0 or labels.max() >= shape.classes:
             raise _bad_key("trigger labels out of range", f"classes from 0 to {shape.classes - 1}")
+    if key.trigger_choices is not None:
+        _check_choices(key.trigger_choices, shape, given=images is not None and labels is None)
+
+
+def _check_choices(choices: Tensor, shape: TriggerShape, *, given: bool) -> None:
+    if not given:
+        raise _bad_key("choices of labels", "images that they are for, and no labels")
+    columns = choices.shape[1] if choices.dim() == 2 else 0
+    _check_tensor(choices, "trigger_choices", torch.int64, (shape.count, columns))
+    ordered = choices.sort(dim=1).values
+    distinct = bool((ordered[:, 1:] > ordered[:, :-1]).all())
+    in_range = columns > 1 and choices.min() >= 0 and choices.max() < shape.classes
+    if not (distinct and in_range):
+        raise _bad_key(
+            "choices of labels that repeat or are out of range",
+            f"two or more distinct classes from 0 to {shape.classes - 1} for each image",
+        )
 
 
 def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -29,12 +29,15 @@ def length_prefixed(*parts: bytes) -> bytes:
     return b"".join(len(part).to_bytes(8, "big") + part for part in parts)
 
 
-def stream(seed: bytes, context: Context, purpose: str, layer: str = "") -> Stream:
+def stream(
+    seed: bytes, context: Context, purpose: str, layer: str = "", bound: bytes = b""
+) -> Stream:
     """The endless byte string of one purpose and one layer.
 
         SHAKE-256(HKDF-SHA256(seed, salt = SHA-256(context), info = (version, purpose, layer)))
 
-    The function returned gives its first n bytes: more bytes never change the earlier ones.
+    The function returned gives its first n bytes: more bytes never change the earlier ones. What
+    the stream is `bound` to, the digest of a key's own pictures, is a fourth part of `info`.
 
     Raises:
         UnreadableKeyError: the seed is not 32 bytes.
@@ -44,7 +47,8 @@ def stream(seed: bytes, context: Context, purpose: str, layer: str = "") -> Stre
             f"the seed is not {SEED_BYTES} bytes; needed: secrets.token_bytes({SEED_BYTES})"
         )
     salt = _salt_of(context)
-    info = length_prefixed(b"nnpassport/v1", purpose.encode("ascii"), layer.encode("utf-8"))
+    parts = (b"nnpassport/v1", purpose.encode("ascii"), layer.encode("utf-8"))
+    info = length_prefixed(*parts, *([bound] if bound else []))
     # RFC 5869; one block of output, so that expanding is one HMAC.
     extracted = hmac.digest(salt, seed, "sha256")
     key = hmac.digest(extracted, info + b"\x01", "sha256")
@@ -57,17 +61,19 @@ def _salt_of(context: Context) -> bytes:
     return hashlib.sha256(context.encode()).digest()
 
 
-def derive_signs(seed: bytes, context: Context, layer: LayerShape) -> Float[Tensor, " out"]:
+def derive_signs(
+    seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
+) -> Float[Tensor, " out"]:
     """Signature bits b ∈ {−1, +1} of one layer: uniform, one for each output channel.
 
     Raises:
         UnreadableKeyError: the context has no such layer.
     """
-    return _signs_of(_stream_bits(seed, context, layer))
+    return _signs_of(_stream_bits(seed, context, layer, bound))
 
 
 def derive_passport(
-    seed: bytes, context: Context, layer: LayerShape
+    seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
 ) -> Float[Tensor, "2 in *space"]:
     """Passport of one layer: P_γ and P_β, integers uniform in −127…127 divided by 127.
 
@@ -76,12 +82,13 @@ def derive_passport(
     """
     check_member(context, layer)
     shape = (2, *layer.passport)
-    numbers = _signed_bytes(stream(seed, context, "passport", layer.name), math.prod(shape))
+    draw = stream(seed, context, "passport", layer.name, bound)
+    numbers = _signed_bytes(draw, math.prod(shape))
     return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
 
 
 def derive_projection(
-    seed: bytes, context: Context, layer: LayerShape
+    seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
 ) -> Float[Tensor, "bits fan_in"]:
     """Projection X of one layer: integers uniform in −127…127 divided by 127, a row for each bit.
 
@@ -90,7 +97,8 @@ def derive_projection(
     """
     check_member(context, layer)
     shape = (layer.length, math.prod(layer.passport))
-    numbers = _signed_bytes(stream(seed, context, "projection", layer.name), math.prod(shape))
+    draw = stream(seed, context, "projection", layer.name, bound)
+    numbers = _signed_bytes(draw, math.prod(shape))
     return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
 
 
@@ -108,14 +116,17 @@ def triggers_of(context: Context) -> TriggerShape:
     return context.triggers
 
 
-def derive_labels(seed: bytes, context: Context) -> Int64[Tensor, " count"]:
-    """Labels of the trigger images, uniform over the classes.
+def derive_labels(
+    seed: bytes, context: Context, bound: bytes = b"", choices: int | None = None
+) -> Int64[Tensor, " count"]:
+    """Labels of the trigger images, uniform over the classes; or places among so many `choices`.
 
     Raises:
         UnreadableKeyError: the context has no trigger set.
     """
     count, classes, _ = triggers_of(context)
-    draw = stream(seed, context, "trigger-labels")
+    classes = classes if choices is None else choices
+    draw = stream(seed, context, "trigger-labels", bound=bound)
     ceiling = 2**32 // classes * classes
     size = 4 * count
     while True:
@@ -137,7 +148,9 @@ def trigger_stream(seed: bytes, context: Context) -> Stream:
     return stream(seed, context, "trigger-images")
 
 
-def whiten_text(text: str, seed: bytes, context: Context) -> dict[str, Float[Tensor, " out"]]:
+def whiten_text(
+    text: str, seed: bytes, context: Context, bound: bytes = b""
+) -> dict[str, Float[Tensor, " out"]]:
     """Signature bits of every layer, such that their owner can read `text` out of them.
 
     The text's bits (8 for a character, most significant first) are XORed with the stream's over
@@ -148,7 +161,7 @@ def whiten_text(text: str, seed: bytes, context: Context) -> dict[str, Float[Ten
         BadSignatureError: the text is not printable ASCII or has more characters than fit.
     """
     check_text(text, context)
-    bits = [_stream_bits(seed, context, layer) for layer in context.layers]
+    bits = [_stream_bits(seed, context, layer, bound) for layer in context.layers]
     whole = np.concatenate(bits)
     whole[: 8 * len(text)] ^= np.unpackbits(np.frombuffer(text.encode("ascii"), np.uint8))
     parts = np.split(whole, np.cumsum([len(part) for part in bits])[:-1])
@@ -207,10 +220,12 @@ def log10_text_choices(text: str) -> float:
 _NO_BITS: NDArray[np.uint8] = np.zeros(0, np.uint8)
 
 
-def _stream_bits(seed: bytes, context: Context, layer: LayerShape) -> NDArray[np.uint8]:
+def _stream_bits(
+    seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
+) -> NDArray[np.uint8]:
     check_member(context, layer)
     count = layer.length
-    data = stream(seed, context, "signs", layer.name)((count + 7) // 8)
+    data = stream(seed, context, "signs", layer.name, bound)((count + 7) // 8)
     return np.unpackbits(np.frombuffer(data, np.uint8))[:count]
 
 

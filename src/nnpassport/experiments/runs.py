@@ -297,7 +297,10 @@ def _marks(subject: Subject) -> dict[str, Any]:
         return {}
     if subject.scheme.reads_weights:
         found["bits"] = _facts(subject.scheme.verify(subject.model.state_dict(), key))
-    if key.context.triggers is not None:
+    elif not subject.scheme.triggers:
+        read = subject.scheme.verify_network(subject.model, key, subject.normalise)
+        found["bits"] = _facts(read)
+    if subject.scheme.triggers:
         answers = answers_to(key, subject.model, subject.normalise)
         found["triggers"] = _facts(subject.scheme.verify_answers(answers, key))
     return found

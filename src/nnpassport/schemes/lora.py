@@ -43,6 +43,7 @@ from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.functional import Geometry, geometry_of, sign_loss
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.schemes import mark
 from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
@@ -100,6 +101,15 @@ class Lora:
     def reads_weights(self) -> bool:
         """Whether V needs nothing but the weights."""
         return True
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """None that the attacks on networks know."""
+        return frozenset()
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key as it is: it takes nothing of a network or of images."""
+        return key
 
     def draw_key(
         self,
@@ -247,6 +257,17 @@ class Lora:
             log10_alpha=log10_alpha,
         )
         return replace(verdict, layers=counts)
+
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its weights all the same."""
+        return mark.read_weights(self, model, key, log10_alpha)
 
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, what V multiplies flattened filters with: the rows of X."""

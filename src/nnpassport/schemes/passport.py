@@ -10,7 +10,6 @@ They are one mechanism with two switches, so they are one dataclass and three ro
 [Fan19, sect. 3.3]
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from nnpassport import surgery
 from nnpassport.data.images import Images, ImageSet, Normalisation
-from nnpassport.evidence.context import Context, LayerShape
+from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy
 from nnpassport.fork import Fork
@@ -31,6 +30,7 @@ from nnpassport.functional import combined_loss, filters, passport_space, sign_l
 from nnpassport.layers import Branch, keeping_gammas, on_branch, passport_norms, public_count
 from nnpassport.outputs import Example, call, length_of, logits_of, part_of
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
+from nnpassport.schemes import mark
 from nnpassport.schemes.graft import graft
 from nnpassport.schemes.signature import (
     as_published,
@@ -135,14 +135,18 @@ class Passport:
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
         sites = choose(model, survey(model, example), layers)
-        context = Context(
-            scheme=self.name,
+        return mark.new_key(
+            self.name,
             owner=owner,
             layers=tuple(_shape_of(site) for site in sites),
             triggers=trigger_shape(self.triggers, model, example) if self.triggers else None,
-            nonce=os.urandom(16) if seed is None else bytes(16),
+            text=text,
+            seed=seed,
         )
-        return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key as it is: it takes nothing of a network or of images."""
+        return key
 
     def insert(self, model: nn.Module, key: Key, example: Example) -> Fork | None:
         """Wrap the layers that `key` names, in place; V1 presents its passport from then on.
@@ -153,11 +157,7 @@ class Passport:
             UnsuitableModelError: the key is another scheme's, or was made for another network, or
                 V1 could not be released with it; the model is as it was.
         """
-        if key.context.scheme != self.name:
-            raise UnsuitableModelError(
-                f"the key is for {key.context.scheme}, and this is {self.name}; "
-                "draw a key with this scheme's draw_key, or use the key's own scheme"
-            )
+        mark.check_scheme(self.name, key)
         fork = surgery.insert(model, secrets_of(key), example, two_branches=self.two_branches)
         if not self.two_branches:
             try:
@@ -298,6 +298,17 @@ class Passport:
         """V in white box: does a network with these weights carry `key`?"""
         return read_signature(weights, key, log10_alpha=log10_alpha)
 
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its weights all the same."""
+        return mark.read_weights(self, model, key, log10_alpha)
+
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, what V multiplies a flattened filter with: m(P_γ), one for each group."""
         return {name: secret.mean_patch[0] for name, secret in secrets_of(key).items()}
@@ -320,6 +331,11 @@ class Passport:
     def reads_weights(self) -> bool:
         """Whether V needs nothing but the weights."""
         return True
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What there is to be forged: a passport, and triggers where there are some."""
+        return frozenset({"passport", "triggers"} if self.triggers else {"passport"})
 
     def released(self, model: nn.Module) -> nn.Module:
         """A plain copy that holds no secret and costs what the plain network costs.

@@ -1,7 +1,7 @@
 """E, F and V of a scheme, as a type; I, what attacks it, is in `nnpassport.attacks`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int64
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from nnpassport.scheme import Verdict
 from nnpassport.training import Evaluation, History, Journal, Objective, Recipe, Task
 
 
+@runtime_checkable
 class Scheme(Protocol):
     """An ownership scheme: V = (E, F, V, I) without its attacks.           [Fan19, def. 1]
 
@@ -32,6 +33,13 @@ class Scheme(Protocol):
     def reads_weights(self) -> bool:
         """Whether V needs nothing but the weights; if not, it needs the network's answers."""
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """What of a mark forgers can aim at: "passport", "projection", "triggers", "activations".
+
+        An attack that forges one of them applies to the schemes that have it.
+        """
+
     def draw_key(
         self,
         model: nn.Module,
@@ -43,6 +51,12 @@ class Scheme(Protocol):
         seed: bytes | None = None,
     ) -> Key:
         """A key for a network of this shape, every secret in it derived from one seed."""
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key with what it takes of a trained plain network and of images: its pictures.
+
+        Most keys take nothing and are returned as they are, and so is one that has its pictures.
+        """
 
     def insert(self, model: nn.Module, key: Key, example: Example) -> Fork | None:
         """Prepare `model`, in place, for training with `objective`; refuse a key of another.
@@ -86,6 +100,16 @@ class Scheme(Protocol):
         self, weights: Mapping[str, Tensor], key: Key, *, log10_alpha: float = ...
     ) -> Verdict:
         """V in white box: does a network with these weights carry `key`?"""
+
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = ...,
+    ) -> Verdict:
+        """V of a network that can be run, in evaluation mode: by whatever the scheme reads."""
 
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, what V multiplies a flattened filter with to read bits (forms columns)."""

@@ -99,6 +99,8 @@ def read_answers(
 ) -> Verdict:
     """V of the trigger set: derived labels are uniform over K classes, so chance matches 1/K.
 
+    Where labels are drawn from c classes chosen for each image, chance matches at most 1/c of them.
+
     `answers` are the predicted classes of the key's trigger images, in order; −1 is no answer.
     Derived labels are independent of whatever an independent network does, and so of which
     images it declines: the matches among the n answers are Binomial(n, 1/K) all the same. That
@@ -131,7 +133,7 @@ def read_answers(
         "trigger labels",
         bits=answered,
         matches=int((answers.cpu() == labels).sum()),
-        chance=1 / shape.classes,
+        chance=1 / key.label_choices,
         log10_alpha=log10_alpha,
     )
 

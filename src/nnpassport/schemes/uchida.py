@@ -5,7 +5,6 @@
 equation 1 in [Fan19].
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
-from nnpassport.evidence.context import Context, LayerShape
+from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.functional import Geometry, filters
 from nnpassport.layers import whole_weight
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.schemes import mark
 from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
@@ -36,7 +36,6 @@ from nnpassport.training import (
     Outcome,
     Recipe,
     Task,
-    fit,
     share_right,
 )
 
@@ -74,6 +73,11 @@ class Uchida:
         """Whether V needs nothing but the weights."""
         return True
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """A projection is there to be forged."""
+        return frozenset({"projection"})
+
     def draw_key(
         self,
         model: nn.Module,
@@ -92,15 +96,12 @@ class Uchida:
         Raises:
             UnsuitableModelError: not one layer, a grouped one, or one with fewer numbers than bits.
         """
-        site = self._host(model, example, layers)
-        context = Context(
-            scheme=self.name,
-            owner=owner,
-            layers=(self._shape(site),),
-            triggers=None,
-            nonce=os.urandom(16) if seed is None else bytes(16),
-        )
-        return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+        shape = mean_filter_of(self.name, model, example, layers, self.bits)
+        return mark.new_key(self.name, owner=owner, layers=(shape,), text=text, seed=seed)
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key as it is: it takes nothing of a network or of images."""
+        return key
 
     def insert(self, model: nn.Module, key: Key, example: Example) -> None:
         """Check that `key` fits `model`; nothing is inserted.
@@ -108,11 +109,7 @@ class Uchida:
         Raises:
             UnsuitableModelError: the key is another scheme's, or was made for another network.
         """
-        if key.context.scheme != self.name:
-            raise UnsuitableModelError(
-                f"the key is for {key.context.scheme}, and this is {self.name}; "
-                "draw a key with this scheme's draw_key, or use the key's own scheme"
-            )
+        mark.check_scheme(self.name, key)
         for layer in key.context.layers:
             host_weight(dict(model.named_parameters()), layer)
 
@@ -162,15 +159,14 @@ class Uchida:
         trained: bool = False,
     ) -> History:
         """E: train `model` in place with the regulariser."""
-        data.require_classes(2)
-        self.insert(model, key, normalise(data.sample(2, seed=0).images))
-        return fit(
+        return mark.train_in(
+            self,
             model,
-            self.objective(key, steps=1),
+            key,
             data,
             recipe,
             normalise=normalise,
-            evaluate=None if validation is None else self.evaluation(validation, normalise),
+            validation=validation,
             journal=journal,
         )
 
@@ -211,6 +207,17 @@ class Uchida:
             log10_alpha=log10_alpha,
         )
 
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its weights all the same."""
+        return mark.read_weights(self, model, key, log10_alpha)
+
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, what V multiplies a flattened filter with: the rows of X."""
         return {layer.name: key.layer_projection(layer.name) for layer in key.context.layers}
@@ -242,44 +249,56 @@ class Uchida:
             return F.mse_loss(read, signs)
         return F.binary_cross_entropy_with_logits(read, (signs + 1) / 2, reduction="sum")
 
-    def _host(self, model: nn.Module, example: Example, layers: Sequence[str] | None) -> Site:
-        found = survey(model, example)
-        if layers is None:
-            plain = [s for s in found.sites.values() if s.geometry.groups == 1]
-            large = [s for s in plain if _fan_in(s) >= self.bits]
-            convolutions = [s for s in large if s.geometry.axes]
-            hosts = (convolutions or large)[-1:]
-        else:
-            hosts = choose(model, found, layers)
-        if len(hosts) != 1:
-            raise UnsuitableModelError(
-                f"{self.name} reads {self.bits} bits off one layer, and {len(hosts)} were found; "
-                f"needed: one ungrouped layer with at least {self.bits} numbers a filter; name "
-                f"one of: {', '.join(found.sites) or 'none'}"
-            )
-        (host,) = hosts
-        if host.geometry.groups != 1 or _fan_in(host) < self.bits:
-            raise UnsuitableModelError(
-                f"layer {host.name!r} has {_fan_in(host)} numbers a filter in "
-                f"{host.geometry.groups} group(s); {self.name} needs at least {self.bits}, one for "
-                "each bit, in one group; name another layer or take fewer bits"
-            )
-        return host
 
-    def _shape(self, site: Site) -> LayerShape:
-        weight = tuple(filters(site.layer.get_parameter("weight"), site.geometry).shape)
-        axes = site.geometry.axes
-        kernel = weight[1:] if axes else (weight[1], 1)
-        # The mean filter is read as it is, however its layer slides.
-        turned = site.geometry.transposed
-        geometry = Geometry(
-            (1,) * axes,
-            ((0, 0),) * axes,
-            (1,) * axes,
-            transposed=turned,
-            output_padding=(0,) * axes if turned else (),
+def mean_filter_of(
+    scheme: str, model: nn.Module, example: Example, layers: Sequence[str] | None, bits: int
+) -> LayerShape:
+    """The layer whose mean filter `bits` bits are read off: the named one, or the last that can.
+
+    Raises:
+        UnsuitableModelError: not one layer, a grouped one, or one with fewer numbers than bits.
+    """
+    site = _host(scheme, model, example, layers, bits)
+    weight = tuple(filters(site.layer.get_parameter("weight"), site.geometry).shape)
+    axes = site.geometry.axes
+    kernel = weight[1:] if axes else (weight[1], 1)
+    # The mean filter is read as it is, however its layer slides.
+    turned = site.geometry.transposed
+    geometry = Geometry(
+        (1,) * axes,
+        ((0, 0),) * axes,
+        (1,) * axes,
+        transposed=turned,
+        output_padding=(0,) * axes if turned else (),
+    )
+    return LayerShape(site.name, weight, kernel, geometry, bits)
+
+
+def _host(
+    scheme: str, model: nn.Module, example: Example, layers: Sequence[str] | None, bits: int
+) -> Site:
+    found = survey(model, example)
+    if layers is None:
+        plain = [s for s in found.sites.values() if s.geometry.groups == 1]
+        large = [s for s in plain if _fan_in(s) >= bits]
+        convolutions = [s for s in large if s.geometry.axes]
+        hosts = (convolutions or large)[-1:]
+    else:
+        hosts = choose(model, found, layers)
+    if len(hosts) != 1:
+        raise UnsuitableModelError(
+            f"{scheme} reads {bits} bits off one layer, and {len(hosts)} were found; "
+            f"needed: one ungrouped layer with at least {bits} numbers a filter; name "
+            f"one of: {', '.join(found.sites) or 'none'}"
         )
-        return LayerShape(site.name, weight, kernel, geometry, self.bits)
+    (host,) = hosts
+    if host.geometry.groups != 1 or _fan_in(host) < bits:
+        raise UnsuitableModelError(
+            f"layer {host.name!r} has {_fan_in(host)} numbers a filter in "
+            f"{host.geometry.groups} group(s); {scheme} needs at least {bits}, one for "
+            "each bit, in one group; name another layer or take fewer bits"
+        )
+    return host
 
 
 def read_out(
