@@ -15,6 +15,7 @@ from nnpassport.audit.subject import Subject
 from nnpassport.data.images import ImageSet
 from nnpassport.scheme import BadRecipeError
 from nnpassport.schemes.passport import V2
+from nnpassport.schemes.protocol import Scheme
 
 
 @unique
@@ -95,7 +96,8 @@ def _transferred(form: str) -> Callable[[Subject, float], Attacked]:
 def _overwritten(subject: Subject, _: float) -> Attacked:
     recipe = subject.recipe(0.01)
     seed = draw_seed(subject.rng("overwrite"))
-    theirs = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    drawn = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    theirs = subject.scheme.prepared(drawn, subject.model, subject.images(), subject.normalise)
     return removal.overwrite(
         subject.model,
         subject.scheme,
@@ -500,10 +502,13 @@ ATTACKS: Mapping[str, Attack] = {
 
 def applies(attack: Attack, subject: Subject) -> bool:
     """Whether the subject's scheme has what the attack forges."""
-    scheme = subject.scheme
-    return attack.marks in {"", *scheme.parts} or (
-        attack.marks == "weights" and scheme.reads_weights
-    )
+    return aims_at(attack, subject.scheme)
+
+
+def aims_at(attack: Attack, scheme: Scheme) -> bool:
+    """Whether the scheme has what the attack forges; removals aim at all of them."""
+    by_weights = attack.marks == "weights" and scheme.reads_weights
+    return by_weights or attack.marks in {"", *scheme.parts}
 
 
 def why_not(attack: Attack, subject: Subject) -> str | None:

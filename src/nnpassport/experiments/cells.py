@@ -20,6 +20,7 @@ class Network(NamedTuple):
     Attributes:
         scheme: as in the catalog; "" is a plain network.
         norm: "batch" or "group".
+        tuned: whether it begins as the plain network, trained to its end, and is trained on.
     """
 
     architecture: str
@@ -27,12 +28,14 @@ class Network(NamedTuple):
     scheme: str
     norm: str
     seed: int
+    tuned: bool = False
 
     @property
     def slug(self) -> str:
         """For names of files: alexnet-cifar10-v2-group-0."""
         scheme = SHORT_NAMES.get(self.scheme, self.scheme)
-        return f"{self.architecture}-{self.task}-{scheme}-{self.norm}-{self.seed}"
+        tuned = "-tuned" if self.tuned else ""
+        return f"{self.architecture}-{self.task}-{scheme}-{self.norm}-{self.seed}{tuned}"
 
 
 @final
@@ -41,7 +44,8 @@ class Cell:
     """One run.
 
     Attributes:
-        work: "train"; "transfer", to `target`; or an attack of the audit's table, at `strengths`.
+        work: "train"; "transfer", to `target`; "cost", of a training step; "strangers", keys read
+            on networks that do not carry them; or an attack of the audit's table, at `strengths`.
     """
 
     plan: Plan
@@ -77,6 +81,8 @@ class Cell:
     def needs(self) -> tuple["Cell", ...]:
         """Cells whose networks it starts from."""
         own = () if self.work == "train" else (self.trains,)
+        if self.network.tuned:
+            return (*own, self.plain, *(self.strangers if self.work == "strangers" else ()))
         drawn = self.network.scheme.startswith("passport") and self.plan.passports != "derived"
         return (*own, self.plain) if drawn and self.work in {"train", "fake1"} else own
 
@@ -88,7 +94,14 @@ class Cell:
     @property
     def plain(self) -> "Cell":
         """The cell that trains the plain network beside this one, which passports are drawn in."""
-        return Cell(self.plan, self.network._replace(scheme=""))
+        return Cell(self.plan, self.network._replace(scheme="", tuned=False))
+
+    @property
+    def strangers(self) -> tuple["Cell", ...]:
+        """Cells that train networks which do not carry the keys of this one, from other weights."""
+        kinds = ("", "passport-v2", "passport-v3")
+        begun = self.network._replace(norm="group", tuned=False)
+        return tuple(Cell(self.plan, begun._replace(scheme=kind)) for kind in kinds)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -106,6 +119,11 @@ class Cell:
                 "recipe": _said(transfer_recipe(self)),
                 "images": self.plan.transfer_images,
             }
+        if self.work == "cost":
+            return shared
+        if self.work == "strangers":
+            others = [_training_inputs(self.plan, each.network) for each in self.strangers]
+            return {**shared, "strangers": others, "keys": self.plan.fresh_keys}
         shared |= {"strengths": list(self.strengths), "test_images": self.tested}
         if "train" not in ATTACKS[self.work].needs:
             return shared
@@ -124,7 +142,8 @@ def transfer_recipe(cell: Cell) -> Recipe:
 
 def embed_recipe(plan: Plan, network: Network) -> Recipe:
     """How this network is trained."""
-    return dataclasses.replace(plan.embed, seed=network.seed)
+    recipe = plan.tuning if network.tuned else plan.embed
+    return dataclasses.replace(recipe, seed=network.seed)
 
 
 def settings_of(plan: Plan, scheme: str) -> Mapping[str, float]:
@@ -139,14 +158,17 @@ def digest(inputs: Mapping[str, Any]) -> str:
 
 
 def _training_inputs(plan: Plan, network: Network) -> dict[str, Any]:
-    inputs = {
-        **network._asdict(),
+    inputs: dict[str, Any] = {
+        **{name: value for name, value in network._asdict().items() if name != "tuned"},
         "arguments": dict(plan.architectures[network.architecture]),
         "recipe": _said(embed_recipe(plan, network)),
         "selection": plan.selection,
         "validation": plan.validation if plan.selection != "best-on-test" else 0.0,
         "images": plan.train_images.get(network.architecture),
     }
+    if network.tuned:
+        plain = network._replace(scheme="", tuned=False)
+        inputs |= {"plain": _training_inputs(plan, plain), "tuning_images": plan.tuning_images}
     if not network.scheme:
         return inputs
     inputs |= {"settings": dict(settings_of(plan, network.scheme))}

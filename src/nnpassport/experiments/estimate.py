@@ -28,7 +28,7 @@ def _seconds(cell: Cell, store: Store) -> float | None:
         return None
     trained, tested = _images(cell, store)
     made, recipe = Trained.of(cell), _recipe(cell)
-    shown = made if cell.work == "train" else made.plain
+    shown = made if cell.work == "train" and not cell.network.tuned else made.plain
     step = training_seconds(shown, recipe.batch, recipe.precision) if trained else 0.0
     return trained * step + tested * forward_seconds(made.plain)
 
@@ -48,11 +48,15 @@ def _images(cell: Cell, store: Store) -> tuple[float, float]:
     available = _least(len(own.train), plan.train_images.get(cell.network.architecture))
     held_out = 0 if plan.selection == "best-on-test" else plan.validation * available
     epochs = _recipe(cell).epochs
+    if cell.network.tuned:
+        available = _least(int(available), plan.tuning_images)
     branches = 2 if cell.network.scheme in {"passport-v2", "passport-v3"} else 1
     if cell.work == "train":
         evaluated = len(own.test) if plan.selection == "best-on-test" else held_out
         tested = branches * ((epochs + 1) * evaluated + len(own.test))
         return epochs * (available - held_out), tested
+    if cell.work in {"cost", "strangers"}:
+        return 0, 0
     if cell.work == "transfer":
         other = images_of(store.data, cell.target)
         return epochs * _least(len(other.train), plan.transfer_images), len(other.test)

@@ -12,7 +12,9 @@ from typing import Any, final
 from nnpassport.attacks.ambiguity import REVERSE
 from nnpassport.attacks.removal import TRANSFER
 from nnpassport.audit.subject import Budget
+from nnpassport.catalog import CATALOG
 from nnpassport.scheme import BadRecipeError
+from nnpassport.schemes.triggered import TriggerSet
 from nnpassport.training import RECIPES, Recipe
 
 PASSPORTS = ("derived", "shuffle-train", "shuffle-test")
@@ -50,6 +52,10 @@ class Plan:
         attack_test_images: at most so many test images to measure what attacks leave and win.
         fake_images: the same for each random passport of fake1.
         settings: other settings than the catalog's, by scheme.
+        tuning: how a mark is put into a network that is trained already; its seed is the cell's.
+        tuning_images: at most so many images for that.
+        skipped: attacks that the leaderboard leaves out, and why.
+        fresh_keys: keys drawn by chance that are read on networks which nobody marked with them.
     """
 
     name: str
@@ -76,6 +82,12 @@ class Plan:
     attack_test_images: int | None = None
     fake_images: int | None = None
     settings: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tuning: Recipe = Recipe(  # noqa: RUF009 (frozen: it cannot change)
+        epochs=1, batch=96, rate=0.02, schedule="one-cycle", precision="bfloat16"
+    )
+    tuning_images: int | None = 24_000
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    fresh_keys: int = 20
 
     def __post_init__(self) -> None:
         for name, allowed in (("passports", PASSPORTS), ("selection", SELECTIONS)):
@@ -89,6 +101,7 @@ class Plan:
         return dataclasses.replace(self, seeds=seeds) if seeds else self
 
 
+_ANSWERING = tuple(n for n, e in CATALOG.items() if isinstance(e.scheme, TriggerSet))
 _PUBLISHED_SETTINGS = {name: {"decay": 1e-5} for name in ("passport-v1", "passport-v2")} | {
     "passport-v3": {"decay": 1e-5, "triggers_per_step": 2}
 }
@@ -166,7 +179,43 @@ TRIAL = Plan(
     settings={name: {"triggers_per_step": 24} for name in ("adi", "passport-v3")}
     | {"uchida": {"strength": 0.05}},
 )
+_COPIES = "a copy worth having takes more images and epochs than this recipe gives its attackers"
+_SEEN_BEFORE = "changes or repeats less than the attacks that are run; the reproduction has it"
+LEADERBOARD = dataclasses.replace(
+    SHORT,
+    name="leaderboard",
+    summary="every scheme put into one trained network in one epoch, every attack on each",
+    architectures={"alexnet": {}},
+    settings={
+        **{name: {"triggers_per_step": 8} for name in _ANSWERING},
+        "passport-v3": {"triggers_per_step": 8},
+    },
+    skipped={
+        **dict.fromkeys(("distil", "extract", "distil-unrelated"), _COPIES),
+        **dict.fromkeys(("ftll", "rtll", "rtal", "flip", "permute", "rescale"), _SEEN_BEFORE),
+        **dict.fromkeys(("fake3", "substitute-ierb", "substitute-cerb"), _SEEN_BEFORE),
+        **dict.fromkeys(
+            ("transfer-rtal", "transfer-rtll"),
+            "ends on another task, so that what is kept of the accuracy cannot be compared",
+        ),
+    },
+)
+LEADERBOARD_TRIAL = dataclasses.replace(
+    TRIAL,
+    name="leaderboard-trial",
+    summary="the same on embedded digits and a narrow network: a few minutes, to see it work",
+    tuning=Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False),
+    settings={
+        **{name: {"triggers_per_step": 8} for name in _ANSWERING},
+        "passport-v3": {"triggers_per_step": 8},
+    },
+    skipped=LEADERBOARD.skipped,
+    fresh_keys=3,
+)
 PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (SHORT, PAPER, SOUND, GPU_SHORT, TRIAL)}
+"""The paper's tables and figures can be made by these."""
+FIELD_PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (LEADERBOARD, LEADERBOARD_TRIAL)}
+"""And the leaderboard by these."""
 
 
 def plan_named(name: str) -> Plan:

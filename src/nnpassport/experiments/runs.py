@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from nnpassport import ownership, verification
 from nnpassport.attacks.ambiguity import insider_passport
 from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.outcome import Forged, stopwatch
-from nnpassport.attacks.passports import draw_template, forged
+from nnpassport.attacks.passports import draw_seed, draw_template, forged
 from nnpassport.attacks.removal import fine_tune, with_head
 from nnpassport.audit.run import attempt, before_attacks, measured
 from nnpassport.audit.subject import Subject
@@ -33,6 +33,7 @@ from nnpassport.experiments.cells import (
     transfer_recipe,
 )
 from nnpassport.experiments.speed import training_speed
+from nnpassport.experiments.stepcost import step_cost
 from nnpassport.experiments.store import Store
 from nnpassport.experiments.tasks import images_of, published_triggers
 from nnpassport.fidelity import accuracy
@@ -42,6 +43,7 @@ from nnpassport.scheme import UnreadableDataError, UnreadableModelError, Verdict
 from nnpassport.schemes.drawn import shuffled_passports, with_passports
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.triggers import answers_to
+from nnpassport.statistics import LOG10_ALPHA_COMMITTED
 from nnpassport.training import Journal, Progress
 
 Show = Callable[[Progress], None]
@@ -60,7 +62,12 @@ def run(cell: Cell, store: Store, show: Show = lambda _: None) -> dict[str, Any]
         if not store.ready(needed):
             _train(needed, store, show)
     begun = time.monotonic()
-    works = {"train": _train, "transfer": _transfer}
+    works = {
+        "train": _train,
+        "transfer": _transfer,
+        "cost": _cost,
+        "strangers": _strangers,
+    }
     result = works.get(cell.work, _attack)(cell, store, show)
     return store.keep(cell, result, begun)
 
@@ -83,12 +90,15 @@ def _train(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     )
-    key = _key(cell, store, config) if network.scheme else None
+    initial = load_model(store.folder(cell.plain)).model.state_dict() if network.tuned else None
+    key = _key(cell, store, config, sets) if network.scheme else None
     if key is None:
-        done = ownership.train(folder, config, sets, recipe, journal=journal)
+        done = ownership.train(folder, config, sets, recipe, initial=initial, journal=journal)
     else:
         scheme = _scheme(cell)
-        done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
+        done = ownership.embed(
+            folder, config, key, sets, recipe, scheme=scheme, initial=initial, journal=journal
+        )
         _release(folder, scheme, key)
     counts = {"train_images": len(sets.train), "test_images": len(sets.test or ())}
     result = {"metrics": dict(done.metrics), **counts}
@@ -190,7 +200,11 @@ def _sets(cell: Cell, store: Store) -> ownership.Sets:
     train = images.train.at_most(plan.train_images.get(cell.network.architecture), seed=0)
     if plan.selection == "best-on-test":
         return ownership.Sets(train, images.test, images.test, Normalisation.measured(train))
-    return ownership.divide(train, images.test, validation=plan.validation, seed=seed)
+    sets = ownership.divide(train, images.test, validation=plan.validation, seed=seed)
+    if not cell.network.tuned:
+        return sets
+    # Mean and deviation stay those of the network that it begins as.
+    return replace(sets, train=cast(ImageSet, sets.train).at_most(plan.tuning_images, seed=seed))
 
 
 def _scheme(cell: Cell) -> Scheme:
@@ -198,19 +212,67 @@ def _scheme(cell: Cell) -> Scheme:
     return with_settings(scheme, **settings_of(cell.plan, scheme.name))
 
 
-def _key(cell: Cell, store: Store, config: ModelConfig) -> Key:
+def _key(cell: Cell, store: Store, config: ModelConfig, sets: ownership.Sets) -> Key:
     """The owner's key: that of the folder, or a new one as the plan wants it."""
     path = store.folder(cell) / "owner.key"
     if path.exists():
         return load_key(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = ownership.draw_key(config, cell.network.scheme, owner="reproduction")
+    example = torch.zeros(1, *config.input_size)
+    key = _scheme(cell).draw_key(config.build(), example, owner="reproduction")
+    if cell.network.tuned:
+        key = _prepared(key, cell, store, cast(ImageSet, sets.train))
     if key.context.layers and cell.network.scheme.startswith("passport"):
         key = _with_plan_passports(key, cell, store)
     if key.context.triggers is not None and cell.plan.triggers == "published":
         key = ownership.with_trigger_file(key, published_triggers(store.data))
     save_key(key, path)
     return key
+
+
+def _prepared(key: Key, cell: Cell, store: Store, images: ImageSet) -> Key:
+    """With the pictures that the scheme makes, in the plain network that this one begins as."""
+    plain = load_model(store.folder(cell.plain))
+    normalise = Normalisation(plain.config.mean, plain.config.std)
+    return _scheme(cell).prepared(key, plain.model.eval(), images, normalise)
+
+
+def _cost(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
+    return step_cost(cell, store, _scheme(cell))
+
+
+def _strangers(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
+    """The owner's key and fresh ones, read on networks that carry none of them.
+
+    Fresh keys are drawn and prepared as the owner's was: pictures are made in the plain network.
+    """
+    folder, scheme = store.folder(cell), _scheme(cell)
+    images = cast(ImageSet, _sets(cell, store).train)
+    keys = [load_key(folder / "owner.key")]
+    plain = load_model(store.folder(cell.plain)).config
+    model, example = plain.build(), torch.zeros(1, *plain.input_size)
+    rng = generator_for("fresh keys", cell.network.seed)
+    for _ in range(cell.plan.fresh_keys):
+        drawn = scheme.draw_key(model, example, owner="stranger", seed=draw_seed(rng))
+        keys.append(_prepared(drawn, cell, store, images))
+    readings = []
+    for other in cell.strangers:
+        loaded = load_model(_released(other, store))
+        normalise = Normalisation(loaded.config.mean, loaded.config.std)
+        for number, key in enumerate(keys):
+            found = scheme.verify_network(
+                loaded.model.eval(), key, normalise, log10_alpha=LOG10_ALPHA_COMMITTED
+            )
+            published = scheme.verify_as_published(found).accepted
+            readings.append(
+                {
+                    "network": other.network.slug,
+                    "key": "owner's" if number == 0 else f"fresh {number}",
+                    **_facts(found),
+                    "published_accepted": published,
+                }
+            )
+    return {"readings": readings}
 
 
 def _with_plan_passports(key: Key, cell: Cell, store: Store) -> Key:
@@ -245,11 +307,16 @@ def _release(folder: Path, scheme: Scheme, key: Key) -> None:
     save_model(folder / "released", released, dataclasses.replace(loaded.config, notes={}))
 
 
+def _released(cell: Cell, store: Store) -> Path:
+    """The folder of the network that leaves the house."""
+    folder = store.folder(cell)
+    return folder / "released" if cell.network.scheme else folder
+
+
 def _subject(cell: Cell, store: Store) -> Subject:
     """The released network of this cell, for its attackers."""
     folder = store.folder(cell)
-    released = folder / "released" if cell.network.scheme else folder
-    loaded = load_model(released)
+    loaded = load_model(_released(cell, store))
     images = images_of(store.data, cell.network.task)
     config, key = loaded.config, None
     if cell.network.scheme:
