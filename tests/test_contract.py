@@ -35,8 +35,16 @@ SMALL = {
     "uchida": {"bits": 64, "strength": 0.1},
     "uchida-mse": {"bits": 64},
     "adi": {"triggers": 24, "triggers_per_step": 8},
+    "zhang-content": {"triggers": 24, "triggers_per_step": 8},
+    "zhang-noise": {"triggers": 24, "triggers_per_step": 8},
+    "zhang-unrelated": {"triggers": 24, "triggers_per_step": 8},
+    "guo": {"triggers": 24, "triggers_per_step": 8},
+    "frontier-stitching": {"triggers": 40, "triggers_per_step": 8},
 }
-PREPARED: set[str] = set()  # schemes whose keys take pictures, made in a trained plain network
+# Schemes whose keys take pictures, made in a trained plain network.
+PREPARED = {"zhang-content", "zhang-noise", "guo", "frontier-stitching"}
+# Published rules that accept a key drawn by chance now and then, as they say: at most so many of 5.
+ACCEPTED_BY_CHANCE = {"frontier-stitching": 2}
 RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 
 
@@ -53,6 +61,16 @@ def network(norm="batch"):
     return build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
 
 
+@pytest.fixture(scope="module")
+def plain(digits):
+    """A small network that carries nothing, for keys whose pictures are made in one."""
+    train, _, normalise = digits
+    data = train.resized(32).subset(torch.arange(640))
+    model = network()
+    fit(model, classification, data, RECIPE, normalise=normalise)
+    return model.eval()
+
+
 @pytest.fixture(scope="module", params=sorted(CATALOG))
 def owned(request, digits):
     """A small network that carries a key, released, for each scheme there is."""
@@ -60,10 +78,10 @@ def owned(request, digits):
     data = train.resized(32).subset(torch.arange(640))
     scheme = with_settings(CATALOG[request.param].scheme, **SMALL.get(request.param, {}))
     model = network()
-    key = scheme.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
     if scheme.name in PREPARED:
-        fit(model, classification, data, RECIPE, normalise=normalise)
-        key = scheme.prepared(key, model.eval(), data, normalise)
+        model = deepcopy(request.getfixturevalue("plain"))
+    key = scheme.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    key = scheme.prepared(key, model, data, normalise)
     scheme.embed(model, key, data, RECIPE, normalise=normalise)
     return Owned(scheme, key, scheme.released(model).eval(), data, normalise)
 
@@ -90,12 +108,14 @@ def test_finds_what_it_embedded(owned):
 
 
 def test_refuses_a_key_drawn_by_chance(owned):
+    accepted = 0
     for number in range(1, 6):
         other = drawn(owned, bytes([number] * 32))
         found = verdict(owned, other)
         assert not found.accepted
         assert found.log10_p_value > -5
-        assert not owned.scheme.verify_as_published(found).accepted
+        accepted += owned.scheme.verify_as_published(found).accepted
+    assert accepted <= ACCEPTED_BY_CHANCE.get(owned.scheme.name, 0)
 
 
 def test_refuses_an_unrelated_network(owned):

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple, cast
 
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.frontier import FRONTIER
+from nnpassport.schemes.guo import GUO
 from nnpassport.schemes.lora import LORA
 from nnpassport.schemes.passport import V1, V2, V3
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE
+from nnpassport.schemes.zhang import ZHANG_CONTENT, ZHANG_NOISE, ZHANG_UNRELATED
 
 
 class Entry(NamedTuple):
@@ -27,6 +30,11 @@ CATALOG: Mapping[str, Entry] = {
     UCHIDA.name: Entry(UCHIDA, "Uch17", "bits in a projected filter; forged by anybody"),
     UCHIDA_MSE.name: Entry(UCHIDA_MSE, "Uch17, Che19", "the same, by squares: Eq. 1's R"),
     ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
+    ZHANG_CONTENT.name: Entry(ZHANG_CONTENT, "Zha18", "stamped images, learnt by heart"),
+    ZHANG_NOISE.name: Entry(ZHANG_NOISE, "Zha18", "images in noise, learnt by heart"),
+    ZHANG_UNRELATED.name: Entry(ZHANG_UNRELATED, "Zha18", "images of no class, learnt by heart"),
+    GUO.name: Entry(GUO, "Guo18", "images signed in some pixels, learnt by heart"),
+    FRONTIER.name: Entry(FRONTIER, "LeM20", "adversarial images, on sides that the key decides"),
 }
 
 ADAPTERS: Mapping[str, Entry] = {

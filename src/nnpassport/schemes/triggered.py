@@ -64,6 +64,7 @@ class TriggerSet:
     triggers_per_step: int = 2
     threshold: float = 0.9
     pictures: Pictures | None = None
+    needed: Callable[[int], int] | None = None
 
     @property
     def reads_weights(self) -> bool:
@@ -215,8 +216,10 @@ class TriggerSet:
         return read_answers(answers, key, log10_alpha=log10_alpha)
 
     def verify_as_published(self, verdict: Verdict) -> Verdict:
-        """The papers' rule: a share of the triggers is answered as marked."""
-        return as_published(verdict, threshold=self.threshold)
+        """The papers' rule: so many of the triggers are answered as marked."""
+        if self.needed is None:
+            return as_published(verdict, threshold=self.threshold)
+        return as_published(verdict, threshold=self.needed(verdict.bits) / verdict.bits)
 
     def released(self, model: nn.Module) -> nn.Module:
         """A copy: the mark is in the weights, and nothing else is there."""
