@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from nnpassport.attacks.removal import fine_tune, with_head
 from nnpassport.audit.run import attempt, before_attacks, measured
 from nnpassport.audit.subject import Subject
 from nnpassport.catalog import scheme_named, with_settings
-from nnpassport.checkpoint import load_model, save_model
+from nnpassport.checkpoint import Loaded, load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.data.imageset import generator_for
@@ -255,24 +255,29 @@ def _strangers(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     for _ in range(cell.plan.fresh_keys):
         drawn = scheme.draw_key(model, example, owner="stranger", seed=draw_seed(rng))
         keys.append(_prepared(drawn, cell, store, images))
-    readings = []
-    for other in cell.strangers:
-        loaded = load_model(_released(other, store))
-        normalise = Normalisation(loaded.config.mean, loaded.config.std)
-        for number, key in enumerate(keys):
-            found = scheme.verify_network(
-                loaded.model.eval(), key, normalise, log10_alpha=LOG10_ALPHA_COMMITTED
-            )
-            published = scheme.verify_as_published(found).accepted
-            readings.append(
-                {
-                    "network": other.network.slug,
-                    "key": "owner's" if number == 0 else f"fresh {number}",
-                    **_facts(found),
-                    "published_accepted": published,
-                }
-            )
+    readings = [
+        {"network": other.network.slug, "key": "owner's" if number == 0 else f"fresh {number}"}
+        | reading
+        for other in cell.strangers
+        for number, key in enumerate(keys)
+        for reading in _read_by_stranger(load_model(_released(other, store)), scheme, key)
+    ]
     return {"readings": readings}
+
+
+def _read_by_stranger(loaded: Loaded, scheme: Scheme, key: Key) -> Iterator[dict[str, Any]]:
+    """Every mark of the key, as it is read on a network that does not carry it."""
+    model, alpha = loaded.model.eval(), LOG10_ALPHA_COMMITTED
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    found = {}
+    if scheme.reads_weights or not scheme.triggers:
+        found["bits"] = scheme.verify_network(model, key, normalise, log10_alpha=alpha)
+    if scheme.triggers:
+        answers = answers_to(key, model, normalise)
+        found["triggers"] = scheme.verify_answers(answers, key, log10_alpha=alpha)
+    for mark, verdict in found.items():
+        published = scheme.verify_as_published(verdict).accepted
+        yield {"mark": mark, **_facts(verdict), "published_accepted": published}
 
 
 def _with_plan_passports(key: Key, cell: Cell, store: Store) -> Key:
