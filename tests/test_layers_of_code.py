@@ -100,6 +100,7 @@ MAY_IMPORT = {
     "judging": ALL,
     "probing": ALL,
     "publishing": ALL,
+    "ranking": ALL,
     "reproducing": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme", "processes"},

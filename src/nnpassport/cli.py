@@ -20,6 +20,7 @@ from nnpassport import (
     judging,
     probing,
     publishing,
+    ranking,
     reproducing,
 )
 from nnpassport.options import (
@@ -369,6 +370,7 @@ app.command()(probing.probe)
 app.command()(publishing.export)
 app.command()(publishing.package)
 app.command()(reproducing.reproduce)
+app.command()(ranking.leaderboard)
 app.command()(attacking.attack)
 app.command("attacks")(attacking.list_attacks)
 app.command()(attacking.audit)

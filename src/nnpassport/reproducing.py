@@ -62,11 +62,11 @@ def reproduce(
 
     named = [part for word in what for part in (PARTS if word == "all" else (word,))]
     parts = tuple(dict.fromkeys(named))
-    plan = _narrowed(plan_named(recipe), seeds, architecture or ())
+    plan = narrowed(plan_named(recipe), seeds, architecture or ())
     store = Store(results, networks, data)
     cells = contents.cells_of(plan, parts)
     if dry_run:
-        _print_plan(cells, store, jobs, as_json, costs_too="table4" in parts)
+        print_plan(cells, store, jobs, as_json, costs_too="table4" in parts)
         raise typer.Exit(0)
     with progress_bar("reproduce") as show:
         failures = grid.run_grid(cells, store, jobs=jobs, backend=backend, show=show)
@@ -89,7 +89,12 @@ def reproduce(
     raise typer.Exit(2 if failures else 0)
 
 
-def _narrowed(plan: "Plan", seeds: str, architectures: Sequence[str]) -> "Plan":
+def narrowed(plan: "Plan", seeds: str, architectures: Sequence[str]) -> "Plan":
+    """The plan for these seeds, "0,1,2", and architectures; none of either leaves the plan's own.
+
+    Raises:
+        BadRecipeError: seeds are no whole numbers, or the plan has no such architecture.
+    """
     from nnpassport.scheme import BadRecipeError  # noqa: PLC0415
 
     try:
@@ -109,9 +114,10 @@ def _narrowed(plan: "Plan", seeds: str, architectures: Sequence[str]) -> "Plan":
     return replace(plan.with_seeds(numbers), architectures=chosen)
 
 
-def _print_plan(
+def print_plan(
     cells: "Sequence[Cell]", store: "Store", jobs: int, as_json: bool, *, costs_too: bool
 ) -> None:
+    """Print what there is to run, and for how long about."""
     from nnpassport.experiments import costs, estimate, grid  # noqa: PLC0415
     from nnpassport.experiments.tasks import missing  # noqa: PLC0415
 
