@@ -186,6 +186,7 @@ LEADERBOARD = dataclasses.replace(
     name="leaderboard",
     summary="every scheme put into one trained network in one epoch, every attack on each",
     architectures={"alexnet": {}},
+    attack_images=3_000,
     settings={
         **{name: {"triggers_per_step": 8} for name in _ANSWERING},
         "passport-v3": {"triggers_per_step": 8},
