@@ -218,15 +218,16 @@ CLAIMED = ("Forged, published", "Forged, exact", "Strangers, published", "Strang
 _REMOVALS = (
     "What is left of the mark: the p-value at the strength that hurt it most and kept the "
     f"accuracy within {100 * KEPT:.0f} points. **lost** is above α = "
-    f"{said_p(LOG10_ALPHA_COMMITTED)}. A star says that another strength hides it, together with more of the accuracy; *with accuracy*, that "
-    "this is so of every strength that was tried; *held*, that no strength kept the accuracy and "
-    "none hid the mark. Marks of weights are read aligned where channels were turned or moved."
+    f"{said_p(LOG10_ALPHA_COMMITTED)}. A star says that another strength hides it, together with "
+    "more of the accuracy; *with accuracy*, that this is so of every strength that was tried; "
+    "*held*, that no strength kept the accuracy and none hid the mark. Marks of weights are read "
+    "aligned where channels were turned or moved."
 )
 _AMBIGUITIES = (
     "In how many of the ways that apply a forger's key was accepted, and how many keys of "
-    "strangers were: drawn honestly and read on networks which nobody marked with them. *Published* is the "
-    "rule of the scheme's own paper and the accuracy with the key presented; *exact* is a derived "
-    "key's p-value at the same α."
+    "strangers were: drawn honestly and read on networks which nobody marked with them. "
+    "*Published* is the rule of the scheme's own paper and the accuracy with the key presented; "
+    "*exact* is a derived key's p-value at the same α."
 )
 
 

@@ -99,7 +99,7 @@ class Cell:
     @property
     def strangers(self) -> tuple["Cell", ...]:
         """Cells that train networks which do not carry the keys of this one, from other weights."""
-        kinds = ("", "passport-v2", "passport-v3")
+        kinds = ("", "passport-v2")
         begun = self.network._replace(norm="group", tuned=False)
         return tuple(Cell(self.plan, begun._replace(scheme=kind)) for kind in kinds)
 

@@ -165,9 +165,19 @@ def presented_accuracy(
 
 
 def judged(
-    key: Key, what: str, *, bits: int, matches: int, chance: float, log10_alpha: float
+    key: Key,
+    what: str,
+    *,
+    bits: int,
+    matches: int,
+    chance: float,
+    log10_alpha: float,
+    log10_choices: float = 0.0,
 ) -> Verdict:
-    """The exact verdict on so many matches, each by chance with probability `chance`."""
+    """The exact verdict on so many matches, each by chance with probability `chance`.
+
+    `log10_choices` is log₁₀ of how many counts of matches V took the best of.
+    """
     found = f"{matches} of {bits} {what} match"
     verdict = Verdict(
         scheme=key.context.scheme,
@@ -181,7 +191,7 @@ def judged(
     )
     if not key.derived:
         return verdict
-    log10_p = log10_binomial_tail(matches, bits, chance)
+    log10_p = log10_corrected(log10_binomial_tail(matches, bits, chance), log10_choices)
     if key.text is not None:
         # A text that nobody has committed to is the claimant's choice among all of its length.
         log10_p = log10_corrected(log10_p, log10_text_choices(key.text))
