@@ -43,7 +43,7 @@ from nnpassport.statistics import matches_needed
 
 STEPS = (1, 2, 4, 8, 16, 32, 64, 96)
 """Sizes of the gradient's step to try, of 255."""
-SEARCHED = 16
+SEARCHED = 8
 """Images looked at for each picture of the key, at most."""
 LEVEL = -1.3010299956639813  # log₁₀ of the paper's p = 0.05
 _BATCH = 256

@@ -80,4 +80,4 @@ def as_guo(key: Key, data: ImageSet) -> Key:
     return replace(pictures, trigger_labels=remapped[images.labels.cpu()])
 
 
-GUO = TriggerSet("guo", pictures=signed_pictures)
+GUO = TriggerSet("guo", triggers_per_step=8, pictures=signed_pictures)

@@ -111,6 +111,8 @@ def _marked(key: Key, images: Pixels, marks: int) -> Pixels:
     return mark(images, marks, generator_of(key, "stamp"))
 
 
-ZHANG_CONTENT = TriggerSet("zhang-content", pictures=marked_pictures)
-ZHANG_NOISE = TriggerSet("zhang-noise", pictures=marked_pictures)
-ZHANG_UNRELATED = TriggerSet("zhang-unrelated")
+# More in a step than Adi has: what is under a stamp has a class of its own to unlearn, and
+# one epoch of tuning must do.
+ZHANG_CONTENT = TriggerSet("zhang-content", triggers_per_step=8, pictures=marked_pictures)
+ZHANG_NOISE = TriggerSet("zhang-noise", triggers_per_step=8, pictures=marked_pictures)
+ZHANG_UNRELATED = TriggerSet("zhang-unrelated", triggers_per_step=8)
