@@ -1,8 +1,8 @@
 """Every scheme as a row; the one place that names them all."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast, get_args
 
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
@@ -61,13 +61,35 @@ def with_settings(scheme: Scheme, **settings: float | None) -> Scheme:
     """The scheme with other values of its fields; None leaves a field as it is.
 
     Raises:
-        BadRecipeError: the scheme has no such field.
+        BadRecipeError: the scheme has no such number, or a whole one is needed.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    fields = {field.name for field in dataclasses.fields(cast(Any, scheme))}
-    for name in given:
-        if name not in fields:
+    fields = dataclasses.fields(cast(Any, scheme))
+    kinds = {f.name: {f.type, *get_args(f.type)} for f in fields}
+    numbers = {name: kind for name, kind in kinds.items() if kind & {int, float}}
+    for name, value in given.items():
+        if name not in numbers:
             raise BadRecipeError(
-                f"{scheme.name} has no setting {name!r}; it has: {', '.join(sorted(fields))}"
+                f"{scheme.name} has no setting {name!r}; it has: {', '.join(sorted(numbers))}"
             )
+        if float not in numbers[name] and value != int(value):
+            raise BadRecipeError(f"{name} of {scheme.name} is {value}; needed: a whole number")
     return cast(Scheme, dataclasses.replace(cast(Any, scheme), **given))
+
+
+def read_settings(words: Iterable[str]) -> dict[str, float]:
+    """Settings from the words that name them: "user=3" or "strength=0.05".
+
+    Raises:
+        BadRecipeError: a word is not NAME=NUMBER.
+    """
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = int(value) if value.lstrip("-").isdigit() else float(value)
+        except ValueError:
+            raise BadRecipeError(
+                f"setting {word!r:.60} is not NAME=NUMBER; needed: such as strength=0.05"
+            ) from None
+    return found

@@ -104,7 +104,7 @@ def demo(
 def key_new(
     out: Out,
     scheme: Annotated[
-        str, typer.Option(help="passport-v1, -v2, -v3, uchida, uchida-mse or adi.")
+        str, typer.Option(help="As in the catalog; `nnpassport schemes` lists them.")
     ] = "passport-v2",
     model: Architecture = "alexnet",
     norm: Norm = "group",
@@ -138,7 +138,7 @@ def key_new(
     ] = None,
     images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
     plain: Annotated[
-        Path | None, typer.Option(help="For image and shuffle: a trained plain model folder.")
+        Path | None, typer.Option(help="Beside --images: a trained plain model folder.")
     ] = None,
     triggers: Annotated[
         Path | None,
@@ -166,8 +166,12 @@ def key_new(
     if passports != "derived":
         source = None if images is None else images_from(images, images_split, config)
         drawn = ownership.redraw_as_published(drawn, passports, plain, source)
+    elif images is not None and plain is not None:
+        source = images_from(images, images_split, config)
+        drawn = ownership.prepare_key(drawn, plain, source)
     if triggers is not None:
         drawn = ownership.with_trigger_file(drawn, triggers)
+    ownership.check_pictures(drawn, config)
     save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
     errors.print(f"{out}: {len(drawn.context.layers)} layers, {drawn.context.bits} bits")
     weakest = log10_binomial_tail(drawn.context.bits, drawn.context.bits, 0.5)
@@ -177,6 +181,20 @@ def key_new(
             f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
         )
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
+
+
+@app.command()
+def schemes(as_json: AsJson = False) -> None:
+    """List the schemes: what each is, and the paper it is from."""
+    from nnpassport.catalog import CATALOG  # noqa: PLC0415
+
+    if as_json:
+        found = {n: {"source": e.source, "summary": e.summary} for n, e in CATALOG.items()}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_table(
+        ("scheme", "from", "what it is"), [(n, e.source, e.summary) for n, e in CATALOG.items()]
+    )
 
 
 @key_app.command("show")
@@ -275,6 +293,13 @@ def embed(
             help="V3, adi: trigger images in each step (default: 2); more if epochs are few."
         ),
     ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting",
+            help="Of the scheme, such as user=3 (deepmarks) or strength=0.05; repeatable.",
+        ),
+    ] = None,
     precision: Precision = "float32",
     compiled: Compile = False,
     augment: Flip = True,
@@ -290,11 +315,12 @@ def embed(
 ) -> None:
     """Train a network that carries your key. Interrupt at will; --resume goes on exactly there."""
     from nnpassport import ownership  # noqa: PLC0415
-    from nnpassport.catalog import scheme_named, with_settings  # noqa: PLC0415
+    from nnpassport.catalog import read_settings, scheme_named, with_settings  # noqa: PLC0415
 
     secret = key_from(key, passphrase)
     named = scheme_named(secret.context.scheme)
-    scheme = with_settings(named, late=late, triggers_per_step=triggers_per_step)
+    chosen = with_settings(named, late=late, triggers_per_step=triggers_per_step)
+    scheme = with_settings(chosen, **read_settings(setting or ()))
     run = recipe_from(
         recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
     )

@@ -119,6 +119,28 @@ def redraw_as_published(key: Key, mode: str, plain: Path | None, images: ImageSe
     return with_passports(key, passports, rng)
 
 
+def prepare_key(key: Key, plain: Path, images: ImageSet) -> Key:
+    """The key with the pictures that its scheme makes of `images`, in the network of `plain`.
+
+    Keys of most schemes have none and are returned as they are.
+    """
+    loaded = load_model(plain)
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    return scheme_named(key.context.scheme).prepared(key, loaded.model, images, normalise)
+
+
+def check_pictures(key: Key, config: ModelConfig) -> None:
+    """Refuse a key whose scheme makes pictures, before they were made.
+
+    Raises:
+        UnreadableKeyError: the key has none yet.
+    """
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.reads_weights:  # these insert nothing: they check
+        model = config.build(trusted_factory=config.architecture)
+        scheme.insert(model, key, torch.zeros(1, *config.input_size))
+
+
 def with_trigger_file(key: Key, path: Path) -> Key:
     """The key with a published trigger set and its labels; such a key has no p-value."""
     shape = key.context.triggers

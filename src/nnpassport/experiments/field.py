@@ -13,8 +13,9 @@ NORM = "batch"
 
 
 def strengths_of(attack: Attack) -> tuple[float, ...]:
-    """Those of a quick audit, or the first of a full one where that has none."""
-    return tuple(attack.quick) or tuple(attack.full[:1])
+    """The weakest, the middle and the strongest of a quick audit; or the first of a full one."""
+    known = tuple(attack.quick) or tuple(attack.full[:1])
+    return tuple(dict.fromkeys((known[0], known[len(known) // 2], known[-1])))
 
 
 def attacks_on(plan: Plan, scheme: Scheme) -> Mapping[str, Attack]:

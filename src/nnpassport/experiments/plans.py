@@ -187,6 +187,7 @@ LEADERBOARD = dataclasses.replace(
     summary="every scheme put into one trained network in one epoch, every attack on each",
     architectures={"alexnet": {}},
     attack_images=3_000,
+    attack_test_images=500,
     settings={
         **{name: {"triggers_per_step": 8} for name in _ANSWERING},
         "passport-v3": {"triggers_per_step": 8},
