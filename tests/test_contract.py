@@ -34,6 +34,7 @@ SMALL = {
     "passport-v3": {"triggers": 24, "triggers_per_step": 8},
     "uchida": {"bits": 64, "strength": 0.1},
     "uchida-mse": {"bits": 64},
+    "deepmarks": {"repeats": 6},
     "adi": {"triggers": 24, "triggers_per_step": 8},
     "zhang-content": {"triggers": 24, "triggers_per_step": 8},
     "zhang-noise": {"triggers": 24, "triggers_per_step": 8},

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast, get_args
 
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
+from nnpassport.schemes.deepmarks import DEEPMARKS
 from nnpassport.schemes.frontier import FRONTIER
 from nnpassport.schemes.guo import GUO
 from nnpassport.schemes.lora import LORA
@@ -29,6 +30,7 @@ CATALOG: Mapping[str, Entry] = {
     V3.name: Entry(V3, "Fan19 V3", "as V2, and answers secret trigger images: provable remotely"),
     UCHIDA.name: Entry(UCHIDA, "Uch17", "bits in a projected filter; forged by anybody"),
     UCHIDA_MSE.name: Entry(UCHIDA_MSE, "Uch17, Che19", "the same, by squares: Eq. 1's R"),
+    DEEPMARKS.name: Entry(DEEPMARKS, "Che19", "a word for each of 31 users; names who colluded"),
     ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
     ZHANG_CONTENT.name: Entry(ZHANG_CONTENT, "Zha18", "stamped images, learnt by heart"),
     ZHANG_NOISE.name: Entry(ZHANG_NOISE, "Zha18", "images in noise, learnt by heart"),

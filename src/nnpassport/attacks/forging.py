@@ -115,13 +115,13 @@ def _start(
     model: nn.Module, scheme: Scheme, example: Tensor, rng: torch.Generator
 ) -> tuple[Key, Tensor, Tensor, Tensor]:
     """The forger's own key, the mean filter in float64, his projection, and bits he fancies."""
-    template = draw_template(scheme, model, example, rng)
-    layers = template.context.layers
-    if len(layers) != 1 or layers[0].bits is None:
+    if "projection" not in scheme.parts:
         raise UnsuitableModelError(
-            f"{scheme.name} reads no bits through a projection; needed: uchida or uchida-mse"
+            f"{scheme.name} reads no bits through a projection; needed: a scheme that has one, as "
+            "uchida does"
         )
-    (layer,) = layers
+    template = draw_template(scheme, model, example, rng)
+    (layer,) = template.context.layers
     weight = host_weight(model.state_dict(), layer).cpu().double()
     projection = template.layer_projection(layer.name).double()
     mean_filter = read_out(weight, torch.eye(projection.shape[1], dtype=torch.float64))
