@@ -1,0 +1,103 @@
+"""`docs/extending.md`: a scheme and an attack, each a file and a row, on the leaderboard."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nnpassport import verification
+from nnpassport.audit import table
+from nnpassport.audit.table import REMOVAL, Attack
+from nnpassport.catalog import CATALOG, Entry
+from nnpassport.cli import app
+from nnpassport.experiments.plans import FIELD_PLANS, LEADERBOARD_TRIAL
+from nnpassport.experiments.standings import Outcome, standings
+from nnpassport.experiments.store import Store
+from nnpassport.models import build
+from nnpassport.schemes.protocol import Scheme
+from nnpassport.statistics import LOG10_ALPHA_COMMITTED
+from nnpassport.training import Recipe
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+EXAMPLES = ROOT / "examples" / "extending"
+QUICK = replace(LEADERBOARD_TRIAL, embed=replace(LEADERBOARD_TRIAL.embed, epochs=3), fresh_keys=2)
+
+
+def row_on_page(number):
+    """A row of the page, as the dictionary that it is part of."""
+    names = {"Entry": Entry, "Attack": Attack, "REMOVAL": REMOVAL}
+    names |= {"MEDIAN_FILTER": sys.modules["median_filter"].MEDIAN_FILTER}
+    names |= {"clip_weights": sys.modules["clip_weights"].clip_weights}
+    block = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)[number]
+    return eval(f"{{{block}}}", names)  # our own page
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rows():
+    """The rows of the page in the tables that it names, and back out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        __import__("median_filter")
+        __import__("clip_weights")
+        for number, rows in enumerate((CATALOG, table.ATTACKS)):
+            for name, entry in row_on_page(number).items():
+                patch.setitem(rows, name, entry)
+        patch.setitem(FIELD_PLANS, QUICK.name, QUICK)
+        yield
+    for name in ("median_filter", "clip_weights"):
+        sys.modules.pop(name, None)
+
+
+def test_the_example_is_a_scheme():
+    assert isinstance(CATALOG["median-filter"].scheme, Scheme)
+
+
+def test_it_finds_its_key_and_no_other(digits):
+    train, _, normalise = digits
+    data = train.resized(32).subset(torch.arange(640))
+    scheme = CATALOG["median-filter"].scheme
+    torch.manual_seed(0)
+    model = build("alexnet", classes=10, norm="batch", width=0.25, channels=1)
+    example = torch.zeros(2, 1, 32, 32)
+    key = scheme.draw_key(model, example, seed=bytes(32))
+    recipe = Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+    scheme.embed(model, key, data, recipe, normalise=normalise)
+    found = verification.verify_model(model, normalise, key, log10_alpha=LOG10_ALPHA_COMMITTED)
+    assert found.accepted
+    assert scheme.verify_as_published(found).accepted
+    for number in (1, 2, 3):
+        other = scheme.draw_key(model, example, seed=bytes([number] * 32))
+        assert verification.verify_model(model, normalise, other).log10_p_value > -5
+
+
+def test_clipping_clips_as_many_as_it_says():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(100, 50)
+    clipped = sys.modules["clip_weights"].clip_weights(model, share=0.1).model
+    bound = clipped.weight.abs().max()
+    changed = (clipped.weight != model.weight).sum()
+    assert int(changed) == 500
+    assert (model.weight.abs() > bound).sum() == changed
+    assert torch.equal(clipped.bias, model.bias)
+
+
+def test_both_are_on_the_leaderboard(tmp_path):
+    words = ["leaderboard", "--recipe", QUICK.name, "--scheme", "median-filter"]
+    words += ["--attack", "clip", "--attack", "forge-projection", "--json"]
+    words += ["--results", str(tmp_path / "results"), "--networks", str(tmp_path / "networks")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    (line,) = standings(QUICK, Store(tmp_path / "results", tmp_path / "networks", None))
+    assert line.label == "median-filter, bits"
+    assert line.mark.log10_p < -9
+    assert line.removals["clip"].outcome in {Outcome.HELD, Outcome.SPOILT}
+    assert line.strangers.exact == 0
+    page = Path(json.loads(done.stdout)["pages"][0]).read_text()
+    assert "| median-filter, bits |" in page
+    assert "| clip |" in page
