@@ -1,4 +1,5 @@
 import hashlib
+import hmac
 import importlib.util
 import json
 import math
@@ -490,3 +491,29 @@ def test_the_independent_implementation_is_short_and_imports_only_the_standard_l
     imports = {line.split()[1] for line in lines if line.startswith(("import ", "from "))}
     assert imports == {"hashlib", "hmac", "json", "math", "pathlib", "sys"}
     assert len(lines) <= 70
+
+
+def test_what_is_bound_to_pictures_is_as_specified():
+    """`docs/derivation.md`, pictures of the owner's own: by hand, with the standard library."""
+    images = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
+    choices = torch.tensor([[1, 4], [0, 3]])
+    context = Context("adi", "Zoë", (), TriggerShape(2, 10, (3, 2, 2)), bytes(16))
+    key = Key(bytes(32), context, trigger_images=images, trigger_choices=choices)
+
+    def prefixed(each):
+        return b"".join(len(part).to_bytes(8, "big") + part for part in each)
+
+    def parts(name, dtype, shape, numbers):
+        return [name.encode(), dtype.encode(), shape.encode(), numbers]
+
+    numbers = b"".join(int(n).to_bytes(8, "little") for n in choices.flatten())
+    spelled = parts("trigger_choices", "int64", "2,2", numbers)
+    spelled += parts("trigger_images", "uint8", "2,3,2,2", bytes(range(24)))
+    bound = hashlib.sha256(prefixed(spelled)).digest()
+    info = prefixed([b"nnpassport/v1", b"trigger-labels", b"", bound])
+    salt = hashlib.sha256(context.encode()).digest()
+    extracted = hmac.new(salt, bytes(32), "sha256").digest()
+    stream_key = hmac.new(extracted, info + b"\x01", "sha256").digest()
+    words = hashlib.shake_256(stream_key).digest(8)
+    places = [int.from_bytes(words[at : at + 4], "big") % 2 for at in (0, 4)]
+    assert key.trigger_set()[1].tolist() == [[1, 4][places[0]], [0, 3][places[1]]]
