@@ -12,6 +12,7 @@ from nnpassport.schemes.guo import GUO
 from nnpassport.schemes.lora import LORA
 from nnpassport.schemes.passport import V1, V2, V3
 from nnpassport.schemes.protocol import Scheme
+from nnpassport.schemes.residuals import GREEDY_RESIDUALS
 from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE
 from nnpassport.schemes.zhang import ZHANG_CONTENT, ZHANG_NOISE, ZHANG_UNRELATED
 
@@ -31,6 +32,9 @@ CATALOG: Mapping[str, Entry] = {
     UCHIDA.name: Entry(UCHIDA, "Uch17", "bits in a projected filter; forged by anybody"),
     UCHIDA_MSE.name: Entry(UCHIDA_MSE, "Uch17, Che19", "the same, by squares: Eq. 1's R"),
     DEEPMARKS.name: Entry(DEEPMARKS, "Che19", "a word for each of 31 users; names who colluded"),
+    GREEDY_RESIDUALS.name: Entry(
+        GREEDY_RESIDUALS, "Liu21", "signs of a layer's larger weights; anybody reads the bits"
+    ),
     ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
     ZHANG_CONTENT.name: Entry(ZHANG_CONTENT, "Zha18", "stamped images, learnt by heart"),
     ZHANG_NOISE.name: Entry(ZHANG_NOISE, "Zha18", "images in noise, learnt by heart"),
