@@ -22,11 +22,13 @@ class Budget(NamedTuple):
         epochs: passes over their images for fine-tuning, distilling and forging by training.
         batch: images a step.
         precision: as in a recipe.
+        schedule: of the learning rate where they fine-tune, as in a recipe.
     """
 
     epochs: int = 10
     batch: int = 64
     precision: str = "float32"
+    schedule: str = "constant"
 
 
 class Transfer(NamedTuple):
@@ -108,15 +110,15 @@ class Subject:
         """Randomness of one attack: the same whenever and wherever it is run."""
         return generator_for(f"audit {purpose}", self.seed)
 
-    def recipe(self, rate: float, schedule: str = "constant", **others: Any) -> Recipe:
+    def recipe(self, rate: float, schedule: str | None = None, **others: Any) -> Recipe:
         """A recipe within the budget."""
-        epochs, batch, precision = self.budget
+        epochs, batch, precision, usual = self.budget
         return Recipe(
             **{
                 "epochs": epochs,
                 "batch": batch,
                 "rate": rate,
-                "schedule": schedule,
+                "schedule": schedule or usual,
                 "precision": precision,
                 "seed": self.seed,
                 **others,

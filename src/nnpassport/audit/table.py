@@ -209,7 +209,7 @@ def _insider(subject: Subject, share: float) -> Forged:
         subject.scheme,
         subject.owner_key(),
         subject.images(),
-        subject.recipe(1.0),
+        subject.recipe(1.0, "constant"),
         normalise=subject.normalise,
         rng=subject.rng(f"fake3 {share}"),
         share=share,

@@ -128,6 +128,8 @@ class Cell:
         if "train" not in ATTACKS[self.work].needs:
             return shared
         attackers: dict[str, Any] = self.plan.attackers._asdict()
+        if attackers["schedule"] == "constant":  # what it was before there was a choice
+            del attackers["schedule"]
         if self.work == "fake3" and self.plan.insider_rate is not None:
             attackers["rate"] = self.plan.insider_rate
         return {**shared, "attackers": attackers, "train_images": self.plan.attack_images}

@@ -38,7 +38,7 @@ def _recipe(cell: Cell) -> Recipe:
         return embed_recipe(cell.plan, cell.network)
     if cell.work == "transfer":
         return transfer_recipe(cell)
-    epochs, batch, precision = cell.plan.attackers
+    epochs, batch, precision, _ = cell.plan.attackers
     return Recipe(epochs=epochs, batch=batch, precision=precision)
 
 
@@ -50,7 +50,7 @@ def _images(cell: Cell, store: Store) -> tuple[float, float]:
     epochs = _recipe(cell).epochs
     if cell.network.tuned:
         available = _least(int(available), plan.tuning_images)
-    branches = 2 if cell.network.scheme in {"passport-v2", "passport-v3"} else 1
+    branches = 2 if cell.network.scheme in {"passport-v2", "passport-v3", "pan"} else 1
     if cell.work == "train":
         evaluated = len(own.test) if plan.selection == "best-on-test" else held_out
         tested = branches * ((epochs + 1) * evaluated + len(own.test))

@@ -179,7 +179,7 @@ def _insider(subject: Subject, share: float, rate: float) -> Forged:
         subject.scheme,
         subject.owner_key(),
         subject.images(),
-        subject.recipe(rate),
+        subject.recipe(rate, "constant"),
         normalise=subject.normalise,
         rng=subject.rng(f"fake3 {share}"),
         share=share,

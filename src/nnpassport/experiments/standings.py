@@ -208,7 +208,7 @@ def removal(result: Entry, where: str) -> Removal:
     if not kept:
         held = all(_log10_p(each, where, aligned) <= LOG10_ALPHA_COMMITTED for each in done)
         return Removal(Outcome.HELD if held else Outcome.SPOILT)
-    worst = max(kept, key=lambda each: _log10_p(each, where, aligned))
+    worst = max(kept, key=lambda each: (_log10_p(each, where, aligned), each["strength"] or 0.0))
     log10_p = _log10_p(worst, where, aligned)
     lost = [each for each in done if _log10_p(each, where, aligned) > LOG10_ALPHA_COMMITTED]
     outcome = Outcome.SPOILT if lost else Outcome.HELD
