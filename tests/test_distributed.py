@@ -74,6 +74,8 @@ def train(out, name, norm, stops=None, resume=False, stream=None, own_key=False)
     example = normalise(IMAGES[:2])
     if name == "uchida":
         scheme = replace(scheme, bits=32)
+    if name == "pan":
+        scheme = replace(scheme, private_every=2)
     hosts = {"adi": None, "uchida": ["1.0"]}.get(name, ["0.0", "1.0"])
     seed = bytes([together().rank if own_key else 0]) * 32
     key = scheme.draw_key(model, example, seed=seed, layers=hosts)
@@ -146,10 +148,11 @@ KINDS = (
     ("passport-v2", "batch"),
     ("passport-v3", "batch"),
     ("passport-v3", "group"),
+    ("pan", "batch"),
     ("adi", "group"),
     ("uchida", "batch"),
 )
-SHARDED = KINDS[:4]
+SHARDED = KINDS[:5]
 
 
 def written(folder):

@@ -10,7 +10,7 @@ from nnpassport.schemes.deepmarks import DEEPMARKS
 from nnpassport.schemes.frontier import FRONTIER
 from nnpassport.schemes.guo import GUO
 from nnpassport.schemes.lora import LORA
-from nnpassport.schemes.passport import V1, V2, V3
+from nnpassport.schemes.passport import PAN, V1, V2, V3
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.residuals import GREEDY_RESIDUALS
 from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE
@@ -29,6 +29,7 @@ CATALOG: Mapping[str, Entry] = {
     V1.name: Entry(V1, "Fan19 V1", "runs on its passport; released with the passport folded in"),
     V2.name: Entry(V2, "Fan19 V2", "runs with and without its passport; released without"),
     V3.name: Entry(V3, "Fan19 V3", "as V2, and answers secret trigger images: provable remotely"),
+    PAN.name: Entry(PAN, "Zha20", "as V2, through small networks; its fidelity proves nothing"),
     UCHIDA.name: Entry(UCHIDA, "Uch17", "bits in a projected filter; forged by anybody"),
     UCHIDA_MSE.name: Entry(UCHIDA_MSE, "Uch17, Che19", "the same, by squares: Eq. 1's R"),
     DEEPMARKS.name: Entry(DEEPMARKS, "Che19", "a word for each of 31 users; names who colluded"),

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from nnpassport.functional import apply_affine, collapsed_affine, filters, geometry_of
 from nnpassport.outputs import with_tensors
@@ -44,6 +45,7 @@ class PassportNorm(nn.Module):
         private_share: of the images, the last ones, that a fork also sends through the private
             branch; in (0, 1].
         keeps: whether a forward leaves its γ in `kept`; see `keeping_gammas`.
+        encoder: what the private branch hears γ and β through, if anything; see `schemes.pan`.
         forks: whether the batch is forked here (see `surgery`), the first passport layers of V2/V3.
     """
 
@@ -72,6 +74,7 @@ class PassportNorm(nn.Module):
         self.forks = False
         self.keeps = False
         self.kept: Tensor | None = None
+        self.encoder: Encoder | None = None
         # PyTorch's transformer layers run past their own parts in evaluation unless one has a hook.
         self.register_forward_pre_hook(_in_the_open)
         self.register_buffer("mean_patch", mean_patch.to(weight), persistent=False)
@@ -158,7 +161,9 @@ class PassportNorm(nn.Module):
         # Not where it has no graph, as in a forward that a checkpoint will repeat.
         if not torch.compiler.is_compiling() and self.keeps and gamma.requires_grad:
             self.kept = gamma
-        return gamma, beta
+        if self.encoder is None:
+            return gamma, beta
+        return self.encoder(gamma), self.encoder(beta)
 
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         norm = self.norm if self.private_norm is None else self.private_norm
@@ -177,6 +182,28 @@ class PassportNorm(nn.Module):
             return y
         scale = torch.ones_like(gamma) if "weight" in replaced else gamma
         return _scaled(y, scale, beta, self.channel_axis)
+
+
+@final
+class Encoder(nn.Module):
+    """A small network between a passport's γ and β and those that the private branch runs on.
+
+        E(x) = B·LeakyReLU(A·x),  A (hidden out), B (out hidden), hidden = out / 4     [Zha20]
+
+    At least two hidden units, so that γ and β can differ. A is drawn from a fixed seed.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden, rng = max(2, channels // 4), torch.Generator().manual_seed(0)
+        first = 2 * torch.rand(hidden, channels, generator=rng) - 1
+        self.first = nn.Parameter(first / channels**0.5)
+        self.second = nn.Parameter(torch.zeros(channels, hidden))
+
+    def forward(self, x: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
+        """One vector in, one out, in full precision even under autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.second @ functional.leaky_relu(self.first @ x)
 
 
 def _in_the_open(_module: nn.Module, _args: tuple[Any, ...]) -> None:

@@ -33,6 +33,7 @@ from nnpassport.functional import Geometry, collapsed_affine, filters, geometry_
 from nnpassport.layers import Branch, PassportNorm, on_branch, passport_norms
 from nnpassport.outputs import Example, call, tensors_in
 from nnpassport.scheme import UnsuitableModelError
+from nnpassport.schemes.pan import own_affine, say
 from nnpassport.schemes.patches import input_patches
 
 RIDGE = 1.0
@@ -86,7 +87,7 @@ def _graft(
 ) -> Grafted:
     seen = _seen(model, norm, inputs)
     turn = _turn(model, norm, seen, inputs)
-    gamma, beta = _own_affine(norm)
+    gamma, beta = own_affine(norm)
     agree = gamma.sign() == norm.signs
     wanted_gamma = norm.signs * torch.where(agree, gamma.abs().clamp(min=QUIET), QUIET)
     # Where γ differs the mean is kept: γ°·E[z] + β° = γ·E[z] + β, z being normalised.
@@ -102,6 +103,7 @@ def _graft(
     before, added = (_outputs_of(each, patches).flatten(1) for each in (rows, change))
     weight.copy_(own_order(rows + change.view(rows.shape), geometry))
     _follow(norm, before, added)
+    say(norm, *own_affine(norm))
     felt = added.square().mean() / before.square().mean().clamp(min=1e-12)
     share = change.norm() / rows.norm().clamp(min=1e-12)
     return Grafted(int((turn < 0).sum()), int((~agree).sum()), float(share), float(felt))
@@ -156,19 +158,6 @@ def _negate(norm: PassportNorm, turn: Float[Tensor, " out"]) -> None:
 def _alike(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     pairs = [(one.float(), other.float()) for one, other in zip(before, after, strict=True)]
     return all(bool((one - other).norm() <= 1e-3 * one.norm()) for one, other in pairs)
-
-
-def _own_affine(norm: PassportNorm) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
-    """γ° and β° of the public branch: 1 and 0 where there is none."""
-    own = norm.norm
-    ones = torch.ones_like(norm.signs)
-    if own is norm.layer:
-        return ones, torch.zeros_like(ones)
-    weight, bias = getattr(own, "weight", None), getattr(own, "bias", None)
-    return (
-        ones if weight is None else weight.detach().clone(),
-        torch.zeros_like(ones) if bias is None else bias.detach().clone(),
-    )
 
 
 def _mean_normalised(norm: PassportNorm, runs: Sequence[Tensor]) -> Float[Tensor, " out"]:

@@ -1,11 +1,13 @@
 """The paper's three schemes: V1 (passport distributed), V2 (private), V3 (private + triggers).
 
-They are one mechanism with two switches, so they are one dataclass and three rows:
+They are one mechanism with two switches, so they are one dataclass and three rows; a third switch
+makes a fourth row, `pan`:
 
     scheme   runs in training              needed at inference     released
     V1       the private branch            the passport, or γ, β   passport folded into the norms
     V2       public and private branch     nothing                 passport taken out
     V3       the same, trigger images in   nothing                 passport taken out
+    pan      as V2, with small networks    nothing                 passport taken out
 
 [Fan19, sect. 3.3]
 """
@@ -32,6 +34,7 @@ from nnpassport.outputs import Example, call, length_of, logits_of, part_of
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
 from nnpassport.schemes.graft import graft
+from nnpassport.schemes.pan import encode
 from nnpassport.schemes.signature import (
     as_published,
     presented_accuracy,
@@ -87,6 +90,7 @@ class Passport:
         private_every: the private branch runs in every so many steps.
         teaching: in a network that is trained already, the share in [0, 1] of each branch's loss
             that imitates what the network answered before.
+        encoded: the private branch hears its passport through small networks; see `pan`.
     """
 
     name: str
@@ -101,9 +105,11 @@ class Passport:
     private_share: float = 1.0
     private_every: int = 1
     teaching: float = 0.7
+    encoded: bool = False
 
     def __post_init__(self) -> None:
         for name, right, needed in (
+            ("encoded", self.two_branches or not self.encoded, "two branches, or no small network"),
             ("late", 0 <= self.late < 1, "at least 0 and below 1"),
             ("private_share", 0 < self.private_share <= 1, "above 0 and at most 1"),
             ("private_every", self.private_every >= 1, "1 or more steps"),
@@ -165,6 +171,8 @@ class Passport:
             except UnsuitableModelError:
                 surgery.remove(model)
                 raise
+        if self.encoded:
+            encode(model)
         self._rest(model)
         return fork
 
@@ -286,7 +294,14 @@ class Passport:
         self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
     ) -> float:
         """F: accuracy in [0, 1] of a plain network when `key` is presented to it."""
-        return presented_accuracy(model, key, data, normalise, two_branches=self.two_branches)
+        return presented_accuracy(
+            model,
+            key,
+            data,
+            normalise,
+            two_branches=self.two_branches,
+            encoded=self.encoded,
+        )
 
     def verify(
         self,
@@ -394,6 +409,7 @@ class Passport:
 V1 = Passport("passport-v1", two_branches=False)
 V2 = Passport("passport-v2", two_branches=True)
 V3 = Passport("passport-v3", two_branches=True, triggers=100)
+PAN = Passport("pan", two_branches=True, encoded=True)
 
 
 def _shape_of(site: Site) -> LayerShape:

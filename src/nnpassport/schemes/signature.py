@@ -18,6 +18,7 @@ from nnpassport.fidelity import accuracy, recalibrate
 from nnpassport.functional import filters, mean_patch, read_bits
 from nnpassport.layers import own_statistics
 from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.schemes.pan import encode
 from nnpassport.statistics import (
     LOG10_ALPHA_UNCOMMITTED,
     log10_binomial_tail,
@@ -145,16 +146,20 @@ def presented_accuracy(
     normalise: Normalisation,
     *,
     two_branches: bool,
+    encoded: bool = False,
     calibration: ImageSet | None = None,
 ) -> float:
     """Accuracy of a plain network when `key` is presented to it; the network is left untouched.
 
     Running statistics of a private branch are measured from the images of `calibration` (default:
-    of `data`; no label is used), since a released network does not hold them.
+    of `data`; no label is used), since a released network does not hold them. `encoded`: the
+    passport is heard through small networks that say what the norms say (see `pan`).
     """
     copy = deepcopy(model).eval()
     example = normalise(data.images[:2]).to(next(copy.parameters()))
     surgery.insert(copy, secrets_of(key), example, two_branches=two_branches)
+    if encoded:
+        encode(copy)
     surgery.present(copy)
     private = own_statistics(copy)
     if private:
