@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,15 +141,25 @@ def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     """An attack of the audit's table, at each strength."""
     subject = _subject(cell, store)
     subject = replace(subject, test=_test(subject).at_most(cell.tested, seed=0))
-    before = before_attacks(subject)
+    before, genuine = _unattacked(cell.trains, cell.tested, store)
     entries = [_attempt(cell, store, subject, strength, before) for strength in cell.strengths]
     return {
         "before": before,
         "entries": entries,
-        "genuine": _genuine(subject),
+        "genuine": genuine,
         "train_images": len(subject.images()),
         "test_images": len(_test(subject)),
     }
+
+
+@lru_cache(maxsize=2)
+def _unattacked(
+    trained: Cell, tested: int | None, store: Store
+) -> tuple[Mapping[str, Any], float | None]:
+    """What there is before any attack, the same for all of them: measured once a network."""
+    subject = _subject(trained, store)
+    subject = replace(subject, test=_test(subject).at_most(tested, seed=0))
+    return before_attacks(subject), _genuine(subject)
 
 
 def _attempt(
