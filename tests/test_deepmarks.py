@@ -1,5 +1,6 @@
 """DeepMarks: the design, words that are exact whoever's they are, and colluders who are named."""
 
+import json
 import math
 from copy import deepcopy
 from dataclasses import replace
@@ -7,10 +8,14 @@ from itertools import combinations
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from nnpassport.attacks.forging import forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.obfuscation import permute, rescale
 from nnpassport.catalog import with_settings
+from nnpassport.cli import app
+from nnpassport.evidence.keyfile import save_key
 from nnpassport.models import build
 from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
@@ -265,3 +270,32 @@ def test_refuses_users_and_codes_that_are_not_there(key):
         DEEPMARKS.verify(network().state_dict(), odd)
     with pytest.raises(UnsuitableModelError, match="key is for uchida"):
         trace(network().state_dict(), odd)
+
+
+def test_the_command_names_them(copies, key, tmp_path):
+    save_key(key, tmp_path / "owner.key")
+    averaged = {n: t.contiguous() for n, t in combined(copies, (3, 17), mean).items()}
+    save_file(averaged, tmp_path / "leaked.safetensors")
+    words = ["trace", str(tmp_path / "leaked.safetensors"), "--key", str(tmp_path / "owner.key")]
+    done = CliRunner().invoke(app, [*words, "--json"])
+    facts = json.loads(done.stdout)
+    assert (done.exit_code, facts["users"], facts["published"]) == (1, [], [])
+    assert facts["verdict"]["accepted"] is False  # eight repeats are for dated claims only
+    one = {n: t.contiguous() for n, t in copies[17].items()}
+    save_file(one, tmp_path / "leaked.safetensors")
+    done = CliRunner().invoke(app, [*words, "--json"])
+    assert (done.exit_code, json.loads(done.stdout)["users"]) == (0, [17])
+    shown = CliRunner().invoke(app, words)
+    assert "17 (" in shown.stdout
+    save_file(dict(network(5).state_dict()), tmp_path / "other.safetensors")
+    words[1] = str(tmp_path / "other.safetensors")
+    shown = CliRunner().invoke(app, words)
+    assert (shown.exit_code, "nobody" in shown.stdout) == (1, True)
+
+
+def test_the_command_needs_a_key_of_deepmarks(tmp_path):
+    save_key(UCHIDA.draw_key(network(), EXAMPLE), tmp_path / "other.key")
+    save_file(dict(network().state_dict()), tmp_path / "w.safetensors")
+    words = ["trace", str(tmp_path / "w.safetensors"), "--key", str(tmp_path / "other.key")]
+    with pytest.raises(UnsuitableModelError, match="key is for uchida"):
+        CliRunner().invoke(app, words, catch_exceptions=False)

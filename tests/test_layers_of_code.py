@@ -102,6 +102,7 @@ MAY_IMPORT = {
     "publishing": ALL,
     "ranking": ALL,
     "reproducing": ALL,
+    "tracing": ALL,
     "experiments": ALL,  # all but cli, see below
     "terminal": {"scheme", "processes"},
     "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},

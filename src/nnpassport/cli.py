@@ -22,6 +22,7 @@ from nnpassport import (
     publishing,
     ranking,
     reproducing,
+    tracing,
 )
 from nnpassport.options import (
     Architecture,
@@ -397,6 +398,7 @@ app.command()(publishing.export)
 app.command()(publishing.package)
 app.command()(reproducing.reproduce)
 app.command()(ranking.leaderboard)
+app.command()(tracing.trace)
 app.command()(attacking.attack)
 app.command("attacks")(attacking.list_attacks)
 app.command()(attacking.audit)

@@ -25,6 +25,7 @@ from nnpassport.fidelity import accuracy
 from nnpassport.onnxfile import ONNX
 from nnpassport.outputs import logits_of
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
+from nnpassport.schemes.deepmarks import Trace, trace
 from nnpassport.schemes.lora import added, is_adapter
 from nnpassport.schemes.signature import host_weight
 from nnpassport.schemes.triggers import answers_to
@@ -175,6 +176,16 @@ def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -
     verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
     verdict = replace(verdict, digests=loaded.digests)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
+
+
+def trace_file(suspect: Path, key: Key) -> Trace:
+    """Whose copies the network in `suspect` was made of, as `schemes.deepmarks.trace` finds it.
+
+    Raises:
+        OwnershipError: it could not be checked; the key is not one of deepmarks, say.
+    """
+    weights = _without_prefixes(read_weights(Path(suspect)), key)
+    return trace(weights.tensors, key)
 
 
 def verify_aligned(
