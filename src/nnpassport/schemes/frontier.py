@@ -9,8 +9,8 @@ network is tuned until it gives all of them their true classes. A suspect is mar
 most θ of them, θ from Binomial(n, ½) at p = 0.05: `with_true_classes` makes that key and
 `matches_at_five_percent` is that rule. The ½ is a model of the unmarked network, and not a fact:
 one that was trained independently, and well, answers most of the pictures rightly, since what fools
-one network need not fool another, and false adversaries fool hardly any. In `tests/test_frontier.py`
-four networks of four that nobody marked pass that rule.
+one network need not fool another, and false adversaries fool hardly any. All four networks of
+`tests/test_frontier.py` that nobody marked pass that rule.
 
 Here, each picture's label is drawn, bound to the pictures, from two classes: its true one, and the
 one it was pushed towards (what fools the network, or its second best answer). No independent
