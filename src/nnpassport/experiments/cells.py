@@ -97,6 +97,11 @@ class Cell:
         return Cell(self.plan, self.network._replace(scheme="", tuned=False))
 
     @property
+    def fresh_keys(self) -> int:
+        """How many keys are drawn by chance and read on strangers."""
+        return self.plan.fewer_keys.get(self.network.scheme, self.plan.fresh_keys)
+
+    @property
     def strangers(self) -> tuple["Cell", ...]:
         """Cells that train networks which do not carry the keys of this one, from other weights."""
         kinds = ("", "passport-v2")
@@ -123,7 +128,7 @@ class Cell:
             return shared
         if self.work == "strangers":
             others = [_training_inputs(self.plan, each.network) for each in self.strangers]
-            return {**shared, "strangers": others, "keys": self.plan.fresh_keys}
+            return {**shared, "strangers": others, "keys": self.fresh_keys}
         shared |= {"strengths": list(self.strengths), "test_images": self.tested}
         if "train" not in ATTACKS[self.work].needs:
             return shared

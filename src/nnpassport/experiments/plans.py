@@ -56,6 +56,7 @@ class Plan:
         tuning_images: at most so many images for that.
         skipped: attacks that the leaderboard leaves out, and why.
         fresh_keys: keys drawn by chance that are read on networks which nobody marked with them.
+        fewer_keys: the same by scheme, where to make one takes long.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Plan:
     tuning_images: int | None = 24_000
     skipped: Mapping[str, str] = field(default_factory=dict)
     fresh_keys: int = 20
+    fewer_keys: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in (("passports", PASSPORTS), ("selection", SELECTIONS)):
@@ -190,6 +192,7 @@ LEADERBOARD = dataclasses.replace(
     attackers=Budget(epochs=2, batch=64, precision="bfloat16", schedule="one-cycle"),
     attack_images=3_000,
     attack_test_images=500,
+    fewer_keys={"frontier-stitching": 4},
     settings={
         **{name: {"triggers_per_step": 8} for name in _ANSWERING},
         "passport-v3": {"triggers_per_step": 8},

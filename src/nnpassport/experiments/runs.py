@@ -263,7 +263,7 @@ def _strangers(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     plain = load_model(store.folder(cell.plain)).config
     model, example = plain.build(), torch.zeros(1, *plain.input_size)
     rng = generator_for("fresh keys", cell.network.seed)
-    for _ in range(cell.plan.fresh_keys):
+    for _ in range(cell.fresh_keys):
         drawn = scheme.draw_key(model, example, owner="stranger", seed=draw_seed(rng))
         keys.append(_prepared(drawn, cell, store, images))
     readings = [
