@@ -19,7 +19,7 @@ from nnpassport.layers import Branch, Encoder, on_branch, passport_norms
 from nnpassport.marked import mark
 from nnpassport.models import build
 from nnpassport.scheme import BadRecipeError, Batch
-from nnpassport.schemes.pan import encode, own_affine, say
+from nnpassport.schemes.pan import encode_norms, own_affine, say
 from nnpassport.schemes.passport import PAN, V1, V2, Passport
 from nnpassport.schemes.signature import secrets_of
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED as ALPHA
@@ -104,7 +104,7 @@ def test_the_private_branch_hears_one_network_for_scale_and_shift_and_v_does_not
     assert torch.equal(norm.affine()[0], gamma)
 
 
-def test_inserted_it_computes_what_the_network_did_in_both_branches(plain):
+def test_presented_it_computes_what_the_network_does_in_both_branches(plain):
     images = plain.normalise(plain.data.images[:32])
     for norm in ("batch", "group"):
         model = network(norm).eval()
@@ -112,9 +112,20 @@ def test_inserted_it_computes_what_the_network_did_in_both_branches(plain):
             before = model(images)
             key = PAN.draw_key(model, EXAMPLE, seed=bytes(32))
             PAN.insert(model, key, EXAMPLE)
+            encode_norms(model)
             for branch in Branch.PUBLIC, Branch.PRIVATE:
                 with on_branch(model, branch):
                     torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-3)
+
+
+def test_from_scratch_both_branches_learn(plain):
+    # An E that says what the norms say is no start: the private branch ends at chance with it.
+    model = network()
+    key = PAN.draw_key(model, EXAMPLE, seed=bytes(32))
+    PAN.embed(model, key, plain.data, RECIPE, normalise=plain.normalise)
+    numbers = PAN.evaluation(plain.data, plain.normalise)(model)
+    assert numbers["sign_match"] == 1
+    assert min(numbers["accuracy"], numbers["private_accuracy"]) > 0.8
 
 
 def test_a_grafted_network_has_every_bit_and_equal_branches_without_a_step(plain):
@@ -233,7 +244,7 @@ def test_a_layer_without_norm_and_one_of_two_channels_are_heard_right():
     example = torch.randn(2, 1, 8, 8)
     key = V2.draw_key(model, example, seed=bytes(32))
     surgery.insert(model, secrets_of(key), example, two_branches=True)
-    encode(model)
+    encode_norms(model)
     with torch.no_grad():
         surgery.withhold(model)
         public = model(example)

@@ -190,15 +190,17 @@ class Encoder(nn.Module):
 
         E(x) = B·LeakyReLU(A·x),  A (hidden out), B (out hidden), hidden = out / 4     [Zha20]
 
-    At least two hidden units, so that γ and β can differ. A is drawn from a fixed seed.
+    At least two hidden units, so that γ and β can differ. A and B are drawn as those of a Linear
+    are, from a fixed seed.
     """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         hidden, rng = max(2, channels // 4), torch.Generator().manual_seed(0)
         first = 2 * torch.rand(hidden, channels, generator=rng) - 1
+        second = 2 * torch.rand(channels, hidden, generator=rng) - 1
         self.first = nn.Parameter(first / channels**0.5)
-        self.second = nn.Parameter(torch.zeros(channels, hidden))
+        self.second = nn.Parameter(second / hidden**0.5)
 
     def forward(self, x: Float[Tensor, " out"]) -> Float[Tensor, " out"]:
         """One vector in, one out, in full precision even under autocast."""

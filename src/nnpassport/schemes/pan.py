@@ -25,9 +25,11 @@ whatever passport passes. V2's F refuses passports that were drawn and not train
 that protection is lost with E. What stands between forger and owner is the exact test of derived
 bits alone.
 
-*E is no secret and is not kept.* It starts at what the norms say (the paper's starts at random), so
-both branches start as one network, whatever the norm is; training moves it, and with the passports
-it is taken out again. `evaluation` has the accuracy of the branch as trained, the paper's number.
+*E is no secret and is not kept.* With the passports it is taken out of a trained network again;
+`evaluation` has the accuracy of the branch as trained, which is the paper's number. Training starts
+at a random E, as in the public code, or, in a network that is trained already, at the E that says
+what its norms say: then both branches start as one network, whatever the norm is. From scratch that
+start is unstable: γ0 is small at first, and an E that makes 1 of it magnifies each of its steps.
 """
 
 import torch
@@ -38,11 +40,16 @@ from torch.nn import functional as F
 from nnpassport.layers import Encoder, PassportNorm, passport_norms, whole_weight
 
 
-@torch.no_grad()
 def encode(model: nn.Module) -> None:
-    """Give every inserted passport, in place, a small network that says what its norm says."""
+    """Give every inserted passport, in place, a small network: one at random."""
     for norm in passport_norms(model).values():
         norm.encoder = Encoder(len(norm.signs)).to(norm.signs)
+
+
+def encode_norms(model: nn.Module) -> None:
+    """The same, and each says what its norm says: both branches compute one thing."""
+    encode(model)
+    for norm in passport_norms(model).values():
         say(norm, *own_affine(norm))
 
 

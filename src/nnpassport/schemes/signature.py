@@ -18,7 +18,7 @@ from nnpassport.fidelity import accuracy, recalibrate
 from nnpassport.functional import filters, mean_patch, read_bits
 from nnpassport.layers import own_statistics
 from nnpassport.scheme import UnsuitableModelError, Verdict
-from nnpassport.schemes.pan import encode
+from nnpassport.schemes.pan import encode_norms
 from nnpassport.statistics import (
     LOG10_ALPHA_UNCOMMITTED,
     log10_binomial_tail,
@@ -159,7 +159,7 @@ def presented_accuracy(
     example = normalise(data.images[:2]).to(next(copy.parameters()))
     surgery.insert(copy, secrets_of(key), example, two_branches=two_branches)
     if encoded:
-        encode(copy)
+        encode_norms(copy)
     surgery.present(copy)
     private = own_statistics(copy)
     if private:
