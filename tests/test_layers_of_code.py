@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
     "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
-    "catalog": {"schemes", "schemes.lora", "attacks", "scheme"},
+    "catalog": {"schemes", "schemes.lora", "attacks", "scheme", *KEYS},
     "verification": {
         *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
         *FOLDERS,

@@ -1,13 +1,14 @@
 """Every scheme as a row; the one place that names them all."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, cast, get_args
 
+from nnpassport.evidence.key import Key
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
 from nnpassport.schemes.deepmarks import DEEPMARKS
-from nnpassport.schemes.frontier import FRONTIER
+from nnpassport.schemes.frontier import FRONTIER, with_true_classes
 from nnpassport.schemes.guo import GUO
 from nnpassport.schemes.lora import LORA
 from nnpassport.schemes.passport import PAN, V1, V2, V3
@@ -18,11 +19,17 @@ from nnpassport.schemes.zhang import ZHANG_CONTENT, ZHANG_NOISE, ZHANG_UNRELATED
 
 
 class Entry(NamedTuple):
-    """One scheme: what embeds and verifies, where it is from, what an owner gets of it."""
+    """One scheme: what embeds and verifies, where it is from, what an owner gets of it.
+
+    Attributes:
+        published_key: the key that its paper would have made of the same pictures, where labels are
+            not ours to draw there; None where it is the same key. Strangers are read by its rule.
+    """
 
     scheme: Scheme
     source: str
     summary: str
+    published_key: Callable[[Key], Key] | None = None
 
 
 CATALOG: Mapping[str, Entry] = {
@@ -41,7 +48,12 @@ CATALOG: Mapping[str, Entry] = {
     ZHANG_NOISE.name: Entry(ZHANG_NOISE, "Zha18", "images in noise, learnt by heart"),
     ZHANG_UNRELATED.name: Entry(ZHANG_UNRELATED, "Zha18", "images of no class, learnt by heart"),
     GUO.name: Entry(GUO, "Guo18", "images signed in some pixels, learnt by heart"),
-    FRONTIER.name: Entry(FRONTIER, "LeM20", "adversarial images, on sides that the key decides"),
+    FRONTIER.name: Entry(
+        FRONTIER,
+        "LeM20",
+        "adversarial images, on sides that the key decides",
+        with_true_classes,
+    ),
 }
 
 ADAPTERS: Mapping[str, Entry] = {

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 NOT_RUN, NOTHING = "not run", "–"
 # Okabe and Ito's, which people who confuse red and green tell apart; text says it as well.
 _COLOURS = {"good": "#bfe3d5", "middling": "#f6e2b3", "bad": "#f2b8a0", "": "#ffffff"}
+_LEGEND = {
+    "good": "the mark is found; nobody else is accepted",
+    "middling": "hidden only together with the accuracy",
+    "bad": "hidden in a network that works; somebody else is accepted",
+}
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _INK, _MUTED = "#1b1f24", "#596068"
 
@@ -246,8 +251,28 @@ def _story(plan: Plan, board: Board) -> list[str]:
         f"Seeds: {seeds}; one network a line. "
         f"Rendered by nnpassport {made['nnpassport']}; each result says by what it was made.",
         "",
+        _found(board),
+        "",
         *_ranking(board),
     ]
+
+
+def _found(board: Board) -> str:
+    """What all cells together say."""
+    tried = [each for line in board.lines for each in line.removals.values() if each is not None]
+    removed = sum(each.outcome is Outcome.REMOVED for each in tried)
+    ways = [each for line in board.lines for each in line.ambiguities.values() if each is not None]
+    ways = [each for each in ways if each.possible]
+    strange = [line.strangers for line in board.lines if line.strangers is not None]
+    read = sum(each.readings for each in strange)
+    return (
+        f"Of {len(tried)} attacks on a mark that were run, {removed} hid it and left the network "
+        f"within {100 * KEPT:.0f} points. Of {len(ways)} ways to forge a key, the published rules "
+        f"accepted {sum(each.published > 0 for each in ways)} and the exact ones "
+        f"{sum(each.exact > 0 for each in ways)}. Of {read} readings of keys on networks that do "
+        f"not carry them, the published rules accepted {sum(each.published for each in strange)} "
+        f"and the exact ones {sum(each.exact for each in strange)}."
+    )
 
 
 def _ranking(board: Board) -> list[str]:
@@ -261,7 +286,7 @@ def _ranking(board: Board) -> list[str]:
         lost = "" if line.lost is None else f", {_points(line.lost)} points lost"
         said.append(
             f"1. **{line.label}**: removed by {len(line.broken_by)} of {len(line.removals)} attacks"
-            f"{lost}{cost}; under its paper's rule forged by {_listed(forged)}"
+            f"{lost}{cost}; under its paper's rule forged by {_listed(forged)}."
         )
     return said
 
@@ -291,7 +316,7 @@ def html(plan: Plan, board: Board) -> str:
         f"{len(board.removals)} attacks on the mark, {len(board.ambiguities)} forgeries of keys",
         "accepted": True,
         "rows": [],
-        "story": [_plain(text) for text in _story(plan, board)[:1]],
+        "story": [_plain(text) for text in (*_story(plan, board)[:1], _found(board))],
         "ranking": [text.removeprefix("1. ").replace("**", "") for text in _ranking(board)],
         "board": rows(board),
         "worth": WORTH,
@@ -318,7 +343,7 @@ def picture(board: Board) -> bytes:
         (line.label, [*boxes[1:3], *lost, *forged]) for line, boxes, lost, forged in rows(board)
     ]
     with styled("leaderboard"):
-        figure = Figure(figsize=(2.4 + 0.78 * len(heads), 2.2 + 0.34 * len(lines)))
+        figure = Figure(figsize=(4.0 + 0.78 * len(heads), 2.6 + 0.34 * len(lines)))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         _draw(axes, heads, lines)
         file = io.BytesIO()
@@ -331,8 +356,14 @@ def _draw(axes: "Axes", heads: Sequence[str], lines: Sequence[tuple[str, Sequenc
     from matplotlib.patches import Rectangle  # noqa: PLC0415
 
     left, top, high = 3.1, 6.2, len(lines)
-    axes.set(xlim=(0, left + len(heads)), ylim=(high + 0.2, -top))
+    # Heads lean to the right: the last one needs room of its own.
+    axes.set(xlim=(0, left + len(heads) + 2), ylim=(high + 1.4, -top))
     axes.axis("off")
+    for place, (tone, meaning) in enumerate(_LEGEND.items()):
+        axes.add_patch(
+            Rectangle((left + 6 * place, high + 0.45), 0.5, 0.6, color=_COLOURS[tone], lw=0)
+        )
+        axes.text(left + 6 * place + 0.62, high + 0.75, meaning, va="center", fontsize=8.5)
     for place, head in enumerate(heads):
         axes.text(left + place + 0.5, -0.2, head, rotation=60, fontsize=8.5, color=_MUTED)
     for row, (label, boxes) in enumerate(lines):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 from nnpassport.audit.table import ATTACKS
+from nnpassport.catalog import CATALOG
 from nnpassport.experiments.plans import Plan
 from nnpassport.training import Recipe
 
@@ -128,7 +129,9 @@ class Cell:
             return shared
         if self.work == "strangers":
             others = [_training_inputs(self.plan, each.network) for each in self.strangers]
-            return {**shared, "strangers": others, "keys": self.fresh_keys}
+            shared |= {"strangers": others, "keys": self.fresh_keys}
+            published = CATALOG[self.network.scheme].published_key is not None
+            return {**shared, "published_key": True} if published else shared
         shared |= {"strengths": list(self.strengths), "test_images": self.tested}
         if "train" not in ATTACKS[self.work].needs:
             return shared

@@ -20,7 +20,7 @@ from nnpassport.attacks.passports import draw_seed, draw_template, forged
 from nnpassport.attacks.removal import fine_tune, with_head
 from nnpassport.audit.run import attempt, before_attacks, measured
 from nnpassport.audit.subject import Subject
-from nnpassport.catalog import scheme_named, with_settings
+from nnpassport.catalog import CATALOG, scheme_named, with_settings
 from nnpassport.checkpoint import Loaded, load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
@@ -277,7 +277,25 @@ def _strangers(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
 
 
 def _read_by_stranger(loaded: Loaded, scheme: Scheme, key: Key) -> Iterator[dict[str, Any]]:
-    """Every mark of the key, as it is read on a network that does not carry it."""
+    """Every mark of the key, as it is read on a network that does not carry it.
+
+    By the published rule with the key that the paper would have made, where that is another.
+    """
+    entry = CATALOG[scheme.name]
+    read = by_paper = _read_all_marks(loaded, scheme, key)
+    if entry.published_key is not None:
+        by_paper = _read_all_marks(loaded, scheme, entry.published_key(key))
+    for mark, verdict in read.items():
+        published = scheme.verify_as_published(by_paper[mark])
+        yield {
+            "mark": mark,
+            **_facts(verdict),
+            "published_matches": published.matches,
+            "published_accepted": published.accepted,
+        }
+
+
+def _read_all_marks(loaded: Loaded, scheme: Scheme, key: Key) -> dict[str, Verdict]:
     model, alpha = loaded.model.eval(), LOG10_ALPHA_COMMITTED
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
     found = {}
@@ -286,9 +304,7 @@ def _read_by_stranger(loaded: Loaded, scheme: Scheme, key: Key) -> Iterator[dict
     if scheme.triggers:
         answers = answers_to(key, model, normalise)
         found["triggers"] = scheme.verify_answers(answers, key, log10_alpha=alpha)
-    for mark, verdict in found.items():
-        published = scheme.verify_as_published(verdict).accepted
-        yield {"mark": mark, **_facts(verdict), "published_accepted": published}
+    return found
 
 
 def _with_plan_passports(key: Key, cell: Cell, store: Store) -> Key:
