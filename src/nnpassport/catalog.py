@@ -8,6 +8,8 @@ from nnpassport.evidence.key import Key
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 from nnpassport.schemes.adi import ADI
 from nnpassport.schemes.deepmarks import DEEPMARKS
+from nnpassport.schemes.deepsigns import DEEPSIGNS
+from nnpassport.schemes.deepsigns_blackbox import DEEPSIGNS_BLACKBOX
 from nnpassport.schemes.frontier import FRONTIER, with_true_classes
 from nnpassport.schemes.guo import GUO
 from nnpassport.schemes.lora import LORA
@@ -43,11 +45,13 @@ CATALOG: Mapping[str, Entry] = {
     GREEDY_RESIDUALS.name: Entry(
         GREEDY_RESIDUALS, "Liu21", "signs of a layer's larger weights; anybody reads the bits"
     ),
+    DEEPSIGNS.name: Entry(DEEPSIGNS, "Rou19", "bits in what a layer makes of secret pictures"),
     ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
     ZHANG_CONTENT.name: Entry(ZHANG_CONTENT, "Zha18", "stamped images, learnt by heart"),
     ZHANG_NOISE.name: Entry(ZHANG_NOISE, "Zha18", "images in noise, learnt by heart"),
     ZHANG_UNRELATED.name: Entry(ZHANG_UNRELATED, "Zha18", "images of no class, learnt by heart"),
     GUO.name: Entry(GUO, "Guo18", "images signed in some pixels, learnt by heart"),
+    DEEPSIGNS_BLACKBOX.name: Entry(DEEPSIGNS_BLACKBOX, "Rou19", "noise, learnt by heart"),
     FRONTIER.name: Entry(
         FRONTIER,
         "LeM20",

@@ -142,7 +142,16 @@ def check_pictures(key: Key, config: ModelConfig) -> None:
 
 
 def with_trigger_file(key: Key, path: Path) -> Key:
-    """The key with a published trigger set and its labels; such a key has no p-value."""
+    """The key with a published trigger set and its labels; such a key has no p-value.
+
+    Raises:
+        UnsuitableModelError: nobody answers the pictures of this scheme.
+    """
+    if not scheme_named(key.context.scheme).triggers:
+        raise UnsuitableModelError(
+            f"a key of {key.context.scheme} has no triggers, and a set of them was given; needed: "
+            "a key of a scheme that has, such as adi; leave the set out"
+        )
     shape = key.context.triggers
     images = read_triggers(path, size=32 if shape is None else shape.size[1])
     return with_published_triggers(key, images)

@@ -151,6 +151,8 @@ class Verdict:
         alignment: what alignment did to the suspect before it was read, or None.
         claim: the claim that the verdict was given under, and whether it holds, or None.
         digests: SHA-256 of every file that was read, by name.
+        chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
+            where V does not say.
     """
 
     scheme: str
@@ -165,6 +167,7 @@ class Verdict:
     claim: Mapping[str, Any] | None = None
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    chance: float | None = None
 
     @property
     def accepted(self) -> bool:

@@ -207,8 +207,8 @@ def verify_aligned(
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights:
         raise UnsuitableModelError(
-            f"a mark of {scheme.name} is in the answers, which moved channels do not change; "
-            "verify it without alignment"
+            f"a mark of {scheme.name} is not in the weights, and only these can be aligned; verify "
+            "it without alignment"
         )
     if unrelated is None:
         unrelated = _of_its_own(weights, reference)

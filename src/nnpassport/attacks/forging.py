@@ -16,7 +16,9 @@ from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template
 from nnpassport.data.images import Normalisation
 from nnpassport.evidence.key import Key
+from nnpassport.evidence.seed import triggers_of
 from nnpassport.scheme import UnsuitableModelError
+from nnpassport.schemes.deepsigns import read_out as read_activations
 from nnpassport.schemes.drawn import random_signs
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import host_weight
@@ -91,7 +93,7 @@ def forge_triggers(
     stop = stopwatch("W")
     template = draw_template(scheme, model, example, rng)
     shape = template.context.triggers
-    if shape is None:
+    if shape is None or "triggers" not in scheme.parts:
         raise UnsuitableModelError(
             f"{scheme.name} has no trigger set to forge; needed: a scheme with triggers"
         )
@@ -109,6 +111,37 @@ def forge_triggers(
     images = (pixels.detach() * 255).round().to(torch.uint8)
     key = replace(template, trigger_images=images, trigger_labels=labels)
     return Forged(deepcopy(model), key, stop(0, epochs))
+
+
+def forge_activations(
+    model: nn.Module,
+    scheme: Scheme,
+    example: Tensor,
+    rng: torch.Generator,
+    *,
+    normalise: Normalisation,
+) -> Forged:
+    """Bits of the forger's choice, read off what a network makes of noise: closed form.
+
+    As `forge_uchida`, on the mean activations of pictures that he draws: each row that reads the
+    wrong bit is mirrored, which leaves it distributed as a genuine key's.
+
+    Raises:
+        UnsuitableModelError: the scheme reads no activations.
+    """
+    stop = stopwatch("W")
+    if "activations" not in scheme.parts:
+        raise UnsuitableModelError(
+            f"{scheme.name} reads no activations; needed: a scheme that does, as deepsigns"
+        )
+    template = draw_template(scheme, model, example, rng)
+    shape, (layer,) = triggers_of(template.context), template.context.layers
+    noise = torch.randint(256, (shape.count, *shape.size), generator=rng, dtype=torch.uint8)
+    template = replace(template, trigger_images=noise)
+    projection, signs = template.layer_projection(layer.name), random_signs(layer.length, rng)
+    wrong = read_activations(model, template, normalise).sign() != signs
+    projection = torch.where(wrong[:, None], -projection, projection)
+    return Forged(deepcopy(model), _uchida_key(template, projection, signs), stop())
 
 
 def _start(

@@ -245,6 +245,16 @@ def _forged_triggers(subject: Subject, _: float) -> Forged:
     )
 
 
+def _forged_activations(subject: Subject, _: float) -> Forged:
+    return forging.forge_activations(
+        subject.model,
+        subject.scheme,
+        subject.example,
+        subject.rng("forge-activations"),
+        normalise=subject.normalise,
+    )
+
+
 def _images(subject: Subject) -> ImageSet:
     return subject.images()
 
@@ -489,6 +499,13 @@ ATTACKS: Mapping[str, Attack] = {
         _forged(forging.forge_uchida_by_gradient),
         quick=ONCE,
         marks="projection",
+    ),
+    "forge-activations": Attack(
+        AMBIGUITY,
+        "mirror rows of a projection until activations of noise read the forger's bits",
+        _forged_activations,
+        quick=ONCE,
+        marks="activations",
     ),
     "forge-triggers": Attack(
         AMBIGUITY,

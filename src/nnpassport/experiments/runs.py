@@ -235,7 +235,7 @@ def _key(cell: Cell, store: Store, config: ModelConfig, sets: ownership.Sets) ->
         key = _prepared(key, cell, store, cast(ImageSet, sets.train))
     if key.context.layers and cell.network.scheme.startswith("passport"):
         key = _with_plan_passports(key, cell, store)
-    if key.context.triggers is not None and cell.plan.triggers == "published":
+    if _scheme(cell).triggers and cell.plan.triggers == "published":
         key = ownership.with_trigger_file(key, published_triggers(store.data))
     save_key(key, path)
     return key

@@ -15,7 +15,12 @@ from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import triggers_of
 from nnpassport.remote.asking import NO_CLASS, Answer, Kind
 from nnpassport.remote.plan import Terms
-from nnpassport.scheme import BadRecipeError, UnreachableServiceError, Verdict
+from nnpassport.scheme import (
+    BadRecipeError,
+    UnreachableServiceError,
+    UnsuitableModelError,
+    Verdict,
+)
 from nnpassport.statistics import log10_binomial_tail
 
 _ENOUGH_TO_CALL_CONSTANT = 10
@@ -77,6 +82,20 @@ class Probed:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+
+def require_triggers(key: Key) -> None:
+    """Refuse a key that no answers could match: its pictures, if it has any, have no labels.
+
+    Raises:
+        UnsuitableModelError: it is one.
+    """
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.triggers:
+        raise UnsuitableModelError(
+            f"a key of {scheme.name} has no triggers to ask a service about; needed: a key of a "
+            "scheme that has; verify this one with the network itself"
+        )
 
 
 def require_power(key: Key, mask: Bool[Tensor, " triggers"], terms: Terms) -> None:

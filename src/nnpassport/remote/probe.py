@@ -21,7 +21,7 @@ from nnpassport.evidence.context import canonical_json
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import triggers_of
 from nnpassport.remote.asking import Answer, Asker, Kind
-from nnpassport.remote.finding import Probed, finding, require_power
+from nnpassport.remote.finding import Probed, finding, require_power, require_triggers
 from nnpassport.remote.journal import Journal, begin
 from nnpassport.remote.journal import resume as resumed
 from nnpassport.remote.plan import Plan, Terms, asking_order, places, query_images, settle
@@ -54,10 +54,12 @@ def probe(
 
     Raises:
         BadRecipeError: no answers whatever could reach α, or the terms are not the journal's.
+        UnsuitableModelError: the key's pictures are not there to be asked about.
         UnreachableServiceError: the service does not answer, or too seldom to reach α.
         OwnershipError: it could not be checked; which kind says why.
     """
     terms, shape = terms or Terms(), triggers_of(key.context)
+    require_triggers(key)
     plan = settle(shape, terms, cover)
     require_power(key, torch.arange(shape.count) < plan.triggers, terms)
     kept = _kept(journal, _settled(asker, key, terms, plan, cover), resume=resume)

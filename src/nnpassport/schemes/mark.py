@@ -14,7 +14,7 @@ from nnpassport.data.images import Images, Normalisation
 from nnpassport.evidence.context import Context, LayerShape, TriggerShape
 from nnpassport.evidence.key import Key
 from nnpassport.outputs import Example
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.triggers import answers_to, trigger_shape
 from nnpassport.training import History, Journal, Recipe, fit, total_steps
@@ -62,6 +62,20 @@ def check_nothing_chosen(scheme: str, layers: Sequence[str] | None, text: str | 
         raise UnsuitableModelError(
             f"{scheme} has neither layers nor a text signature, and "
             f"{'layers' if layers else 'a text'} were given; leave them out"
+        )
+
+
+def check_has_pictures(key: Key) -> None:
+    """Refuse a key that still lacks the pictures that its scheme makes or chooses.
+
+    Raises:
+        UnreadableKeyError: it does.
+    """
+    if key.trigger_images is None:
+        raise UnreadableKeyError(
+            f"the key of {key.context.scheme} has no pictures yet: they are made of images, in a "
+            "trained plain network; needed: `prepared` of the scheme, or `key new --images "
+            "DATA --plain MODEL_FOLDER`"
         )
 
 

@@ -30,7 +30,7 @@ from nnpassport.schemes.triggers import (
     trigger_shape,
     triggers_here,
 )
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, matches_needed
 from nnpassport.training import (
     Evaluation,
     History,
@@ -57,6 +57,8 @@ class TriggerSet:
         triggers_per_step: trigger images that each training step mixes into its batch.
         threshold: share of the triggers that must match by the published rule.
         pictures: makes the pictures of images; None leaves those that are derived from the seed.
+        needed: of how many triggers how many must match by the published rule, in its place.
+        level: log₁₀ of the p at which a published rule that is a binomial test, 1/C, accepts.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TriggerSet:
     threshold: float = 0.9
     pictures: Pictures | None = None
     needed: Callable[[int], int] | None = None
+    level: float | None = None
 
     @property
     def reads_weights(self) -> bool:
@@ -213,10 +216,18 @@ class TriggerSet:
         log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
     ) -> Verdict:
         """V: derived labels are uniform over K classes, so chance matches exactly 1/K of them."""
-        return read_answers(answers, key, log10_alpha=log10_alpha)
+        verdict = read_answers(answers, key, log10_alpha=log10_alpha)
+        return replace(verdict, chance=1 / key.label_choices)
 
     def verify_as_published(self, verdict: Verdict) -> Verdict:
-        """The papers' rule: so many of the triggers are answered as marked."""
+        """The papers' rule: so many of the triggers are answered as marked.
+
+        A binomial test takes a coin's chance where the verdict does not say what the chance was.
+        """
+        if self.level is not None:
+            chance = 0.5 if verdict.chance is None else verdict.chance
+            needed = matches_needed(verdict.bits, self.level, chance)
+            return as_published(verdict, threshold=needed / verdict.bits)
         if self.needed is None:
             return as_published(verdict, threshold=self.threshold)
         return as_published(verdict, threshold=self.needed(verdict.bits) / verdict.bits)
@@ -226,12 +237,8 @@ class TriggerSet:
         return deepcopy(model)
 
     def _check_pictures(self, key: Key) -> None:
-        if self.pictures is not None and key.trigger_images is None:
-            raise UnreadableKeyError(
-                f"the key of {self.name} has no pictures yet: they are made of images, in a "
-                "trained plain network; needed: `prepared` of the scheme, or `key new --images "
-                "DATA --plain MODEL_FOLDER`"
-            )
+        if self.pictures is not None:
+            mark.check_has_pictures(key)
 
 
 def with_published_triggers(key: Key, triggers: ImageSet) -> Key:
