@@ -19,7 +19,7 @@ from nnpassport.scheme import Batch
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.training import PRECISIONS, Objective, classification
 
-TURNS = 15
+TURNS = 9
 _WARM = 3
 
 
