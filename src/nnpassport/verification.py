@@ -206,10 +206,10 @@ def verify_aligned(
     """
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights:
-        raise UnsuitableModelError(
-            f"a mark of {scheme.name} is not in the weights, and only these can be aligned; verify "
-            "it without alignment"
-        )
+        why = "is not in the weights, and only these can be aligned"
+        if scheme.triggers:
+            why = "is in the answers, which moved channels do not change"
+        raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
     if unrelated is None:
         unrelated = _of_its_own(weights, reference)
     return aligned_verdict(
