@@ -157,6 +157,7 @@ def test_a_leaderboard_is_run_and_rendered(run):
     assert summary["done"] == summary["cells"] == 11
     page, html, figure = (Path(path) for path in summary["pages"])
     text = page.read_text()
+    assert f"2 of the catalog's {len(CATALOG)} schemes (not: passport-v1, " in text
     store = Store(folder / "results", folder / "networks", None)
     lines = {line.label: line for line in standings(QUICK, store)}
     assert set(lines) == {"adi, answers", "uchida, bits"}

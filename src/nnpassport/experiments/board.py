@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnpassport.audit.table import ATTACKS
+from nnpassport.catalog import CATALOG
 from nnpassport.evidence.report import page, styled
 from nnpassport.experiments.plans import Plan
 from nnpassport.experiments.standings import (
@@ -244,7 +245,7 @@ def _story(plan: Plan, board: Board) -> list[str]:
     kinds = sorted({(line.network.architecture, line.network.task) for line in board.lines})
     named = " and ".join(f"{architecture} on {task}" for architecture, task in kinds)
     return [
-        f"Every scheme of the catalog was put into the same trained network ({named}, batch norm) "
+        f"{_which(board)} put into the same trained network ({named}, batch norm) "
         f"in {tuning} on {images} training images; *lost* is against that network trained on as "
         f"long without a mark. Attackers had {plan.attack_images or 'all'} images and {spent}. "
         f"Accuracies under attack are of {plan.attack_test_images or 'all'} test images. "
@@ -255,6 +256,15 @@ def _story(plan: Plan, board: Board) -> list[str]:
         "",
         *_ranking(board),
     ]
+
+
+def _which(board: Board) -> str:
+    """Whose lines there are: of the whole catalog, or of so many of its schemes."""
+    there = {line.scheme for line in board.lines}
+    absent = [name for name in CATALOG if name not in there]
+    if not absent:
+        return "Every scheme of the catalog was"
+    return f"{len(there)} of the catalog's {len(CATALOG)} schemes (not: {', '.join(absent)}) were"
 
 
 def _found(board: Board) -> str:
