@@ -306,3 +306,32 @@ def test_a_network_of_somebody_else_s_library_goes_all_the_way(call, tmp_path, m
     assert code in {0, 1}, err  # F may fail: one epoch teaches it little
     assert json.loads(out)["matches"] == 224
     assert 0 <= json.loads(out)["fidelity"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("adi", "100 pictures"),
+        ("uchida", "1 layers, 256 bits"),
+        ("passport-v3", "bits; 100 pictures"),
+    ],
+)
+def test_a_key_of_every_kind_is_drawn(call, scheme, said, tmp_path):
+    code, out, err = call("key", "new", "--scheme", scheme, "-o", tmp_path / "k")
+    assert code == 0
+    assert said in " ".join((out + err).split())
+    assert (tmp_path / "k").exists()
+
+
+def test_a_key_gets_its_pictures_from_images_and_a_trained_network(call, house, tmp_path):
+    key, other = tmp_path / "k", house / "other"
+    drawn = ("key", "new", "--scheme", "zhang-content", "--model", other, "-o", key)
+    code, _, err = call(*drawn)
+    assert code == 2
+    assert "no pictures yet" in " ".join(err.split())
+    assert not key.exists()
+    code, _, _ = call(*drawn, "--plain", other, "--images", "digits", "--images-split", "train")
+    assert code == 0
+    loaded = load_key(key)
+    assert loaded.derived
+    assert loaded.trigger_images is not None

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import signal
 import sys
 import traceback
@@ -174,11 +175,14 @@ def key_new(
         drawn = ownership.with_trigger_file(drawn, triggers)
     ownership.check_pictures(drawn, config)
     save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
-    errors.print(f"{out}: {len(drawn.context.layers)} layers, {drawn.context.bits} bits")
-    weakest = log10_binomial_tail(drawn.context.bits, drawn.context.bits, 0.5)
-    if drawn.context.layers and drawn.derived and weakest > LOG10_ALPHA_UNCOMMITTED:
+    bits, pictures = drawn.context.bits, drawn.context.triggers
+    what = [f"{len(drawn.context.layers)} layers, {bits} bits"] if bits else []
+    what += [f"{pictures.count} pictures"] if pictures is not None else []
+    errors.print(f"{out}: {'; '.join(what)}")
+    weakest = log10_binomial_tail(bits, bits, 0.5) if bits and drawn.derived else -math.inf
+    if weakest > LOG10_ALPHA_UNCOMMITTED:
         errors.print(
-            f"[yellow]note:[/yellow] {drawn.context.bits} bits reach 10^{weakest:.1f} at best, and "
+            f"[yellow]note:[/yellow] {bits} bits reach 10^{weakest:.1f} at best, and "
             f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
         )
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
