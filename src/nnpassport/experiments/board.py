@@ -254,6 +254,9 @@ def _story(plan: Plan, board: Board) -> list[str]:
         "",
         _found(board),
         "",
+        "In order of how many attacks removed the mark, then of the accuracy lost; where fewer "
+        "were run, less is known:",
+        "",
         *_ranking(board),
     ]
 
@@ -287,16 +290,20 @@ def _found(board: Board) -> str:
 
 def _ranking(board: Board) -> list[str]:
     """The sentence a reader is after, from the cells alone."""
-    whole = [line for line in board.lines if all(each for each in line.removals.values())]
-    best = sorted(whole, key=lambda line: (len(line.broken_by), line.lost or 0.0))
+    attacked = [line for line in board.lines if line.tried]
+    best = sorted(attacked, key=lambda line: (len(line.broken_by), line.lost or 0.0))
     said = []
     for line in best:
-        forged = [n for n, each in line.ambiguities.items() if each is not None and each.published]
+        ways = {n: each for n, each in line.ambiguities.items() if each is not None}
+        forged = [name for name, each in ways.items() if each.published]
+        by = f"forged by {_listed(forged)} of {_counted(len(ways), 'way')} that were run"
         cost = "" if line.cost is None else f", a step costs {line.cost[1]:.2f} × a plain one"
         lost = "" if line.lost is None else f", {_points(line.lost)} points lost"
         said.append(
-            f"1. **{line.label}**: removed by {len(line.broken_by)} of {len(line.removals)} attacks"
-            f"{lost}{cost}; under its paper's rule forged by {_listed(forged)}."
+            f"1. **{line.label}**: removed by {len(line.broken_by)} of {line.tried} attacks that "
+            f"were run (of {len(line.removals)}){lost}{cost}; under its paper's rule "
+            f"{by if ways else 'no forgery was run'}, strangers accepted: "
+            f"{strangers_box(line, exact=False).text}."
         )
     return said
 

@@ -116,10 +116,9 @@ class Standing(NamedTuple):
         return [n for n, each in found if each is not None and each.outcome is Outcome.REMOVED]
 
     @property
-    def survived(self) -> int:
-        """How many attacks that were run did not remove it."""
-        run = [each for each in self.removals.values() if each is not None]
-        return len(run) - len(self.broken_by)
+    def tried(self) -> int:
+        """How many of the attacks on it were run."""
+        return sum(each is not None for each in self.removals.values())
 
 
 def standings(plan: Plan, store: Store) -> list[Standing]:
