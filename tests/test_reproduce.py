@@ -3,6 +3,7 @@
 import base64
 import json
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,6 +91,52 @@ def test_cells_that_are_needed_come_first(store):
     ]
 
 
+def test_a_queue_finishes_one_network_before_the_next(store):
+    paper = replace(TINY, passports="shuffle-test", tasks=("digits",))
+    cells = contents.cells_of(paper.with_seeds((0, 1)), ("table1", "table2", "fig3"))
+    found = grid.queue(cells, store)
+    assert len(found) == len(cells)
+    networks = [cell.network for cell in found]
+    runs_of_one = [n for n, before in zip(networks, [None, *networks], strict=False) if n != before]
+    assert len(runs_of_one) == len(set(networks))
+    assert [n.seed for n in networks] == sorted(n.seed for n in networks)
+    first = [n.scheme or n.norm for n in dict.fromkeys(networks) if n.seed == 0]
+    assert first == [
+        *("batch", "passport-v1", "group", "passport-v2", "passport-v3"),
+        *("uchida", "adi"),
+    ]
+    assert all(
+        cell.work == "train" for cell in map(found.__getitem__, map(networks.index, networks))
+    )
+
+
+def test_a_queue_trains_first_what_a_cell_needs(store):
+    paper = replace(TINY, passports="shuffle-test")
+    cells = [Cell(paper, V2, "fake1", strengths=(0.0,)), Cell(paper, V2)]
+    assert [cell.slug for cell in grid.queue(cells, store)] == [
+        "alexnet-digits-plain-group-0",
+        "alexnet-digits-v2-group-0",
+        "alexnet-digits-v2-group-0-fake1",
+    ]
+
+
+def test_an_architecture_may_have_recipes_of_its_own():
+    other = replace(TINY.embed, epochs=7)
+    plan = replace(
+        TINY,
+        architectures={"alexnet": {}, "resnet18": {}},
+        by_architecture={"resnet18": {"embed": other, "attack_epochs": {"fake2": 9}}},
+    )
+    own, usual = (contents.cell(plan, V2._replace(architecture=n)) for n in plan.architectures)
+    assert own.inputs["recipe"] == Cell(TINY, V2).inputs["recipe"]
+    assert usual.inputs["recipe"]["epochs"] == 7
+    attacks = [
+        contents.cell(plan, usual.network, work, strengths=(0.0,)) for work in ("fake2", "fake3")
+    ]
+    assert [cell.inputs["attackers"]["epochs"] for cell in attacks] == [9, 2]
+    assert attacks[0].plan is usual.plan
+
+
 def test_every_table_and_figure_has_cells_and_shares_them():
     everything = contents.cells_of(plans.SHORT, tuple(contents.CONTENTS))
     assert len({cell.name for cell in everything}) == len(everything)
@@ -168,6 +215,55 @@ def test_a_cell_is_run_once_goes_on_where_it_stopped_and_holds_no_secret(store, 
     for secret in (key.seed, key.context.nonce):
         assert secret.hex() not in texts
         assert base64.b64encode(secret).decode() not in texts
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """A plan, and a store with its V2 network, which carries its key."""
+    plan = replace(
+        TINY,
+        embed=replace(TINY.embed, epochs=8),
+        train_images={},
+        transfer_images=640,
+        attack_images=640,
+    )
+    store = Store(*(tmp_path_factory.mktemp(name) for name in ("results", "networks")), None)
+    assert grid.run_grid([Cell(plan, V2)], store) == []
+    return plan, store
+
+
+@pytest.mark.parametrize("work", ["fake2", "fake3", "substitute-cerb", "transfer"])
+def test_what_trains_on_a_network_goes_on_where_it_stopped(learnt, work, monkeypatch):
+    plan, store = learnt
+    cell = Cell(plan, V2, work, *(("digits-halves",) if work == "transfer" else ("", (0.5,))))
+    step, begun = training._Run.step, []
+
+    def stop(run, *given):
+        step(run, *given)
+        begun.append(run.done)
+        if len(begun) == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(training._Run, "step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(cell, store)
+    assert begun == [1, 2, 3, 4, 5]
+    assert grid.run_grid([cell], store) == []
+    assert begun[5] == 6
+    assert not store.checkpoints(cell).exists()
+
+    fresh = Store(store.results / "again", store.networks, None)
+    assert grid.run_grid([cell], fresh) == []
+    once, twice = (untimed(each.read(cell)["result"]) for each in (fresh, store))
+    assert once == twice
+    assert "seconds" not in str(once)
+
+
+def untimed(value):
+    """A result without what depends on the clock."""
+    if isinstance(value, dict):
+        return {n: untimed(each) for n, each in value.items() if n not in {"seconds", "wall"}}
+    return [untimed(each) for each in value] if isinstance(value, list) else value
 
 
 def test_results_of_others_are_refused(store):

@@ -22,7 +22,8 @@ PARTS = ("table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5")
 def reproduce(
     what: Annotated[list[str], typer.Argument(help=f"{', '.join(PARTS)}, or all.")],
     recipe: Annotated[
-        str, typer.Option(help="short, gpu-short, paper, sound, or trial (embedded digits).")
+        str,
+        typer.Option(help="steady, short, gpu-short, paper, sound, or trial (embedded digits)."),
     ] = "short",
     data: Annotated[
         Path | None, typer.Option(help="Folder of the images, as Parquet files.")

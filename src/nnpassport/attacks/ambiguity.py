@@ -36,7 +36,7 @@ from nnpassport.schemes.drawn import random_passports
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import secrets_of
 from nnpassport.survey import Site, survey
-from nnpassport.training import Outcome, Recipe, classification, fit
+from nnpassport.training import Journal, Outcome, Recipe, classification, fit
 
 REVERSE = Recipe(epochs=100, schedule="constant")
 """Of fake2 and fake3: SGD at 0.01, momentum 0.9, weight decay 5e-4, batch 64, 100 epochs."""
@@ -129,6 +129,7 @@ def reverse_engineer(
     *,
     normalise: Normalisation,
     rng: torch.Generator,
+    journal: Journal | None = None,
 ) -> Forged:
     """fake2: find γ and β anew by training them alone on the task, the weights frozen.
 
@@ -150,7 +151,7 @@ def reverse_engineer(
             scale.copy_(torch.randint(2, scale.shape, generator=rng) - 0.5)
             shift.zero_()
         norm.requires_grad_(True)
-    fit(trained, classification, data, recipe, normalise=normalise)
+    fit(trained, classification, data, recipe, normalise=normalise, journal=journal)
     affine = {
         name: (norm.get_parameter("weight").detach(), norm.get_parameter("bias").detach())
         for name, norm in norms.items()
@@ -169,6 +170,7 @@ def insider_passport(
     normalise: Normalisation,
     rng: torch.Generator,
     share: float,
+    journal: Journal | None = None,
 ) -> Forged:
     """fake3: optimise the genuine passports towards another signature, the weights frozen.
 
@@ -199,7 +201,7 @@ def insider_passport(
         match = (gamma.detach().sign() == wanted).float().mean()
         return Outcome(loss + forger.closeness(), {"sign_match": match})
 
-    fit(forger, objective, data, recipe, normalise=normalise)
+    fit(forger, objective, data, recipe, normalise=normalise, journal=journal)
     found = forged(_as_forger(key, rng), forger.passports(), model.state_dict())
     surgery.remove(presented)
     return Forged(with_statistics(model, presented), found, stop(len(data), recipe.epochs))

@@ -23,7 +23,7 @@ from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
 from nnpassport.data.imageset import generator_for
 from nnpassport.evidence.key import Key
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.training import Objective, Outcome, Recipe, classification, fit
+from nnpassport.training import Journal, Objective, Outcome, Recipe, classification, fit
 
 TRANSFER = Recipe(epochs=50, batch=64, rate=0.01, schedule="constant")
 """The paper's transfer to another task: SGD with momentum 0.9 and weight decay 5e-4.
@@ -60,6 +60,7 @@ def fine_tune(
     *,
     normalise: Normalisation,
     form: str = "rtal",
+    journal: Journal | None = None,
 ) -> Attacked:
     """Train on, for another task or once more for the same one.                          [Adi18]
 
@@ -81,11 +82,9 @@ def fine_tune(
         _start_over(_head(tuned), len(data.classes), generator_for("new head", recipe.seed))
     else:
         _check_head(model, data)
-    if whole:
-        train(tuned, tuned.parameters(), classification, data, recipe, normalise=normalise)
-    else:
-        head = _head(tuned).parameters()
-        train(tuned, head, _classification_above, data, recipe, normalise=normalise)
+    how = classification if whole else _classification_above
+    trained = tuned.parameters() if whole else _head(tuned).parameters()
+    train(tuned, trained, how, data, recipe, normalise=normalise, journal=journal)
     return Attacked(tuned, stop(len(data), recipe.epochs))
 
 
@@ -212,6 +211,7 @@ def train(
     recipe: Recipe,
     *,
     normalise: Normalisation,
+    journal: Journal | None = None,
 ) -> None:
     """Train these parameters of `model` in place, frozen or not, and no others.
 
@@ -222,7 +222,7 @@ def train(
     device, chosen = before[0][0].device, {id(parameter) for parameter in parameters}
     for parameter, _ in before:
         parameter.requires_grad_(id(parameter) in chosen)
-    fit(model, objective, data, recipe, normalise=normalise)
+    fit(model, objective, data, recipe, normalise=normalise, journal=journal)
     model.to(device).eval()
     for parameter, required in before:
         parameter.requires_grad_(required)

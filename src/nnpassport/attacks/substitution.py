@@ -20,7 +20,7 @@ from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template, key_with
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.schemes.protocol import Scheme
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.training import Journal, Recipe, classification, fit
 
 HIDDEN = 10
 """Hidden units for each channel in the individual form."""
@@ -36,6 +36,7 @@ def substitute_individual(
     *,
     normalise: Normalisation,
     rng: torch.Generator,
+    journal: Journal | None = None,
 ) -> Forged:
     """IERB: each channel's γ through a little network of its own, with a skip connection.
 
@@ -46,7 +47,7 @@ def substitute_individual(
     Raises:
         UnsuitableModelError: a passport layer has no norm with a scale and a shift.
     """
-    return _substituted(model, scheme, data, recipe, normalise, rng, _Individual)
+    return _substituted(model, scheme, data, recipe, normalise, rng, journal, _Individual)
 
 
 def substitute_across(
@@ -57,13 +58,14 @@ def substitute_across(
     *,
     normalise: Normalisation,
     rng: torch.Generator,
+    journal: Journal | None = None,
 ) -> Forged:
     """CERB: all γ of a layer through one network C → C/8 → C, with a skip connection.    [Che23]
 
     Raises:
         UnsuitableModelError: as `substitute_individual`.
     """
-    return _substituted(model, scheme, data, recipe, normalise, rng, _Across)
+    return _substituted(model, scheme, data, recipe, normalise, rng, journal, _Across)
 
 
 def _substituted(
@@ -73,6 +75,7 @@ def _substituted(
     recipe: Recipe,
     normalise: Normalisation,
     rng: torch.Generator,
+    journal: Journal | None,
     block: Block,
 ) -> Forged:
     stop = stopwatch("W, D")
@@ -81,7 +84,7 @@ def _substituted(
     names = [layer.name for layer in template.context.layers]
     norms = norms_of(model, names, example)
     substituted = _Substituted(model, list(norms.values()), block, rng)
-    fit(substituted, classification, data, recipe, normalise=normalise)
+    fit(substituted, classification, data, recipe, normalise=normalise, journal=journal)
     affine = dict(zip(norms, substituted.affine(), strict=True))
     key = key_with(template, affine, model.state_dict(), rng)
     shown = with_statistics(model, substituted.model)

@@ -1,6 +1,7 @@
 """What an audit attacks, and what its attackers are given."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
@@ -12,7 +13,7 @@ from nnpassport.data.imageset import generator_for
 from nnpassport.evidence.key import Key
 from nnpassport.scheme import UnreadableDataError, UnreadableKeyError
 from nnpassport.schemes.protocol import Scheme
-from nnpassport.training import Recipe
+from nnpassport.training import Journal, Recipe
 
 
 class Budget(NamedTuple):
@@ -50,6 +51,8 @@ class Subject:
         test: images that accuracies are measured on.
         train: images that attackers have; None leaves them without data.
         transfer: another task to fine-tune to, or None.
+        checkpoints: folder in which attackers who train for long keep checkpoints, and go on from
+            them; None keeps none.
     """
 
     model: nn.Module
@@ -62,6 +65,7 @@ class Subject:
     transfer: Transfer | None = None
     budget: Budget = Budget()  # noqa: RUF009 (a tuple: it cannot change)
     seed: int = 0
+    checkpoints: Path | None = None
 
     @property
     def example(self) -> Tensor:
@@ -109,6 +113,12 @@ class Subject:
     def rng(self, purpose: str) -> torch.Generator:
         """Randomness of one attack: the same whenever and wherever it is run."""
         return generator_for(f"audit {purpose}", self.seed)
+
+    def journal(self, purpose: str) -> Journal | None:
+        """Where the training of one attack is kept, to be gone on with."""
+        return (
+            None if self.checkpoints is None else Journal(self.checkpoints / purpose, resume=True)
+        )
 
     def recipe(self, rate: float, schedule: str | None = None, **others: Any) -> Recipe:
         """A recipe within the budget."""

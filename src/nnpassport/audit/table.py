@@ -199,6 +199,7 @@ def _reversed(subject: Subject, _: float) -> Forged:
         subject.recipe(0.01),
         normalise=subject.normalise,
         rng=subject.rng("fake2"),
+        journal=subject.journal("fake2"),
     )
 
 
@@ -213,6 +214,7 @@ def _insider(subject: Subject, share: float) -> Forged:
         normalise=subject.normalise,
         rng=subject.rng(f"fake3 {share}"),
         share=share,
+        journal=subject.journal(f"fake3 {share:g}"),
     )
 
 
@@ -230,6 +232,7 @@ def _substituted(attack: Callable[..., Forged]) -> Callable[[Subject, float], Fo
             recipe,
             normalise=subject.normalise,
             rng=subject.rng(f"{attack.__name__} {share}"),
+            journal=subject.journal(f"{attack.__name__} {share:g}"),
         )
 
     return run

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
+from nnpassport.audit.subject import Budget
 from nnpassport.audit.table import ATTACKS
 from nnpassport.catalog import CATALOG
 from nnpassport.experiments.plans import Plan
@@ -135,7 +136,7 @@ class Cell:
         shared |= {"strengths": list(self.strengths), "test_images": self.tested}
         if "train" not in ATTACKS[self.work].needs:
             return shared
-        attackers: dict[str, Any] = self.plan.attackers._asdict()
+        attackers: dict[str, Any] = attackers_of(self)._asdict()
         if attackers["schedule"] == "constant":  # what it was before there was a choice
             del attackers["schedule"]
         if self.work == "fake3" and self.plan.insider_rate is not None:
@@ -148,6 +149,12 @@ def transfer_recipe(cell: Cell) -> Recipe:
     recipe = cell.plan.transfer
     epochs = cell.plan.transfer_epochs.get(cell.target, recipe.epochs)
     return dataclasses.replace(recipe, epochs=epochs, seed=cell.network.seed)
+
+
+def attackers_of(cell: Cell) -> Budget:
+    """What the attackers of this cell may spend."""
+    usual = cell.plan.attackers
+    return usual._replace(epochs=cell.plan.attack_epochs.get(cell.work, usual.epochs))
 
 
 def embed_recipe(plan: Plan, network: Network) -> Recipe:

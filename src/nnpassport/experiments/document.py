@@ -144,13 +144,11 @@ def _table4(results: Path, prose: Mapping[str, str]) -> list[str]:
 
 
 def _recipe(plan: Plan) -> str:
-    usual = plan.transfer.epochs
-    other = (f"{n} for {tables.name_of(t)}" for t, n in plan.transfer_epochs.items() if n != usual)
+    plans = {name: plan.of(name) for name in plan.architectures}
     lines = {
-        "Networks": _words(plan.embed),
-        "Transfers": ", ".join([_words(plan.transfer), *other]),
-        "Attackers": f"{plan.attackers.epochs} epochs, batch {plan.attackers.batch}, "
-        f"{plan.attackers.precision}",
+        "Networks": _each(plans, lambda own: _words(own.embed)),
+        "Transfers": _each(plans, _transfers),
+        "Attackers": _each(plans, _attackers),
         "Images": _limits(plan),
         "Passports": f"{plan.passports}; triggers {plan.triggers}",
         "Weights": plan.selection.replace("-", " ")
@@ -158,6 +156,27 @@ def _recipe(plan: Plan) -> str:
         "Seeds": ", ".join(map(str, plan.seeds)),
     }
     return "\n".join(f"- {name}: {words}" for name, words in lines.items())
+
+
+def _each(plans: Mapping[str, Plan], words: Callable[[Plan], str]) -> str:
+    """What holds for all architectures, or what holds for each."""
+    said = {name: words(own) for name, own in plans.items()}
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{tables.ARCHITECTURES.get(n, n)}: {each}" for n, each in said.items())
+
+
+def _transfers(plan: Plan) -> str:
+    usual = plan.transfer.epochs
+    other = (f"{n} for {tables.name_of(t)}" for t, n in plan.transfer_epochs.items() if n != usual)
+    return ", ".join([_words(plan.transfer), *other])
+
+
+def _attackers(plan: Plan) -> str:
+    spent = plan.attackers
+    epochs = f"{spent.epochs} epoch{'' if spent.epochs == 1 else 's'}"
+    other = (f"{n} for {attack}" for attack, n in plan.attack_epochs.items())
+    return ", ".join([epochs, *other, f"batch {spent.batch}", spent.precision])
 
 
 def _words(recipe: Recipe) -> str:
@@ -195,8 +214,10 @@ def _made(findings: Findings, part: str) -> str:
     if not entries:
         return f"Plan `{findings.plan.name}`: {count}."
     made = [found for entry in entries for found in _provenances(entry)]
+    plans = [findings.plan.of(name) for name in findings.plan.architectures]
+    epochs = " or ".join(dict.fromkeys(str(own.embed.epochs) for own in plans))
     facts = [
-        f"Plan `{findings.plan.name}`, {findings.plan.embed.epochs} epochs: {count}",
+        f"Plan `{findings.plan.name}`, {epochs} epochs: {count}",
         _images(entries),
         ", ".join(_distinct(_device(each) for each in made)),
         "torch " + ", ".join(_distinct(each["torch"] for each in made)),

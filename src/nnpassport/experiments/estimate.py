@@ -8,7 +8,7 @@ from statistics import median
 import torch
 
 from nnpassport.audit.table import ATTACKS
-from nnpassport.experiments.cells import Cell, embed_recipe, transfer_recipe
+from nnpassport.experiments.cells import Cell, attackers_of, embed_recipe, transfer_recipe
 from nnpassport.experiments.speed import SIDE, Trained, training_step
 from nnpassport.experiments.store import Store
 from nnpassport.experiments.tasks import images_of, missing
@@ -38,7 +38,7 @@ def _recipe(cell: Cell) -> Recipe:
         return embed_recipe(cell.plan, cell.network)
     if cell.work == "transfer":
         return transfer_recipe(cell)
-    epochs, batch, precision, _ = cell.plan.attackers
+    epochs, batch, precision, _ = attackers_of(cell)
     return Recipe(epochs=epochs, batch=batch, precision=precision)
 
 

@@ -40,6 +40,25 @@ def waves(cells: Iterable[Cell], store: Store) -> list[list[Cell]]:
     return [wave for wave in ordered if wave]
 
 
+def queue(cells: Iterable[Cell], store: Store) -> list[Cell]:
+    """Cells that are still to be run, in the order given, each after what it needs.
+
+    Unlike in `waves`, nothing is brought forward but what the next cell needs.
+    """
+    ordered: dict[str, Cell] = {}
+
+    def take(cell: Cell) -> None:
+        for needed in cell.needs:
+            if needed.name not in ordered and not store.ready(needed):
+                take(needed)
+        ordered.setdefault(cell.name, cell)
+
+    for cell in cells:
+        if not store.done(cell):
+            take(cell)
+    return list(ordered.values())
+
+
 def run_grid(
     cells: Sequence[Cell],
     store: Store,
@@ -50,6 +69,8 @@ def run_grid(
 ) -> list[Failure]:
     """Run what was not run; returns what could not be.
 
+    One job runs the cells in the order given (`queue`); several run `waves`, all trainings first.
+
     "loky" is this machine's processes. "dask" sends cells to the cluster of the client that there
     is, or else of $DASK_SCHEDULER_ADDRESS; "ray" to the one of $RAY_ADDRESS, or else to processes
     that Ray starts here. Their machines must see the same folders.
@@ -57,15 +78,15 @@ def run_grid(
     Raises:
         BadRecipeError: the backend is unknown, or what it needs is not installed.
     """
-    planned = waves(cells, store)
-    total, done = sum(map(len, planned)), 0
     failures: list[Failure] = []
     if jobs == 1 and backend == "loky":
-        for cell in (cell for wave in planned for cell in wave):
-            show(done, total, cell.slug)
+        ordered = queue(cells, store)
+        for number, cell in enumerate(ordered):
+            show(number, len(ordered), cell.slug)
             failures += _attempt(cell, store)
-            done += 1
         return failures
+    planned = waves(cells, store)
+    total, done = sum(map(len, planned)), 0
     from joblib import Parallel, delayed  # noqa: PLC0415 - not needed for one process
 
     with _backend(backend, jobs):

@@ -7,6 +7,7 @@ are in `paper`; `sound` has its budget without them. [Fan19] and its code of 201
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, final
 
 from nnpassport.attacks.ambiguity import REVERSE
@@ -33,6 +34,7 @@ class Plan:
         transfer: the fine-tuning to another task (RTAL); its seed is the cell's.
         transfer_epochs: by target, where it differs from `transfer`.
         attackers: what attackers who train may spend.
+        attack_epochs: by attack, where it differs from `attackers`.
         insider_rate: learning rate of fake3. None is the audit's, which is a hundred times the
             published one and meant for a hundredth of its steps.
         tasks: what networks are trained on.
@@ -40,8 +42,9 @@ class Plan:
         architectures: names, and the arguments that they are built with.
         seeds: one network each.
         fakes: random passports of fake1.
-        passports: "derived" from a seed; or activations of 20 and 20 images, shuffled, in the
-            plain network: of training images, or of test images as in the paper's code.
+        passports: "derived" from a seed, one for a whole layer as in the paper; or activations of
+            20 and 20 images, shuffled, in the plain network: of training images, or of test images
+            as in the paper's code.
         triggers: "derived", or the "published" ones of Adi et al.
         selection: which weights a run ends with.
         validation: share of the training images that is held out; nothing is, if weights are
@@ -57,6 +60,8 @@ class Plan:
         skipped: attacks that the leaderboard leaves out, and why.
         fresh_keys: keys drawn by chance that are read on networks which nobody marked with them.
         fewer_keys: the same by scheme, where to make one takes long.
+        baselines_on: architectures that Table 1 is run on; the paper's is of AlexNet.
+        by_architecture: fields of the plan that are others for an architecture; see `of`.
     """
 
     name: str
@@ -90,6 +95,9 @@ class Plan:
     skipped: Mapping[str, str] = field(default_factory=dict)
     fresh_keys: int = 20
     fewer_keys: Mapping[str, int] = field(default_factory=dict)
+    attack_epochs: Mapping[str, int] = field(default_factory=dict)
+    baselines_on: tuple[str, ...] = ("alexnet",)
+    by_architecture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, allowed in (("passports", PASSPORTS), ("selection", SELECTIONS)):
@@ -101,6 +109,16 @@ class Plan:
     def with_seeds(self, seeds: tuple[int, ...]) -> "Plan":
         """The same plan for other seeds; cells do not depend on what other seeds there are."""
         return dataclasses.replace(self, seeds=seeds) if seeds else self
+
+    def of(self, architecture: str) -> "Plan":
+        """The plan as it is for this architecture."""
+        return _plan_of(self, architecture) if architecture in self.by_architecture else self
+
+
+@cache  # one object for each, since plans are told apart by identity
+def _plan_of(plan: Plan, architecture: str) -> Plan:
+    given = plan.by_architecture[architecture]
+    return dataclasses.replace(plan, **given, by_architecture={})
 
 
 _ANSWERING = tuple(n for n, e in CATALOG.items() if isinstance(e.scheme, TriggerSet))
@@ -167,6 +185,29 @@ GPU_SHORT = Plan(
     seeds=(0, 1, 2),
     settings={name: {"triggers_per_step": 16} for name in ("adi", "passport-v3")},
 )
+_ONE_CYCLE = Recipe(rate=0.05, schedule="one-cycle", nesterov=True, precision="bfloat16")
+STEADY = Plan(
+    "steady",
+    "all images, one cycle of 20 epochs (AlexNet) or 8 (ResNet-18): for processors and patience",
+    embed=dataclasses.replace(_ONE_CYCLE, epochs=20, batch=128),
+    transfer=Recipe(epochs=5, rate=0.02, schedule="one-cycle", precision="bfloat16"),
+    transfer_epochs={"caltech101": 15},
+    attackers=Budget(epochs=1, batch=64, precision="bfloat16"),
+    attack_epochs={"fake2": 10},
+    attack_test_images=2_000,
+    fake_images=1_000,
+    settings=_FOUR_TRIGGERS,
+    baselines_on=("alexnet", "resnet18"),
+    by_architecture={
+        "resnet18": {
+            "embed": dataclasses.replace(_ONE_CYCLE, epochs=8, batch=64),
+            "transfer": Recipe(epochs=3, rate=0.02, schedule="one-cycle", precision="bfloat16"),
+            "transfer_epochs": {"caltech101": 10},
+            "attack_epochs": {"fake2": 4},
+            "settings": {name: {"triggers_per_step": 2} for name in ("adi", "passport-v3")},
+        }
+    },
+)
 TRIAL = Plan(
     "trial",
     "scikit-learn's embedded digits and narrow networks: a few minutes, to see it work",
@@ -219,7 +260,9 @@ LEADERBOARD_TRIAL = dataclasses.replace(
     skipped=LEADERBOARD.skipped,
     fresh_keys=3,
 )
-PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (SHORT, PAPER, SOUND, GPU_SHORT, TRIAL)}
+PLANS: Mapping[str, Plan] = {
+    plan.name: plan for plan in (STEADY, SHORT, PAPER, SOUND, GPU_SHORT, TRIAL)
+}
 """The paper's tables and figures can be made by these."""
 FIELD_PLANS: Mapping[str, Plan] = {plan.name: plan for plan in (LEADERBOARD, LEADERBOARD_TRIAL)}
 """And the leaderboard by these."""

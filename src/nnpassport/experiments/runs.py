@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from shutil import rmtree
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.experiments.cells import (
     Cell,
+    attackers_of,
     embed_recipe,
     settings_of,
     transfer_recipe,
@@ -70,7 +72,9 @@ def run(cell: Cell, store: Store, show: Show = lambda _: None) -> dict[str, Any]
         "strangers": _strangers,
     }
     result = works.get(cell.work, _attack)(cell, store, show)
-    return store.keep(cell, result, begun)
+    kept = store.keep(cell, result, begun)
+    rmtree(store.checkpoints(cell), ignore_errors=True)
+    return kept
 
 
 def _train(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
@@ -117,7 +121,10 @@ def _transfer(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     train = target.train.at_most(cell.plan.transfer_images, seed=cell.network.seed)
     recipe, normalise = transfer_recipe(cell), subject.normalise
     forgeries = _forgeries(cell, subject)
-    tuned = fine_tune(subject.model, train, recipe, normalise=normalise, form="rtal").model
+    journal = replace(subject.journal("transfer") or Journal(), show=show)
+    tuned = fine_tune(
+        subject.model, train, recipe, normalise=normalise, form="rtal", journal=journal
+    ).model
     original_head = with_head(tuned, subject.model)
     return {
         "accuracy": accuracy(tuned, target.test, normalise),
@@ -194,6 +201,7 @@ def _insider(subject: Subject, share: float, rate: float) -> Forged:
         normalise=subject.normalise,
         rng=subject.rng(f"fake3 {share}"),
         share=share,
+        journal=subject.journal(f"fake3 {share:g}"),
     )
 
 
@@ -363,8 +371,9 @@ def _subject(cell: Cell, store: Store) -> Subject:
         key=key,
         test=images.test,
         train=images.train.at_most(cell.plan.attack_images, seed=cell.network.seed),
-        budget=cell.plan.attackers,
+        budget=attackers_of(cell),
         seed=cell.network.seed,
+        checkpoints=store.checkpoints(cell),
     )
 
 

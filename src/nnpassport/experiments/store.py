@@ -40,6 +40,10 @@ class Store:
         """Where the network of this cell is, or will be."""
         return self.networks / cell.trains.name
 
+    def checkpoints(self, cell: Cell) -> Path:
+        """Where what trains on the network of this cell keeps checkpoints, until it is done."""
+        return self.folder(cell) / "going-on" / cell.name
+
     def done(self, cell: Cell) -> bool:
         """Whether the cell was run."""
         return self.path(cell).exists()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nnpassport.experiments import reported
-from nnpassport.experiments.contents import BASELINES, COLUMNS, SCHEMES, targets_of
+from nnpassport.experiments.contents import BASELINES, COLUMNS, SCHEMES, baselines_on, targets_of
 from nnpassport.experiments.findings import (
     NONE,
     NOT_RUN,
@@ -44,24 +44,30 @@ class Table(NamedTuple):
 
 def table1(findings: Findings) -> list[Table]:
     """Marks of the baselines, and forged ones, before and after a transfer."""
+    head = (
+        *("scheme", "to", "accuracy after (before)", "paper", "real mark after (before)", "paper"),
+        *("log₁₀ p of the real mark after", "forged by", "forged mark after (before)", "paper"),
+        "log₁₀ p of the forged mark",
+    )
     plan = findings.plan
-    architecture, task = next(iter(plan.architectures)), plan.tasks[0]
+    return [
+        Table(_names(name, plan.tasks[0]), head, _table1_rows(findings, name, plan.tasks[0]))
+        for name in baselines_on(plan)
+    ]
+
+
+def _table1_rows(findings: Findings, architecture: str, task: str) -> list[tuple[str, ...]]:
     rows = []
     for label, (scheme, norm) in BASELINES.items():
         group = Group(architecture, task, scheme, norm)
-        for target in targets_of(plan, task):
+        for target in targets_of(findings.plan, task):
             found = list(findings.transferred(group, target).values())
             known = (architecture, task) == ("alexnet", "cifar10")
             paper = reported.TABLE1.get((scheme, target)) if known else None
             for forgery, how in _forgeries(scheme).items():
                 fields = _table1_fields(found, paper, scheme, forgery)
                 rows.append((label, name_of(target), *fields[:5], how, *fields[5:]))
-    head = (
-        *("scheme", "to", "accuracy after (before)", "paper", "real mark after (before)", "paper"),
-        *("log₁₀ p of the real mark after", "forged by", "forged mark after (before)", "paper"),
-        "log₁₀ p of the forged mark",
-    )
-    return [Table(_names(architecture, task), head, rows)]
+    return rows
 
 
 def _forgeries(scheme: str) -> Mapping[str, str]:
