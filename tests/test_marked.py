@@ -140,3 +140,19 @@ def test_evaluation_after_a_step_gives_one_output_an_image(model, name):
         assert len(answers) == len(batch)
         torch.testing.assert_close(answers, marked.released().eval()(batch))
     assert torch.isfinite(marked.loss(batch, labels))
+
+
+def test_a_loss_waits_for_no_device_until_its_measures_are_asked_for(model, monkeypatch):
+    key = nnpassport.V2.draw_key(model, EXAMPLE, owner="Alice")
+    marked = nnpassport.mark(model, key, EXAMPLE)
+    read = []
+
+    def note(value):
+        read.append(value)
+        return float(value.mean())
+
+    monkeypatch.setattr("nnpassport.marked.read_measure", note)
+    marked.loss(*images()).backward()
+    assert not read
+    assert set(marked.measures) == {"sign_match", "accuracy", "private_accuracy"}
+    assert len(read) == 3

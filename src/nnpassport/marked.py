@@ -27,8 +27,6 @@ class Marked:
         fork: where V2 and V3 double the batch, and what a step costs; None for other schemes.
         step: how many losses were asked for; the trigger set of V3 takes turns by it. Save it with
             a checkpoint and set it again to resume.
-        measures: of the last loss: share of signature bits that match, and of each branch its
-            accuracy, or its loss where that is the caller's own.
     """
 
     def __init__(
@@ -37,7 +35,7 @@ class Marked:
         self.model = model
         self.fork: Fork | None = None
         self.step = 0
-        self.measures: dict[str, float] = {}
+        self._measured: Mapping[str, Tensor] = {}
         self._scheme = scheme_named(key.context.scheme)
         self._objective = self._scheme.objective(key, steps=1, normalise=normalise, task=task)
 
@@ -58,8 +56,18 @@ class Marked:
         refuse_lossy_wrapper(running, one_branch=one_branch)
         outcome = self._objective(running, Batch(inputs, labels, self.step))
         self.step += 1
-        self.measures = {name: read_measure(value) for name, value in outcome.measures.items()}
+        self._measured = outcome.measures
         return outcome.loss
+
+    @property
+    def measures(self) -> dict[str, float]:
+        """Of the last loss: the share of signature bits that match, and each branch's accuracy.
+
+        Where the task's loss is the caller's own, each branch's loss in place of its accuracy.
+        Reading them waits for the device, so a loop that logs every tenth step waits in every
+        tenth step alone.
+        """
+        return {name: read_measure(value) for name, value in self._measured.items()}
 
     def graft(self, inputs: Example) -> Mapping[str, Grafted]:
         """Start from the trained weights that the network has: see `schemes.graft`.
