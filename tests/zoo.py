@@ -295,10 +295,11 @@ ZOO: Mapping[str, Network] = {
     ),
     "MobileNetV2": Network(
         "inverted residuals, depthwise convolutions, batch norm",
-        _images("MobileNetV2", image_size=32, depth_multiplier=0.25),
+        _images("MobileNetV2", image_size=32, depth_multiplier=0.25, classifier_dropout_prob=0.0),
         pixels,
         ("mobilenet_v2.layer.14.*",),
         schemes=BOTH,
+        rate=1e-3,  # at three times that its 52 batch norms make it swing
     ),
     "EfficientNet": Network(
         "inverted residuals, squeeze and excite, batch norm",
