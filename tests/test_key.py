@@ -3,6 +3,7 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import stat
@@ -215,6 +216,35 @@ def test_a_key_does_not_change_with_the_tensors_it_was_made_from_or_gave():
 def test_a_key_survives_copy_and_pickle(key):
     assert same(copy.deepcopy(key), key)
     assert same(pickle.loads(pickle.dumps(key)), key)
+
+
+def test_a_file_of_explicit_parts_is_written_byte_for_byte_as_ever(tmp_path):
+    """The digests are of the first release, whose keys held tensors."""
+
+    def counted(kind, *shape):
+        return (np.arange(math.prod(shape)).reshape(shape) % 251).astype(kind)
+
+    key = Key(
+        SEED,
+        CONTEXT,
+        passports={
+            "fc": counted("float32", 2, 10, 64) / 8,
+            "layer4.conv": counted("float32", 2, 3, 8, 8) / 4,
+        },
+        signs={
+            "fc": counted("float32", 13) % 2 * 2 - 1,
+            "layer4.conv": counted("float32", 40) % 2 * 2 - 1,
+        },
+        trigger_images=counted("uint8", 6, 3, 8, 8),
+        trigger_choices=np.array([[1, 4]] * 6),
+    )
+    save_key(key, tmp_path / "key")
+    written = (tmp_path / "key").read_bytes()
+    assert key.trigger_arrays()[1].tolist() == [1, 4, 1, 1, 1, 1]
+    assert key.fingerprint == "d6d3626888f01809ee148fa54d796c468e67af69a7dd8df3c2b6ae391521b5dc"
+    assert hashlib.sha256(written).hexdigest() == (
+        "680d98113feec9b46345233d91061dde58b5b705101004f8ec18fc360a5560ac"
+    )
 
 
 def bad_parts():
