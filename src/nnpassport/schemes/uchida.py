@@ -19,7 +19,8 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
-from nnpassport.functional import Geometry, filters
+from nnpassport.functional import filters
+from nnpassport.geometry import Geometry
 from nnpassport.layers import whole_weight
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
