@@ -10,8 +10,8 @@ import nnpassport
 ROOT = Path(nnpassport.__file__).parent
 CORE = {"scheme", "functional"}
 FOLDERS = {"files", "config", "weights"}
-KEYS = {"evidence.context", "evidence.seed", "evidence.key"}
-SIGNED = {"evidence.signing", "evidence.timestamp", "evidence.claimfile"}
+KEYS = {"evidence.context", "evidence.validity", "evidence.seed", "evidence.key"}
+SIGNED = {"evidence.curve", "evidence.signing", "evidence.timestamp", "evidence.claimfile"}
 CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
@@ -35,7 +35,7 @@ ALL = {"*"}
 MAY_IMPORT = {
     "scheme": set(),
     "functional": set(),
-    "statistics": set(),
+    "statistics": {"scheme"},
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
@@ -58,11 +58,13 @@ MAY_IMPORT = {
     "distributed": {"scheme", "outputs", "processes", "layers"},
     "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "distributed", "data"},
-    "evidence.context": CORE,
+    "evidence.validity": {"scheme", "evidence.context"},  # its types alone
+    "evidence.context": {*CORE, "evidence.validity"},
     "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
     "evidence.key": {*CORE, "data.triggers", *KEYS},
     "evidence.keyfile": {*CORE, *KEYS},
-    "evidence.signing": {"scheme", "files", "evidence.context"},
+    "evidence.curve": set(),
+    "evidence.signing": {"scheme", "files", "evidence.context", "evidence.curve"},
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},
     "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
     "evidence.claim": {"scheme", *KEYS, *SIGNED},

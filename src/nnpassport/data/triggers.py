@@ -4,6 +4,7 @@ Derived images must be the same bit for bit wherever they are computed again, ye
 another machine: so there is integer arithmetic only, and every choice is a byte of the stream.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nnpassport.scheme import UnreadableDataError
 
 _GRID = 5  # points a side of the coarse colours
 _SHAPES = 4  # overlaid on each image
+_MADE = 2**20  # numbers of images at a time
 _UNIT = 256  # one pixel, in the fixed-point numbers of the shapes
 
 
@@ -30,14 +32,22 @@ def abstract_images(
     Raises:
         UnreadableDataError: a count or a side is below 1.
     """
-    channels, height, width = size
+    channels = size[0]
     if min(count, *size) < 1:
         raise UnreadableDataError(
             f"{count} images of {size} were asked for; needed: at least 1 of everything"
         )
     each = channels * _GRID * _GRID + _SHAPES * (8 + channels)
     content = torch.frombuffer(bytearray(stream(count * each)), dtype=torch.uint8)
-    numbers = content.view(count, each).long()
+    # Some images at a time: in the making, each of its numbers takes eight bytes many times over.
+    parts = content.view(count, each).split(max(1, _MADE // max(each, math.prod(size))))
+    return torch.cat([_made(part.long(), size) for part in parts])
+
+
+def _made(numbers: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """The images of these bytes (count each)."""
+    channels, height, width = size
+    count = len(numbers)
     colours, shapes = numbers.tensor_split([channels * _GRID * _GRID], dim=1)
     images = _upsampled(colours.view(count, channels, _GRID, _GRID), height, width)
     for shape in shapes.view(count, _SHAPES, -1).unbind(1):

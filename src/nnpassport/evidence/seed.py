@@ -8,6 +8,7 @@ import hmac
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -61,6 +62,13 @@ def _salt_of(context: Context) -> bytes:
     return hashlib.sha256(context.encode()).digest()
 
 
+@lru_cache(maxsize=16)
+def _starts_of(context: Context) -> dict[str, int]:
+    """By layer, how many signature bits there are before its own."""
+    starts = accumulate((layer.length for layer in context.layers), initial=0)
+    return {layer.name: start for layer, start in zip(context.layers, starts, strict=False)}
+
+
 def derive_signs(
     seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
 ) -> Float[Tensor, " out"]:
@@ -83,8 +91,7 @@ def derive_passport(
     check_member(context, layer)
     shape = (2, *layer.passport)
     draw = stream(seed, context, "passport", layer.name, bound)
-    numbers = _signed_bytes(draw, math.prod(shape))
-    return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+    return torch.from_numpy(_fractions(draw, math.prod(shape))).reshape(shape)
 
 
 def derive_projection(
@@ -98,8 +105,7 @@ def derive_projection(
     check_member(context, layer)
     shape = (layer.length, math.prod(layer.passport))
     draw = stream(seed, context, "projection", layer.name, bound)
-    numbers = _signed_bytes(draw, math.prod(shape))
-    return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+    return torch.from_numpy(_fractions(draw, math.prod(shape))).reshape(shape)
 
 
 def triggers_of(context: Context) -> TriggerShape:
@@ -168,6 +174,23 @@ def whiten_text(
     return {s.name: _signs_of(part) for s, part in zip(context.layers, parts, strict=True)}
 
 
+def whitened_signs(
+    text: str, seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
+) -> Float[Tensor, " out"]:
+    """The signature bits of one layer as `whiten_text` has them, without those of all others.
+
+    Raises:
+        BadSignatureError: the text is not printable ASCII or has more characters than fit.
+        UnreadableKeyError: the context has no such layer.
+    """
+    check_text(text, context)
+    bits = _stream_bits(seed, context, layer, bound)
+    start = _starts_of(context)[layer.name]
+    spelled = np.unpackbits(np.frombuffer(text.encode("ascii"), np.uint8))[start:][: len(bits)]
+    bits[: len(spelled)] ^= spelled
+    return _signs_of(bits)
+
+
 def read_text(signs: Float[Tensor, " channels"], seed: bytes, context: Context, length: int) -> str:
     """The `length` characters that `signs`, of all layers in order, spell under this seed.
 
@@ -231,6 +254,12 @@ def _stream_bits(
 
 def _signs_of(bits: NDArray[np.uint8]) -> Float[Tensor, " out"]:
     return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+
+
+def _fractions(draw: Stream, count: int) -> NDArray[np.float32]:
+    numbers = _signed_bytes(draw, count).astype(np.float32)
+    numbers /= np.float32(127)  # in place: a large projection is there once
+    return numbers
 
 
 def _signed_bytes(draw: Stream, count: int) -> NDArray[np.int8]:

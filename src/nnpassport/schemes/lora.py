@@ -44,7 +44,7 @@ from nnpassport.functional import Geometry, geometry_of, sign_loss
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, Survey, choose
@@ -62,6 +62,7 @@ from nnpassport.training import (
 from nnpassport.weights import tensors_digest
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_WIDENED = 2**22  # numbers
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 
@@ -246,7 +247,7 @@ class Lora:
         counts = {}
         for layer in key.context.layers:
             gamma = _read(pairs, weights, layer, key.layer_projection(layer.name))
-            matches = int((gamma.sign() == key.layer_signs(layer.name)).sum())
+            matches = matching(gamma.sign(), key.layer_signs(layer.name))
             counts[layer.name] = (matches, layer.length)
         verdict = judged(
             key,
@@ -474,14 +475,20 @@ def _read(
     pairs: Mapping[str, Pair], weights: Mapping[str, Tensor], layer: LayerShape, rows: Tensor
 ) -> Float[Tensor, " out"]:
     """γ in float64, so that every machine reads the same bits."""
+    # Channel by channel each is a sum of its own; a large layer is widened some at a time.
+    parts = rows.split(max(1, _WIDENED // rows.shape[1]))
     if pairs:
         if layer.name not in pairs:
             return torch.zeros(layer.length, dtype=torch.float64)
         pair = pairs[layer.name]
         _check_fits(pair, layer)
-        return Pair(pair.a.cpu().double(), pair.b.cpu().double()).read(rows.double())
-    weight = host_weight(weights, layer).cpu().double()
-    return (weight.flatten(1) * rows.double()).sum(1)
+        a, halves = pair.a.cpu().double(), pair.b.cpu().split(len(parts[0]))
+        read = [Pair(a, b.double()).read(x.double()) for b, x in zip(halves, parts, strict=True)]
+    else:
+        stripes = host_weight(weights, layer).cpu().flatten(1).split(len(parts[0]))
+        both = zip(stripes, parts, strict=True)
+        read = [(w.double() * x.double()).sum(1) for w, x in both]
+    return torch.cat(read)
 
 
 def _pair(name: str, half: Mapping[str, Tensor]) -> Pair:

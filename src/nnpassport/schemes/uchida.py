@@ -24,7 +24,7 @@ from nnpassport.layers import whole_weight
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, choose, survey
@@ -38,6 +38,8 @@ from nnpassport.training import (
     Task,
     share_right,
 )
+
+_WIDENED = 2**22  # numbers of a projection
 
 
 @final
@@ -195,6 +197,7 @@ class Uchida:
         Raises:
             UnsuitableModelError: the host layer is missing or has another shape.
         """
+        mark.check_scheme(self.name, key)
         (layer,) = key.context.layers
         weight = host_weight(weights, layer).detach().cpu().double()
         read = read_out(weight, key.layer_projection(layer.name)).sign()
@@ -202,7 +205,7 @@ class Uchida:
             key,
             "projected bits",
             bits=layer.length,
-            matches=int((read == key.layer_signs(layer.name)).sum()),
+            matches=matching(read, key.layer_signs(layer.name)),
             chance=0.5,
             log10_alpha=log10_alpha,
         )
@@ -309,7 +312,10 @@ def read_out(
     Gradients flow to the weight and to the projection.
     """
     mean_filter = weight.mean(0).flatten()
-    return projection.to(mean_filter) @ mean_filter
+    # A large projection is widened some rows at a time.
+    rows = max(1, _WIDENED // len(mean_filter))
+    parts = [part.to(mean_filter) @ mean_filter for part in projection.split(rows)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _fan_in(site: Site) -> int:
