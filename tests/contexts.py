@@ -195,7 +195,9 @@ def _spoil_layer(rng: Random, layer: dict) -> None:
                 passport[0] = weight[1] * few
         case _:
             geometry["padding_mode"] = rng.choice(["zeros", "reflect", "replicate", "circular"])
-            geometry["transposed"] = True if rng.random() < 0.3 else geometry.get("transposed", True)
+            geometry["transposed"] = (
+                True if rng.random() < 0.3 else geometry.get("transposed", True)
+            )
 
 
 def _spoil_triggers(rng: Random, document: dict) -> None:

@@ -478,7 +478,7 @@ def test_the_independent_implementation_derives_projections_too():
     derive = load_example("derive_independently").derive
     layer = LayerShape("host", (4, 3, 2, 2), (3, 2, 2), CONTEXT.layers[0].geometry, 10)
     layer = layer._replace(geometry=layer.geometry._replace(groups=1, padding=((0, 0),) * 2))
-    context = replace(CONTEXT, layers=(layer,), triggers=None)
+    context = replace(CONTEXT, scheme="uchida", layers=(layer,), triggers=None)
     theirs, ours = derive(bytes(32), context.encode()), Key(bytes(32), context)
     assert Context.decode(context.encode()) == context
     numbers = torch.tensor(theirs["passports"]["host"], dtype=torch.float64) / 127

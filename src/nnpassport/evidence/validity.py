@@ -39,7 +39,8 @@ _LAYER_PRODUCTS = 2**27
 _WEIGHT = 2**40  # numbers of one layer's weight
 _TAIL = 60  # bytes for each trial: `statistics.log_binomial_tail`
 _DRAWN = 7  # bytes for each number drawn: of the stream, the mask, what it keeps, as float32
-_WIDE = 12  # bytes for each number that is read: as float32 and as float64
+_WIDE = 12  # bytes for each number of a passport that slides: as float32 and as float64
+_AT_ONCE = 24  # bytes for each number of a projection that is being read: float64, three times
 _CHUNK = 2**22  # numbers at a time: where a projection is read, or pictures are made
 _PICTURE = 80  # bytes for each number of a picture while it is made: 64-bit integers
 _GRID, _SHAPES = 25, 4  # bytes of a channel's colours; shapes of 8 bytes and one for each channel
@@ -101,7 +102,7 @@ def cost_of(layer: "LayerShape") -> Cost:
     signs = _TAIL * layer.length
     if layer.bits is not None:  # a projection: nothing slides
         numbers = layer.length * math.prod(layer.passport)
-        read = 4 * numbers + _WIDE * min(numbers, max(_CHUNK, math.prod(layer.passport)))
+        read = 4 * numbers + _AT_ONCE * min(numbers, max(_CHUNK, math.prod(layer.passport)))
         return Cost(numbers, 0, 0, signs + max(_DRAWN * numbers, read) + _forms_bytes(layer))
     numbers = 2 * math.prod(layer.passport)
     padded, products = sliding(layer)

@@ -475,19 +475,20 @@ def _read(
     pairs: Mapping[str, Pair], weights: Mapping[str, Tensor], layer: LayerShape, rows: Tensor
 ) -> Float[Tensor, " out"]:
     """γ in float64, so that every machine reads the same bits."""
-    # Channel by channel each is a sum of its own; a large layer is widened some at a time.
-    parts = rows.split(max(1, _WIDENED // rows.shape[1]))
+    count = max(1, _WIDENED // rows.shape[1])
+    # One buffer for all parts of a large layer: what is allocated anew the C library scatters.
+    wide = rows.new_empty((min(count, len(rows)), rows.shape[1]), dtype=torch.float64)
+    parts = (wide[: len(part)].copy_(part) for part in rows.split(count))
     if pairs:
         if layer.name not in pairs:
             return torch.zeros(layer.length, dtype=torch.float64)
         pair = pairs[layer.name]
         _check_fits(pair, layer)
-        a, halves = pair.a.cpu().double(), pair.b.cpu().split(len(parts[0]))
-        read = [Pair(a, b.double()).read(x.double()) for b, x in zip(halves, parts, strict=True)]
+        a, halves = pair.a.cpu().double(), pair.b.cpu().double().split(count)
+        read = [Pair(a, b).read(part) for b, part in zip(halves, parts, strict=True)]
     else:
-        stripes = host_weight(weights, layer).cpu().flatten(1).split(len(parts[0]))
-        both = zip(stripes, parts, strict=True)
-        read = [(w.double() * x.double()).sum(1) for w, x in both]
+        stripes = host_weight(weights, layer).cpu().flatten(1).split(count)
+        read = [part.mul_(w).sum(1) for w, part in zip(stripes, parts, strict=True)]
     return torch.cat(read)
 
 

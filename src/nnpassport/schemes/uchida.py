@@ -312,10 +312,14 @@ def read_out(
     Gradients flow to the weight and to the projection.
     """
     mean_filter = weight.mean(0).flatten()
-    # A large projection is widened some rows at a time.
+    same = projection.dtype == mean_filter.dtype or mean_filter.requires_grad
+    if same or projection.numel() <= _WIDENED:
+        return projection.to(mean_filter) @ mean_filter
+    # One buffer for all parts of a large one: what is allocated anew the C library scatters.
     rows = max(1, _WIDENED // len(mean_filter))
-    parts = [part.to(mean_filter) @ mean_filter for part in projection.split(rows)]
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    wide = mean_filter.new_empty((rows, len(mean_filter)))
+    parts = projection.split(rows)
+    return torch.cat([wide[: len(part)].copy_(part) @ mean_filter for part in parts])
 
 
 def _fan_in(site: Site) -> int:
