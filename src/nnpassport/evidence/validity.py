@@ -89,6 +89,7 @@ def _check_costs(context: "Context") -> None:
         ("{} numbers with padding", (whole.padded, MAX_NUMBERS)),
         ("{} products", (whole.products, MAX_PRODUCTS)),
         ("a layer of {} products", (max((c.products for c in costs), default=0), _LAYER_PRODUCTS)),
+        ("mean patches of {} bytes", (sum(map(_patch_bytes, context.layers)), MAX_BYTES)),
         ("a layer of {} bytes", (max((c.bytes for c in costs), default=0), MAX_BYTES)),
         ("{} signature bits", (context.bits, MAX_BITS)),
         ("pictures of {} bytes", (_pictures_bytes(context), MAX_BYTES)),
@@ -108,6 +109,12 @@ def cost_of(layer: "LayerShape") -> Cost:
     padded, products = sliding(layer)
     read = _WIDE * numbers + 2 * 8 * padded + 16 * products
     return Cost(numbers, padded, products, signs + max(_DRAWN * numbers, read))
+
+
+def _patch_bytes(layer: "LayerShape") -> int:
+    """What is kept of a passport, both parts in float64, while the whole key is presented."""
+    _, weight, passport, _, bits = layer
+    return 2 * 8 * passport[0] * math.prod(weight[2:]) if bits is None else 0
 
 
 def _forms_bytes(layer: "LayerShape") -> int:
