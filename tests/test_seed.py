@@ -275,7 +275,7 @@ def contexts(draw):
     names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
     axes, layers = draw(st.integers(0, 3)), []
     for name in draw(st.lists(names, max_size=3, unique=True)):
-        groups = draw(st.integers(1, 3))
+        groups = draw(st.integers(1, 3)) if axes else 1
         weight = (groups * draw(sizes), draw(sizes), *([3] * axes))
         space = [draw(st.integers(3, 9)) for _ in range(max(axes, 1))]
         geometry = Geometry((1,) * axes, ((1, 0),) * axes, (1,) * axes, groups, "reflect")

@@ -304,6 +304,7 @@ def _ranks_agree(layer: LayerShape) -> bool:
     axes = geometry.axes
     return (
         axes <= 3
+        and (axes > 0 or geometry.groups == 1)
         and len(weight) == axes + 2
         and len(passport) == max(axes, 1) + 1
         and len(geometry.padding) == len(geometry.dilation) == axes
