@@ -10,7 +10,6 @@ from torch import nn
 from nnpassport import ownership, verification
 from nnpassport.attacks.forging import forge_activations, forge_triggers
 from nnpassport.catalog import with_settings
-from nnpassport.evidence.key import Key
 from nnpassport.remote.finding import require_triggers
 from nnpassport.scheme import (
     BadRecipeError,
@@ -299,10 +298,8 @@ def test_one_layer_is_named(digits):
 
 def test_refuses_a_key_with_half_a_group(digits):
     key = key_for(digits, network())
-    context = replace(key.context, triggers=key.context.triggers._replace(count=40))
-    halved = Key(key.seed, context, trigger_images=key.trigger_images[:40])
-    with pytest.raises(UnreadableKeyError, match="40 pictures and 32 bits"):
-        SMALL.verify_network(network(), halved, digits[2])
+    with pytest.raises(UnreadableKeyError, match="32 bits for 40 pictures"):
+        replace(key.context, triggers=key.context.triggers._replace(count=40))
 
 
 def test_noise_is_chosen_before_it_has_labels(digits, marked):

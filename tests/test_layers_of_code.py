@@ -10,8 +10,11 @@ import nnpassport
 ROOT = Path(nnpassport.__file__).parent
 CORE = {"scheme", "functional", "geometry"}
 FOLDERS = {"files", "config", "weights"}
-KEYS = {"evidence.context", "evidence.pictures", "evidence.seed", "evidence.key"}
-SIGNED = {"evidence.signing", "evidence.timestamp", "evidence.claimfile"}
+KEYS = {
+    *("evidence.context", "evidence.validity", "evidence.pictures", "evidence.seed"),
+    "evidence.key",
+}
+SIGNED = {"evidence.curve", "evidence.signing", "evidence.timestamp", "evidence.claimfile"}
 CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
@@ -37,7 +40,7 @@ MAY_IMPORT = {
     "geometry": set(),
     "lazy": set(),
     "functional": {"geometry"},
-    "statistics": set(),
+    "statistics": {"scheme"},
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
@@ -60,12 +63,14 @@ MAY_IMPORT = {
     "distributed": {"scheme", "outputs", "processes", "layers"},
     "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "distributed", "data"},
-    "evidence.context": {"scheme", "geometry"},
+    "evidence.validity": {"scheme", "evidence.context"},  # its types alone
+    "evidence.context": {"scheme", "geometry", "evidence.validity"},
     "evidence.pictures": {"scheme"},
     "evidence.seed": {"scheme", "evidence.context"},
     "evidence.key": {"scheme", *KEYS},
     "evidence.keyfile": {"scheme", *KEYS},
-    "evidence.signing": {"scheme", "files", "evidence.context"},
+    "evidence.curve": set(),
+    "evidence.signing": {"scheme", "files", "evidence.context", "evidence.curve"},
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},
     "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
     "evidence.claim": {"scheme", *KEYS, *SIGNED},

@@ -277,7 +277,7 @@ def contexts(draw):
     names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
     axes, layers = draw(st.integers(0, 3)), []
     for name in draw(st.lists(names, max_size=3, unique=True)):
-        groups = draw(st.integers(1, 3))
+        groups = draw(st.integers(1, 3)) if axes else 1
         weight = (groups * draw(sizes), draw(sizes), *([3] * axes))
         space = [draw(st.integers(3, 9)) for _ in range(max(axes, 1))]
         geometry = Geometry((1,) * axes, ((1, 0),) * axes, (1,) * axes, groups, "reflect")
@@ -480,7 +480,7 @@ def test_the_independent_implementation_derives_projections_too():
     derive = load_example("derive_independently").derive
     layer = LayerShape("host", (4, 3, 2, 2), (3, 2, 2), CONTEXT.layers[0].geometry, 10)
     layer = layer._replace(geometry=layer.geometry._replace(groups=1, padding=((0, 0),) * 2))
-    context = replace(CONTEXT, layers=(layer,), triggers=None)
+    context = replace(CONTEXT, scheme="uchida", layers=(layer,), triggers=None)
     theirs, ours = derive(bytes(32), context.encode()), Key(bytes(32), context)
     assert Context.decode(context.encode()) == context
     numbers = torch.tensor(theirs["passports"]["host"], dtype=torch.float64) / 127

@@ -84,6 +84,14 @@ def own_order(
     return filters(rows, geometry)
 
 
+def own_shape(rows: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
+    """Shape of a layer's own weight whose filters have this shape; no tensor is made for it."""
+    if not geometry.transposed:
+        return tuple(rows)
+    out, inputs, *kernel = rows
+    return (inputs * geometry.groups, out // geometry.groups, *kernel)
+
+
 def _explicit_padding(conv: nn.modules.conv._ConvNd) -> tuple[tuple[int, int], ...]:
     if conv.padding == "valid":
         return tuple((0, 0) for _ in conv.kernel_size)

@@ -22,7 +22,7 @@ from nnpassport.evidence.seed import (
     length_prefixed,
     trigger_stream,
     triggers_of,
-    whiten_text,
+    whitened_signs,
 )
 from nnpassport.scheme import UnreadableKeyError
 
@@ -162,7 +162,7 @@ class Key:
         if self.signs is not None:
             return array_of(self.signs[name])
         if self.text is not None:
-            return whiten_text(self.text, self.seed, self.context, self.bound)[name]
+            return whitened_signs(self.text, self.seed, self.context, layer, self.bound)
         return derive_signs(self.seed, self.context, layer, self.bound)
 
     def passport_array(self, name: str) -> NDArray[np.float32]:

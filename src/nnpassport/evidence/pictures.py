@@ -5,6 +5,7 @@ machine: so there is integer arithmetic only, and every choice is a byte of the 
 `docs/derivation.md` is the same specification for those who do not read Python.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,7 @@ from nnpassport.scheme import UnreadableDataError
 
 _GRID = 5  # points a side of the coarse colours
 _SHAPES = 4  # overlaid on each image
+_MADE = 2**20  # numbers of images at a time
 _UNIT = 256  # one pixel, in the fixed-point numbers of the shapes
 
 
@@ -29,14 +31,23 @@ def abstract_images(
     Raises:
         UnreadableDataError: a count or a side is below 1.
     """
-    channels, height, width = size
+    channels = size[0]
     if min(count, *size) < 1:
         raise UnreadableDataError(
             f"{count} images of {size} were asked for; needed: at least 1 of everything"
         )
     each = channels * _GRID * _GRID + _SHAPES * (8 + channels)
-    content = np.frombuffer(stream(count * each), np.uint8)
-    numbers = content.reshape(count, each).astype(np.int64)
+    content = np.frombuffer(stream(count * each), np.uint8).reshape(count, each)
+    # Some images at a time: in the making, each of its numbers takes eight bytes many times over.
+    step = max(1, _MADE // max(each, math.prod(size)))
+    parts = (content[start : start + step] for start in range(0, count, step))
+    return np.concatenate([_made(part.astype(np.int64), size) for part in parts])
+
+
+def _made(numbers: NDArray[np.int64], size: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """The images of these bytes (count each)."""
+    channels, height, width = size
+    count = len(numbers)
     colours, shapes = np.split(numbers, [channels * _GRID * _GRID], axis=1)
     images = _upsampled(colours.reshape(count, channels, _GRID, _GRID), height, width)
     for shape in shapes.reshape(count, _SHAPES, -1).swapaxes(0, 1):

@@ -8,6 +8,7 @@ import hmac
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,13 @@ def _salt_of(context: Context) -> bytes:
     return hashlib.sha256(context.encode()).digest()
 
 
+@lru_cache(maxsize=16)
+def _starts_of(context: Context) -> dict[str, int]:
+    """By layer, how many signature bits there are before its own."""
+    starts = accumulate((layer.length for layer in context.layers), initial=0)
+    return {layer.name: start for layer, start in zip(context.layers, starts, strict=False)}
+
+
 def derive_signs(
     seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
 ) -> NDArray[np.float32]:
@@ -81,8 +89,7 @@ def derive_passport(
     check_member(context, layer)
     shape = (2, *layer.passport)
     draw = stream(seed, context, "passport", layer.name, bound)
-    numbers = _signed_bytes(draw, math.prod(shape))
-    return (numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+    return _fractions(draw, math.prod(shape)).reshape(shape)
 
 
 def derive_projection(
@@ -96,8 +103,7 @@ def derive_projection(
     check_member(context, layer)
     shape = (layer.length, math.prod(layer.passport))
     draw = stream(seed, context, "projection", layer.name, bound)
-    numbers = _signed_bytes(draw, math.prod(shape))
-    return (numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+    return _fractions(draw, math.prod(shape)).reshape(shape)
 
 
 def triggers_of(context: Context) -> TriggerShape:
@@ -164,6 +170,23 @@ def whiten_text(
     whole[: 8 * len(text)] ^= np.unpackbits(np.frombuffer(text.encode("ascii"), np.uint8))
     parts = np.split(whole, np.cumsum([len(part) for part in bits])[:-1])
     return {s.name: _signs_of(part) for s, part in zip(context.layers, parts, strict=True)}
+
+
+def whitened_signs(
+    text: str, seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
+) -> NDArray[np.float32]:
+    """The signature bits (out) of one layer as `whiten_text` has them, without those of all others.
+
+    Raises:
+        BadSignatureError: the text is not printable ASCII or has more characters than fit.
+        UnreadableKeyError: the context has no such layer.
+    """
+    check_text(text, context)
+    bits = _stream_bits(seed, context, layer, bound)
+    start = _starts_of(context)[layer.name]
+    spelled = np.unpackbits(np.frombuffer(text.encode("ascii"), np.uint8))[start:][: len(bits)]
+    bits[: len(spelled)] ^= spelled
+    return _signs_of(bits)
 
 
 def read_text(signs: Any, seed: bytes, context: Context, length: int) -> str:
@@ -238,6 +261,12 @@ def _stream_bits(
 
 def _signs_of(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
     return bits.astype(np.float32) * 2 - 1
+
+
+def _fractions(draw: Stream, count: int) -> NDArray[np.float32]:
+    numbers = _signed_bytes(draw, count).astype(np.float32)
+    numbers /= np.float32(127)  # in place: a large projection is there once
+    return numbers
 
 
 def _signed_bytes(draw: Stream, count: int) -> NDArray[np.int8]:

@@ -45,7 +45,7 @@ from nnpassport.geometry import Geometry
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, Survey, choose
@@ -63,6 +63,7 @@ from nnpassport.training import (
 from nnpassport.weights import tensors_digest
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_WIDENED = 2**22  # numbers
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 
@@ -247,7 +248,7 @@ class Lora:
         counts = {}
         for layer in key.context.layers:
             gamma = _read(pairs, weights, layer, key.layer_projection(layer.name))
-            matches = int((gamma.sign() == key.layer_signs(layer.name)).sum())
+            matches = matching(gamma.sign(), key.layer_signs(layer.name))
             counts[layer.name] = (matches, layer.length)
         verdict = judged(
             key,
@@ -475,14 +476,21 @@ def _read(
     pairs: Mapping[str, Pair], weights: Mapping[str, Tensor], layer: LayerShape, rows: Tensor
 ) -> Float[Tensor, " out"]:
     """γ in float64, so that every machine reads the same bits."""
+    count = max(1, _WIDENED // rows.shape[1])
+    # One buffer for all parts of a large layer: what is allocated anew the C library scatters.
+    wide = rows.new_empty((min(count, len(rows)), rows.shape[1]), dtype=torch.float64)
+    parts = (wide[: len(part)].copy_(part) for part in rows.split(count))
     if pairs:
         if layer.name not in pairs:
             return torch.zeros(layer.length, dtype=torch.float64)
         pair = pairs[layer.name]
         _check_fits(pair, layer)
-        return Pair(pair.a.cpu().double(), pair.b.cpu().double()).read(rows.double())
-    weight = host_weight(weights, layer).cpu().double()
-    return (weight.flatten(1) * rows.double()).sum(1)
+        a, halves = pair.a.cpu().double(), pair.b.cpu().double().split(count)
+        read = [Pair(a, b).read(part) for b, part in zip(halves, parts, strict=True)]
+    else:
+        stripes = host_weight(weights, layer).cpu().flatten(1).split(count)
+        read = [part.mul_(w).sum(1) for w, part in zip(stripes, parts, strict=True)]
+    return torch.cat(read)
 
 
 def _pair(name: str, half: Mapping[str, Tensor]) -> Pair:
