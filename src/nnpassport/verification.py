@@ -318,7 +318,10 @@ def _added(weights: Weights, path: Path, key: Key, options: Options) -> Verdict:
     base = _without_prefixes(read_weights(path), key)
     tensors = added(weights.tensors, base.tensors, key)
     scheme = scheme_named(key.context.scheme)
-    verdict = scheme.verify(tensors, key, log10_alpha=options.threshold)
+    alpha = options.threshold
+    if options.log10_alpha is None:  # what will be done to a public network can be foreseen
+        alpha = min(alpha, LOG10_ALPHA_UNCOMMITTED)
+    verdict = scheme.verify(tensors, key, log10_alpha=alpha)
     reason = f"{verdict.reason}; read from what was added to {path.name}"
     if options.standing is None:
         reason += "; that the base is older than the suspect is your word"
