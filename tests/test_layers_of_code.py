@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "scheme": set(),
     "functional": set(),
     "statistics": set(),
+    "relabelling": {"scheme", "statistics"},
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
@@ -70,10 +71,13 @@ MAY_IMPORT = {
     "schemes": SCHEMES,
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
-    "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
+    "remote": {
+        *("remote", "catalog", "statistics", "relabelling", "data", "scheme", "files"),
+        *EVIDENCE,
+    },
     "catalog": {"schemes", "schemes.lora", "attacks", "scheme", *KEYS},
     "verification": {
-        *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
+        *("catalog", "channels", "checkpoint", "onnxfile", "relabelling", "shards", "unfold"),
         *FOLDERS,
         *SCHEMES,
         *EVIDENCE,

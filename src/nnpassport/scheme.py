@@ -153,6 +153,8 @@ class Verdict:
         digests: SHA-256 of every file that was read, by name.
         chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
             where V does not say.
+        corrections: log₁₀ of what the p-value was multiplied by for each choice that there was,
+            by the choice's name.
     """
 
     scheme: str
@@ -168,6 +170,7 @@ class Verdict:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
+    corrections: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def accepted(self) -> bool:
