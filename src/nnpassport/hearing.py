@@ -152,7 +152,9 @@ def hear(
                 done += 1
                 if show is not None:
                     show(done, steps, f"{name}: {other}'s network")
-                strict = Options(exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED)
+                strict = Options(
+                    exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
+                )
                 found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
@@ -242,15 +244,15 @@ def _on_suspect(
     trial = None
     if bench.images is not None:
         trial = declared_trial(bench.images, standing=exhibit.standing)
-    base = Options(standing=exhibit.standing, reference=exhibit.config)
+    base = Options(standing=exhibit.standing, reference=exhibit.config, every_reading=True)
     found = _readings(suspect, exhibit, base, bench.unrelated, trial)
     for how, verdict in found.verdicts.items():
         if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
             raise UnreadableModelError(
                 f"{suspect} changed while it was being read; needed: a file that stays as it is"
             )
-        # An aligned reading has been corrected for both readings already.
-        readings = 1 if how == ALIGNED else READINGS
+        # Aligned ones, and those of answers, have been corrected for all readings already.
+        readings = 1 if how == ALIGNED or "readings" in verdict.corrections else READINGS
         found.verdicts[how] = _corrected(verdict, readings, claimants)
     return found
 
