@@ -144,7 +144,7 @@ def test_a_large_number_that_half_precision_cannot_hold_is_no_difference():
 
 
 def test_what_was_added_to_a_public_network_is_held_to_the_strict_threshold(tmp_path):
-    """A dated key can have been tried against what others would do to the network: prune it, say."""
+    """A dated key can have been tried against what others would do to it: prune it, say."""
     base = public_base()
     key = key_for(base)
     path, merged = saved(tmp_path / "base", base), saved(tmp_path / "merged", marked(base, key, 1))

@@ -13,7 +13,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 
 from nnpassport import hearing, ownership
-from nnpassport.catalog import CATALOG, with_settings
 from nnpassport.checkpoint import load_suspect, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import Normalisation
@@ -46,7 +45,10 @@ from nnpassport.verification import Options, verify, verify_answers
 from nnpassport.weights import read_weights, tensors_digest
 
 SIDE = 8
-NAMES = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+NAMES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
 
 
 def drawn(number, *, classes=10, count=40, names=None, side=SIDE, channels=1):
@@ -179,7 +181,7 @@ def test_a_key_with_names_survives_its_file_and_one_without_encodes_as_ever(tmp_
     assert load_key(tmp_path / "key").context.classes == NAMES
     assert b"classes" not in plain.context.encode().replace(b'"classes":10', b"")
     assert Context.decode(key.context.encode()) == key.context
-    for wrong in (NAMES[:9], NAMES[:9] + NAMES[:1], NAMES[:9] + ("",), NAMES[:9] + (3,), ()):
+    for wrong in (NAMES[:9], NAMES[:9] + NAMES[:1], (*NAMES[:9], ""), (*NAMES[:9], 3), ()):
         with pytest.raises(UnreadableKeyError, match="class"):
             drawn(1, names=wrong)
     with pytest.raises(UnreadableKeyError, match="names of"):
@@ -441,3 +443,26 @@ def test_the_judge_reads_a_suspect_that_lies_and_turns_its_classes_as_the_owner_
     heard = hearing.hear(tmp_path / "suspect", [alice, bob], hearing.Bench())
     assert heard.ruling.outcome.value == "owner"
     assert [each.proves for each in heard.claimants] == [True, False]
+
+
+def test_what_a_suspect_says_it_takes_does_not_size_the_judge_s_images(tmp_path, owned, call):
+    """Nor does a claimant's word of huge images, which would take the judge's memory."""
+    tiny = replace(OWN, input_size=(1, 4, 4))
+    save_model(tmp_path / "suspect", network(), tiny)
+    digest = tensors_digest(read_weights(owned).tensors)
+    alice = exhibit(tmp_path / "alice", KEY, owned, digest)
+    assert hearing.networks(tmp_path / "suspect", [alice]) == [tiny, OWN]
+    huge = json.loads((alice / "reference" / "config.json").read_text())
+    huge["input_size"] = [1, 65_536, 65_536]
+    vast = tmp_path / "vast"
+    (vast / "reference").mkdir(parents=True)
+    (vast / "reference" / "config.json").write_text(json.dumps(huge))
+    assert hearing.networks(tmp_path / "suspect", [vast, alice, tmp_path]) == [tiny, OWN]
+    words = ("judge", tmp_path / "suspect", alice, "--data", "digits", "--json")
+    code, out, _ = call(*words)
+    (found,) = json.loads(out)["claimants"][0]["readings"].values()
+    assert (found["marked"], found["matches"]) == (True, 100)
+    assert code in {0, 1}  # it was checked; what it makes of digits is F's business
+    (tmp_path / "suspect" / "config.json").unlink()
+    assert call(*words)[0] == code
+    assert call(*words[:4], tmp_path / "missing.npz", "--json")[0] == 2

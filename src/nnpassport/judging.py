@@ -179,10 +179,11 @@ def judge(
     from nnpassport import hearing, verification  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
-    images = None
-    if data is not None:
-        config = verification.config_of(suspect, verification.Options())
-        images = images_from(data, split, config)
+    images = {}
+    if data is not None:  # read here, as what is wrong with them is no claimant's fault
+        configs = hearing.networks(suspect, exhibits)
+        for config in configs or [verification.config_of(suspect, verification.Options())]:
+            images[config.input_size] = images_from(data, split, config)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
         heard = hearing.hear(suspect, exhibits, bench, show=show)
