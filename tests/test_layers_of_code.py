@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "lazy": set(),
     "functional": {"geometry"},
     "statistics": {"scheme"},
+    "relabelling": {"scheme", "statistics"},
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
@@ -78,10 +79,13 @@ MAY_IMPORT = {
     "schemes": SCHEMES,
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
-    "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
+    "remote": {
+        *("remote", "catalog", "statistics", "relabelling", "data", "scheme", "files"),
+        *EVIDENCE,
+    },
     "catalog": {"schemes", "schemes.lora", "scheme", "lazy", *KEYS},
     "verification": {
-        *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
+        *("catalog", "channels", "checkpoint", "onnxfile", "relabelling", "shards", "unfold"),
         *FOLDERS,
         *SCHEMES,
         *EVIDENCE,

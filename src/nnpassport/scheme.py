@@ -175,6 +175,8 @@ class Verdict:
         digests: SHA-256 of every file that was read, by name.
         chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
             where V does not say.
+        corrections: log₁₀ of what the p-value was multiplied by for each choice that there was,
+            by the choice's name.
     """
 
     scheme: str
@@ -190,6 +192,7 @@ class Verdict:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
+    corrections: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for matches, trials in ((self.matches, self.bits), *self.layers.values()):

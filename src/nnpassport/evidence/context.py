@@ -67,6 +67,9 @@ class Context:
         layers: the host layers, in the order in which signatures are laid over them.
         triggers: shape of the trigger set, or None.
         nonce: 16 random bytes that tell apart two keys of one owner for one model.
+        classes: names of the classes that triggers are labelled with, in their order; None where
+            they were not known. Every label depends on them, so that choosing names for a
+            network that is there already is drawing seeds.
     """
 
     scheme: str
@@ -74,6 +77,7 @@ class Context:
     layers: tuple[LayerShape, ...]
     triggers: TriggerShape | None
     nonce: bytes
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.scheme, "scheme")
@@ -88,6 +92,8 @@ class Context:
         _require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
         if self.triggers is not None:
             _check_triggers(self.triggers)
+        if self.classes is not None:
+            _check_classes(self.classes, self.triggers)
         validity.check(self)
 
     @property
@@ -110,8 +116,11 @@ class Context:
     def encode(self) -> bytes:
         """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""
         layers = [_fields_of(layer) for layer in self.layers]
+        # Absent, not null: contexts without names encode as ever.
+        named = {} if self.classes is None else {"classes": self.classes}
         return canonical_json(
             {
+                **named,
                 "format": _FORMAT,
                 "version": _VERSION,
                 "scheme": self.scheme,
@@ -137,6 +146,7 @@ class Context:
                 layers=tuple(_layer_from(layer) for layer in document["layers"]),
                 triggers=_triggers_from(document["triggers"]),
                 nonce=bytes.fromhex(document["nonce"]),
+                classes=_tuples(document.get("classes")),
             )
             canonical = context.encode() == data
         except UnreadableKeyError:
@@ -342,3 +352,15 @@ def _check_triggers(triggers: TriggerShape) -> None:
         f"a trigger set of {count!r:.20} images of {size!r:.80} in {classes!r:.20} classes",
         f"at least one image (channel, height, width), 2 classes and at most {MAX_NUMBERS} numbers",
     )
+
+
+def _check_classes(classes: Any, triggers: TriggerShape | None) -> None:
+    count = 0 if triggers is None else triggers.classes
+    _require(
+        isinstance(classes, tuple) and len(classes) == count,
+        f"names of {len(classes) if isinstance(classes, tuple) else 'no'} classes",
+        f"one for each of the {count} that its triggers have",
+    )
+    for name in classes:
+        _check_name(name, "class name")
+    _require(len(set(classes)) == count, "class names that repeat", "distinct ones")
