@@ -258,7 +258,7 @@ def test_another_network_cannot_be_aligned():
     with pytest.raises(UnsuitableModelError, match="features"):
         align(other.state_dict(), model, V2.forms(key))
     less = {name: t for name, t in model.state_dict().items() if name != "features.8.weight"}
-    with pytest.raises(UnsuitableModelError, match="features.8"):
+    with pytest.raises(UnsuitableModelError, match=r"features\.8"):
         align(less, model, V2.forms(key))
     narrow = build("alexnet", norm="batch", width=0.25, channels=1)
     with pytest.raises(UnsuitableModelError, match="shape"):

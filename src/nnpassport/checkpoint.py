@@ -8,6 +8,7 @@ the caller can vouch for a factory (`trusted_factory`).
 import io
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -22,6 +23,7 @@ from nnpassport.files import (
     brief,
     make_folder,
     read_once,
+    refuse_leaving,
     staged,
     sync_folder,
     write_atomically,
@@ -34,7 +36,7 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
-from nnpassport.unfold import state_from
+from nnpassport.unfold import state_from, without_strangers
 from nnpassport.weights import (
     MAX_PICKLE_BYTES,
     WEIGHTS_FILE,
@@ -92,6 +94,8 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
     Raises:
         UnreadableModelError: a file is missing, corrupt, hostile or of another architecture.
     """
+    if os.path.lexists(folder / CONFIG_FILE):
+        refuse_leaving(folder, folder / CONFIG_FILE)
     config, digest = read_config_file(folder / CONFIG_FILE)
     weights = read_weights(folder)
     model = _assemble(weights.tensors, config, trusted_factory, folder)
@@ -113,6 +117,7 @@ def load_suspect(
     digests = {}
     config = reference
     if os.path.lexists(path / CONFIG_FILE):
+        refuse_leaving(path, path / CONFIG_FILE)
         own, digests[CONFIG_FILE] = read_config_file(path / CONFIG_FILE)
         if own.architecture in models.ARCHITECTURES:
             config = own
@@ -122,7 +127,8 @@ def load_suspect(
             f"of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like FOLDER)"
         )
     weights = read_weights(path)
-    model = _assemble(weights.tensors, config, trusted_factory, path)
+    tensors = _that_take_part(weights.tensors, config)
+    model = _assemble(tensors, config, trusted_factory, path)
     return Loaded(model, config, {**digests, **weights.digests})
 
 
@@ -163,6 +169,16 @@ def load_training(path: Path) -> dict[str, Any]:
             "give the file that an interrupted training left"
         )
     return state
+
+
+def _that_take_part(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A suspect's tensors without those that no network of this kind reads."""
+    if config.architecture not in models.ARCHITECTURES:
+        return tensors
+    with torch.device("meta"), _WithoutDrawing(), suppress(OwnershipError, RuntimeError):
+        skeleton = config.build()
+        return without_strangers(_without_prefixes(tensors, skeleton.state_dict()), skeleton)
+    return tensors
 
 
 def _assemble(

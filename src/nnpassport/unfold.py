@@ -26,7 +26,7 @@ def state_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     state = {n: torch.tensor(0) for n in expected if n.endswith("num_batches_tracked")}
     for layer, name in _norms(model):
         weight = tensors.get(f"{layer}.weight")
-        if weight is None or any(f"{name}.{each}" in tensors for each in _STATISTICS):
+        if weight is None or _is_there(name, tensors):
             continue
         norm = model.get_submodule(name)
         ones = torch.ones(len(weight), dtype=weight.dtype)
@@ -68,7 +68,8 @@ def completed(
         wanted = model.get_submodule(name).get_parameter("weight")
         if (there := tensors.get(f"{name}.weight")) is not None:
             tensors[f"{name}.weight"] = _reshaped(there, wanted)
-    biases = {f"{name}.bias" for name in (*layers, *ends)}
+    folded = {layer for layer, norm in _norms(model) if not _is_there(norm, tensors)}
+    biases = {f"{name}.bias" for name in layers.keys() - folded}
     added = {name: tensor for name, tensor in tensors.items() if name in biases}
     state = {**added, **state_from(tensors, model)}
     for name in (*layers, *ends):
@@ -104,6 +105,10 @@ def _reshaped(there: Tensor, wanted: Tensor) -> Tensor:
     if there.dim() == 2 and there.shape[1] % kernel.numel() == 0:
         return there.reshape(len(there), -1, *kernel)
     return there
+
+
+def _is_there(norm: str, tensors: Mapping[str, Tensor]) -> bool:
+    return any(f"{norm}.{each}" in tensors for each in _STATISTICS)
 
 
 def _norms(model: nn.Module) -> Iterator[tuple[str, str]]:
