@@ -5,22 +5,38 @@ key's bits. Nothing here is trained.
 """
 
 import math
+import shutil
 from copy import deepcopy
+from datetime import UTC, datetime, timedelta
 
+import numpy
+import onnx
 import pytest
 import torch
+from authority import Signer, certificate, new_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from onnx import TensorProto, helper, numpy_helper
+from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
 from safetensors.torch import save_file
+from scipy import stats
 
 from nnpassport.attacks.obfuscation import combine, flip_signs, permute, rescale
 from nnpassport.channels import channels_of, take
-from nnpassport.checkpoint import save_model
+from nnpassport.checkpoint import load_suspect, save_model
 from nnpassport.config import ModelConfig
+from nnpassport.evidence.alignment import align
 from nnpassport.evidence.byshape import Search
+from nnpassport.evidence.claim import claim_of, sign_claim
+from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
+from nnpassport.evidence.judge import Outcome
+from nnpassport.hearing import Bench, disclose, hear
 from nnpassport.models import build
 from nnpassport.scheme import UnsuitableModelError
+from nnpassport.schemes.candidates import verify_by_shape
 from nnpassport.schemes.passport import V2
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED
+from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.verification import Alignment, Options, verify, verify_aligned
+from nnpassport.weights import read_weights, tensors_digest
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -194,6 +210,49 @@ def test_each_of_eight_free_changes_leaves_the_mark_readable(case, change, moved
     assert found.accepted
     assert found.matches == found.bits
     assert found.alignment["related"]
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl binary, which plays the timestamp authority")
+    root_key, own = new_key(), new_key()
+    root = certificate("A Root", root_key, ca=True)
+    made = Signer(
+        tmp_path_factory.mktemp("authority") / "tsa",
+        own,
+        certificate("An Authority", own, (root, root_key)),
+    )
+    made.root = root
+    return made
+
+
+@pytest.fixture(scope="module")
+def exhibit(authority, tmp_path_factory):
+    """What the owner hands to the judge: a dated claim, his key and the network he released."""
+    model, key = marked()
+    folder = tmp_path_factory.mktemp("owner")
+    save_model(folder / "own", model, config_of("alexnet"))
+    signing = Ed25519PrivateKey.from_private_bytes(bytes([65] * 32))
+    claim = claim_of(key, signing.public_key(), reference=tensors_digest(model.state_dict()))
+    signed = sign_claim(claim, signing)
+    query = TimestampRequestBuilder(timestamped_bytes(signed.envelope), HashAlgorithm.SHA256)
+    answer = authority.answer(query.build().as_bytes())
+    write_signed(signed._replace(response=answer), folder / "claim.json")
+    disclose(folder / "claim.json", key, folder / "alice", reference=folder / "own")
+    return folder / "alice"
+
+
+@pytest.mark.parametrize("change", EIGHT, ids=lambda each: each.__name__)
+def test_the_judge_rules_for_the_owner_whatever_of_the_eight_was_done(
+    exhibit, authority, tmp_path, change
+):
+    model, _ = marked()
+    thief = combine(model, rng(3), attacks=FREE).model
+    path = saved(change(thief.state_dict(), model), tmp_path)
+    later = datetime.now(UTC) + timedelta(days=1)
+    heard = hear(path, [exhibit], Bench(roots=[authority.root], appeared=later))
+    assert (heard.ruling.outcome, heard.ruling.owner) == (Outcome.OWNER, "alice")
 
 
 def every_one(state, model, decoys=1):
@@ -419,3 +478,145 @@ def test_a_fine_tuned_and_pruned_copy_under_other_names_is_found(case):
             state[name] = torch.where(small, 0.0, tensor + noise)
     path = saved(behind_a_decoy(state, model), folder)
     assert aligned(path, key, log10_alpha=LOG10_ALPHA_COMMITTED).accepted
+
+
+def test_what_plays_no_part_does_not_keep_a_suspect_from_being_built(case):
+    model, _, folder = case
+    config = config_of(kind_of(model))
+    for change in (unused, without_counters, zero_biases):
+        built = load_suspect(saved(change(model.state_dict(), model), folder), config).model
+        torch.testing.assert_close(built(IMAGES), model(IMAGES))
+
+
+# Strangers
+
+
+def test_strangers_gain_nothing_by_any_choice_of_tensors():
+    """Two hundred networks and keys: no p-value is smaller than chance makes it.
+
+    Each key is written into a network, and read off others that have other weights, the owner's
+    among their names or none of his; a p-value of x comes in a share x of them at most.
+    """
+    readings = {"plain": [], "aligned": [], "by shape alone": []}
+    plain = network("alexnet", 0)
+    for number in range(20):
+        key = V2.draw_key(plain, EXAMPLE, seed=bytes([number] * 32))
+        owner = written(network("alexnet", 1000 + number), key)
+        forms = V2.forms(key)
+        for stranger in range(10):
+            state = network("alexnet", 2000 + 10 * number + stranger).state_dict()
+            decoys = {f"x{n}": t for n, t in network("alexnet", 7000 + number).state_dict().items()}
+            found = V2.verify(state, key)
+            readings["plain"].append(found.log10_p_value)
+            search = Search({**state, **decoys}, owner, forms)
+            placed = search.placed(search.matrices(search.best()[0]))
+            readings["by shape alone"].append(V2.verify(placed.tensors, key).log10_p_value)
+            put = align(state, owner, forms).model.state_dict()
+            readings["aligned"].append(V2.verify(put, key).log10_p_value)
+    for how, values in readings.items():
+        p = 10 ** torch.tensor(values, dtype=torch.float64)
+        assert len(p) == 200
+        for level in (0.5, 0.1, 0.02):  # binomial tails are discrete: at most the level
+            most = stats.binom.ppf(0.9999, len(p), level)
+            assert (p <= level).sum() <= most, (how, level)
+        assert stats.kstest(p.numpy(), "uniform", alternative="greater").pvalue > 1e-4, how
+
+
+def test_what_is_chosen_by_its_matches_is_paid_for_in_full():
+    """Of many strangers in one file, the best for each layer: as likely as the p-value says."""
+    model, _ = marked()
+    file = {}
+    for number in range(30):
+        stranger = network("alexnet", 3000 + number).state_dict()
+        file |= {f"{number}.{n}": t for n, t in stranger.items() if t.dim() == 4}
+    found = []
+    for number in range(60):
+        key = V2.draw_key(model, EXAMPLE, seed=bytes([100 + number] * 32))
+        found.append(verify_by_shape(V2, file, file, key, log10_alpha=-9.0))
+    raw = torch.tensor([log10_binomial_tail(each.matches, each.bits, 0.5) for each in found])
+    paid = torch.tensor([each.log10_p_value for each in found])
+    assert (raw < -1.5).float().mean() > 0.9  # what choosing alone would have claimed
+    assert paid.min() > -1e-9 - 3  # and what is left of it
+    assert not any(each.marked for each in found)
+
+
+# ONNX: only what a node takes counts
+
+
+def onnx_of(weights, dead=(), inner=False):
+    """x → Conv(w) → Relu for each weight in turn; `dead` are initialisers that no node takes."""
+    tensors = [
+        numpy_helper.from_array(t.numpy(), name) for name, t in {**weights, **dict(dead)}.items()
+    ]
+    nodes, last = [], "x"
+    for number, name in enumerate(weights):
+        nodes.append(helper.make_node("Conv", [last, name], [f"c{number}"], pads=[1, 1, 1, 1]))
+        last = f"c{number}"
+    value = helper.make_tensor_value_info
+    image = value("x", TensorProto.FLOAT, [1, next(iter(weights.values())).shape[1], 8, 8])
+    output = value(last, TensorProto.FLOAT, None)
+    if inner:
+        branch = helper.make_graph(nodes, "branch", [], [output], initializer=tensors)
+        same = helper.make_node("Identity", ["x"], [last])
+        other = helper.make_graph([same], "other", [], [output])
+        yes = helper.make_node(
+            "Constant", [], ["yes"], value=helper.make_tensor("v", 9, [], [True])
+        )
+        nodes = [
+            yes,
+            helper.make_node("If", ["yes"], ["y"], then_branch=branch, else_branch=other),
+        ]
+        output, tensors = value("y", TensorProto.FLOAT, None), list(map(dead_tensor, dict(dead)))
+    graph = helper.make_graph(nodes, "g", [image], [output], initializer=tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+
+
+def dead_tensor(name):
+    return numpy_helper.from_array(numpy.zeros((2, 2), numpy.float32), f"outer.{name}")
+
+
+@pytest.mark.parametrize("inner", [False, True], ids=["in the graph", "in a branch"])
+def test_initialisers_that_no_node_takes_do_not_count(tmp_path, inner):
+    """The owner's layers run under other names; a stranger's stand unused under his."""
+    model, key = marked()
+    names = [layer.name for layer in key.context.layers]
+    state, other = model.state_dict(), network("alexnet", 60).state_dict()
+    used = {f"w{n}": state[f"{name}.weight"] for n, name in enumerate(names)}
+    dead = {f"{name}.weight": other[f"{name}.weight"] for name in names}
+    onnx.save(onnx_of(used, dead, inner), tmp_path / "x.onnx")
+    read = read_weights(tmp_path / "x.onnx").tensors
+    assert {name for name, tensor in read.items() if tensor.dim() == 4} == set(used)
+    assert all(torch.equal(read[name], used[name]) for name in used)
+    assert verify(tmp_path / "x.onnx", key).accepted
+
+
+def test_what_a_dead_node_takes_does_not_count_either(tmp_path):
+    model, key = marked()
+    names = [layer.name for layer in key.context.layers]
+    state, other = model.state_dict(), network("alexnet", 60).state_dict()
+    used = {f"w{n}": state[f"{name}.weight"] for n, name in enumerate(names)}
+    dead = {f"{name}.weight": other[f"{name}.weight"] for name in names}
+    proto = onnx_of(used, dead)
+    for number, name in enumerate(dead):
+        proto.graph.node.append(helper.make_node("Identity", [name], [f"nowhere{number}"]))
+    onnx.save(proto, tmp_path / "x.onnx")
+    assert not dead.keys() & read_weights(tmp_path / "x.onnx").tensors.keys()
+
+
+def test_constants_in_functions_that_are_called_are_read_and_in_others_are_not(tmp_path):
+    weight = torch.randn(4, 3, 3, 3, generator=rng())
+    proto = onnx_of({"w": weight})
+    opsets = [helper.make_opsetid("", 17)]
+    for name in ("Called", "Idle"):
+        value = numpy_helper.from_array(weight.numpy(), "v")
+        constant = helper.make_node("Constant", [], [f"{name}.weight"], value=value)
+        conv = helper.make_node("Conv", ["a", f"{name}.weight"], ["b"])
+        proto.functions.append(
+            helper.make_function("f", name, ["a"], ["b"], [constant, conv], opsets)
+        )
+    proto.graph.node.insert(0, helper.make_node("Called", ["x"], ["z"], domain="f"))
+    proto.graph.node[1].input[0] = "z"
+    onnx.save(proto, tmp_path / "x.onnx")
+    read = read_weights(tmp_path / "x.onnx").tensors
+    assert "Called.weight" in read
+    assert "Idle.weight" not in read

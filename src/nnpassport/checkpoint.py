@@ -8,7 +8,6 @@ the caller can vouch for a factory (`trusted_factory`).
 import io
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -175,10 +174,12 @@ def _that_take_part(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str
     """A suspect's tensors without those that no network of this kind reads."""
     if config.architecture not in models.ARCHITECTURES:
         return tensors
-    with torch.device("meta"), _WithoutDrawing(), suppress(OwnershipError, RuntimeError):
-        skeleton = config.build()
-        return without_strangers(_without_prefixes(tensors, skeleton.state_dict()), skeleton)
-    return tensors
+    try:
+        with torch.device("meta"), _WithoutDrawing():
+            skeleton = config.build()
+    except (OwnershipError, RuntimeError, ArithmeticError):  # whoever builds it in earnest says so
+        return tensors
+    return without_strangers(_without_prefixes(tensors, skeleton.state_dict()), skeleton)
 
 
 def _assemble(

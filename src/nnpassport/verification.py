@@ -363,7 +363,9 @@ def _as_it_stands(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float
         # By the headers: a file that names a tensor of any size makes nobody read it.
         _check_names(suspect.described, key)
     except UnsuitableModelError as error:
-        found = _by_shape(scheme, suspect, key, log10_alpha) if rivals else None
+        found = None
+        if rivals and candidates.enough(suspect.described, key):
+            found = _by_shape(scheme, suspect, key, log10_alpha)
         if found is not None and found.marked:
             return found
         tried = (

@@ -68,6 +68,15 @@ def rivals(described: Mapping[str, Tensor], key: Key) -> list[str]:
     )
 
 
+def enough(described: Mapping[str, Tensor], key: Key) -> bool:
+    """Whether there is a tensor for each of the key's layers, and none needed twice."""
+    wanted: dict[tuple[Candidate, ...], int] = {}
+    for layer in key.context.layers:
+        found = tuple(candidates_for(described, layer))
+        wanted[found] = wanted.get(found, 0) + 1
+    return all(len({each.name for each in found}) >= count for found, count in wanted.items())
+
+
 def verify_by_shape(
     scheme: Scheme,
     weights: Mapping[str, Tensor],
