@@ -97,7 +97,7 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
         refuse_leaving(folder, folder / CONFIG_FILE)
     config, digest = read_config_file(folder / CONFIG_FILE)
     weights = read_weights(folder)
-    model = _assemble(weights.tensors, config, trusted_factory, folder)
+    model = _assemble(weights.tensors, config, trusted_factory, folder, _all_of)
     return Loaded(model, config, {CONFIG_FILE: digest, **weights.digests})
 
 
@@ -126,8 +126,7 @@ def load_suspect(
             f"of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like FOLDER)"
         )
     weights = read_weights(path)
-    tensors = _that_take_part(weights.tensors, config)
-    model = _assemble(tensors, config, trusted_factory, path)
+    model = _assemble(weights.tensors, config, trusted_factory, path, without_strangers)
     return Loaded(model, config, {**digests, **weights.digests})
 
 
@@ -170,20 +169,21 @@ def load_training(path: Path) -> dict[str, Any]:
     return state
 
 
-def _that_take_part(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A suspect's tensors without those that no network of this kind reads."""
-    if config.architecture not in models.ARCHITECTURES:
-        return tensors
-    try:
-        with torch.device("meta"), _WithoutDrawing():
-            skeleton = config.build()
-    except (OwnershipError, RuntimeError, ArithmeticError):  # whoever builds it in earnest says so
-        return tensors
-    return without_strangers(_without_prefixes(tensors, skeleton.state_dict()), skeleton)
+_Chosen = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+"""Which of a file's tensors have to fit a network."""
+
+
+def _all_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Of a network of one's own: one that differs is another file than was meant."""
+    return dict(tensors)
 
 
 def _assemble(
-    tensors: dict[str, Tensor], config: ModelConfig, trusted_factory: str | None, path: Path
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    trusted_factory: str | None,
+    path: Path,
+    chosen: _Chosen,
 ) -> nn.Module:
     try:
         # fork_rng: reading a file must not change what the caller draws next
@@ -192,13 +192,13 @@ def _assemble(
                 # Shapes only and first, so that a config cannot exhaust the memory.
                 with torch.device("meta"), _WithoutDrawing():
                     skeleton = config.build()
-                _fit(tensors, skeleton, config, path)
+                _fit(tensors, skeleton, config, path, chosen)
             model = config.build(trusted_factory=trusted_factory)
     except UnreadableModelError:
         raise
     except (OwnershipError, RuntimeError, ArithmeticError) as error:
         raise UnreadableModelError(f"{path} cannot be built: {brief(error)}") from error
-    model.load_state_dict(_fit(tensors, model, config, path))
+    model.load_state_dict(_fit(tensors, model, config, path, chosen))
     # A finite float64 may be infinite in the model's own dtype.
     require_finite(model.state_dict())
     return model.eval()
@@ -222,11 +222,11 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 def _fit(
-    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path
+    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path, chosen: _Chosen
 ) -> dict[str, Tensor]:
     """The tensors under the model's own names, once every one is known to fit."""
     expected = model.state_dict()
-    tensors = _without_prefixes(tensors, expected)
+    tensors = chosen(_without_prefixes(tensors, expected), model)
     if path.suffix.lower() == ONNX:
         tensors = state_from(tensors, model)
     faults = {
