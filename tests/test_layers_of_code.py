@@ -75,7 +75,7 @@ MAY_IMPORT = {
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},
     "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
     "evidence.claim": {"scheme", *KEYS, *SIGNED},
-    "evidence": {*CORE, "statistics", "checkpoint", "channels", *FOLDERS, *EVIDENCE},
+    "evidence": {*CORE, "statistics", "checkpoint", "channels", "unfold", *FOLDERS, *EVIDENCE},
     "schemes": SCHEMES,
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
@@ -85,7 +85,7 @@ MAY_IMPORT = {
     },
     "catalog": {"schemes", "schemes.lora", "scheme", "lazy", *KEYS},
     "verification": {
-        *("catalog", "channels", "checkpoint", "onnxfile", "relabelling", "shards", "unfold"),
+        *("catalog", "channels", "checkpoint", "relabelling"),
         *FOLDERS,
         *SCHEMES,
         *EVIDENCE,

@@ -23,6 +23,7 @@ from nnpassport.files import (
     brief,
     make_folder,
     read_once,
+    refuse_leaving,
     staged,
     sync_folder,
     write_atomically,
@@ -35,7 +36,7 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
-from nnpassport.unfold import state_from
+from nnpassport.unfold import state_from, without_strangers
 from nnpassport.weights import (
     MAX_PICKLE_BYTES,
     WEIGHTS_FILE,
@@ -93,9 +94,11 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
     Raises:
         UnreadableModelError: a file is missing, corrupt, hostile or of another architecture.
     """
+    if os.path.lexists(folder / CONFIG_FILE):
+        refuse_leaving(folder, folder / CONFIG_FILE)
     config, digest = read_config_file(folder / CONFIG_FILE)
     weights = read_weights(folder)
-    model = _assemble(weights.tensors, config, trusted_factory, folder)
+    model = _assemble(weights.tensors, config, trusted_factory, folder, _all_of)
     return Loaded(model, config, {CONFIG_FILE: digest, **weights.digests})
 
 
@@ -122,17 +125,17 @@ def load_suspect(
                 f"one of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like "
                 "FOLDER)"
             )
-        model = _assemble(weights.tensors, own, None, path)
+        model = _assemble(weights.tensors, own, None, path, without_strangers)
         return Loaded(model, own, {**digests, **weights.digests})
     own, digests = _stated(path)
     try:
-        model = _assemble(weights.tensors, reference, trusted_factory, path)
+        model = _assemble(weights.tensors, reference, trusted_factory, path, without_strangers)
         return Loaded(model, reference, {**digests, **weights.digests})
     except UnreadableModelError:
         if own is None:
             raise
     facts = replace(reference, architecture=own.architecture, arguments=own.arguments)
-    model = _assemble(weights.tensors, facts, None, path)
+    model = _assemble(weights.tensors, facts, None, path, without_strangers)
     return Loaded(model, facts, {**digests, **weights.digests})
 
 
@@ -152,6 +155,7 @@ def _own_config(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
     """
     if not os.path.lexists(path / CONFIG_FILE):
         return None, {}
+    refuse_leaving(path, path / CONFIG_FILE)
     own, digest = read_config_file(path / CONFIG_FILE)
     return own if own.architecture in models.ARCHITECTURES else None, {CONFIG_FILE: digest}
 
@@ -203,8 +207,21 @@ def load_training(path: Path) -> dict[str, Any]:
     return state
 
 
+_Chosen = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+"""Which of a file's tensors have to fit a network."""
+
+
+def _all_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Of a network of one's own: one that differs is another file than was meant."""
+    return dict(tensors)
+
+
 def _assemble(
-    tensors: dict[str, Tensor], config: ModelConfig, trusted_factory: str | None, path: Path
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    trusted_factory: str | None,
+    path: Path,
+    chosen: _Chosen,
 ) -> nn.Module:
     try:
         # fork_rng: reading a file must not change what the caller draws next
@@ -213,13 +230,13 @@ def _assemble(
                 # Shapes only and first, so that a config cannot exhaust the memory.
                 with torch.device("meta"), _WithoutDrawing():
                     skeleton = config.build()
-                _fit(tensors, skeleton, config, path)
+                _fit(tensors, skeleton, config, path, chosen)
             model = config.build(trusted_factory=trusted_factory)
     except UnreadableModelError:
         raise
     except (OwnershipError, RuntimeError, ArithmeticError) as error:
         raise UnreadableModelError(f"{path} cannot be built: {brief(error)}") from error
-    model.load_state_dict(_fit(tensors, model, config, path))
+    model.load_state_dict(_fit(tensors, model, config, path, chosen))
     # A finite float64 may be infinite in the model's own dtype.
     require_finite(model.state_dict())
     return model.eval()
@@ -243,11 +260,11 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 def _fit(
-    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path
+    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path, chosen: _Chosen
 ) -> dict[str, Tensor]:
     """The tensors under the model's own names, once every one is known to fit."""
     expected = model.state_dict()
-    tensors = _without_prefixes(tensors, expected)
+    tensors = chosen(_without_prefixes(tensors, expected), model)
     if path.suffix.lower() == ONNX:
         tensors = state_from(tensors, model)
     faults = {

@@ -22,7 +22,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, final
 
 _LONGEST_MESSAGE = 4_000  # characters
@@ -173,6 +173,8 @@ class Verdict:
         alignment: what alignment did to the suspect before it was read, or None.
         claim: the claim that the verdict was given under, and whether it holds, or None.
         digests: SHA-256 of every file that was read, by name.
+        candidates: which tensors were read, of which that could have been, and what that choice
+            costs; None where there was none.
         chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
             where V does not say.
         corrections: log₁₀ of what the p-value was multiplied by for each choice that there was,
@@ -192,6 +194,7 @@ class Verdict:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
+    candidates: Mapping[str, Any] | None = None
     corrections: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -212,6 +215,19 @@ class Verdict:
     def p_value(self) -> float | None:
         """The p-value itself; 0.0 where it is below what a float can hold (see `log10_p_value`)."""
         return None if self.log10_p_value is None else math.pow(10.0, self.log10_p_value)
+
+    def paid(self, log10_choices: float, reason: str) -> "Verdict":
+        """The verdict if its reading is one of 10^`log10_choices` (from 0) that there could be.
+
+        A verdict without p-value stays one; `reason` is added to its own, and says what was chosen.
+        """
+        told = replace(self, reason=f"{self.reason}; {reason}")
+        if self.log10_p_value is None:
+            return told
+        log10_p = min(0.0, self.log10_p_value + log10_choices)
+        return replace(
+            told, log10_p_value=log10_p, marked=self.marked and log10_p <= self.log10_alpha
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, with the derived facts spelled out."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.adapter import ADAPTER_FILES, with_signed_scale
-from nnpassport.files import brief, is_text, read_once, reading
+from nnpassport.files import brief, is_text, read_once, reading, refuse_leaving
 from nnpassport.onnxfile import ONNX, read_onnx
 from nnpassport.scheme import UnreadableModelError
 from nnpassport.shards import (
@@ -179,10 +179,12 @@ def _weights_file(path: Path) -> Path:
         )
     for name in (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", *ADAPTER_FILES):
         if os.path.lexists(path / name):
+            refuse_leaving(path, path / name)
             return path / name
     with reading(path):
         pickles = sorted(path.glob("*.pt"))
     if len(pickles) == 1:
+        refuse_leaving(path, pickles[0])
         return pickles[0]
     raise UnreadableModelError(
         f"{path} holds {len(pickles)} files *.pt and no {WEIGHTS_FILE}; "

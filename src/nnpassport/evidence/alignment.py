@@ -20,7 +20,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nnpassport.channels import (
@@ -29,6 +29,7 @@ from nnpassport.channels import (
     affine,
     channels_of,
     fold_statistics,
+    group_size,
     keeps_statistics,
     negate,
     per_channel,
@@ -38,6 +39,7 @@ from nnpassport.channels import (
     width,
 )
 from nnpassport.scheme import UnsuitableModelError
+from nnpassport.unfold import completed
 
 MOST_TIMES_WIDER = 4
 """A suspect with a layer that is more times wider than the reference's is not looked at."""
@@ -75,21 +77,22 @@ def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> 
     """The network with these weights, its channels moved, negated and scaled back.
 
     `weights` is a state dict with the reference's names; layers may have more or fewer channels.
-    The reference is in its released form. Neither is changed.
+    What has no place in such a network is left out, what changes nothing may be missing, and norms
+    may be folded into their layers. The reference is in its released form. Neither is changed.
 
     Raises:
         UnsuitableModelError: they are not networks of one kind, or it is not known which layers of
             this kind share channels.
     """
     axes = channels_of(reference)
-    reference, bases = deepcopy(reference), _bases(forms)
+    reference, bases = deepcopy(reference), bases_of(forms)
     suspect = _as_wide(weights, reference, axes)
     for producer in (each for axis in axes for each in axis.producers):
         fold_statistics(reference, producer)
         fold_statistics(suspect, producer)
     dropped = sum(_drop_copies(suspect, axis, width(reference, axis)) for axis in axes)
     missing = 0
-    for axis, ready in _in_order(axes):
+    for axis, ready in in_order(axes):
         missing += _place(suspect, reference, axis, ready, bases)
     for axis in axes:  # streams once more, now that all who write them can be compared
         if len(axis.producers) > 1:
@@ -109,11 +112,12 @@ def _as_wide(
 ) -> nn.Module:
     """A network of the reference's kind, as wide as the suspect, that holds its weights."""
     suspect = deepcopy(reference)
+    weights = _heard(completed(weights, reference, axes), reference, axes)
     _adopt_heads(suspect, axes, weights)
+    _adopt_biases(suspect, axes, weights)
     for axis in axes:
         name, most = f"{axis.producers[0].layer}.weight", width(reference, axis)
-        there = weights.get(name)
-        count = 0 if there is None or there.dim() == 0 else len(there)
+        count = _count(weights, axis)
         if not 0 < count <= MOST_TIMES_WIDER * most:
             raise UnsuitableModelError(
                 f"the suspect has {count or 'no'} channels at {name}, and the reference {most}; "
@@ -161,6 +165,53 @@ def _adopt_heads(model: nn.Module, axes: list[Channels], weights: Mapping[str, T
                 setattr(model.get_submodule(name), own, nn.Parameter(resized))
 
 
+def _adopt_biases(model: nn.Module, axes: list[Channels], weights: Mapping[str, Tensor]) -> None:
+    """Give layers the biases that the suspect's have, before their norms say."""
+    for name in {producer.layer for axis in axes for producer in axis.producers}:
+        layer = model.get_submodule(name)
+        if layer._parameters.get("bias") is None and f"{name}.bias" in weights:
+            weight = layer.get_parameter("weight")
+            layer.bias = nn.Parameter(weight.new_zeros(len(weight)))
+
+
+def _heard(
+    weights: Mapping[str, Tensor], reference: nn.Module, axes: list[Channels]
+) -> dict[str, Tensor]:
+    """The weights without channels that nobody reads, where there are too many to look at all.
+
+    Nobody reads a channel if every column for it is zero. What is read too softly to matter is
+    dropped later.
+    """
+    state = dict(weights)
+    for axis in axes:
+        count, most = _count(state, axis), MOST_TIMES_WIDER * width(reference, axis)
+        names = [f"{name}.weight" for name in axis.consumers]
+        readers = [state[name] for name in names if name in state and state[name].dim() > 1]
+        if count <= most or len(readers) < len(names):
+            continue
+        size = max(group_size(reference, producer.norm) for producer in axis.producers)
+        if any(each.shape[1] % count for each in readers) or count % size:
+            continue
+        columns = [each.unflatten(1, (count, -1)).transpose(0, 1).flatten(1) for each in readers]
+        read = torch.cat([each != 0 for each in columns], dim=1).any(1)
+        # Whole groups of a norm only: the others' mean would move.
+        kept = read.view(-1, size).any(1).repeat_interleave(size)
+        for part in (each for producer in axis.producers for each in producer if each):
+            for own in ("weight", "bias", "running_mean", "running_var"):
+                values = state.get(f"{part}.{own}")
+                if values is not None and values.dim() and len(values) == count:
+                    state[f"{part}.{own}"] = values[kept]
+        for name, each in zip(names, readers, strict=True):
+            state[name] = each.unflatten(1, (count, -1))[:, kept].flatten(1, 2)
+    return state
+
+
+def _count(weights: Mapping[str, Tensor], axis: Channels) -> int:
+    """How many channels these weights have on an axis; 0 if that cannot be told."""
+    there = weights.get(f"{axis.producers[0].layer}.weight")
+    return 0 if there is None or there.dim() == 0 else len(there)
+
+
 def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     """Give what reads a channel's copy to the channel, and leave out what nobody reads; how many.
 
@@ -170,8 +221,7 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     directions = [_direction(model, producer) for producer in axis.producers]
     size = torch.cat([_effect(model, producer) for producer in axis.producers], dim=1)
     angles = [unit @ unit.T for unit in (*directions, _unit(size))]
-    twins = torch.stack(angles).amin(0) > 1 - _TWINS**2 / 2
-    first = _first_of_each(twins)
+    first = first_of_each(torch.stack(angles).amin(0))
     scale = size.norm(dim=1) / size.norm(dim=1)[first]
     read = torch.zeros(len(first), dtype=torch.float64)
     for name in axis.consumers:
@@ -190,11 +240,12 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     return len(kept) - int(kept.sum())
 
 
-def _first_of_each(twins: Bool[Tensor, "channels channels"]) -> Int64[Tensor, " channels"]:
+def first_of_each(cosines: Float[Tensor, "channels channels"]) -> Int64[Tensor, " channels"]:
     """For each channel the first that it is a copy of, itself if there is none before it.
 
     To be a copy is not transitive, so only those count that are nobody's copy themselves.
     """
+    twins = cosines > 1 - _TWINS**2 / 2
     first = torch.arange(len(twins))
     for index in range(1, len(twins)):
         before = twins[index, :index] & (first[:index] == torch.arange(index))
@@ -203,7 +254,7 @@ def _first_of_each(twins: Bool[Tensor, "channels channels"]) -> Int64[Tensor, " 
     return first
 
 
-def _in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
+def in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
     """Every axis once, when most of what writes it reads channels that are already in place."""
     unplaced = {name for axis in axes for name in axis.consumers}
     waiting = list(axes)
@@ -266,7 +317,7 @@ def _cosines(
     return sides[0] @ sides[1].T
 
 
-def _bases(forms: Forms) -> Forms:
+def bases_of(forms: Forms) -> Forms:
     """Orthonormal rows for what V reads, by layer."""
     for name, read in forms.items():
         if len(read) >= read.shape[1]:
