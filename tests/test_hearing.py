@@ -1,6 +1,7 @@
 """Cases before the judge, on networks that were trained, with a timestamp authority that works."""
 
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -37,7 +38,7 @@ from nnpassport.hearing import CLAIM_FILE, KEY_FILE, REFERENCE, Bench, disclose,
 from nnpassport.scheme import BadSignatureError, UnreadableModelError, UnsuitableModelError, Verdict
 from nnpassport.schemes.passport import V2
 from nnpassport.schemes.signature import secrets_of
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
+from nnpassport.statistics import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME
 from nnpassport.training import Recipe, classification, fit
 from nnpassport.weights import read_weights, tensors_digest
 
@@ -401,16 +402,16 @@ def test_an_obfuscated_copy_is_still_alices(court, world, authority):
 
 def test_unrelated_networks_can_be_given(court, world, authority):
     save_model(court.folder / "other", world.nobody, world.config)
-    other_norm = replace(world.config, arguments={**ARGUMENTS, "norm": "group"})
-    save_model(court.folder / "group", other_norm.build(), other_norm)
+    resnet = replace(world.config, architecture="resnet18")
+    save_model(court.folder / "resnet", resnet.build(), resnet)
     court.suspect(combine(world.alice, rng(4)).model)
     court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
     bench = {"roots": [authority.root], "appeared": LATER}
-    both = court.hear(unrelated=(court.folder / "other", court.folder / "group"), **bench)
+    both = court.hear(unrelated=(court.folder / "other", court.folder / "resnet"), **bench)
     null = both.claimants[0].readings[ALIGNED].alignment["null"]
     assert len(null["matches"]) == null["skipped"] == 1
     assert both.ruling.owner == "alice"
-    none = court.hear(unrelated=(court.folder / "group",), **bench)
+    none = court.hear(unrelated=(court.folder / "resnet",), **bench)
     assert none.ruling.outcome is Outcome.UNDECIDED  # not refused: nothing could be aligned
     assert "there is no null" in none.claimants[0].unchecked
 
@@ -691,7 +692,7 @@ def test_the_whole_story_on_the_command_line(court, world, call, authority, monk
     assert facts["claim"]["older_than_the_suspect"]
     null = facts["alignment"]["null"]
     assert facts["log10_p_value"] == pytest.approx(
-        max(null["log10_p_empirical"], null["log10_p_analytic"]) + torch.tensor(2.0).log10().item()
+        max(null["log10_p_empirical"], null["log10_p_analytic"]) + math.log10(2) + LOG10_BY_NAME
     )
     undated = call(*verify, "--claim", "alice.claim.json", "--json")
     assert undated[0] == 1
