@@ -122,6 +122,9 @@ def dictionaries(depth):
     return b"\x80\x02" + inner + b"."
 
 
+# Storage 0, of four numbers
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+STORAGE += b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
 ATTACKS = {
     "nested keys": nested_keys(100),
     "a deep key": deep_key(3_000_000),
@@ -146,7 +149,38 @@ FURTHER = {
     "an extension": b"\x80\x02\x82\x01.",
     "a storage of nobody": b"\x80\x02(X\x07\x00\x00\x00storageNNNNtQ.",
     "nothing": b"",
+    "a tensor that is moved": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n"
+    + STORAGE
+    + b"K\x00K\x01\x85K\x01\x85tRN}X\x05\x00\x00\x00placeK\x00s\x86b.",
 }
+
+
+def many_tensors(count, *, distinct):
+    """A state dict of so many names, each of a tensor of its own or all of one."""
+    opened = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nq\x00("
+    opened += STORAGE + b"K\x00K\x01\x85K\x01\x85\x89}tq\x01Rq\x02}("
+    value = b"h\x00h\x01R" if distinct else b"h\x02"
+    return opened + b"".join(b"X\x07\x00\x00\x00%07d" % n + value for n in range(count)) + b"u."
+
+
+@pytest.mark.parametrize("distinct", [True, False])
+def test_a_million_tensors_of_one_storage_take_little_memory(tmp_path, distinct):
+    few = checkpoint(many_tensors(3, distinct=distinct), **{"0": bytes(16)})
+    (tmp_path / "few.pt").write_bytes(few)
+    assert len(read_weights(tmp_path / "few.pt").tensors) == 3
+    many = checkpoint(many_tensors(1_000_000, distinct=distinct), **{"0": bytes(16)})
+    (tmp_path / "x.pt").write_bytes(many)
+    said, grown = reading(tmp_path / "x.pt")
+    assert re.match("UnreadableModelError .*(tensors|outline)", said), said
+    assert grown < 1_400
+
+
+def test_tensors_that_are_negated_by_a_bit_take_no_more_than_the_file(tmp_path):
+    base = torch.ones(2**18, dtype=torch.complex64).conj().imag
+    torch.save({str(n): base.view_as(base) for n in range(2_000)}, tmp_path / "x.pt")
+    said, grown = reading(tmp_path / "x.pt")
+    assert re.match("UnreadableModelError .*more memory than the file", said), said
+    assert grown < 400
 
 
 @pytest.mark.parametrize("pack", [checkpoint, old_checkpoint])

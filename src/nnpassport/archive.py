@@ -16,6 +16,7 @@ MAGIC = b"PK\3\4"
 MAX_GROWTH = 8
 """Times its size that a file may unpack to. `torch.save` compresses nothing; somebody may have done
 so since, and weights shrink little, even pruned ones."""
+MAX_UNPACKED_BYTES = 2**32
 _END, _END64, _LOCATOR, _ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"
 _LONGEST_TAIL = 2**16 - 1  # what may come after the end record
 _MOST_PARTS = 200_000
@@ -57,7 +58,7 @@ def read_directory(data: bytes) -> Archive:
     if any(after.begin < part.end for part, after in pairwise(places)):
         raise ValueError("its parts overlap")
     declared = sum(part.size for part in places)
-    if declared > MAX_GROWTH * len(data):
+    if declared > max(len(data), min(MAX_GROWTH * len(data), MAX_UNPACKED_BYTES)):
         raise ValueError(
             f"its parts unpack to {declared} bytes from {len(data)}, as in a decompression bomb"
         )

@@ -28,7 +28,8 @@ MAX_SECONDS = 20
 MAX_WAIT = 120.0
 MAX_MEMORY = 2**30
 MAX_PICKLED_BYTES = 2**27
-_MAX_OUTLINE_BYTES = 2**26
+_MAX_OUTLINE_BYTES = 2**25
+_MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _LARGEST = 2**62
 _WRAPPERS = ("state_dict", "model")
@@ -46,11 +47,18 @@ Stored = Callable[[str], memoryview]
 
 
 class Outline(NamedTuple):
-    """What a pickle holds, by `unpickling.read`, and where the bytes of a storage are."""
+    """What a pickle holds, by `unpickling.read`.
+
+    Attributes:
+        stored: the bytes of a storage.
+        swapped: whether they are in the other order than this machine's.
+        size: bytes of the whole file.
+    """
 
     said: dict[str, Any]
     stored: Stored
     swapped: bool
+    size: int
 
 
 def read_torch(data: bytes, path: Path) -> dict[str, Tensor]:
@@ -76,7 +84,7 @@ def read_torch(data: bytes, path: Path) -> dict[str, Tensor]:
 def _outline(data: bytes) -> Outline:
     if not data.startswith(archive.MAGIC):
         said = outline_of(memoryview(data)[:MAX_PICKLED_BYTES], "legacy")
-        return Outline(said, _legacy_storages(data, said), swapped=sys.byteorder == "big")
+        return Outline(said, _legacy_storages(data, said), sys.byteorder == "big", len(data))
     directory = archive.read_directory(data)
     if f"{directory.folder}/constants.pkl" in directory.parts:
         raise ValueError("it is a TorchScript archive, whose code would have to be run")
@@ -97,7 +105,7 @@ def _outline(data: bytes) -> Outline:
             raise ValueError(f"storage {key[:100]!r} has {len(found)} bytes instead of {needed}")
         return found
 
-    return Outline(said, stored, swapped=order != sys.byteorder)
+    return Outline(said, stored, order != sys.byteorder, len(data))
 
 
 def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
@@ -198,13 +206,23 @@ def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _tensors(names: Mapping[str, int], outline: Outline) -> dict[str, Tensor]:
+    if len(names) > _MOST_TENSORS:
+        raise ValueError(f"it has {len(names)} tensors, but at most {_MOST_TENSORS} are read")
     storages: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
+    copied = 0
     tensors = {}
     for name, number in names.items():
         if number not in made:
             try:
-                made[number] = _tensor(outline.said["tensors"][number], outline, storages)
+                tensor = _tensor(outline.said["tensors"][number], outline, storages)
+                if tensor.is_conj() or tensor.is_neg():
+                    # One storage may be in a hundred thousand tensors, and each would be a copy.
+                    copied += tensor.nbytes
+                    if copied > outline.size:
+                        raise ValueError("and others would take more memory than the file")
+                    tensor = tensor.resolve_conj().resolve_neg()
+                made[number] = tensor
             except ValueError as error:
                 raise ValueError(f"{name[:100]!r} {error}") from error
         tensors[name] = made[number].view_as(made[number])
@@ -235,9 +253,8 @@ def _tensor(place: list[Any], outline: Outline, storages: dict[str, Tensor]) -> 
         raise ValueError(f"of shape {tuple(size)} does not hold all its numbers"[:300])
     flat = storages[key][: there * dtype.itemsize].view(dtype)
     tensor = torch.as_strided(flat, size, stride, start + offset)
-    if "conj" in flags:
-        tensor = tensor.conj().resolve_conj()
-    return tensor.neg() if "neg" in flags else tensor
+    tensor = tensor.conj() if "conj" in flags else tensor
+    return torch._neg_view(tensor) if "neg" in flags else tensor
 
 
 def _storage(stored: memoryview, dtype: torch.dtype, swapped: bool) -> Tensor:

@@ -20,7 +20,8 @@ from contextlib import suppress
 from typing import Any, ClassVar
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-MAX_OUTLINE_BYTES = 2**26
+MAX_OUTLINE_BYTES = 2**25
+_MOST_TENSORS = 300_000  # of a network and its optimizer
 _DEEPEST = 32
 _MOST_OTHERS = 5
 _PLAIN = (int, float, str, bytes, type(None))
@@ -296,6 +297,8 @@ def read(file: io.BytesIO, form: str) -> dict[str, Any]:
 
     def number(tensor: Tensor) -> int:
         if id(tensor) not in tensors:
+            if len(places) == _MOST_TENSORS:
+                raise ValueError(f"it holds more than {_MOST_TENSORS} tensors")
             tensors[id(tensor)] = len(places)
             places.append(tensor.place)
         return tensors[id(tensor)]
