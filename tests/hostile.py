@@ -10,6 +10,8 @@ import functools
 import hashlib
 import io
 import json
+import pickle
+import pickletools
 import queue
 import re
 import socket
@@ -305,6 +307,96 @@ def _zip(rng: Random, seeds: Seeds) -> bytes:
     return out.getvalue()
 
 
+# Pickles: opcodes put in and taken out where others end, in an archive that is whole
+
+_GLOBALS = (
+    *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage"),
+    *("torch._utils _rebuild_tensor_v3", "torch._tensor _rebuild_from_type_v2", "torch Size"),
+    *("torch._utils _rebuild_sparse_tensor", "collections OrderedDict", "collections Counter"),
+    *("builtins bytearray", "builtins dict", "builtins getattr", "os system", "a.b c.d", "\x1b é"),
+    *("collections defaultdict", "copyreg _reconstructor", "numpy dtype", "torch float32"),
+)
+_PICKLED = (
+    *(
+        b"}",
+        b"]",
+        b")",
+        b"(",
+        b"t",
+        b"\x85",
+        b"\x86",
+        b"\x87",
+        b"N",
+        b"\x88",
+        b"\x8f",
+        b"\x90",
+        b"\x91",
+    ),
+    *(
+        b"R",
+        b"R",
+        b"b",
+        b"b",
+        b"\x81",
+        b"\x92",
+        b"s",
+        b"u",
+        b"a",
+        b"e",
+        b"0",
+        b"1",
+        b"2",
+        b"Q",
+        b"\x93",
+    ),
+    *(b"q\x00", b"q\x01", b"h\x00", b"h\x01", b"h\x02", b"\x94", b"r\xff\xff\xff\x7f", b"\x82\x01"),
+    *(
+        b"K\x00",
+        b"K\x02",
+        b"J\xff\xff\xff\x7f",
+        b"J\xff\xff\xff\xff",
+        b"\x8a\x09" + bytes(8) + b"\x10",
+    ),
+    *(b"X\x01\x00\x00\x00w", b"X\x07\x00\x00\x00storage", b"X\x01\x00\x00\x000", b"\x8c\x03cpu"),
+    *(
+        b"G\x7f\xf8" + bytes(6),
+        b"I9\n",
+        b"S'a'\n",
+        b"\x96" + struct.pack("<Q", 2**40) + b"x",
+        b"\x97",
+    ),
+    *(b"\x8d" + struct.pack("<Q", 2**62), b"\x95" + struct.pack("<Q", 2**40), b"\x80\x05", b"."),
+    *(b")" + b"2\x86" * 40 + b"K\x01", b"\x85" * 10_000, b"}" + b"(h\x00h\x00h\x00h\x00" * 100),
+)
+
+
+def _pickle(rng: Random, seeds: Seeds) -> bytes:
+    """A torch archive, or an old file, whose pickle is one that no program of sense would write."""
+    seed = rng.choice([seed for seed in seeds if seed.startswith(b"PK")])
+    with zipfile.ZipFile(io.BytesIO(seed)) as archive:
+        parts = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    name, whole = parts[0]
+    pickled = whole if rng.random() < 0.7 else b"\x80\x02" + _opcodes(rng, 20) + b"."
+    for _ in range(rng.choice([1, 1, 2, 4, 10])):
+        places = [place for _, _, place in pickletools.genops(whole)] if pickled is whole else []
+        start = rng.choice(places) if places else rng.randrange(len(pickled))
+        end = start + rng.choice([0, 0, 1, 2, 5])
+        pickled = pickled[:start] + _opcodes(rng, rng.choice([1, 1, 2, 5])) + pickled[end:]
+    if rng.random() < 0.2:
+        first = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        return b"".join((*(pickle.dumps(each, 2) for each in first), pickled, b"\x80\x02]."))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for each, part in ((name, pickled), *parts[1:]):
+            archive.writestr(zipfile.ZipInfo(each), part)
+    return out.getvalue()
+
+
+def _opcodes(rng: Random, count: int) -> bytes:
+    known = [f"c{each}\n".replace(" ", "\n", 1).encode() for each in _GLOBALS]
+    return b"".join(rng.choice(known if rng.random() < 0.25 else _PICKLED) for _ in range(count))
+
+
 def _parquet(rng: Random, seeds: Seeds) -> bytes:
     seed = rng.choice(seeds)
     size = int.from_bytes(seed[-8:-4], "little")
@@ -579,8 +671,9 @@ def _of_models(folder: Path) -> dict[str, Parser]:
         ),
         "ONNX": Parser((_onnx(),), _bytes, _file(folder / "model.onnx", read_weights)),
         "checkpoint": Parser(
-            (plain, legacy, wrapped), _zip, _file(folder / "model.pt", read_weights)
+            (plain, legacy, wrapped), _zip, _file(folder / "model.pt", read_weights), share=5
         ),
+        "pickle": Parser((plain, wrapped), _pickle, _file(folder / "p.pt", read_weights), share=5),
         "training state": Parser(
             (wrapped, legacy), _zip, _file(folder / "training.pt", load_training)
         ),

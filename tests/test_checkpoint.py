@@ -192,6 +192,7 @@ def failing(number, error=errno.ENOSPC):
         ("fsync", 3, errno.EIO),
         ("replace", 1, errno.EROFS),
         ("replace", 2, errno.EACCES),
+        ("replace", 3, errno.EIO),
         ("open", 1, errno.EACCES),
         ("open", 2, errno.ENOSPC),
         ("fdopen", 2, errno.EMFILE),
@@ -333,7 +334,11 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, make):
     path, canary = tmp_path / "model.pt", tmp_path / "canary"
     make(path, canary)
     for read in (read_weights, load_training, lambda p: load_suspect(p, CONFIG)):
-        with pytest.raises(UnreadableModelError, match=r"safetensors|training state"):
+        if make is harmful_save and read is read_weights:
+            # Beside the tensors it is left alone, or a line of code would make a copy unreadable.
+            assert torch.equal(read(path).tensors["w"], torch.ones(2))
+            continue
+        with pytest.raises(UnreadableModelError, match=r"safetensors|training state|does not fit"):
             read(path)
     assert not canary.exists()
 
@@ -538,6 +543,7 @@ def test_a_number_too_large_for_the_architecture_is_refused(folder):
     state = {name: t.double() for name, t in read_weights(folder).tensors.items()}
     state["features.0.weight"][0, 0, 0, 0] = 1e300
     safetensors.torch.save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_bytes(config_bytes(CONFIG))  # it would name other weights
     with pytest.raises(UnreadableModelError, match=r"features\.0\.weight"):
         load_model(folder)
 

@@ -57,7 +57,10 @@ MAY_IMPORT = {
     "onnxfile": {"scheme", "files"},
     "adapter": {"scheme", "files"},
     "shards": {"scheme", "files"},
-    "weights": {"scheme", "files", "onnxfile", "adapter", "shards"},
+    "archive": set(),
+    "unpickling": set(),  # runs by itself: nothing of ours is imported there
+    "torchfile": {"scheme", "files", "archive"},
+    "weights": {"scheme", "files", "onnxfile", "adapter", "shards", "archive", "torchfile"},
     "unfold": {"scheme", "channels"},
     "checkpoint": {"scheme", "models", "onnxfile", "unfold", *FOLDERS},
     "processes": set(),

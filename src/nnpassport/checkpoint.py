@@ -5,6 +5,7 @@ A `config.json` names one of our architectures and can never make Python import 
 the caller can vouch for a factory (`trusted_factory`).
 """
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from nnpassport import models
 from nnpassport.config import CONFIG_FILE, ModelConfig, config_bytes, read_config_file
 from nnpassport.files import (
     brief,
+    locked,
     make_folder,
     read_once,
     refuse_leaving,
@@ -40,6 +42,7 @@ from nnpassport.unfold import state_from, without_strangers
 from nnpassport.weights import (
     MAX_PICKLE_BYTES,
     WEIGHTS_FILE,
+    Weights,
     defect,
     read_weights,
     require_finite,
@@ -61,7 +64,8 @@ def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
     """Write `model.safetensors` and `config.json`; both are replaced, or neither is.
 
     Only the state dict is written, so a non-persistent buffer (a passport) never is. Equal content
-    gives equal bytes.
+    gives equal bytes. The config names the SHA-256 of the weights, so that a process that is killed
+    in the middle leaves the old network or the new one, and never something of both.
 
     Raises:
         UnsuitableModelError: the state holds something that could not be read back.
@@ -78,12 +82,10 @@ def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if (fault := defect(tensors)) is not None:
         raise UnsuitableModelError(f"model cannot be saved: {fault}")
-    content = {
-        CONFIG_FILE: config_bytes(config),
-        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-    }
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
     with writing(folder), make_folder(folder):
-        _replace_both(folder, content)
+        _replace_both(folder, config_bytes(config, weights=digest), weights, _pending(digest))
 
 
 def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
@@ -92,14 +94,15 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
     `trusted_factory` is the caller's own "package.module:factory"; see `ModelConfig.build`.
 
     Raises:
-        UnreadableModelError: a file is missing, corrupt, hostile or of another architecture.
+        UnreadableModelError: a file is missing, corrupt, hostile or of another architecture, or
+            the weights are not those that the config was saved with.
     """
     if os.path.lexists(folder / CONFIG_FILE):
         refuse_leaving(folder, folder / CONFIG_FILE)
-    config, digest = read_config_file(folder / CONFIG_FILE)
-    weights = read_weights(folder)
-    model = _assemble(weights.tensors, config, trusted_factory, folder, _all_of)
-    return Loaded(model, config, {CONFIG_FILE: digest, **weights.digests})
+    read = read_config_file(folder / CONFIG_FILE)
+    weights = _weights_of(folder, read.weights)
+    model = _assemble(weights.tensors, read.config, trusted_factory, folder, _all_of)
+    return Loaded(model, read.config, {CONFIG_FILE: read.digest, **weights.digests})
 
 
 def load_suspect(
@@ -156,7 +159,8 @@ def _own_config(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
     if not os.path.lexists(path / CONFIG_FILE):
         return None, {}
     refuse_leaving(path, path / CONFIG_FILE)
-    own, digest = read_config_file(path / CONFIG_FILE)
+    # Which weights it says it belongs to is not asked: a thief might say anything.
+    own, digest, _ = read_config_file(path / CONFIG_FILE)
     return own if own.architecture in models.ARCHITECTURES else None, {CONFIG_FILE: digest}
 
 
@@ -308,22 +312,55 @@ def _without_prefixes(
     return tensors
 
 
-def _replace_both(folder: Path, content: Mapping[str, bytes]) -> None:
-    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    # The old config is copied before anything is touched: undoing then needs no space.
-    old = config.read_bytes() if config.exists() else None
-    with (
-        staged(config, content[CONFIG_FILE]) as new_config,
-        staged(weights, content[WEIGHTS_FILE]) as new_weights,
-        staged(config, old or b"") as old_config,
-    ):
-        os.replace(new_config, config)
-        try:
-            os.replace(new_weights, weights)
-        except BaseException:
-            if old is None:
-                config.unlink()
-            else:
-                os.replace(old_config, config)
-            raise
-    sync_folder(folder)
+def _weights_of(folder: Path, digest: str | None) -> Weights:
+    """The weights that a config with this digest was saved with; any, if it has none."""
+    if digest is None:
+        return read_weights(folder)
+    pending = folder / _pending(digest)
+    interrupted = os.path.lexists(pending)
+    if not interrupted or os.path.lexists(folder / WEIGHTS_FILE):
+        weights = read_weights(folder)
+        if weights.digests.get(WEIGHTS_FILE) == digest:
+            return weights
+    if interrupted:
+        # The save was killed after its config was in place; its weights are whole.
+        tensors, digests = read_weights(pending)
+        weights = Weights(tensors, {WEIGHTS_FILE: digests[pending.name]})
+        if weights.digests[WEIGHTS_FILE] == digest:
+            return weights
+    raise UnreadableModelError(
+        f"{folder} holds other weights than its {CONFIG_FILE} was saved with (SHA-256 "
+        f"{digest[:16]}…); needed: both files of one save; copy them again, or take "
+        "'weights_sha256' out of the config if you exchanged the weights yourself"
+    )
+
+
+def _pending(digest: str) -> str:
+    """The name of weights that are whole and wait for their config."""
+    return f".model.{digest[:16]}.safetensors"
+
+
+def _replace_both(folder: Path, new_config: bytes, new_weights: bytes, pending: str) -> None:
+    config, weights, waiting = folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / pending
+    with staged(config, new_config) as one, staged(weights, new_weights) as other, locked(folder):
+        # The old config is copied before anything is touched: undoing then needs no space.
+        old = config.read_bytes() if config.exists() else None
+        with staged(config, old or b"") as old_config:
+            os.replace(other, waiting)
+            try:
+                sync_folder(folder)
+                os.replace(one, config)  # from here on the folder is the new network
+                try:
+                    os.replace(waiting, weights)
+                except BaseException:
+                    if old is None:
+                        config.unlink()
+                    else:
+                        os.replace(old_config, config)
+                    raise
+            except BaseException:
+                waiting.unlink(missing_ok=True)
+                raise
+        for left in folder.glob(_pending("?" * 16)):  # by a save that was killed
+            left.unlink(missing_ok=True)
+        sync_folder(folder)

@@ -170,6 +170,23 @@ def make_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other writers of ours out of a folder meanwhile, where the system can."""
+    try:
+        import fcntl  # noqa: PLC0415 - there is none on Windows
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system can
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make sure that a rename in `folder` outlives a power cut, where the system can."""
     # Not every system can open a folder; the rename itself has succeeded already.

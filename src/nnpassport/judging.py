@@ -17,7 +17,7 @@ from nnpassport.options import (
     images_from,
     key_from,
 )
-from nnpassport.terminal import errors, print_ruling, print_verdict, progress_bar
+from nnpassport.terminal import after_all, errors, print_ruling, print_verdict, progress_bar
 
 MAX_LOG10_ALPHA = 1_000_000
 
@@ -151,14 +151,14 @@ def verify(
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
         "made_with": made_with(),
     }
-    if report is not None:
-        from nnpassport.evidence.verdictpage import write_verdict_page  # noqa: PLC0415
-
-        write_verdict_page(facts, report)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         print_verdict(verdict, False)
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_verdict_page  # noqa: PLC0415
+
+        after_all(lambda: write_verdict_page(facts, report), str(report))
     raise typer.Exit(0 if verdict.accepted else 1)
 
 
@@ -190,14 +190,14 @@ def judge(
     facts = heard.as_dict()
     facts["suspect"]["file"] = str(suspect)
     facts["made_with"] = made_with()
-    if report is not None:
-        from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
-
-        write_hearing_page(facts, report)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         print_ruling(facts)
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
+
+        after_all(lambda: write_hearing_page(facts, report), str(report))
     codes = {"owner": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
 

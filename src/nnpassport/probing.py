@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnpassport.options import AsJson, KeyFile, Passphrase, images_from, key_from
-from nnpassport.terminal import print_table, print_verdict, progress_bar
+from nnpassport.terminal import after_all, print_table, print_verdict, progress_bar
 
 PROTOCOLS = ("huggingface", "openinference", "template")
 
@@ -129,11 +129,11 @@ def probe(
             asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
         )
     facts = _facts(found, secret)
+    _print(found, facts, out, as_json)
     if report is not None:
         from nnpassport.evidence.verdictpage import write_probe_page  # noqa: PLC0415
 
-        write_probe_page(facts, report)
-    _print(found, facts, out, as_json)
+        after_all(lambda: write_probe_page(facts, report), str(report))
     raise typer.Exit(0 if found.verdict.accepted else 1)
 
 
@@ -150,13 +150,13 @@ def _print(found: Any, facts: dict[str, Any], out: Path | None, as_json: bool) -
     from nnpassport.files import write_atomically  # noqa: PLC0415
 
     text = json.dumps(facts, indent=2)
-    if out is not None:
-        write_atomically(out, text.encode())
     if as_json:
         typer.echo(text)
-        return
-    print_verdict(found.verdict, False)
-    print_table(("", ""), _rows(found))
+    else:
+        print_verdict(found.verdict, False)
+        print_table(("", ""), _rows(found))
+    if out is not None:
+        after_all(lambda: write_atomically(out, text.encode()), str(out))
 
 
 def _open_inference(url: str, model: str | None, *how: Any) -> Any:

@@ -37,11 +37,20 @@ class OwnershipError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         whole = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"
-        super().__init__("".join(map(_spelled, whole)))
+        super().__init__(spelled(whole))
+
+
+def spelled(text: str) -> str:
+    """A stranger's text to be shown: what is not to be seen in it, or turns it round, is spelled.
+
+    Control characters and marks of direction become their number, as in ``ascii``.
+    """
+    return "".join(map(_spelled, text))
 
 
 def _spelled(letter: str) -> str:
-    return letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+    kept = letter.isprintable() or letter in "\n\t\N{NO-BREAK SPACE}"
+    return letter if kept else ascii(letter)[1:-1]
 
 
 class UnsuitableModelError(OwnershipError):
