@@ -14,6 +14,7 @@ its own; whatever one of them does, the packed file is there when the minutes ar
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -139,6 +140,18 @@ def prepare_worker() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
+def decode_ahead(plan: "Plan", store: "Store") -> "subprocess.Popen[bytes]":
+    """Decode the pictures into the cache while the device is checked: workers find them there."""
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from nnpassport.experiments.tasks import images_of, missing\n"
+        "data = Path(sys.argv[1])\n"
+        "[images_of(data, task) for task in sys.argv[2:] if not missing(data, task)]\n"
+    )
+    tasks = dict.fromkeys((*plan.tasks, *plan.targets))
+    return subprocess.Popen([sys.executable, "-c", code, str(store.data), *tasks])
+
+
 def run_stage(name: str, places: Places, seconds: float, options: Sequence[str]) -> str:
     """One stage in a process of its own, its output in a log; "" or what went wrong."""
     script = {"check": "checks.py", "steps": "steps.py", "ratios": "ratios.py"}[name]
@@ -204,6 +217,7 @@ def work_through(
         (places.facts / "run.json").write_text(json.dumps(notes, indent=1) + "\n")
         places.pack()
 
+    decoding = decode_ahead(plan, places.store()) if "cells" in stages else None
     for name in (stage for stage in STAGES if stage in stages and stage != "cells"):
         limit = min(SECONDS[name], deadline - time.monotonic())
         if name == "ratios" and "cells" not in stages:
@@ -217,7 +231,10 @@ def work_through(
         print(f"{name}: {notes['stages'][name]}, {time.monotonic() - started:.0f} s", flush=True)
         print((places.facts / f"{name}.log").read_text(errors="replace")[-1500:], flush=True)
         note()
-    if "cells" in stages:
+    if decoding is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            decoding.wait(max(0.0, deadline - time.monotonic()))
+        decoding.kill()
         _cells(places, plan, deadline, options, notes, note)
 
 

@@ -110,8 +110,7 @@ def forged(template: Key, passports: Mapping[str, Tensor], weights: Mapping[str,
     layers = tuple(layer for layer in template.context.layers if layer.name in passports)
     context = replace(template.context, layers=layers)
     blank = {layer.name: torch.ones(layer.length) for layer in layers}
-    # Keys live on the CPU; passports that were trained are where they were trained.
-    tensors = {name: passport.detach().cpu().float() for name, passport in passports.items()}
+    tensors = {name: passport.detach().float() for name, passport in passports.items()}
     key = replace(template, context=context, text=None, passports=tensors, signs=blank)
     read = {name: gamma.sign() for name, (gamma, _) in affine_of(key, weights).items()}
     # A γ of exactly zero reads as no bit at all; a forger would call it a one.
