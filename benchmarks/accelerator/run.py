@@ -137,7 +137,7 @@ def prepare_worker() -> None:
     import torch  # noqa: PLC0415
 
     torch.set_num_threads(max(1, int(os.environ.get("KIT_THREADS", "1"))))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False  # of matrices it is so already
 
 
 def decode_ahead(plan: "Plan", store: "Store") -> "subprocess.Popen[bytes]":
@@ -180,10 +180,12 @@ def in_time(places: Places, deadline: float, work: Callable[[], None]) -> None:
 
     def pull_the_plug() -> None:
         print("the minutes are over", flush=True)
-        places.pack()
-        for child in _children():
-            os.kill(child, signal.SIGKILL)
-        os._exit(3)
+        try:
+            places.pack()
+            for child in _children():
+                os.kill(child, signal.SIGKILL)
+        finally:  # whatever is wrong: the packed file of the last cell is there
+            os._exit(3)
 
     watchdog = threading.Timer(deadline - time.monotonic(), pull_the_plug)
     watchdog.daemon = True

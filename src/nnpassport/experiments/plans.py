@@ -186,7 +186,7 @@ GPU_SHORT = Plan(
     settings={name: {"triggers_per_step": 16} for name in ("adi", "passport-v3")},
 )
 _LARGE_BATCHES = Recipe(
-    batch=512, rate=0.2, schedule="one-cycle", nesterov=True, precision="bfloat16"
+    batch=512, rate=0.1, schedule="one-cycle", nesterov=True, precision="bfloat16"
 )
 GPU = Plan(
     "gpu",
