@@ -94,20 +94,25 @@ def hostile_input(name: str, parser: Parser, number: int) -> bytes:
 
 def outcome(parser: Parser, data: bytes) -> str:
     """ "read", the name of an error of ours, or a text that starts with "BUG"."""
+    return result(parser, data)[0]
+
+
+def result(parser: Parser, data: bytes) -> tuple[str, object]:
+    """The same, and what was read."""
     try:
-        parser.read(data)
+        value = parser.read(data)
     except OwnershipError as error:
         said = str(error)
         if len(said) > _LONGEST_MESSAGE:
-            return f"BUG: a message of {len(said)} characters in {type(error).__name__}"
+            return f"BUG: a message of {len(said)} characters in {type(error).__name__}", None
         if _CONTROL.search(said):
-            return f"BUG: control characters in the message of {type(error).__name__}"
-        return type(error).__name__
+            return f"BUG: control characters in the message of {type(error).__name__}", None
+        return type(error).__name__, None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return f"BUG: {type(error).__name__}: {ascii(str(error))[:100]}"
-    return "read"
+        return f"BUG: {type(error).__name__}: {ascii(str(error))[:100]}", None
+    return "read", value
 
 
 # Bytes
@@ -350,7 +355,7 @@ def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], objec
 def example_key() -> Key:
     """A derived key with everything that a context can have."""
     conv = LayerShape("a.0", (8, 3, 3, 3), (3, 5, 5), Geometry((1, 1), ((1, 1),) * 2, (1, 1)))
-    linear = LayerShape("fc", (4, 10), (10, 2), Geometry(), 6)
+    linear = LayerShape("fc", (4, 10), (10, 2), Geometry())
     triggers = TriggerShape(2, 3, (1, 4, 4))
     context = Context("passport-v3", "Zoë", (conv, linear), triggers, bytes(range(16)))
     return Key(hashlib.sha256(b"a seed").digest(), context)
@@ -437,7 +442,9 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
 
     public, secret = _pems()
     root = (GOLDEN / "claim-v1-root.pem").read_bytes()
-    context = (key.context.encode(), stamped_context(golden))
+    projected = LayerShape("fc", (4, 10), (10, 1), Geometry(), 6)
+    uchida = Context("uchida", "Zoë", (projected,), None, bytes(16))
+    context = (key.context.encode(), stamped_context(golden), uchida.encode())
     url = _answering(answers := queue.SimpleQueue())
 
     def answer(data: bytes) -> None:

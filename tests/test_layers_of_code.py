@@ -8,10 +8,13 @@ import pytest
 import nnpassport
 
 ROOT = Path(nnpassport.__file__).parent
-CORE = {"scheme", "functional"}
+CORE = {"scheme", "functional", "geometry"}
 FOLDERS = {"files", "config", "weights"}
-KEYS = {"evidence.context", "evidence.seed", "evidence.key"}
-SIGNED = {"evidence.signing", "evidence.timestamp", "evidence.claimfile"}
+KEYS = {
+    *("evidence.context", "evidence.validity", "evidence.pictures", "evidence.seed"),
+    "evidence.key",
+}
+SIGNED = {"evidence.curve", "evidence.signing", "evidence.timestamp", "evidence.claimfile"}
 CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
@@ -34,8 +37,11 @@ ALL = {"*"}
 # A module or a package that has no row of its own belongs to the package above it.
 MAY_IMPORT = {
     "scheme": set(),
-    "functional": set(),
-    "statistics": set(),
+    "geometry": set(),
+    "lazy": set(),
+    "functional": {"geometry"},
+    "statistics": {"scheme"},
+    "relabelling": {"scheme", "statistics"},
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
@@ -58,11 +64,14 @@ MAY_IMPORT = {
     "distributed": {"scheme", "outputs", "processes", "layers"},
     "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "distributed", "data"},
-    "evidence.context": CORE,
-    "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
-    "evidence.key": {*CORE, "data.triggers", *KEYS},
-    "evidence.keyfile": {*CORE, *KEYS},
-    "evidence.signing": {"scheme", "files", "evidence.context"},
+    "evidence.validity": {"scheme", "evidence.context"},  # its types alone
+    "evidence.context": {"scheme", "geometry", "evidence.validity"},
+    "evidence.pictures": {"scheme"},
+    "evidence.seed": {"scheme", "evidence.context"},
+    "evidence.key": {"scheme", *KEYS},
+    "evidence.keyfile": {"scheme", *KEYS},
+    "evidence.curve": set(),
+    "evidence.signing": {"scheme", "files", "evidence.context", "evidence.curve"},
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},
     "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
     "evidence.claim": {"scheme", *KEYS, *SIGNED},
@@ -70,10 +79,13 @@ MAY_IMPORT = {
     "schemes": SCHEMES,
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
-    "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
-    "catalog": {"schemes", "schemes.lora", "attacks", "scheme", *KEYS},
+    "remote": {
+        *("remote", "catalog", "statistics", "relabelling", "data", "scheme", "files"),
+        *EVIDENCE,
+    },
+    "catalog": {"schemes", "schemes.lora", "scheme", "lazy", *KEYS},
     "verification": {
-        *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
+        *("catalog", "channels", "checkpoint", "onnxfile", "relabelling", "shards", "unfold"),
         *FOLDERS,
         *SCHEMES,
         *EVIDENCE,
@@ -89,7 +101,16 @@ MAY_IMPORT = {
         *EVIDENCE,
     },
     "audit": {
-        *("audit", "attacks", "catalog", "ownership", "verification", "checkpoint", "provenance"),
+        *(
+            "lazy",
+            "audit",
+            "attacks",
+            "catalog",
+            "ownership",
+            "verification",
+            "checkpoint",
+            "provenance",
+        ),
         *SCHEMES,
         *FOLDERS,
         *EVIDENCE,
@@ -189,6 +210,8 @@ def late():
     ("name", "target"),
     [
         ("scheme", "functional"),
+        ("evidence.context", "functional.filters"),
+        ("evidence.key", "data.triggers"),
         ("models.resnet", "scheme.Batch"),
         ("checkpoint", "evidence.key.Key"),
         ("evidence.seed", "evidence.key.Key"),

@@ -8,6 +8,7 @@ the caller can vouch for a factory (`trusted_factory`).
 import io
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -103,27 +104,64 @@ def load_suspect(
 ) -> Loaded:
     """The network of a folder or file that somebody else made.
 
-    Its architecture is the one in the folder's own `config.json` if that is one of ours, and that
-    of `reference` otherwise; the config returned says which. `trusted_factory` vouches for
-    the reference's factory only.
+    `reference`, the owner's, says how it is read: it is built as that if its weights fit, and takes
+    what that takes. Only if they do not fit is it built as the folder's own `config.json` says, if
+    that names an architecture of ours, and even then images become numbers as `reference` has it.
+    Without a `reference` there is nothing but the suspect's own word. The config returned says
+    which. `trusted_factory` vouches for the reference's factory only.
 
     Raises:
         UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
     """
-    digests = {}
-    config = reference
-    if os.path.lexists(path / CONFIG_FILE):
-        own, digests[CONFIG_FILE] = read_config_file(path / CONFIG_FILE)
-        if own.architecture in models.ARCHITECTURES:
-            config = own
-    if config is None:
-        raise UnreadableModelError(
-            f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names one "
-            f"of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like FOLDER)"
-        )
     weights = read_weights(path)
-    model = _assemble(weights.tensors, config, trusted_factory, path)
-    return Loaded(model, config, {**digests, **weights.digests})
+    if reference is None:
+        own, digests = _own_config(path)
+        if own is None:
+            raise UnreadableModelError(
+                f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names "
+                f"one of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like "
+                "FOLDER)"
+            )
+        model = _assemble(weights.tensors, own, None, path)
+        return Loaded(model, own, {**digests, **weights.digests})
+    own, digests = _stated(path)
+    try:
+        model = _assemble(weights.tensors, reference, trusted_factory, path)
+        return Loaded(model, reference, {**digests, **weights.digests})
+    except UnreadableModelError:
+        if own is None:
+            raise
+    facts = replace(reference, architecture=own.architecture, arguments=own.arguments)
+    model = _assemble(weights.tensors, facts, None, path)
+    return Loaded(model, facts, {**digests, **weights.digests})
+
+
+def own_config(path: Path) -> ModelConfig | None:
+    """What a suspect says about itself, if it is one of our architectures and can be read at all.
+
+    It is the suspect's word: nothing that is known otherwise is to be taken from it.
+    """
+    return _stated(path)[0]
+
+
+def _own_config(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
+    """The folder's config, if it has one of an architecture of ours, and its digest.
+
+    Raises:
+        UnreadableModelError: it has one that cannot be read.
+    """
+    if not os.path.lexists(path / CONFIG_FILE):
+        return None, {}
+    own, digest = read_config_file(path / CONFIG_FILE)
+    return own if own.architecture in models.ARCHITECTURES else None, {CONFIG_FILE: digest}
+
+
+def _stated(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
+    """The same; one that cannot be read says nothing: who is not asked cannot hinder."""
+    try:
+        return _own_config(path)
+    except UnreadableModelError:
+        return None, {}
 
 
 def save_training(path: Path, state: Mapping[str, Any]) -> None:

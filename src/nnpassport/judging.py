@@ -82,10 +82,22 @@ def verify(
     root: Roots = None,
     appeared: Appeared = None,
     like: Annotated[
-        Path | None, typer.Option(help="Model folder whose architecture the suspect has.")
+        Path | None,
+        typer.Option(
+            help="Your model folder: the architecture that the suspect has, and how images become "
+            "numbers, whatever the suspect says of itself."
+        ),
     ] = None,
     black_box: Annotated[
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
+    ] = False,
+    every_reading: Annotated[
+        bool,
+        typer.Option(
+            "--every-reading",
+            help="Of answers, look also at other orders of the classes, and at pictures shown as "
+            "the suspect's own config says; all of them are paid for in the p-value.",
+        ),
     ] = False,
     as_published: Annotated[
         bool,
@@ -119,6 +131,7 @@ def verify(
         alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
         base=base,
         standing=None if claim is None else _standing(claim, owner, secret, root, appeared),
+        every_reading=every_reading,
     )
     if black_box:
         verdict = verification.verify_answers(suspect, secret, options=options)
@@ -166,10 +179,11 @@ def judge(
     from nnpassport import hearing, verification  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
-    images = None
-    if data is not None:
-        config = verification.config_of(suspect, verification.Options())
-        images = images_from(data, split, config)
+    images = {}
+    if data is not None:  # read here, as what is wrong with them is no claimant's fault
+        configs = hearing.networks(suspect, exhibits)
+        for config in configs or [verification.config_of(suspect, verification.Options())]:
+            images[config.input_size] = images_from(data, split, config)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
         heard = hearing.hear(suspect, exhibits, bench, show=show)

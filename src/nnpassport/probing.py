@@ -46,12 +46,23 @@ def probe(
     ] = "/label",
     like: Annotated[
         Path | None,
-        typer.Option(help="Your model folder: names of the classes, and mean and std."),
+        typer.Option(help="Your model folder: names of the classes (as --labels), mean and std."),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="JSON: names in the order of the classes, or {name: index}."),
+        typer.Option(
+            help="JSON: names in the order of the classes, or {name: index}; where the key has "
+            "none, every map that there was to choose from is paid for."
+        ),
     ] = None,
+    any_order: Annotated[
+        bool,
+        typer.Option(
+            "--any-order",
+            help="Whatever the service calls its classes, in whatever order: the map that fits "
+            "best is taken, and all that there are paid for in the p-value.",
+        ),
+    ] = False,
     cover: Annotated[
         str | None,
         typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
@@ -107,7 +118,7 @@ def probe(
     known = _labels(labels, config, shape.classes)
     images = None if cover is None else _covers(cover, cover_split, shape.size)
     chosen = {} if alpha is None else {"log10_alpha": alpha}
-    terms = Terms(budget=budget, covers_per_trigger=covers, **chosen)
+    terms = Terms(budget=budget, covers_per_trigger=covers, any_order=any_order, **chosen)
     limits = Limits(timeout=timeout, retries=retries, rate=rate)
     with (
         asking(service, known, limits, headers=_headers(header or [])) as asker,

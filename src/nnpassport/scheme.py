@@ -16,6 +16,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── BadRecipeError           training, or a probe, was asked for what cannot be done
     ├── LostProcessError         another process of a distributed training is gone
     ├── UnreachableServiceError  a service does not answer, or too seldom to tell anything
+    ├── MiscountedError          a scheme counted what cannot be: more matches than bits, say
     └── UnwritableOutputError    a result could not be saved; what was there before is untouched
 """
 
@@ -83,6 +84,10 @@ class UnreachableServiceError(OwnershipError):
     """A service gives no usable answers, or too few of them to tell anything."""
 
 
+class MiscountedError(OwnershipError):
+    """Matches, or trials, that no reading gives; a fault of the scheme that counted them."""
+
+
 class UnwritableOutputError(OwnershipError):
     """A result could not be saved; files that existed before are as they were."""
 
@@ -136,10 +141,27 @@ class Fidelity:
         return self.accuracy >= self.target - self.tolerance
 
 
+def check_counts(matches: int, trials: int) -> None:
+    """Refuse counts that no reading gives.
+
+    Raises:
+        MiscountedError: not whole numbers, or not 0 to `trials` matches.
+    """
+    whole = type(matches) is int and type(trials) is int
+    if not whole or not 0 <= matches <= trials:
+        raise MiscountedError(
+            f"got {matches!r:.40} matches in {trials!r:.40} trials; needed: whole numbers, and no "
+            "more matches than trials: each bit of the key is compared once, with one reading"
+        )
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Outcome of V on one suspect with one key.
+
+    Raises:
+        MiscountedError: counts that no reading gives.
 
     Attributes:
         bits: how many committed bits (or trigger labels) there are.
@@ -153,6 +175,8 @@ class Verdict:
         digests: SHA-256 of every file that was read, by name.
         chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
             where V does not say.
+        corrections: log₁₀ of what the p-value was multiplied by for each choice that there was,
+            by the choice's name.
     """
 
     scheme: str
@@ -168,6 +192,11 @@ class Verdict:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
+    corrections: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for matches, trials in ((self.matches, self.bits), *self.layers.values()):
+            check_counts(matches, trials)
 
     @property
     def accepted(self) -> bool:

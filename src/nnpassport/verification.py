@@ -3,6 +3,7 @@
 Every function here either gives a verdict or raises, and then nothing was decided.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,17 +14,20 @@ from torch import Tensor, nn
 
 from nnpassport.catalog import scheme_named
 from nnpassport.channels import channels_of
-from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect
+from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect, own_config
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.claim import MILLION
 from nnpassport.evidence.judge import DATED_ONLY
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.null import AlignedVerdict, Unrelated, aligned_verdict, mixtures
+from nnpassport.evidence.seed import triggers_of
 from nnpassport.evidence.standing import Standing
 from nnpassport.fidelity import accuracy
+from nnpassport.files import brief
 from nnpassport.onnxfile import ONNX
 from nnpassport.outputs import logits_of
+from nnpassport.relabelling import best_map, corrected, log10_injections
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
 from nnpassport.schemes.deepmarks import Trace, trace
 from nnpassport.schemes.lora import added, is_adapter
@@ -72,6 +76,8 @@ class Options:
         alignment: bring the suspect's channels into the owner's order before they are read.
         base: what a merged adapter was made for; its weights are taken off the suspect's.
         standing: a claim that was checked. The verdict is no better than it.
+        every_reading: of answers, look also at those in another order of the classes, and at those
+            to images that became numbers as the suspect's own config says; each way is paid for.
     """
 
     reference: ModelConfig | None = None
@@ -80,6 +86,7 @@ class Options:
     alignment: Alignment | None = None
     base: Path | None = None
     standing: Standing | None = None
+    every_reading: bool = False
 
     @property
     def threshold(self) -> float:
@@ -170,11 +177,7 @@ def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -
             f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
             "scheme that has; verify this one by the weights"
         )
-    loaded = _load(suspect, options)
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    answers = answers_to(key, loaded.model, normalise)
-    verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
-    verdict = replace(verdict, digests=loaded.digests)
+    verdict = _answered(Path(suspect), key, options)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
 
@@ -257,6 +260,8 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     """
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
+        if scheme.triggers:
+            return _answered(suspect, key, options), None
         loaded = _load(suspect, options)
         normalise = Normalisation(loaded.config.mean, loaded.config.std)
         verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
@@ -295,6 +300,61 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
 
 
+def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
+    """V by answers, read as the owner's facts say; or by every reading, the best of them paid for.
+
+    Half of the level of each way to show the pictures is for the classes as they are, half for all
+    their other orders.
+    """
+    scheme, loaded = scheme_named(key.context.scheme), _load(suspect, options)
+    ways = [Normalisation(loaded.config.mean, loaded.config.std)]
+    if options.every_reading and (own := own_config(suspect)) is not None:
+        stated = Normalisation(own.mean, own.std)
+        ways += [stated] if stated != ways[0] and len(own.mean) == len(loaded.config.mean) else []
+    paid = {"readings": math.log10(2 * len(ways))} if options.every_reading else {}
+    found, mapped = [], []
+    for normalise in ways:
+        answers = _answers(key, loaded.model, normalise)
+        verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
+        found.append(corrected(verdict, paid))
+        mapped += _in_the_best_order(answers, key, options.threshold, len(ways))
+    verdict = min([*found, *(mapped if options.every_reading else [])], key=_weight)
+    whose = "the owner's" if options.reference is not None else "the suspect's own"
+    reason = f"{verdict.reason}; images became numbers as {whose} config says"
+    if not verdict.marked and any(each.marked for each in mapped):
+        reason += "; in another order of the classes it matches: have every reading looked at"
+    return replace(verdict, reason=reason, digests=loaded.digests)
+
+
+def _answers(key: Key, model: nn.Module, normalise: Normalisation) -> Tensor:
+    try:
+        return answers_to(key, model, normalise)
+    except RuntimeError as error:
+        raise UnsuitableModelError(
+            f"the network does not take the key's pictures ({brief(error)}); needed: one for "
+            f"images of {triggers_of(key.context).size}"
+        ) from error
+
+
+def _in_the_best_order(answers: Tensor, key: Key, log10_alpha: float, ways: int) -> list[Verdict]:
+    """V with the classes in the order that fits best, paid for; none if there are too many."""
+    _, labels = key.trigger_set()
+    order = best_map(answers.tolist(), labels.tolist())
+    if order is None:
+        return []
+    classes = triggers_of(key.context).classes
+    read = torch.tensor([order.get(answer, classes) for answer in answers.tolist()])
+    verdict = scheme_named(key.context.scheme).verify_answers(read, key, log10_alpha=log10_alpha)
+    orders = log10_injections(len(set(answers.tolist())), classes)
+    choices = {"readings": math.log10(2 * ways), "orders of the classes": orders}
+    return [corrected(verdict, choices)]
+
+
+def _weight(verdict: Verdict) -> float:
+    """What the best of several readings is the least of; without p-values the first is."""
+    return 0.0 if verdict.log10_p_value is None else verdict.log10_p_value
+
+
 def _layer_by_layer(suspect: Path, key: Key) -> Shards | None:
     """The suspect's tensors under the key's names, none of them read; None if they have to be.
 
@@ -318,7 +378,10 @@ def _added(weights: Weights, path: Path, key: Key, options: Options) -> Verdict:
     base = _without_prefixes(read_weights(path), key)
     tensors = added(weights.tensors, base.tensors, key)
     scheme = scheme_named(key.context.scheme)
-    verdict = scheme.verify(tensors, key, log10_alpha=options.threshold)
+    alpha = options.threshold
+    if options.log10_alpha is None:  # what will be done to a public network can be foreseen
+        alpha = min(alpha, LOG10_ALPHA_UNCOMMITTED)
+    verdict = scheme.verify(tensors, key, log10_alpha=alpha)
     reason = f"{verdict.reason}; read from what was added to {path.name}"
     if options.standing is None:
         reason += "; that the base is older than the suspect is your word"

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nnpassport.channels import (
@@ -227,6 +226,9 @@ def _place(
     bases: Forms,
 ) -> int:
     """Bring an axis into the reference's order and scale; how many of its channels are missing."""
+    # Slow to import, and readings without alignment do not need it.
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
+
     likeness = torch.zeros(width(reference, axis), width(suspect, axis))
     for producer in compared:
         cosines = _cosines(suspect, reference, producer, bases)

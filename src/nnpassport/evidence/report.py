@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 if TYPE_CHECKING:
@@ -109,6 +108,8 @@ def page(template: str, facts: Mapping[str, Any]) -> str:
     Raises:
         jinja2.UndefinedError: the template needs a fact that is not there.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+
     environment = Environment(
         loader=PackageLoader("nnpassport.evidence"),
         autoescape=True,
