@@ -1,10 +1,11 @@
 # make demo   the whole story on embedded data        make test   the test suite
 # make lint   ruff and mypy                           make slow   tests that train for minutes
 # make lowest the test suite with the lowest releases that pyproject.toml allows
+# make accelerator-trial   what there is to run on an accelerator, here and with embedded digits
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lowest lint clean
+.PHONY: demo test slow lowest lint accelerator-trial clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -23,6 +24,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+accelerator-trial: .venv/installed
+	$(BIN)/python benchmarks/accelerator/trial.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
