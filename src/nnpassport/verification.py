@@ -6,7 +6,7 @@ Every function here either gives a verdict or raises, and then nothing was decid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -119,9 +119,9 @@ def verify(
         OwnershipError: it could not be checked; which kind says why.
     """
     options = options or Options()
-    verdict, aligned = _verdict(Path(suspect), key, options)
+    verdict, built = _verdict(Path(suspect), key, options)
     if trial is not None:
-        verdict = _with_fidelity(verdict, Path(suspect), key, trial, options, aligned)
+        verdict = _with_fidelity(verdict, Path(suspect), key, trial, options, built)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
 
@@ -211,7 +211,7 @@ def verify_aligned(
             why = "is in the answers, which moved channels do not change"
         raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
     if unrelated is None:
-        unrelated = _of_its_own(weights, reference)
+        unrelated = of_its_own(weights, reference)
     return aligned_verdict(
         lambda tensors: scheme.verify(tensors, key, log10_alpha=log10_alpha),
         weights,
@@ -219,6 +219,21 @@ def verify_aligned(
         scheme.forms(key),
         unrelated,
     )
+
+
+def given(unrelated: Mapping[str, Weights]) -> Unrelated:
+    """These networks, as the null."""
+    origin = f"{len(unrelated)} unrelated networks that were given"
+    return Unrelated([each.tensors for each in unrelated.values()], origin)
+
+
+def of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
+    """Mixtures of the filters of the network with these weights, always the same, as the null."""
+    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
+    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
+    rng = torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
 
 
 def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
@@ -250,11 +265,15 @@ def config_of(suspect: Path, options: Options) -> ModelConfig:
     return _load(suspect, options).config
 
 
-def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
-    """By the weights alone if the scheme can: then nothing of the suspect is even built.
+class _Built(NamedTuple):
+    """The aligned network with the config of the reference, and the suspect as it computes."""
 
-    With alignment also the aligned network, and the config of the reference.
-    """
+    aligned: Loaded
+    whole: nn.Module
+
+
+def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, _Built | None]:
+    """By the weights alone if the scheme can: then nothing of the suspect is even built."""
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
         loaded = _load(suspect, options)
@@ -283,7 +302,7 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         key,
         reference.model,
         log10_alpha=options.threshold,
-        unrelated=_given(unrelated) if unrelated else None,
+        unrelated=given(unrelated) if unrelated else None,
     )
     digests = {**weights.digests, **_named("reference", reference.digests)}
     for name, each in unrelated.items():
@@ -292,7 +311,8 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     if options.standing is None:
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
-    return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
+    built = _Built(reference._replace(model=found.aligned.model), found.aligned.whole)
+    return replace(verdict, digests=digests), built
 
 
 def _layer_by_layer(suspect: Path, key: Key) -> Shards | None:
@@ -359,29 +379,20 @@ def _prefixed(there: Iterable[str], key: Key) -> dict[str, str]:
     return names
 
 
-def _given(unrelated: Mapping[str, Weights]) -> Unrelated:
-    origin = f"{len(unrelated)} unrelated networks that were given"
-    return Unrelated([each.tensors for each in unrelated.values()], origin)
-
-
-def _of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
-    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
-    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
-    rng = torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
-    origin = f"{MIXTURES} mixtures of the suspect's own filters"
-    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
-
-
 def _with_fidelity(
     verdict: Verdict,
     suspect: Path,
     key: Key,
     trial: Trial,
     options: Options,
-    aligned: Loaded | None,
+    built: _Built | None,
 ) -> Verdict:
-    """The verdict and F, of the aligned network if there is one."""
-    loaded = _load(suspect, options) if aligned is None else aligned
+    """The verdict and F, of the aligned network if there is one.
+
+    If no target was declared, what the suspect reaches is to be reached: all of it, and not the
+    part that could be aligned, or a network that does nothing would do as well as it does.
+    """
+    loaded = _load(suspect, options) if built is None else built.aligned
     if len(trial.data.classes) != len(loaded.config.classes):
         raise UnreadableDataError(
             f"the images have {len(trial.data.classes)} classes and the suspect "
@@ -396,7 +407,7 @@ def _with_fidelity(
         )
     target = trial.target
     if target is None:
-        target = accuracy(loaded.model, trial.data, normalise)
+        target = accuracy(loaded.model if built is None else built.whole, trial.data, normalise)
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}
@@ -405,7 +416,7 @@ def _with_fidelity(
         fidelity=fidelity,
         digests={
             **verdict.digests,
-            **({} if aligned is not None else loaded.digests),
+            **({} if built is not None else loaded.digests),
             "images": tensors_digest(images),
         },
         reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "

@@ -1,0 +1,144 @@
+"""Which networks that claimants committed to the suspect was made from, and which from each other.
+
+`hearing` asks this about files; `evidence.relation` measures. Only networks under claims that are
+proved to be older than the suspect are looked at: another can be made to fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from nnpassport.checkpoint import PREFIXES, Loaded, load_model
+from nnpassport.config import CONFIG_FILE, ModelConfig, read_config
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence.judge import Work
+from nnpassport.evidence.relation import Relation, relation, relation_in_place, work_of
+from nnpassport.fidelity import accuracy
+from nnpassport.files import brief
+from nnpassport.onnxfile import ONNX
+from nnpassport.scheme import OwnershipError, UnsuitableModelError
+from nnpassport.unfold import state_from
+from nnpassport.verification import given, of_its_own
+from nnpassport.weights import read_weights
+
+IMAGES = 512
+"""How many images a suspect is run on, at most."""
+
+_BETTER_THAN_CHANCE = 2.0
+"""Times the rate of chance that a suspect has to reach on images to be at home on them."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Related:
+    """What was found of one claimant's network; as in `Claimant`."""
+
+    related: bool | None = None
+    akin: Mapping[str, bool] = field(default_factory=dict)
+    work: Work | None = None
+    notes: tuple[str, ...] = ()
+
+
+def relations_of(
+    suspect: Path,
+    references: Mapping[str, Path],
+    *,
+    unrelated: tuple[Path, ...] = (),
+    images: ImageSet | None = None,
+) -> dict[str, Related]:
+    """How the suspect and these networks of claimants, by their names, were made from each other.
+
+    A comparison that cannot be made leaves nothing known, and says so in the notes.
+    """
+    strangers = {str(path): read_weights(path) for path in unrelated}
+    weights, tensors = {}, _tensors(suspect)
+    loaded: dict[str, Loaded] = {}
+    found: dict[str, Related] = {}
+    for name, path in references.items():
+        try:
+            loaded[name], weights[name] = load_model(path), _tensors(path)
+        except Exception as error:  # what a claimant hands in stops no other
+            found[name] = Related(notes=(f"its network cannot be compared: {_said(error)}",))
+
+    def compared(there: Mapping[str, Tensor], one: Loaded, *, onnx: bool = False) -> Relation:
+        there = _under_names_of(there, one)
+        there = state_from(there, one.model) if onnx else there
+        try:
+            null = given(strangers) if strangers else of_its_own(there, one.model)
+            return relation(there, one.model, null)
+        except UnsuitableModelError:
+            return relation_in_place(there, one.model.state_dict())
+
+    akin: dict[str, dict[str, bool]] = {name: {} for name in loaded}
+    for name, other in permutations(loaded, 2):
+        try:
+            akin[name][other] = compared(weights[other], loaded[name]).related
+        except Exception:  # as above; not known to be related
+            akin[name][other] = False
+    configs = [each.config for each in loaded.values()]
+    configs += _config_of(suspect)
+    for name, one in loaded.items():
+        try:
+            relates = compared(tensors, one, onnx=suspect.suffix.lower() == ONNX)
+        except Exception as error:  # as above
+            note = f"whether the suspect was made from its network is not known: {_said(error)}"
+            found[name] = Related(akin=akin[name], notes=(note,))
+            continue
+        work, notes = None, ()
+        if images is not None and relates.related:
+            try:
+                work, notes = _work(relates, images, configs)
+            except Exception as error:  # as above
+                notes = (f"what its part does could not be measured: {_said(error)}",)
+        found[name] = Related(relates.related, akin[name], work, notes)
+    return found
+
+
+def _work(
+    found: Relation, images: ImageSet, configs: list[ModelConfig]
+) -> tuple[Work | None, tuple[str, ...]]:
+    """What the part does, on images as the suspect answers them best."""
+    if found.whole is None:
+        return None, ("the suspect is of a kind that is not taken apart, so no part was measured",)
+    count = min(IMAGES, len(images.images))
+    some = images.subset(torch.linspace(0, len(images.images) - 1, count).long())
+    ways = [Normalisation(each.mean, each.std) for each in configs]
+    reached = [accuracy(found.whole, some, each) for each in ways]
+    best = max(range(len(ways)), key=reached.__getitem__)
+    if reached[best] <= _BETTER_THAN_CHANCE / max(2, len(images.classes)):
+        return None, (
+            f"the suspect answers {100 * reached[best]:.0f} % of the images rightly, which is "
+            "chance, so they do not show what any part of it does",
+        )
+    return work_of(found, ways[best](some.images)), ()
+
+
+def _tensors(path: Path) -> Mapping[str, Tensor]:
+    return read_weights(path).tensors
+
+
+def _under_names_of(tensors: Mapping[str, Tensor], one: Loaded) -> Mapping[str, Tensor]:
+    """The same tensors, without the prefixes that wrappers for training put before every name."""
+    wanted = {name for name, values in one.model.state_dict().items() if values.dim() > 1}
+    for prefix in PREFIXES * 2:
+        if tensors.keys() >= wanted or not all(name.startswith(prefix) for name in tensors):
+            continue
+        tensors = {name.removeprefix(prefix): values for name, values in tensors.items()}
+    return tensors
+
+
+def _config_of(suspect: Path) -> list[ModelConfig]:
+    """How the suspect says that images are to be given to it, if it says so."""
+    try:
+        return [read_config(suspect)] if (suspect / CONFIG_FILE).is_file() else []
+    except OwnershipError:
+        return []
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, OwnershipError) else brief(error)
