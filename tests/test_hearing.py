@@ -304,6 +304,8 @@ def test_a_network_of_another_s_dates_nothing(court, world, authority):
     assert not bob.readings[ALIGNED].alignment["related"]
     assert alice.readings[ALIGNED].alignment["related"]
     assert (bob.related, alice.related) == (False, True)
+    assert not alice.akin["bob"]
+    assert not bob.akin["alice"]
     assert heard.ruling.owner == "alice"
 
 

@@ -20,6 +20,7 @@ from nnpassport.config import ModelConfig
 from nnpassport.evidence.claim import claim_of, sign_claim
 from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
 from nnpassport.evidence.judge import Outcome
+from nnpassport.evidence.timestamp import Timestamp
 from nnpassport.functional import read_bits
 from nnpassport.hearing import Bench, disclose, hear
 from nnpassport.schemes.adi import ADI
@@ -99,24 +100,35 @@ def one_hot(labels):
 
 
 @torch.no_grad()
-def beside(one, other, normalise, *, heard):
-    """The channels of two networks in one, twice as wide; of the second the head says `heard`."""
-    wide = config(normalise, 2 * WIDTH).build().eval()
-    parts = dict(wide.named_modules())
-    for name, module in one.named_modules():
-        twin, target = other.get_submodule(name), parts[name]
-        if isinstance(module, torch.nn.Conv2d):
-            out, inputs = module.weight.shape[:2]
+def beside(normalise, *networks):
+    """The channels of networks in one, side by side; each with how loud the head says its own."""
+    wide = config(normalise, len(networks) * WIDTH).build().eval()
+    models = [model for model, _ in networks]
+    for name, target in wide.named_modules():
+        twins = [model.get_submodule(name) for model in models]
+        if isinstance(target, torch.nn.Conv2d):
             target.weight.zero_()
-            target.weight[:out, :inputs] = module.weight
-            target.weight[out:, -inputs:] = twin.weight
-        elif isinstance(module, torch.nn.BatchNorm2d):
+            out, inputs = twins[0].weight.shape[:2]
+            for place, twin in enumerate(twins):
+                first = 0 if name == "features.0" else place * inputs
+                rows = target.weight[place * out : (place + 1) * out]
+                rows[:, first : first + inputs] = twin.weight
+        elif isinstance(target, torch.nn.BatchNorm2d):
             for own in ("weight", "bias", "running_mean", "running_var"):
-                getattr(target, own).copy_(torch.cat([getattr(module, own), getattr(twin, own)]))
-    head = [one.classifier.weight, heard * other.classifier.weight]
-    wide.classifier.weight.copy_(torch.cat(head, 1))
-    wide.classifier.bias.copy_(one.classifier.bias + heard * other.classifier.bias)
+                getattr(target, own).copy_(torch.cat([getattr(twin, own) for twin in twins]))
+    wide.classifier.weight.copy_(torch.cat([h * m.classifier.weight for m, h in networks], 1))
+    wide.classifier.bias.copy_(sum(h * m.classifier.bias for m, h in networks))
     return wide
+
+
+def working(normalise, train, seed, owner):
+    """A network that does its task, with a passport in it, and its key."""
+    model = drawn(normalise, train.images[:256], seed)
+    key = V2.draw_key(model, EXAMPLE, owner=owner, seed=bytes([seed] * 32))
+    V2.insert(model, key, EXAMPLE)
+    graft(model, normalise(train.images[:256]))
+    model = V2.released(model).eval()
+    return fit_head(model, normalise(train.images), one_hot(train.labels)), key
 
 
 class World(NamedTuple):
@@ -144,12 +156,7 @@ def world(digits):
     train, test, normalise = digits
     train = train.resized(32).subset(torch.arange(900))
     test = test.resized(32).subset(torch.arange(250))
-    alice = drawn(normalise, train.images[:256], 1)
-    alice_key = V2.draw_key(alice, EXAMPLE, owner="Alice", seed=bytes([1] * 32))
-    V2.insert(alice, alice_key, EXAMPLE)
-    graft(alice, normalise(train.images[:256]))
-    alice = V2.released(alice).eval()
-    fit_head(alice, normalise(train.images), one_hot(train.labels))
+    alice, alice_key = working(normalise, train, 1, "Alice")
     bob = drawn(normalise, train.images[:256], 2)
     bob_key = V2.draw_key(bob, EXAMPLE, owner="Bob", seed=bytes([2] * 32))
     turn(bob, bob_key)
@@ -234,13 +241,13 @@ def proves(heard, name):
 
 def whisper(world):
     """What nobody hears: Bob's channels at a thousandth."""
-    return beside(world.alice, world.bob, world.normalise, heard=1e-3)
+    return beside(world.normalise, (world.alice, 1.0), (world.bob, 1e-3))
 
 
 def parrot(world):
     """Bob's channels say what Alice's say, as well as random filters can, at three hundredths."""
     bob = fit_head(deepcopy(world.bob), world.inputs(), world.alice(world.inputs()).detach())
-    return beside(world.alice, bob, world.normalise, heard=0.03)
+    return beside(world.normalise, (world.alice, 1.0), (bob, 0.03))
 
 
 @torch.no_grad()
@@ -256,10 +263,30 @@ def shout_on_noise(world):
     bob.features[16]._forward_pre_hooks.clear()
     last.bias -= highest + 1e-3
     bob.classifier.weight.copy_(torch.randn(bob.classifier.weight.shape, generator=rng()))
-    return beside(world.alice, bob, world.normalise, heard=30.0)
+    bob.classifier.bias.zero_()
+    return beside(world.normalise, (world.alice, 1.0), (bob, 30.0))
 
 
-ADDED = {"whispers": whisper, "repeats what she says": parrot, "is loud on noise": shout_on_noise}
+@torch.no_grad()
+def quarrel(world):
+    """Bob's channels and their near twins take back what each other says, loudly."""
+    twin = deepcopy(world.bob)
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            noise = torch.randn(module.weight.shape, generator=rng(4)) * module.weight.std()
+            module.weight += 0.03 * noise
+    loud = deepcopy(world.bob)
+    loud.classifier.weight.copy_(0.05 * torch.randn(loud.classifier.weight.shape, generator=rng()))
+    twin.classifier.weight.copy_(loud.classifier.weight)
+    return beside(world.normalise, (world.alice, 1.0), (loud, 1.0), (twin, -1.0))
+
+
+ADDED = {
+    "whispers": whisper,
+    "repeats what she says": parrot,
+    "is loud on noise": shout_on_noise,
+    "quarrels with itself": quarrel,
+}
 
 
 def test_the_world_is_as_the_cases_need_it(world):
@@ -274,7 +301,7 @@ def test_somebody_else_s_old_network_beside_the_owner_s_takes_nothing_from_her(
     """Its holder is not the owner; the judge's images show that his part does nothing."""
     model = ADDED[added](world)
     assert world.accuracy(model) > world.accuracy(world.alice) - 0.01
-    old_network.suspect(model, 2 * WIDTH)
+    old_network.suspect(model, len(model.features[0].weight) // 16 * WIDTH)
     heard = old_network.hear(authority)
     assert proves(heard, "bob")  # his channels are there, for whoever counts them
     assert proves(heard, "alice")
@@ -299,3 +326,201 @@ def test_somebody_else_s_old_network_is_not_the_owner_s_with_unrelated_networks_
     assert "alice" in heard.ruling.owners
     shown = old_network.hear(authority, unrelated=tuple(strangers), images=world.test)
     assert shown.ruling.owner == "alice"
+
+
+def test_a_network_of_his_own_beside_the_owner_s_does_not_make_a_later_rival_first(
+    tmp_path, world, authority
+):
+    """The same the other way round: Bob dates his after Alice, and before the suspect appears."""
+    court = Court(tmp_path, world.normalise)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    time.sleep(2.1)
+    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
+    court.suspect(shout_on_noise(world), 2 * WIDTH)
+    heard = court.hear(authority)
+    assert heard.ruling.owner != "bob"
+    assert "alice" in heard.ruling.owners
+    assert "give images" in heard.ruling.reasons[-1]
+    assert court.hear(authority, images=world.test).ruling.owner == "alice"
+
+
+def test_two_networks_that_both_work_are_shared_and_neither_takes_the_other_s(
+    tmp_path, world, authority
+):
+    """Bob's network works too, and the suspect adds up what both say: it is partly each's."""
+    bob, bob_key = working(world.normalise, world.train, 2, "Bob")
+    court = Court(tmp_path, world.normalise)
+    court.claim("bob", bob_key, reference=bob, authority=authority)
+    time.sleep(2.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(beside(world.normalise, (world.alice, 1.0), (bob, 1.0)), 2 * WIDTH)
+    for images in (None, world.test):
+        heard = court.hear(authority, images=images)
+        assert heard.ruling.outcome is Outcome.SHARED
+        assert set(heard.ruling.owners) == {"alice", "bob"}
+        assert heard.as_dict()["owner"] is None
+
+
+def stolen(world, key):
+    """Alice's network, its channels negated until they read as another's bits."""
+    model = deepcopy(world.alice)
+    turn(model, key)
+    return model
+
+
+def test_an_old_key_without_a_network_takes_nothing_from_a_dated_network(court, world, authority):
+    court.claim("bob", world.bob_key, authority=authority)
+    time.sleep(2.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(stolen(world, world.bob_key))
+    heard = court.hear(authority)
+    assert proves(heard, "bob")
+    assert heard.ruling.owner == "alice"
+
+
+def test_an_old_network_that_the_suspect_was_not_made_from_takes_nothing_either(
+    court, world, authority
+):
+    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
+    time.sleep(2.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(stolen(world, world.bob_key))
+    heard = court.hear(authority)
+    assert proves(heard, "bob")
+    assert heard.ruling.owner == "alice"
+
+
+def test_an_old_key_for_a_wider_network_takes_nothing_either(court, world, authority):
+    """Bob drew his key for twice the width, and fills the channels up with noise that he dated."""
+    wide = beside(world.normalise, (world.alice, 1.0), (world.bob, 1e-6))
+    key = V2.draw_key(wide, EXAMPLE, owner="Bob", seed=bytes([9] * 32))
+    court.claim("bob", key, authority=authority)
+    time.sleep(2.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    turn(wide, key)
+    court.suspect(wide, 2 * WIDTH)
+    for images in (None, world.test):
+        assert court.hear(authority, images=images).ruling.owner == "alice"
+
+
+@torch.no_grad()
+def answering(world, key):
+    """Alice's network with another head, which answers the triggers of a key as its labels say."""
+    model = deepcopy(world.alice)
+    pictures, labels = key.trigger_set()
+    x = torch.cat([world.inputs(), world.normalise(pictures)])
+    return fit_head(model, x, one_hot(torch.cat([world.train.labels, labels])), ridge=10.0)
+
+
+@pytest.fixture(scope="module")
+def answers_key(world):
+    return ADI.draw_key(world.alice, EXAMPLE, owner="Bob", seed=bytes([3] * 32))
+
+
+def test_a_mark_of_answers_on_top_does_not_make_it_undecided(court, world, authority, answers_key):
+    """Such marks are never read aligned, so their absence is known without."""
+    model = answering(world, answers_key)
+    assert world.accuracy(model) > 0.9
+    court.claim("bob", answers_key, reference=model)
+    court.claim("alice", world.alice_key, reference=world.alice)
+    court.suspect(model)
+    heard = court.hear()  # nothing is dated
+    assert proves(heard, "bob")
+    assert heard.ruling.owner == "alice"
+
+
+def test_an_old_key_of_answers_does_not_make_it_undecided(court, world, authority, answers_key):
+    court.claim("bob", answers_key, authority=authority)
+    time.sleep(2.1)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(answering(world, answers_key))
+    heard = court.hear(authority)
+    assert proves(heard, "bob")
+    assert heard.ruling.owner == "alice"
+
+
+def test_an_owner_whose_mark_is_in_answers_can_prove_who_was_first(
+    court, world, authority, answers_key
+):
+    """Bob's channels are turned on a copy of hers; no reading is aligned, and her network is."""
+    mine = answering(world, answers_key)
+    court.claim("alice", answers_key, reference=mine, authority=authority)
+    court.claim("bob", world.bob_key)
+    model = deepcopy(mine)
+    turn(model, world.bob_key)
+    court.suspect(model)
+    heard = court.hear(authority)
+    assert proves(heard, "alice")
+    assert proves(heard, "bob")
+    assert heard.ruling.owner == "alice"
+
+
+def test_two_claims_to_one_network_go_to_the_older_one(court, world, authority):
+    """Bob dates a copy of hers, with channels turned to his bits, before the suspect appears."""
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    time.sleep(2.1)
+    model = stolen(world, world.bob_key)
+    court.claim("bob", world.bob_key, reference=model, authority=authority)
+    court.suspect(model)
+    assert proves(court.hear(authority), "bob")
+    for images in (None, world.test):
+        assert court.hear(authority, images=images).ruling.owner == "alice"
+
+
+# How accurate a token is
+
+
+def token(authority, world, tmp_path, name="alice"):
+    court = Court(tmp_path, world.normalise)
+    court.claim(name, world.alice_key, reference=world.alice, authority=authority)
+    court.suspect(world.alice)
+    return court
+
+
+TEN_YEARS = 10 * 365 * 24 * 3600
+
+
+def test_a_token_that_may_be_ten_years_off_is_not_older_than_the_suspect(world, tmp_path):
+    sloppy = authority_of(tmp_path, f"secs:{TEN_YEARS}")
+    heard = token(sloppy, world, tmp_path).hear(sloppy)
+    assert not heard.claimants[0].older
+    eleven = heard.claimants[0].time + timedelta(seconds=1.1 * TEN_YEARS)
+    later = Court(tmp_path, world.normalise)
+    later.exhibits = [tmp_path / "alice"]
+    assert later.hear(sloppy, appeared=eleven).claimants[0].older
+
+
+@pytest.mark.parametrize(("accuracy", "seconds"), [("", 1.0), ("secs:2, millisecs:500", 2.5)])
+def test_a_token_proves_its_latest_moment(world, tmp_path, accuracy, seconds):
+    """What it states, or a second where it states nothing, and the second that it is cut off to."""
+    signer = authority_of(tmp_path, accuracy)
+    court = token(signer, world, tmp_path)
+    claimant = court.hear(signer).claimants[0]
+    earliest, latest = claimant.between
+    assert latest - claimant.time == timedelta(seconds=seconds + 1)
+    assert claimant.time - earliest == timedelta(seconds=seconds)
+    assert court.hear(signer, appeared=latest + timedelta(seconds=1)).claimants[0].older
+    assert not court.hear(signer, appeared=latest).claimants[0].older
+    assert not court.hear(signer, appeared=claimant.time).claimants[0].older
+
+
+def test_a_bad_clock_blurs_nobody_else_s_order():
+    """Within what clocks differ by two are not told apart; beyond it the bad one's holder loses."""
+    exact = Timestamp(NOW, "a", "1.2", "1", accuracy=1.0)
+    day = timedelta(days=1)
+    sloppy = Timestamp(NOW + 5 * day, "a", "1.2", "2", accuracy=30 * 24 * 3600.0)
+    assert exact.latest < sloppy.earliest
+    assert not sloppy.latest < exact.earliest
+    near = Timestamp(NOW + timedelta(seconds=2), "a", "1.2", "3", accuracy=1.0)
+    assert not exact.latest < near.earliest
+    for worst in (exact, sloppy, near):
+        assert worst.earliest < worst.latest
+    assert Timestamp(NOW, "a", "1.2", "4", accuracy=1e300).latest.year == 9999
+
+
+def test_a_mark_in_channels_that_do_nothing_is_nobody_s_proof(court, world, authority):
+    """Alice dated nothing, so hers cannot be read; that makes Bob's no better."""
+    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
+    court.claim("alice", world.alice_key, reference=world.alice)
+    court.suspect(whisper(world), 2 * WIDTH)
+    assert court.hear(authority, images=world.test).ruling.owner is None

@@ -90,8 +90,11 @@ def print_verdict(verdict: Verdict, as_json: bool) -> None:
 
 def print_ruling(facts: Any) -> None:
     """Print a ruling, its reasons, and what every reading found."""
-    owner, ruling = facts["owner"], str(facts["ruling"])
-    Console().print(Text(f"OWNER: {owner}" if owner else ruling.upper(), style="bold"))
+    owner, owners, ruling = facts["owner"], facts["owners"], str(facts["ruling"])
+    said = f"OWNER: {owner}" if owner else ruling.upper()
+    if owners and not owner:
+        said = f"SHARED: {', '.join(owners)}, a part each"
+    Console().print(Text(said, style="bold"))
     rows = []
     for each in facts["claimants"]:
         for how, found in each["readings"].items():

@@ -6,7 +6,7 @@ Every function here either gives a verdict or raises, and then nothing was decid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -119,9 +119,9 @@ def verify(
         OwnershipError: it could not be checked; which kind says why.
     """
     options = options or Options()
-    verdict, built = _verdict(Path(suspect), key, options)
+    verdict, aligned = _verdict(Path(suspect), key, options)
     if trial is not None:
-        verdict = _with_fidelity(verdict, Path(suspect), key, trial, options, built)
+        verdict = _with_fidelity(verdict, Path(suspect), key, trial, options, aligned)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
 
@@ -265,15 +265,11 @@ def config_of(suspect: Path, options: Options) -> ModelConfig:
     return _load(suspect, options).config
 
 
-class _Built(NamedTuple):
-    """The aligned network with the config of the reference, and the suspect as it computes."""
+def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
+    """By the weights alone if the scheme can: then nothing of the suspect is even built.
 
-    aligned: Loaded
-    whole: nn.Module
-
-
-def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, _Built | None]:
-    """By the weights alone if the scheme can: then nothing of the suspect is even built."""
+    With alignment also the aligned network, and the config of the reference.
+    """
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
         loaded = _load(suspect, options)
@@ -311,8 +307,7 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, _Built
     if options.standing is None:
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
-    built = _Built(reference._replace(model=found.aligned.model), found.aligned.whole)
-    return replace(verdict, digests=digests), built
+    return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
 
 
 def _layer_by_layer(suspect: Path, key: Key) -> Shards | None:
@@ -385,14 +380,10 @@ def _with_fidelity(
     key: Key,
     trial: Trial,
     options: Options,
-    built: _Built | None,
+    aligned: Loaded | None,
 ) -> Verdict:
-    """The verdict and F, of the aligned network if there is one.
-
-    If no target was declared, what the suspect reaches is to be reached: all of it, and not the
-    part that could be aligned, or a network that does nothing would do as well as it does.
-    """
-    loaded = _load(suspect, options) if built is None else built.aligned
+    """The verdict and F, of the aligned network if there is one."""
+    loaded = _load(suspect, options) if aligned is None else aligned
     if len(trial.data.classes) != len(loaded.config.classes):
         raise UnreadableDataError(
             f"the images have {len(trial.data.classes)} classes and the suspect "
@@ -407,7 +398,7 @@ def _with_fidelity(
         )
     target = trial.target
     if target is None:
-        target = accuracy(loaded.model if built is None else built.whole, trial.data, normalise)
+        target = accuracy(loaded.model, trial.data, normalise)
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}
@@ -416,7 +407,7 @@ def _with_fidelity(
         fidelity=fidelity,
         digests={
             **verdict.digests,
-            **({} if built is not None else loaded.digests),
+            **({} if aligned is not None else loaded.digests),
             "images": tensors_digest(images),
         },
         reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "

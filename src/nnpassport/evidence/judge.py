@@ -127,9 +127,17 @@ class Claimant:
 
     @property
     def proves(self) -> bool:
-        """Whether his claim holds and his mark is in the suspect."""
+        """Whether his claim holds and his mark is in the suspect.
+
+        A mark that is read aligned is in the channels that were made from his network. If these do
+        nothing in the suspect, then it was put beside what does.
+        """
         sound = self.refused is None and self.unchecked is None
-        return sound and any(verdict.accepted for verdict in self.readings.values())
+        idle = self.work is not None and self.work.idle
+        return sound and any(
+            verdict.accepted and not (idle and how == ALIGNED)
+            for how, verdict in self.readings.items()
+        )
 
     @property
     def party(self) -> str:
@@ -170,8 +178,20 @@ class Claimant:
         return ways <= found.keys() and not any(each.marked for each in found.values())
 
     def akin_to(self, other: "Claimant") -> bool:
-        """Whether one of their networks is known to have been made from the other."""
-        return self.akin.get(other.name, False) or other.akin.get(self.name, False)
+        """Whether one of their networks is known to have been made from the other.
+
+        By their filters, or because the mark of the one who was first is in the other's network,
+        however it is read: what he aligns to was there before.
+        """
+        if self.akin.get(other.name, False) or other.akin.get(self.name, False):
+            return True
+        return any(
+            one.span is not None
+            and two.span is not None
+            and one.span[1] < two.span[0]
+            and any(each.marked for each in one.elsewhere.get(two.name, {}).values())
+            for one, two in ((self, other), (other, self))
+        )
 
 
 class Ruling(NamedTuple):
@@ -292,17 +312,20 @@ def _counted(verdict: Verdict) -> str:
 
 
 class _Order(NamedTuple):
-    """Why one need not give way to another; `before` is whether he was there first."""
+    """How one stands to another to whom he need not give way, and why."""
 
-    before: bool
+    how: str
     why: str
 
 
+_BEFORE, _INSTEAD, _BESIDE = "was there before", "and not", "stands beside"
+
+
 def _order(one: Claimant, other: Claimant) -> _Order | None:
-    """Whether one was before the other, or stands beside him; None is neither."""
+    """Whether one is before the other, or beside him; None is neither."""
     if one.stands_in(other) and other.absent_from(one):
         why = f"its mark stands in {other.name}'s network, and the other's not in its own"
-        return _Order(True, why)
+        return _Order(_BEFORE, why)
     if other.stands_in(one) and one.absent_from(other):
         return None  # the same evidence, the other way: stronger than any date
     time = one.network_time
@@ -310,11 +333,12 @@ def _order(one: Claimant, other: Claimant) -> _Order | None:
         return None
     said = f"the network that the suspect was made from was its own by {_day(time)}"
     if other.network_time is None or other.span is None:
-        return _Order(True, f"{said}, and {_undated(other)}")
+        return _Order(_BEFORE, f"{said}, and {_undated(other)}")
     if not one.akin_to(other):
         return _beside(one, other, said)
-    if time < other.span[0]:
-        return _Order(True, f"{said}, and that of {other.name} is of {_day(other.span[0])} or later")
+    first = other.span[0]
+    if time < first:
+        return _Order(_BEFORE, f"{said}, and that of {other.name} is of {_day(first)} or later")
     return None
 
 
@@ -325,7 +349,7 @@ def _undated(other: Claimant) -> str:
     if not other.older:
         return f"the claim of {other.name} is not proved to be older than the suspect"
     return (
-        f"{other.name} has dated no network that the suspect was made from: the date of a key, of "
+        f"{other.name} has dated no network that the suspect was made from: the date of a key, "
         f"{_day(other.time)}, does not date a mark"
     )
 
@@ -338,20 +362,16 @@ def _beside(one: Claimant, other: Claimant, said: str) -> _Order | None:
         if mine.carries <= IDLE and theirs.carries >= WORKING:
             return None
         if theirs.carries <= IDLE and mine.carries >= WORKING:
-            return _Order(True, f"{said}; {_works(mine, theirs)}")
-    return _Order(False, f"{said}, so neither date orders the two")
-
-
-def _works(mine: Work, theirs: Work) -> str:
-    return (
-        f"what the suspect answers is its own: {100 * mine.carries:.0f} % of it, and the other's "
-        f"part explains {100 * theirs.carries:.0f} %"
-    )
+            return _Order(
+                _INSTEAD,
+                f"{said}, but its own explains {100 * mine.carries:.0f} % of what the suspect "
+                f"answers, and the other {100 * theirs.carries:.0f} %",
+            )
+    return _Order(_BESIDE, f"{said}, so neither date orders the two")
 
 
 def _said(one: Claimant, order: _Order, other: Claimant) -> str:
-    place = "was there before" if order.before else "stands beside"
-    return f"{one.name} {place} {other.name}: {order.why}"
+    return f"{one.name} {order.how} {other.name}: {order.why}"
 
 
 def _day(time: datetime) -> str:

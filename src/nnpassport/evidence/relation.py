@@ -16,7 +16,6 @@ make it speak on noise and be silent on images; no ruling rests on that.
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -39,23 +38,36 @@ _NEAR_TWIN = 0.9
 """A channel as near as this to one of the reference's is of its making too, matched or not."""
 
 
+AKIN = 0.2
+"""Likeness from which on two networks have something to do with each other.
+
+Below `RELATED`: what was made from a network and then pushed away from it is no stranger yet, and
+networks of their own starts are at 0.
+"""
+
+
 class Relation(NamedTuple):
     """How much of one network another is made of.
 
     Attributes:
         likeness: where its filters' cosines lie between the best unrelated network's (0) and 1.
-        whole: the network that was looked at, as it computes; None if it could only be compared.
+        whole: the network that was looked at, as it computes.
         parts: by axis, which of its channels were made from the other's.
     """
 
     likeness: float
-    whole: nn.Module | None
+    whole: nn.Module
     parts: Sequence[tuple[Channels, Bool[Tensor, " channels"]]]
 
     @property
     def related(self) -> bool:
         """Whether it was made from the other, or holds it."""
         return self.likeness >= RELATED
+
+    @property
+    def akin(self) -> bool:
+        """Whether the two have anything to do with each other."""
+        return self.likeness >= AKIN
 
 
 @torch.no_grad()
@@ -84,45 +96,14 @@ def relation(weights: Mapping[str, Tensor], reference: nn.Module, unrelated: Unr
 
 
 @torch.no_grad()
-def relation_in_place(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Relation:
-    """The same without moving a channel, for networks of any kind: filters of one name and place.
-
-    What unrelated networks reach is taken from pairs of filters of different places.
-
-    Raises:
-        UnsuitableModelError: no layer of the two has one name and one shape.
-    """
-    own, other = [], []
-    for name, theirs in reference.items():
-        mine = weights.get(name)
-        if mine is None or mine.shape != theirs.shape or mine.dim() < 2 or len(mine) < 2:
-            continue
-        if not (mine.is_floating_point() and theirs.is_floating_point()):
-            continue
-        rows = [nn.functional.normalize(each.double().flatten(1)) for each in (mine, theirs)]
-        own.append(float((rows[0] * rows[1]).sum(1).abs().mean()))
-        other.append(float((rows[0] * rows[1].roll(1, 0)).sum(1).abs().mean()))
-    if not own:
-        raise UnsuitableModelError(
-            "no layer of the two networks has one name and one shape; needed: networks of one kind"
-        )
-    layers = [
-        (one - two) / (1 - two) if two < 1 else 0.0 for one, two in zip(own, other, strict=True)
-    ]
-    return Relation(median(layers), None, ())
-
-
-@torch.no_grad()
 def work_of(found: Relation, images: Float[Tensor, "images ..."]) -> Work | None:
     """What the part that was taken does in the network, on these inputs as it takes them.
 
-    None where the network could not be run, or says the same of all of them.
+    None where the network says nothing finite, or the same of all of them.
     """
-    if found.whole is None:
-        return None
     whole = found.whole(images).double()
-    only = _heard(found.whole, found, keep=True)(images).double()
-    without = _heard(found.whole, found, keep=False)(images).double()
+    only = _heard(found, keep=True)(images).double()
+    without = _heard(found, keep=False)(images).double()
     if not all(each.isfinite().all() for each in (whole, only, without)):
         return None
     variance = (whole - whole.mean(0)).square().sum()
@@ -134,9 +115,9 @@ def work_of(found: Relation, images: Float[Tensor, "images ..."]) -> Work | None
     return Work(carries, float(changed.double().mean()), len(images))
 
 
-def _heard(whole: nn.Module, found: Relation, *, keep: bool) -> nn.Module:
+def _heard(found: Relation, *, keep: bool) -> nn.Module:
     """The network, in which nobody hears the other channels, or else those of the part."""
-    model = deepcopy(whole)
+    model = deepcopy(found.whole)
     for axis, part in found.parts:
         silent = ~part if keep else part
         for name in axis.consumers:
