@@ -102,7 +102,12 @@ def authority(tmp_path_factory):
     root_key, key = new_key(), new_key()
     root = certificate("A Root", root_key, ca=True)
     folder = tmp_path_factory.mktemp("authority")
-    made = Signer(folder / "tsa", key, certificate("An Authority", key, (root, root_key)), accuracy="millisecs:1")
+    made = Signer(
+        folder / "tsa",
+        key,
+        certificate("An Authority", key, (root, root_key)),
+        accuracy="millisecs:1",
+    )
     made.root = root
     return made
 

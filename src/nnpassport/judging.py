@@ -162,7 +162,7 @@ def judge(
     report: Report = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whose is it? 0: one claimant's, or shared. 1: nobody proves a claim. 2: not checked. 3: undecided."""
+    """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
     from nnpassport import hearing, verification  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 

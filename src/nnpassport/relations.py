@@ -6,7 +6,6 @@ proved to be older than the suspect are looked at: another can be made to fit.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import permutations
 from pathlib import Path
 from typing import final
 
@@ -17,6 +16,7 @@ from nnpassport.checkpoint import PREFIXES, Loaded, load_model
 from nnpassport.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.judge import Work
+from nnpassport.evidence.null import Unrelated
 from nnpassport.evidence.relation import Relation, relation, work_of
 from nnpassport.fidelity import accuracy
 from nnpassport.files import brief
@@ -59,51 +59,64 @@ def relations_of(
     A comparison that cannot be made leaves nothing known, and says so in the notes.
     """
     strangers = {str(path): read_weights(path) for path in unrelated}
-    weights, tensors = {}, _tensors(suspect)
+    null = given(strangers) if strangers else None
     loaded: dict[str, Loaded] = {}
+    weights: dict[str, Mapping[str, Tensor]] = {}
     found: dict[str, Related] = {}
     for name, path in references.items():
         try:
-            loaded[name], weights[name] = load_model(path), _tensors(path)
+            loaded[name], weights[name] = load_model(path), read_weights(path).tensors
         except Exception as error:  # what a claimant hands in stops no other
             found[name] = Related(notes=(f"its network cannot be compared: {_said(error)}",))
-
-    def compared(there: Mapping[str, Tensor], one: Loaded, *, onnx: bool = False) -> Relation:
-        there = _under_names_of(there, one)
-        there = state_from(there, one.model) if onnx else there
-        null = given(strangers) if strangers else of_its_own(there, one.model)
-        return relation(there, one.model, null)
-
-    akin: dict[str, dict[str, bool]] = {name: {} for name in loaded}
-    for name, other in permutations(loaded, 2):
-        try:
-            akin[name][other] = compared(weights[other], loaded[name]).akin
-        except Exception:  # as above; not known to be related
-            akin[name][other] = False
-    configs = [each.config for each in loaded.values()]
-    configs += _config_of(suspect)
+    configs = [*(each.config for each in loaded.values()), *_config_of(suspect)]
+    tensors, onnx = read_weights(suspect).tensors, suspect.suffix.lower() == ONNX
     for name, one in loaded.items():
+        akin = {
+            other: _akin(theirs, one, null) for other, theirs in weights.items() if other != name
+        }
         try:
-            relates = compared(tensors, one, onnx=suspect.suffix.lower() == ONNX)
+            relates = _compared(tensors, one, null, onnx=onnx)
         except Exception as error:  # as above
             note = f"whether the suspect was made from its network is not known: {_said(error)}"
-            found[name] = Related(akin=akin[name], notes=(note,))
+            found[name] = Related(akin=akin, notes=(note,))
             continue
         work, notes = None, ()
-        try:
-            if relates.related and images is not None:
-                work, notes = _work(relates, images, configs)
-            elif relates.related and len(loaded) > 1:
-                notes = _on_noise(relates, one.config)
-        except Exception as error:  # as above
-            notes = (f"what its part does could not be measured: {_said(error)}",)
-        found[name] = Related(relates.related, akin[name], work, notes)
+        if relates.related and (images is not None or len(loaded) > 1):
+            work, notes = _measured(relates, images, one.config, configs)
+        found[name] = Related(relates.related, akin, work, notes)
     return found
 
 
-def _work(
-    found: Relation, images: ImageSet, configs: list[ModelConfig]
-) -> tuple[Work | None, tuple[str, ...]]:
+def _compared(
+    tensors: Mapping[str, Tensor], one: Loaded, null: Unrelated | None, *, onnx: bool = False
+) -> Relation:
+    tensors = _under_names_of(tensors, one)
+    tensors = state_from(tensors, one.model) if onnx else tensors
+    return relation(tensors, one.model, null or of_its_own(tensors, one.model))
+
+
+def _akin(tensors: Mapping[str, Tensor], one: Loaded, null: Unrelated | None) -> bool:
+    """Whether two claimants' networks are known to have anything to do with each other."""
+    try:
+        return _compared(tensors, one, null).akin
+    except Exception:  # whichever of the two it is due to
+        return False
+
+
+_Measured = tuple[Work | None, tuple[str, ...]]
+
+
+def _measured(
+    found: Relation, images: ImageSet | None, own: ModelConfig, configs: list[ModelConfig]
+) -> _Measured:
+    """What a part does on images, or without any on noise, in words."""
+    try:
+        return (None, _on_noise(found, own)) if images is None else _work(found, images, configs)
+    except Exception as error:  # what a claimant hands in stops no other
+        return None, (f"what its part does could not be measured: {_said(error)}",)
+
+
+def _work(found: Relation, images: ImageSet, configs: list[ModelConfig]) -> _Measured:
     """What the part does, on images as the suspect answers them best."""
     count = min(IMAGES, len(images.images))
     some = images.subset(torch.linspace(0, len(images.images) - 1, count).long())
@@ -129,10 +142,6 @@ def _on_noise(found: Relation, config: ModelConfig) -> tuple[str, ...]:
         f"{100 * work.changes:.0f} % of the answers are others without it; the ruling does not "
         "rest on this, because a part can be made to speak on noise alone",
     )
-
-
-def _tensors(path: Path) -> Mapping[str, Tensor]:
-    return read_weights(path).tensors
 
 
 def _under_names_of(tensors: Mapping[str, Tensor], one: Loaded) -> Mapping[str, Tensor]:

@@ -256,12 +256,12 @@ def rule(claimants: Sequence[Claimant]) -> Ruling:
         )
         return _owner(firsts[0], reasons)
     if parties:
-        names = [next(each.name for each in firsts if each.party == party) for party in parties]
+        owners = [next(each.name for each in firsts if each.party == party) for party in parties]
         reasons.append(
-            f"the suspect holds networks of {_list(names)}, and none of them was made from "
+            f"the suspect holds networks of {_list(owners)}, and none of them was made from "
             f"another; {_advice(firsts)}"
         )
-        return Ruling(Outcome.SHARED, None, tuple(reasons), tuple(names))
+        return Ruling(Outcome.SHARED, None, tuple(reasons), tuple(owners))
     names = _list([each.name for each in proved])
     reasons.append(f"{names} all prove a mark, and nothing shows whose was first")
     return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
@@ -329,17 +329,20 @@ def _order(one: Claimant, other: Claimant) -> _Order | None:
     if other.stands_in(one) and one.absent_from(other):
         return None  # the same evidence, the other way: stronger than any date
     time = one.network_time
-    if time is None:
-        return None
+    return None if time is None else _by_date(one, other, time)
+
+
+def _by_date(one: Claimant, other: Claimant, time: datetime) -> _Order | None:
+    """The same of one whose network in the suspect was his by this time."""
     said = f"the network that the suspect was made from was its own by {_day(time)}"
     if other.network_time is None or other.span is None:
         return _Order(_BEFORE, f"{said}, and {_undated(other)}")
     if not one.akin_to(other):
         return _beside(one, other, said)
     first = other.span[0]
-    if time < first:
-        return _Order(_BEFORE, f"{said}, and that of {other.name} is of {_day(first)} or later")
-    return None
+    if time >= first:
+        return None
+    return _Order(_BEFORE, f"{said}, and that of {other.name} is of {_day(first)} or later")
 
 
 def _undated(other: Claimant) -> str:
