@@ -80,7 +80,8 @@ def relations_of(
             note = f"whether the suspect was made from its network is not known: {_said(error)}"
             found[name] = Related(akin=akin, notes=(note,))
             continue
-        work, notes = None, ()
+        work: Work | None = None
+        notes: tuple[str, ...] = ()
         if relates.related and (images is not None or len(loaded) > 1):
             work, notes = _measured(relates, images, one.config, configs)
         found[name] = Related(relates.related, akin, work, notes)

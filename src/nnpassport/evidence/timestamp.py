@@ -175,12 +175,15 @@ def _parse(response: bytes) -> "TimeStampResponse":
 
 
 def _accuracy(facts: "TimeStampTokenInfo") -> float:
-    """Seconds; the parser has checked that the parts are whole numbers, not that they are small."""
-    stated = facts.accuracy
-    if stated is None:
-        return UNSTATED_ACCURACY
-    seconds, millis, micros = stated.seconds or 0, stated.millis or 0, stated.micros or 0
-    return float(max(0, seconds)) + max(0, millis) / 1e3 + max(0, micros) / 1e6
+    """Seconds by which the token says that its time may be off, either way."""
+    try:
+        stated = facts.accuracy
+        if stated is None:
+            return UNSTATED_ACCURACY
+        seconds, millis, micros = stated.seconds or 0, stated.millis or 0, stated.micros or 0
+        return float(max(0, seconds)) + max(0, millis) / 1e3 + max(0, micros) / 1e6
+    except Exception as error:  # the parser's, and OverflowError; bytes from anybody
+        raise BadSignatureError(f"the token's accuracy cannot be read ({brief(error)})") from error
 
 
 def _later(time: datetime, seconds: float) -> datetime:
