@@ -27,6 +27,7 @@ from nnpassport.evidence.null import READINGS
 from nnpassport.evidence.signing import public_from_hex
 from nnpassport.evidence.standing import Standing, standing_of
 from nnpassport.files import brief, make_folder, read_once, write_atomically, writing
+from nnpassport.relations import relations_of
 from nnpassport.scheme import (
     BadSignatureError,
     OwnershipError,
@@ -108,6 +109,9 @@ class Hearing:
                         other: {how: found.as_dict() for how, found in readings.items()}
                         for other, readings in each.elsewhere.items()
                     },
+                    "related": each.related,
+                    "akin": dict(each.akin),
+                    "work": None if each.work is None else each.work._asdict(),
                     "notes": list(each.notes),
                     "standing": None
                     if each.name not in self.standings
@@ -170,6 +174,20 @@ def hear(
                 found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
+    dated = {
+        name: exhibit.reference
+        for name, exhibit in exhibits.items()
+        if exhibit.reference is not None and claimants[name].older and claimants[name].proves
+    }
+    compared = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
+    for name, facts in compared.items():
+        claimants[name] = replace(
+            claimants[name],
+            related=facts.related,
+            akin=facts.akin,
+            work=facts.work,
+            notes=(*claimants[name].notes, *(f"{name}: {note}" for note in facts.notes)),
+        )
     everyone = list(claimants.values())
     standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
@@ -256,7 +274,7 @@ class _Readings(NamedTuple):
 
 
 def _claimant(name: str, exhibit: Exhibit) -> Claimant:
-    finding = exhibit.standing.finding
+    finding, token = exhibit.standing.finding, exhibit.standing.timestamp
     notes = [exhibit.standing.age, *([] if exhibit.note is None else [exhibit.note])]
     return Claimant(
         name,
@@ -264,6 +282,8 @@ def _claimant(name: str, exhibit: Exhibit) -> Claimant:
         fingerprint=exhibit.key.fingerprint,
         refused=None if finding.holds else finding.reason,
         time=exhibit.standing.time,
+        between=None if token is None else (token.earliest, token.latest),
+        answers_only=not scheme_named(exhibit.key.context.scheme).reads_weights,
         older=exhibit.standing.older,
         owner_key=None if finding.claim is None else finding.claim.owner_key,
         notes=tuple(f"{name}: {note}" for note in notes),

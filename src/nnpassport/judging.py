@@ -175,7 +175,7 @@ def judge(
     report: Report = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whose is it? 0: one claimant's. 1: nobody proves a claim. 2: not checked. 3: undecided."""
+    """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
     from nnpassport import hearing, verification  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
@@ -198,7 +198,7 @@ def judge(
         from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
 
         after_all(lambda: write_hearing_page(facts, report), str(report))
-    codes = {"owner": 0, "nobody": 1, "undecided": 3}
+    codes = {"owner": 0, "shared": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
 
 

@@ -91,8 +91,11 @@ def print_verdict(verdict: Verdict, as_json: bool) -> None:
 
 def print_ruling(facts: Any) -> None:
     """Print a ruling, its reasons, and what every reading found."""
-    owner, ruling = facts["owner"], str(facts["ruling"])
-    Console().print(shown(f"OWNER: {owner}" if owner else ruling.upper(), "bold"))
+    owner, owners, ruling = facts["owner"], facts["owners"], str(facts["ruling"])
+    said = f"OWNER: {owner}" if owner else ruling.upper()
+    if owners and not owner:
+        said = f"SHARED: {', '.join(owners)}, a part each"
+    Console().print(shown(said, "bold"))
     rows = []
     for each in facts["claimants"]:
         for how, found in each["readings"].items():

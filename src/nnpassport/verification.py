@@ -228,14 +228,14 @@ def verify_aligned(
         if scheme.triggers:
             why = "is in the answers, which moved channels do not change"
         raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
-    given = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
+    others = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
 
     def read(tensors: Mapping[str, Tensor]) -> Verdict:
         return scheme.verify(tensors, key, log10_alpha=log10_alpha)
 
     forms, named = scheme.forms(key), None
     try:
-        null = given or _of_its_own(weights, reference)
+        null = others or of_its_own(weights, reference)
         named = aligned_verdict(read, weights, reference, forms, null)
     except UnsuitableModelError as error:
         refused = error
@@ -245,7 +245,7 @@ def verify_aligned(
         if named.verdict.marked:
             return named
     try:
-        shaped = verdict_by_shape(read, weights, reference, forms, given, _seeded(weights))
+        shaped = verdict_by_shape(read, weights, reference, forms, others, _seeded(weights))
     except UnsuitableModelError as error:
         if named is not None:
             return named
@@ -260,6 +260,21 @@ def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
     paid = found.verdict.paid(LOG10_BY_SHAPE + found.log10_choices, reason)
     facts = candidates.by_shape(found.taken, weights, found.log10_choices)
     return replace(paid, candidates=facts)
+
+
+def given(unrelated: Mapping[str, Weights]) -> Unrelated:
+    """These networks, as the null."""
+    origin = f"{len(unrelated)} unrelated networks that were given"
+    return Unrelated([each.tensors for each in unrelated.values()], origin)
+
+
+def of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
+    """Mixtures of the filters of the network with these weights, always the same, as the null."""
+    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
+    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
+    rng = _seeded(weights)
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
 
 
 def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
@@ -320,7 +335,7 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         key,
         reference.model,
         log10_alpha=options.threshold,
-        unrelated=_given(unrelated) if unrelated else None,
+        unrelated=given(unrelated) if unrelated else None,
     )
     digests = {**weights.digests, **_named("reference", reference.digests)}
     for name, each in unrelated.items():
@@ -516,19 +531,6 @@ def _prefixed(there: Iterable[str], key: Key) -> dict[str, str]:
         shorter = {name.removeprefix(prefix): old for name, old in names.items()}
         names = shorter if len(shorter) == len(names) else names
     return names
-
-
-def _given(unrelated: Mapping[str, Weights]) -> Unrelated:
-    origin = f"{len(unrelated)} unrelated networks that were given"
-    return Unrelated([each.tensors for each in unrelated.values()], origin)
-
-
-def _of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
-    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
-    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
-    rng = _seeded(weights)
-    origin = f"{MIXTURES} mixtures of the suspect's own filters"
-    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
 
 
 def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:

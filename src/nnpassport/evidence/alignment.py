@@ -64,12 +64,31 @@ class Aligned(NamedTuple):
         cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
         dropped: channels that were left out because they are copies, or read by nobody.
         missing: channels of the reference for which the suspect had none: they are zero.
+        whole: the suspect as wide as it is, statistics folded and copies given to what they are
+            copies of: it computes what the suspect does.
+        places: by axis, as in `channels_of`, how each channel of `whole` was matched.
     """
 
     model: nn.Module
     cosines: Mapping[str, float]
     dropped: int
     missing: int
+    whole: nn.Module
+    places: Sequence["Places"]
+
+
+class Places(NamedTuple):
+    """How the channels of one axis of a suspect were matched to the reference's.
+
+    Attributes:
+        source: for each channel of the reference, which of the suspect's it got; −1 is none.
+        cosine: |cosine| of each such pair.
+        nearest: for each channel of the suspect, the largest |cosine| to any of the reference's.
+    """
+
+    source: Int64[Tensor, " reference"]
+    cosine: Float[Tensor, " reference"]
+    nearest: Float[Tensor, " suspect"]
 
 
 @torch.no_grad()
@@ -91,20 +110,28 @@ def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> 
         fold_statistics(reference, producer)
         fold_statistics(suspect, producer)
     dropped = sum(_drop_copies(suspect, axis, width(reference, axis)) for axis in axes)
-    missing = 0
+    whole, found = deepcopy(suspect), {}
     for axis, ready in in_order(axes):
-        missing += _place(suspect, reference, axis, ready, bases)
+        found[axis] = _place(suspect, reference, axis, ready, bases)
+    missing = sum(int((order < 0).sum()) for order, _ in found.values())
     for axis in axes:  # streams once more, now that all who write them can be compared
         if len(axis.producers) > 1:
-            _place(suspect, reference, axis, axis.producers, bases)
-    cosines = {}
-    for producer in (each for axis in axes for each in axis.producers):
-        along = _cosines(suspect, reference, producer, bases).diagonal()
-        if producer.norm is not None:
-            negate(suspect, producer, torch.where(along < 0, -1.0, 1.0))
-        cosines[producer.layer] = float(along.abs().mean())
+            order, _ = _place(suspect, reference, axis, axis.producers, bases)
+            first, nearest = found[axis]
+            found[axis] = (torch.where(order < 0, -1, first[order]), nearest)
+    cosines, places = {}, []
+    for axis in axes:
+        alike = torch.zeros(width(reference, axis))
+        for producer in axis.producers:
+            along = _cosines(suspect, reference, producer, bases).diagonal()
+            if producer.norm is not None:
+                negate(suspect, producer, torch.where(along < 0, -1.0, 1.0))
+            cosines[producer.layer] = float(along.abs().mean())
+            alike += along.abs() / len(axis.producers)
+        source, nearest = found[axis]
+        places.append(Places(source, alike, nearest))
     _restore_groups(suspect, reference)
-    return Aligned(suspect.eval(), cosines, dropped, missing)
+    return Aligned(suspect.eval(), cosines, dropped, missing, whole.eval(), places)
 
 
 def _as_wide(
@@ -275,8 +302,12 @@ def _place(
     axis: Channels,
     compared: Sequence[Producer],
     bases: Forms,
-) -> int:
-    """Bring an axis into the reference's order and scale; how many of its channels are missing."""
+) -> tuple[Int64[Tensor, " reference"], Float[Tensor, " suspect"]]:
+    """Bring an axis into the reference's order and scale.
+
+    Returned are the old place of each channel, −1 where one is missing, and how near each of the
+    suspect's came to any of the reference's.
+    """
     # Slow to import, and readings without alignment do not need it.
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
 
@@ -301,7 +332,7 @@ def _place(
             scale_rows(values, 1 / larger)
     for name in axis.consumers:
         scale_columns(suspect.get_submodule(name).get_parameter("weight"), larger)
-    return int((order < 0).sum())
+    return order, likeness.amax(0) / max(1, len(compared))
 
 
 def _cosines(

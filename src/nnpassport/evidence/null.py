@@ -161,10 +161,10 @@ def _against(
     """The verdict, at the rate of the unrelated networks, and all that alignment found."""
     matches = [other.matches for other in others]
     cautious = with_null(found, matches)
-    likeness = _likeness(aligned.cosines, [other.cosines for other in others])
+    alike = likeness(aligned.cosines, [other.cosines for other in others])
     facts = {
-        "likeness": likeness,
-        "related": likeness >= RELATED,
+        "likeness": alike,
+        "related": alike >= RELATED,
         "cosines": dict(aligned.cosines),
         "dropped": aligned.dropped,
         "missing": aligned.missing,
@@ -219,7 +219,7 @@ def _at_rate_of_best(verdict: Verdict, matches: Sequence[int], chance: float = 0
     return min(0.0, verdict.log10_p_value + empirical - analytic)
 
 
-def _likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:
+def likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:
     """Where the suspect's cosines lie between the best unrelated network's (0) and 1."""
     layers = []
     for name, cosine in cosines.items():
