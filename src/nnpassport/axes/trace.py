@@ -150,6 +150,7 @@ class _Trace(TorchDispatchMode):
         self._statistics: dict[str, set[Statistics]] = {}
         self._gains: dict[str, set[str]] = {}
         self._unknown: set[str] = set()
+        self._tables: set[str] = set()  # looked up, as embeddings are
         state = model.state_dict(keep_vars=True)
         buffers = dict(model.named_buffers(remove_duplicate=False))
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -360,6 +361,7 @@ class _Trace(TorchDispatchMode):
         tie(left[-1], right[-2])
         if len(left) == 3:
             tie(left[0], right[0])
+            mark(left[0], "batched")
         written = self._met(a, len(left) - 1, b, len(right) - 2)
         found = [*left[:-2], left[-2], right[-1]]
         if added:
@@ -509,6 +511,7 @@ class _Trace(TorchDispatchMode):
             weight, index = given["weight"], given["indices"]
             own = self._dimensions(weight)
             fix(own[0])
+            self._tables.add(self._of(weight).origin.of or "")
             return [[*self._dimensions(index), own[1]]], _Origin()
         if seen.name == "index" and sum(each is not None for each in given["indices"]) == 1:
             axis = next(n for n, each in enumerate(given["indices"]) if each is not None)
@@ -542,6 +545,7 @@ class _Trace(TorchDispatchMode):
         tie(query[3], key[3])
         tie(key[2], value[2])
         mark(query[3], "bilinear")
+        mark(query[1], "batched")
         mask = next(
             (seen.given[n] for n in ("attn_mask", "attn_bias") if seen.given.get(n) is not None),
             None,
@@ -632,7 +636,7 @@ class _Trace(TorchDispatchMode):
         axes.sort(key=lambda axis: (-axis.size, axis.places))
         return Axes(
             tuple(axes),
-            reads={name: _one(uses) for name, uses in sorted(self._reads.items())},
+            reads={n: _one(u, tied=n in self._tables) for n, u in sorted(self._reads.items())},
             norms=dict(sorted(self._norms.items())),
             batch_norms={
                 n: u.copy().pop() for n, u in sorted(self._statistics.items()) if len(u) == 1
@@ -653,15 +657,15 @@ def _resized(before: Sequence[int], after: Sequence[int]) -> list[int]:
     return [axis for axis, size in enumerate(before) if size != after[axis]]
 
 
-def _one(uses: set[tuple[int, str | None]]) -> tuple[int, str | None]:
-    """How a tensor is read, if in one way; otherwise without a norm."""
-    if len(uses) == 1:
+def _one(uses: set[tuple[int, str | None]], *, tied: bool) -> tuple[int, str | None]:
+    """How a tensor is read, if in one way; otherwise without a norm. Tied: it also writes."""
+    if len(uses) == 1 and not tied:
         return next(iter(uses))
     return min(axis for axis, _ in uses), None
 
 
 def _kind(traits: set[str]) -> str:
-    if traits <= {"bilinear"}:
+    if traits <= {"bilinear", "batched"}:
         return "inner"
     if traits <= {"layer norm", "gain", "square", "reduced"} and traits & {"layer norm", "square"}:
         return "orthogonal"
