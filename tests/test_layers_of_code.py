@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "models": {"models"},
     "channels": {"scheme"},
     "outputs": {"scheme"},
+    "axes": {"axes", "scheme", "outputs"},
     "layers": {"functional", "outputs"},
     "survey": {"layers", "outputs", *CORE},
     "fork": {"survey", "layers", "outputs", *CORE},
