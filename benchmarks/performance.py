@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnpassport.bench.cells import CHEAPER, LOOP_STEPS
 from nnpassport.bench.page import precision_of, subject, table, title
-from nnpassport.evidence.report import styled
+from nnpassport.evidence.report import as_text, styled
 from nnpassport.files import write_atomically
 
 if TYPE_CHECKING:
@@ -439,7 +439,7 @@ def _picture(panels: Mapping[str, Mapping[str, Entry]]) -> bytes:
         )
         file = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", facecolor="#ffffff", metadata=nothing)
+        as_text(figure).savefig(file, format="svg", facecolor="#ffffff", metadata=nothing)
     return file.getvalue()
 
 

@@ -108,8 +108,10 @@ def opened_claim(file: dict, pem: bytes) -> dict:
 def matches(suspect: dict, secret: dict) -> tuple[int, int]:
     """How many bits the weights read as the disclosed seed says, and how many there are."""
     seed, context = bytes.fromhex(secret["seed"]), secret["context"].encode()
-    read, bits = [], []
-    for layer in parsed(context)["layers"]:
+    read, bits, layers = [], [], parsed(context)["layers"]
+    # Of one name there is one stream: its bits would count as often as the layer is there.
+    require(len({layer["name"] for layer in layers}) == len(layers), "one layer several times")
+    for layer in layers:
         require("bits" not in layer, "bits that a projection reads", 2)
         weight = suspect.get(f"{layer['name']}.weight", np.empty(0))
         require(list(weight.shape) == layer["weight"], f"no {layer['name']} of this shape", 2)

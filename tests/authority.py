@@ -41,9 +41,12 @@ def pem(*certificates):
 
 
 class Signer:
-    """`openssl ts -reply` with one certificate, and those that it sends along."""
+    """`openssl ts -reply` with one certificate, and those that it sends along.
 
-    def __init__(self, folder, key, certificate, along=()):
+    `accuracy` is what its tokens state, as openssl's configuration writes it; "" is nothing.
+    """
+
+    def __init__(self, folder, key, certificate, along=(), *, accuracy="secs:1"):
         self.folder, self.certificate = folder, certificate
         self.root = None
         folder.mkdir()
@@ -57,7 +60,8 @@ class Signer:
         lines += [f"certs = {folder}/along.pem"] if along else []
         lines += ["signer_digest = sha256", "default_policy = 1.2.3.4.1"]
         lines += ["digests = sha256, sha512"]
-        (folder / "tsa.cnf").write_text("\n".join([*lines, "accuracy = secs:1", ""]))
+        lines += [f"accuracy = {accuracy}"] if accuracy else []
+        (folder / "tsa.cnf").write_text("\n".join([*lines, ""]))
 
     def answer(self, query):
         """The response to a request, both DER."""

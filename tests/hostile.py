@@ -10,6 +10,8 @@ import functools
 import hashlib
 import io
 import json
+import pickle
+import pickletools
 import queue
 import re
 import socket
@@ -94,20 +96,25 @@ def hostile_input(name: str, parser: Parser, number: int) -> bytes:
 
 def outcome(parser: Parser, data: bytes) -> str:
     """ "read", the name of an error of ours, or a text that starts with "BUG"."""
+    return result(parser, data)[0]
+
+
+def result(parser: Parser, data: bytes) -> tuple[str, object]:
+    """The same, and what was read."""
     try:
-        parser.read(data)
+        value = parser.read(data)
     except OwnershipError as error:
         said = str(error)
         if len(said) > _LONGEST_MESSAGE:
-            return f"BUG: a message of {len(said)} characters in {type(error).__name__}"
+            return f"BUG: a message of {len(said)} characters in {type(error).__name__}", None
         if _CONTROL.search(said):
-            return f"BUG: control characters in the message of {type(error).__name__}"
-        return type(error).__name__
+            return f"BUG: control characters in the message of {type(error).__name__}", None
+        return type(error).__name__, None
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        return f"BUG: {type(error).__name__}: {ascii(str(error))[:100]}"
-    return "read"
+        return f"BUG: {type(error).__name__}: {ascii(str(error))[:100]}", None
+    return "read", value
 
 
 # Bytes
@@ -300,6 +307,96 @@ def _zip(rng: Random, seeds: Seeds) -> bytes:
     return out.getvalue()
 
 
+# Pickles: opcodes put in and taken out where others end, in an archive that is whole
+
+_GLOBALS = (
+    *("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage"),
+    *("torch._utils _rebuild_tensor_v3", "torch._tensor _rebuild_from_type_v2", "torch Size"),
+    *("torch._utils _rebuild_sparse_tensor", "collections OrderedDict", "collections Counter"),
+    *("builtins bytearray", "builtins dict", "builtins getattr", "os system", "a.b c.d", "\x1b é"),
+    *("collections defaultdict", "copyreg _reconstructor", "numpy dtype", "torch float32"),
+)
+_PICKLED = (
+    *(
+        b"}",
+        b"]",
+        b")",
+        b"(",
+        b"t",
+        b"\x85",
+        b"\x86",
+        b"\x87",
+        b"N",
+        b"\x88",
+        b"\x8f",
+        b"\x90",
+        b"\x91",
+    ),
+    *(
+        b"R",
+        b"R",
+        b"b",
+        b"b",
+        b"\x81",
+        b"\x92",
+        b"s",
+        b"u",
+        b"a",
+        b"e",
+        b"0",
+        b"1",
+        b"2",
+        b"Q",
+        b"\x93",
+    ),
+    *(b"q\x00", b"q\x01", b"h\x00", b"h\x01", b"h\x02", b"\x94", b"r\xff\xff\xff\x7f", b"\x82\x01"),
+    *(
+        b"K\x00",
+        b"K\x02",
+        b"J\xff\xff\xff\x7f",
+        b"J\xff\xff\xff\xff",
+        b"\x8a\x09" + bytes(8) + b"\x10",
+    ),
+    *(b"X\x01\x00\x00\x00w", b"X\x07\x00\x00\x00storage", b"X\x01\x00\x00\x000", b"\x8c\x03cpu"),
+    *(
+        b"G\x7f\xf8" + bytes(6),
+        b"I9\n",
+        b"S'a'\n",
+        b"\x96" + struct.pack("<Q", 2**40) + b"x",
+        b"\x97",
+    ),
+    *(b"\x8d" + struct.pack("<Q", 2**62), b"\x95" + struct.pack("<Q", 2**40), b"\x80\x05", b"."),
+    *(b")" + b"2\x86" * 40 + b"K\x01", b"\x85" * 10_000, b"}" + b"(h\x00h\x00h\x00h\x00" * 100),
+)
+
+
+def _pickle(rng: Random, seeds: Seeds) -> bytes:
+    """A torch archive, or an old file, whose pickle is one that no program of sense would write."""
+    seed = rng.choice([seed for seed in seeds if seed.startswith(b"PK")])
+    with zipfile.ZipFile(io.BytesIO(seed)) as archive:
+        parts = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    name, whole = parts[0]
+    pickled = whole if rng.random() < 0.7 else b"\x80\x02" + _opcodes(rng, 20) + b"."
+    for _ in range(rng.choice([1, 1, 2, 4, 10])):
+        places = [place for _, _, place in pickletools.genops(whole)] if pickled is whole else []
+        start = rng.choice(places) if places else rng.randrange(len(pickled))
+        end = start + rng.choice([0, 0, 1, 2, 5])
+        pickled = pickled[:start] + _opcodes(rng, rng.choice([1, 1, 2, 5])) + pickled[end:]
+    if rng.random() < 0.2:
+        first = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+        return b"".join((*(pickle.dumps(each, 2) for each in first), pickled, b"\x80\x02]."))
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for each, part in ((name, pickled), *parts[1:]):
+            archive.writestr(zipfile.ZipInfo(each), part)
+    return out.getvalue()
+
+
+def _opcodes(rng: Random, count: int) -> bytes:
+    known = [f"c{each}\n".replace(" ", "\n", 1).encode() for each in _GLOBALS]
+    return b"".join(rng.choice(known if rng.random() < 0.25 else _PICKLED) for _ in range(count))
+
+
 def _parquet(rng: Random, seeds: Seeds) -> bytes:
     seed = rng.choice(seeds)
     size = int.from_bytes(seed[-8:-4], "little")
@@ -350,7 +447,7 @@ def _file(path: Path, read: Callable[[Path], object]) -> Callable[[bytes], objec
 def example_key() -> Key:
     """A derived key with everything that a context can have."""
     conv = LayerShape("a.0", (8, 3, 3, 3), (3, 5, 5), Geometry((1, 1), ((1, 1),) * 2, (1, 1)))
-    linear = LayerShape("fc", (4, 10), (10, 2), Geometry(), 6)
+    linear = LayerShape("fc", (4, 10), (10, 2), Geometry())
     triggers = TriggerShape(2, 3, (1, 4, 4))
     context = Context("passport-v3", "Zoë", (conv, linear), triggers, bytes(range(16)))
     return Key(hashlib.sha256(b"a seed").digest(), context)
@@ -437,7 +534,9 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
 
     public, secret = _pems()
     root = (GOLDEN / "claim-v1-root.pem").read_bytes()
-    context = (key.context.encode(), stamped_context(golden))
+    projected = LayerShape("fc", (4, 10), (10, 1), Geometry(), 6)
+    uchida = Context("uchida", "Zoë", (projected,), None, bytes(16))
+    context = (key.context.encode(), stamped_context(golden), uchida.encode())
     url = _answering(answers := queue.SimpleQueue())
 
     def answer(data: bytes) -> None:
@@ -572,8 +671,9 @@ def _of_models(folder: Path) -> dict[str, Parser]:
         ),
         "ONNX": Parser((_onnx(),), _bytes, _file(folder / "model.onnx", read_weights)),
         "checkpoint": Parser(
-            (plain, legacy, wrapped), _zip, _file(folder / "model.pt", read_weights)
+            (plain, legacy, wrapped), _zip, _file(folder / "model.pt", read_weights), share=5
         ),
+        "pickle": Parser((plain, wrapped), _pickle, _file(folder / "p.pt", read_weights), share=5),
         "training state": Parser(
             (wrapped, legacy), _zip, _file(folder / "training.pt", load_training)
         ),

@@ -21,7 +21,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from nnpassport import V2, V3, mark, surgery
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape, _costs, canonical_json
+from nnpassport.evidence.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.evidence.validity import sliding
 from nnpassport.functional import Geometry, geometry_of
 from nnpassport.layers import Branch, on_branch, passport_norms
 from nnpassport.outputs import call, length_of, logits_of, part_of, tensors_in, with_tensors
@@ -117,7 +118,7 @@ def test_a_matrix_that_is_kept_in_out_has_no_output_padding():
 @pytest.mark.parametrize("layer", TRANSPOSED, ids=lambda layer: type(layer).__name__)
 def test_the_costs_of_a_transposed_layer_cover_its_input_its_output_and_its_products(layer):
     shape = transposed_context(layer).layers[0]
-    numbers, products = _costs(shape)
+    numbers, products = sliding(shape)
     passport = normal(1, *shape.passport)
     positions = layer(passport)[0, 0].numel()
     assert numbers >= max(passport.numel(), layer.groups * positions)

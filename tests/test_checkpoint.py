@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import sys
 import zipfile
@@ -191,6 +192,7 @@ def failing(number, error=errno.ENOSPC):
         ("fsync", 3, errno.EIO),
         ("replace", 1, errno.EROFS),
         ("replace", 2, errno.EACCES),
+        ("replace", 3, errno.EIO),
         ("open", 1, errno.EACCES),
         ("open", 2, errno.ENOSPC),
         ("fdopen", 2, errno.EMFILE),
@@ -332,7 +334,11 @@ def test_a_malicious_pickle_runs_nothing(tmp_path, make):
     path, canary = tmp_path / "model.pt", tmp_path / "canary"
     make(path, canary)
     for read in (read_weights, load_training, lambda p: load_suspect(p, CONFIG)):
-        with pytest.raises(UnreadableModelError, match=r"safetensors|training state"):
+        if make is harmful_save and read is read_weights:
+            # Beside the tensors it is left alone, or a line of code would make a copy unreadable.
+            assert torch.equal(read(path).tensors["w"], torch.ones(2))
+            continue
+        with pytest.raises(UnreadableModelError, match=r"safetensors|training state|does not fit"):
             read(path)
     assert not canary.exists()
 
@@ -537,6 +543,7 @@ def test_a_number_too_large_for_the_architecture_is_refused(folder):
     state = {name: t.double() for name, t in read_weights(folder).tensors.items()}
     state["features.0.weight"][0, 0, 0, 0] = 1e300
     safetensors.torch.save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_bytes(config_bytes(CONFIG))  # it would name other weights
     with pytest.raises(UnreadableModelError, match=r"features\.0\.weight"):
         load_model(folder)
 
@@ -567,9 +574,28 @@ def test_missing_files_folders_pipes_and_loops_are_named(tmp_path):
 
 
 def test_a_link_to_a_regular_file_is_read_as_in_a_hub_cache(folder, tmp_path):
-    (tmp_path / "snapshot").mkdir()
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to(folder / "model.safetensors")
-    assert read_weights(tmp_path / "snapshot").digests == read_weights(folder).digests
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "models--a--b" / "blobs")
+    for name in ("model.safetensors", "config.json"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert load_model(snapshot).digests == load_model(folder).digests
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_link_out_of_a_folder_is_not_followed(folder, tmp_path, name):
+    """Nor where the folder it leads to only has the name of a cache's."""
+    for home in (tmp_path / "given", tmp_path / "snapshots" / "abc"):
+        shutil.copytree(folder, home)
+        (home / name).unlink()
+        (home / name).symlink_to(folder / name)
+        with pytest.raises(UnreadableModelError, match="link to somewhere outside"):
+            load_suspect(home)
+    (tmp_path / "blobs").symlink_to(folder)
+    (home / name).unlink()
+    (home / name).symlink_to(f"../../blobs/{name}")
+    with pytest.raises(UnreadableModelError, match="link to somewhere outside"):
+        load_model(home)
 
 
 def test_size_limits_are_checked_before_reading(folder, monkeypatch):
@@ -630,8 +656,10 @@ def test_prefixes_of_parallel_and_compiled_models_are_dropped(tmp_path, model, p
     ("change", "words"),
     [
         (lambda s: s.pop("features.0.weight"), "1 missing: features.0.weight"),
-        (lambda s: s.update(extra=torch.ones(1)), "1 unexpected: 'extra'"),
-        (lambda s: s.update({"module.extra": torch.ones(1)}), "1 unexpected: 'module.extra'"),
+        (
+            lambda s: s.update({"features.0.bias": torch.ones(16)}),
+            "1 unexpected: 'features.0.bias'",
+        ),
         (
             lambda s: s.update({"features.0.weight": torch.ones(2, 2)}),
             r"1 of another shape: features.0.weight \(2, 2\) instead of \(16, 3, 5, 5\)",
@@ -640,7 +668,7 @@ def test_prefixes_of_parallel_and_compiled_models_are_dropped(tmp_path, model, p
             lambda s: s.update({k: v.long() for k, v in s.items() if k == "features.1.bias"}),
             "integer instead of",
         ),
-        (lambda s: s.clear() or s.update(w=torch.ones(1)), "missing: .*, …; 1 unexpected: 'w'"),
+        (lambda s: s.clear() or s.update(w=torch.ones(1)), "missing: .*, …; needed"),
     ],
 )
 def test_weights_that_do_not_fit_are_listed(tmp_path, model, change, words):

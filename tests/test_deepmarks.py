@@ -267,6 +267,8 @@ def test_refuses_users_and_codes_that_are_not_there(key):
         with_settings(DEEPMARKS, repeats=1)
     odd = replace(UCHIDA, bits=64).draw_key(network(), EXAMPLE)
     with pytest.raises(UnreadableKeyError, match="64 bits for codewords of 31"):
+        replace(odd.context, scheme=DEEPMARKS.name)
+    with pytest.raises(UnsuitableModelError, match="key is for uchida"):
         DEEPMARKS.verify(network().state_dict(), odd)
     with pytest.raises(UnsuitableModelError, match="key is for uchida"):
         trace(network().state_dict(), odd)

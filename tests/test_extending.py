@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from nnpassport import verification
 from nnpassport.audit import table
-from nnpassport.audit.table import REMOVAL, Attack
+from nnpassport.audit.acts import ACTS
+from nnpassport.audit.table import REMOVAL, Attack, act
 from nnpassport.catalog import CATALOG, Entry
 from nnpassport.cli import app
 from nnpassport.experiments.plans import FIELD_PLANS, LEADERBOARD_TRIAL
@@ -31,8 +32,7 @@ QUICK = replace(LEADERBOARD_TRIAL, embed=replace(LEADERBOARD_TRIAL.embed, epochs
 
 def row_on_page(number):
     """A row of the page, as the dictionary that it is part of."""
-    names = {"Entry": Entry, "Attack": Attack, "REMOVAL": REMOVAL}
-    names |= {"MEDIAN_FILTER": sys.modules["median_filter"].MEDIAN_FILTER}
+    names = {"Entry": Entry, "Attack": Attack, "REMOVAL": REMOVAL, "act": act}
     names |= {"clip_weights": sys.modules["clip_weights"].clip_weights}
     block = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)[number]
     return eval(f"{{{block}}}", names)  # our own page
@@ -43,9 +43,8 @@ def rows():
     """The rows of the page in the tables that it names, and back out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        __import__("median_filter")
         __import__("clip_weights")
-        for number, rows in enumerate((CATALOG, table.ATTACKS)):
+        for number, rows in enumerate((CATALOG, table.ATTACKS, ACTS)):
             for name, entry in row_on_page(number).items():
                 patch.setitem(rows, name, entry)
         patch.setitem(FIELD_PLANS, QUICK.name, QUICK)

@@ -55,20 +55,22 @@ def strangers(digits):
 
 def test_half_of_the_pictures_fool_the_network_and_half_do_not(digits, plain, key):
     answers = answers_to(key, plain, digits[2])
-    true, towards = key.trigger_choices.unbind(1)
+    true, towards = torch.from_numpy(key.trigger_choices).unbind(1)
     assert (answers == true).sum() == 64
     assert torch.equal(answers[:64], towards[:64])
     assert (true != towards).all()
     with torch.no_grad():
-        scores = plain(digits[2](key.trigger_images))[64:]
+        scores = plain(digits[2](key.trigger_set()[0]))[64:]
     second = scores.topk(2).indices[:, 1]
     assert torch.equal(second, towards[64:])
 
 
 def test_pictures_are_one_step_from_images_that_were_answered_rightly(digits, plain, key):
     train, _, normalise = digits
-    true = key.trigger_choices[:, 0]
-    apart = (key.trigger_images[:, None].int() - train.images[None].int()).abs().flatten(2).amax(2)
+    true = torch.from_numpy(key.trigger_choices)[:, 0]
+    apart = (
+        (key.trigger_set()[0][:, None].int() - train.images[None].int()).abs().flatten(2).amax(2)
+    )
     nearest = apart.argmin(1)
     assert apart.amin(1).unique().numel() == 1  # one step size for all of them
     assert torch.equal(train.labels[nearest], true)
@@ -80,9 +82,10 @@ def test_labels_are_drawn_from_the_two_classes_and_bound_to_the_pictures(key):
     assert key.derived
     assert key.label_choices == 2
     labels = key.trigger_set()[1]
-    assert (labels[:, None] == key.trigger_choices).any(1).all()
-    assert 40 < (labels == key.trigger_choices[:, 0]).sum() < 88
-    swapped = replace(key, trigger_choices=key.trigger_choices.flip(1))
+    choices = torch.from_numpy(key.trigger_choices)
+    assert (labels[:, None] == choices).any(1).all()
+    assert 40 < (labels == choices[:, 0]).sum() < 88
+    swapped = replace(key, trigger_choices=key.trigger_choices[:, ::-1])
     assert not torch.equal(swapped.trigger_set()[1], labels)
 
 
@@ -121,7 +124,7 @@ def test_matches_of_bound_labels_are_a_fair_coin_s_on_any_network(digits, plain,
         seeds = [bytes([number // 256, number % 256] * 16) for number in range(300)]
         keys = [replace(key, seed=seed) for seed in seeds]
         matches = torch.tensor([SMALL.verify_answers(answers, k).matches for k in keys]).float()
-        either = (answers[:, None] == key.trigger_choices).any(1).sum()
+        either = (answers[:, None] == torch.from_numpy(key.trigger_choices)).any(1).sum()
         assert abs(matches.mean() - either / 2) < 2
         assert abs(matches.var() - either / 4) < 12
         assert matches.mean() < 66

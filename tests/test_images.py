@@ -496,7 +496,7 @@ def test_refuses_folders_without_classes_or_with_one(tmp_path):
         read_images(one)
     with pytest.raises(UnreadableDataError, match="there is nothing at"):
         read_images(tmp_path / "missing")
-    with pytest.raises(UnreadableDataError, match=r"needed: \.parquet or \.npz"):
+    with pytest.raises(UnreadableDataError, match=r"needed: files of one kind, \.parquet"):
         read_images(one / "dog" / "0.png")
 
 

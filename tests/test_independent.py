@@ -308,6 +308,16 @@ def test_the_vectors_of_a_claims_key_hold_for_both():
         assert "".join(map(str, np.unpackbits(packed)))[: len(signs)] == signs
 
 
+def test_one_layer_several_times_is_not_counted_as_often():
+    """Ten times the same coins: the p-value of thirteen bits would be that of 130."""
+    layer = json.loads(KEY.context.encode())["layers"][1]
+    document = json.loads(KEY.context.encode()) | {"layers": [layer] * 10}
+    secret = {"seed": KEY.seed.hex(), "context": canonical_json(document).decode(), "text": None}
+    weights = {"fc.weight": np.ones((13, 10), np.float32)}
+    with pytest.raises(SystemExit):
+        load_example("check_claim_independently").matches(weights, secret)
+
+
 def test_it_is_short_and_imports_nothing_of_ours():
     source = PROGRAM.read_text(encoding="utf-8")
     modules = set()

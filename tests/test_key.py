@@ -3,20 +3,20 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import stat
-import sys
 import time
 import traceback
-import types
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save as save_tensors
+from safetensors.numpy import save as save_tensors
 
 from nnpassport.evidence import keyfile
 from nnpassport.evidence.context import (
@@ -104,8 +104,14 @@ def same(left, right):
     return (
         (left.seed, left.context, left.text) == (right.seed, right.context, right.text)
         and set(tensors) == set(others)
-        and all(torch.equal(tensors[name], others[name]) for name in tensors)
+        and all(equal(tensors[name], others[name]) for name in tensors)
     )
+
+
+def equal(left, right):
+    """Whether two arrays, or an array and a tensor, are the same numbers of the same kind."""
+    left, right = np.asarray(left), np.asarray(right)
+    return left.dtype == right.dtype and np.array_equal(left, right)
 
 
 # What a key gives
@@ -114,14 +120,40 @@ def same(left, right):
 def test_a_derived_key_gives_what_the_seed_gives():
     key = KEYS["derived"]()
     for layer in (CONV, LINEAR):
-        assert torch.equal(key.layer_signs(layer.name), derive_signs(SEED, CONTEXT, layer))
-        assert torch.equal(key.layer_passport(layer.name), derive_passport(SEED, CONTEXT, layer))
+        assert equal(key.layer_signs(layer.name), derive_signs(SEED, CONTEXT, layer))
+        assert equal(key.layer_passport(layer.name), derive_passport(SEED, CONTEXT, layer))
+
+
+def test_a_key_gives_the_same_numbers_as_arrays_and_as_tensors(key):
+    for name in NAMES:
+        for array, tensor in (
+            (key.signs_array(name), key.layer_signs(name)),
+            (key.passport_array(name), key.layer_passport(name)),
+            (key.projection_array(name), key.layer_projection(name)),
+        ):
+            assert isinstance(array, np.ndarray)
+            assert isinstance(tensor, torch.Tensor)
+            assert equal(array, tensor)
+    assert all(map(equal, key.trigger_arrays(), key.trigger_set()))
+
+
+def test_a_key_is_the_same_made_of_arrays_or_of_tensors():
+    parts = explicit_parts()
+    arrays = {
+        name: {n: t.numpy() for n, t in part.items()} if isinstance(part, dict) else part.numpy()
+        for name, part in parts.items()
+    }
+    turned = {**arrays, "trigger_images": np.asfortranarray(arrays["trigger_images"])}
+    turned["signs"] = {n: torch.stack([t, t], 1)[:, 0] for n, t in parts["signs"].items()}
+    grown = {n: t.clone().requires_grad_() for n, t in parts["passports"].items()}
+    keys = [Key(SEED, CONTEXT, **given) for given in (arrays, turned, parts | {"passports": grown})]
+    assert {each.fingerprint for each in keys} == {KEYS["explicit"]().fingerprint}
 
 
 def test_a_text_key_gives_the_whitened_text():
     key = KEYS["text"]()
     for name, signs in whiten_text(TEXT, SEED, CONTEXT).items():
-        assert torch.equal(key.layer_signs(name), signs)
+        assert equal(key.layer_signs(name), signs)
 
 
 def test_an_explicit_key_gives_what_it_was_given():
@@ -143,14 +175,13 @@ def test_trigger_images_come_from_their_stream(monkeypatch):
 
     def abstract_images(draw, *, count, size):
         asked.append((draw(8), count, size))
-        return torch.zeros(count, *size, dtype=torch.uint8)
+        return np.zeros((count, *size), np.uint8)
 
-    stand_in = types.SimpleNamespace(abstract_images=abstract_images)
-    monkeypatch.setitem(sys.modules, "nnpassport.data.triggers", stand_in)
+    monkeypatch.setattr("nnpassport.evidence.key.abstract_images", abstract_images)
     images, labels = KEYS["derived"]().trigger_set()
     assert asked == [(trigger_stream(SEED, CONTEXT)(8), 6, (3, 8, 8))]
     assert images.shape == (6, 3, 8, 8)
-    assert torch.equal(labels, derive_labels(SEED, CONTEXT))
+    assert equal(labels, derive_labels(SEED, CONTEXT))
     _, labels = KEYS["explicit labels"]().trigger_set()
     assert labels.tolist() == [0, 9, 3, 3, 1, 2]
 
@@ -187,6 +218,35 @@ def test_a_key_survives_copy_and_pickle(key):
     assert same(pickle.loads(pickle.dumps(key)), key)
 
 
+def test_a_file_of_explicit_parts_is_written_byte_for_byte_as_ever(tmp_path):
+    """The digests are of the first release, whose keys held tensors."""
+
+    def counted(kind, *shape):
+        return (np.arange(math.prod(shape)).reshape(shape) % 251).astype(kind)
+
+    key = Key(
+        SEED,
+        CONTEXT,
+        passports={
+            "fc": counted("float32", 2, 10, 64) / 8,
+            "layer4.conv": counted("float32", 2, 3, 8, 8) / 4,
+        },
+        signs={
+            "fc": counted("float32", 13) % 2 * 2 - 1,
+            "layer4.conv": counted("float32", 40) % 2 * 2 - 1,
+        },
+        trigger_images=counted("uint8", 6, 3, 8, 8),
+        trigger_choices=np.array([[1, 4]] * 6),
+    )
+    save_key(key, tmp_path / "key")
+    written = (tmp_path / "key").read_bytes()
+    assert key.trigger_arrays()[1].tolist() == [1, 4, 1, 1, 1, 1]
+    assert key.fingerprint == "d6d3626888f01809ee148fa54d796c468e67af69a7dd8df3c2b6ae391521b5dc"
+    assert hashlib.sha256(written).hexdigest() == (
+        "680d98113feec9b46345233d91061dde58b5b705101004f8ec18fc360a5560ac"
+    )
+
+
 def bad_parts():
     parts = explicit_parts()
     passports, signs = parts["passports"], parts["signs"]
@@ -202,6 +262,12 @@ def bad_parts():
         "passports more": {"passports": passports | {"other": passports["fc"]}},
         "passport shape": {"passports": passports | {"fc": torch.zeros(2, 10, 63)}},
         "passport half": {"passports": passports | {"fc": passports["fc"].half()}},
+        "passport bfloat16": {"passports": passports | {"fc": passports["fc"].bfloat16()}},
+        "passport sparse": {"passports": passports | {"fc": passports["fc"].to_sparse()}},
+        "passport list": {"passports": passports | {"fc": passports["fc"].tolist()}},
+        "passport big-endian": {
+            "passports": passports | {"fc": passports["fc"].numpy().astype(">f4")}
+        },
         "passport nan": {"passports": passports | {"fc": nan}},
         "signs shape": {"signs": signs | {"fc": torch.ones(12)}},
         "signs zero": {"signs": signs | {"fc": zero}},
@@ -321,8 +387,8 @@ def damaged(plain):
     def with_secret(**changes):
         return canonical_json(document | {"secret": secret | changes})
 
-    half = {name: t.half() for name, t in KEYS["explicit"]().explicit_tensors().items()}
-    extra = KEYS["explicit passports, text"]().explicit_tensors() | {"more": torch.zeros(1)}
+    half = {name: t.astype(np.float16) for name, t in KEYS["explicit"]().explicit_tensors().items()}
+    extra = KEYS["explicit passports, text"]().explicit_tensors() | {"more": np.zeros(1)}
     return {
         "empty": b"",
         "truncated": plain[:-1],

@@ -8,10 +8,13 @@ import pytest
 import nnpassport
 
 ROOT = Path(nnpassport.__file__).parent
-CORE = {"scheme", "functional"}
+CORE = {"scheme", "functional", "geometry"}
 FOLDERS = {"files", "config", "weights"}
-KEYS = {"evidence.context", "evidence.seed", "evidence.key"}
-SIGNED = {"evidence.signing", "evidence.timestamp", "evidence.claimfile"}
+KEYS = {
+    *("evidence.context", "evidence.validity", "evidence.pictures", "evidence.seed"),
+    "evidence.key",
+}
+SIGNED = {"evidence.curve", "evidence.signing", "evidence.timestamp", "evidence.claimfile"}
 CLAIMS = {"evidence.claim", *SIGNED}
 EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
 SCHEMES = (
@@ -34,12 +37,16 @@ ALL = {"*"}
 # A module or a package that has no row of its own belongs to the package above it.
 MAY_IMPORT = {
     "scheme": set(),
-    "functional": set(),
-    "statistics": set(),
+    "geometry": set(),
+    "lazy": set(),
+    "functional": {"geometry"},
+    "statistics": {"scheme"},
+    "relabelling": {"scheme", "statistics"},
     "provenance": {"__init__"},
     "models": {"models"},
     "channels": {"scheme"},
     "outputs": {"scheme"},
+    "axes": {"axes", "scheme", "outputs"},
     "layers": {"functional", "outputs"},
     "survey": {"layers", "outputs", *CORE},
     "fork": {"survey", "layers", "outputs", *CORE},
@@ -51,34 +58,57 @@ MAY_IMPORT = {
     "onnxfile": {"scheme", "files"},
     "adapter": {"scheme", "files"},
     "shards": {"scheme", "files"},
-    "weights": {"scheme", "files", "onnxfile", "adapter", "shards"},
+    "archive": set(),
+    "unpickling": set(),  # runs by itself: nothing of ours is imported there
+    "torchfile": {"scheme", "files", "archive"},
+    "weights": {"scheme", "files", "onnxfile", "adapter", "shards", "archive", "torchfile"},
     "unfold": {"scheme", "channels"},
     "checkpoint": {"scheme", "models", "onnxfile", "unfold", *FOLDERS},
     "processes": set(),
     "distributed": {"scheme", "outputs", "processes", "layers"},
     "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
     "fidelity": {"scheme", "outputs", "distributed", "data"},
-    "evidence.context": CORE,
-    "evidence.seed": {*CORE, "data.triggers", "evidence.context"},
-    "evidence.key": {*CORE, "data.triggers", *KEYS},
-    "evidence.keyfile": {*CORE, *KEYS},
-    "evidence.signing": {"scheme", "files", "evidence.context"},
+    "evidence.validity": {"scheme", "evidence.context"},  # its types alone
+    "evidence.context": {"scheme", "geometry", "evidence.validity"},
+    "evidence.pictures": {"scheme"},
+    "evidence.seed": {"scheme", "evidence.context"},
+    "evidence.key": {"scheme", *KEYS},
+    "evidence.keyfile": {"scheme", *KEYS},
+    "evidence.curve": set(),
+    "evidence.signing": {"scheme", "files", "evidence.context", "evidence.curve"},
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},
     "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
     "evidence.claim": {"scheme", *KEYS, *SIGNED},
-    "evidence": {*CORE, "statistics", "checkpoint", "channels", *FOLDERS, *EVIDENCE},
+    "evidence": {*CORE, "statistics", "checkpoint", "channels", "unfold", *FOLDERS, *EVIDENCE},
     "schemes": SCHEMES,
     "schemes.lora": {*SCHEMES, "weights"},
     "attacks": {"attacks", "channels", *SCHEMES},
-    "remote": {"remote", "catalog", "statistics", "data", "scheme", "files", *EVIDENCE},
-    "catalog": {"schemes", "schemes.lora", "attacks", "scheme", *KEYS},
+    "remote": {
+        *("remote", "catalog", "statistics", "relabelling", "data", "scheme", "files"),
+        *EVIDENCE,
+    },
+    "catalog": {"schemes", "schemes.lora", "scheme", "lazy", *KEYS},
     "verification": {
-        *("catalog", "channels", "checkpoint", "onnxfile", "shards", "unfold"),
+        *("catalog", "channels", "checkpoint", "relabelling"),
         *FOLDERS,
         *SCHEMES,
         *EVIDENCE,
     },
-    "hearing": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
+    "relations": {
+        *("verification", "checkpoint", "onnxfile", "unfold"),
+        *FOLDERS,
+        *SCHEMES,
+        *EVIDENCE,
+    },
+    "hearing": {
+        "relations",
+        "verification",
+        "catalog",
+        "checkpoint",
+        *FOLDERS,
+        *SCHEMES,
+        *EVIDENCE,
+    },
     "ownership": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
     "marked": {"catalog", *SCHEMES},
     "interop": {"interop", "layers", "outputs", "onnxfile", "scheme", *FOLDERS, *CLAIMS},
@@ -89,7 +119,16 @@ MAY_IMPORT = {
         *EVIDENCE,
     },
     "audit": {
-        *("audit", "attacks", "catalog", "ownership", "verification", "checkpoint", "provenance"),
+        *(
+            "lazy",
+            "audit",
+            "attacks",
+            "catalog",
+            "ownership",
+            "verification",
+            "checkpoint",
+            "provenance",
+        ),
         *SCHEMES,
         *FOLDERS,
         *EVIDENCE,
@@ -189,6 +228,8 @@ def late():
     ("name", "target"),
     [
         ("scheme", "functional"),
+        ("evidence.context", "functional.filters"),
+        ("evidence.key", "data.triggers"),
         ("models.resnet", "scheme.Batch"),
         ("checkpoint", "evidence.key.Key"),
         ("evidence.seed", "evidence.key.Key"),

@@ -524,7 +524,8 @@ def test_a_text_reads_back_from_the_adapter_and_the_key_survives_its_file(base, 
 
 
 def test_keys_of_other_schemes_are_refused(tuned, tmp_path):
-    other = Key(bytes(32), Context("passport-v2", "Bob", (), None, bytes(16)))
+    layers = tuple(layer._replace(bits=None) for layer in tuned.key.context.layers)
+    other = Key(bytes(32), Context("passport-v2", "Bob", layers, None, bytes(16)))
     with pytest.raises(UnsuitableModelError, match="key is for passport-v2"):
         LORA.insert(tuned.model, other, torch.zeros(1))
     with pytest.raises(UnsuitableModelError, match="key is for passport-v2"):

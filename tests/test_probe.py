@@ -759,8 +759,8 @@ def test_what_is_no_template_is_refused(template, pointer):
 
 def test_labels_are_names_first_and_then_indices(tmp_path):
     names = Labels(10, {"cat": 3, "7": 1})
-    known = {"cat": 3, "7": 1, "8": 8, "LABEL_2": 2, 5: 5, 0: 0}
-    unknown = ["Cat", "10", 10, -1, "-1", "LABEL_10", "", "²", "٣", "1e0", 10**5000]
+    known = {"cat": 3, " Cat ": 3, "7": 1, "8": 8, "LABEL_2": 2, 5: 5, 0: 0}
+    unknown = ["cats", "10", 10, -1, "-1", "LABEL_10", "", "²", "٣", "1e0", 10**5000]
     assert {label: names.index(label) for label in known} == known
     assert [names.index(label) for label in unknown] == [None] * len(unknown)
     path = tmp_path / "labels.json"

@@ -22,6 +22,7 @@ from nnpassport.evidence.keyfile import save_key
 from nnpassport.files import sha256_of
 from nnpassport.functional import Geometry, read_bits
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
+from nnpassport.schemes.candidates import by_name, rivals
 from nnpassport.schemes.signature import secret_of
 from nnpassport.shards import INDEX_FILE, open_shards
 from nnpassport.weights import read_lazily, read_weights, tensors_digest
@@ -143,6 +144,7 @@ def test_shards_one_file_and_a_state_dict_have_one_verdict(tmp_path, dtype):
     safetensors.torch.save_file(state, tmp_path / "whole" / "model.safetensors")
     expected = scheme_named("passport-v2").verify(state, key)
     assert expected.matches == LAYERS * (OUT - 3)
+    expected = by_name(expected, rivals(state, key))  # its layers are of one shape
     for path in ("sharded", f"sharded/{INDEX_FILE}", "whole", "whole/model.safetensors"):
         verdict = verdict_of(tmp_path / path, key)
         assert {**verdict.as_dict(), "digests": {}} == {**expected.as_dict(), "digests": {}}
@@ -184,10 +186,13 @@ def test_prefixes_of_wrappers_are_taken_off(tmp_path, prefix):
 
 @pytest.mark.parametrize("name", ["passport-v1", "uchida", "lora"])
 def test_other_schemes_read_the_same_off_shards(tmp_path, name):
-    key = key_of(scheme=name)
-    if name != "passport-v1":
+    key = key_of()
+    if name == "passport-v1":
+        key = key_of(scheme=name)
+    else:
         shapes = key.context.layers[:1] if name == "uchida" else key.context.layers
-        shapes = tuple(s._replace(passport=(IN, 1), bits=OUT) for s in shapes)
+        bits = IN if name == "uchida" else OUT
+        shapes = tuple(s._replace(passport=(IN, 1), bits=bits) for s in shapes)
         key = Key(key.seed, Context(name, "Alice", shapes, None, bytes(16)))
     state = marked(key_of())
     if name == "lora":
@@ -476,12 +481,22 @@ def test_pipes_folders_and_loops_in_the_place_of_shards_are_named(tmp_path):
 def test_links_to_regular_files_are_read_as_in_a_hub_cache(tmp_path):
     state = marked(key_of())
     folder = save_sharded(tmp_path / "blobs", state)
-    (tmp_path / "snapshot").mkdir()
+    snapshot = tmp_path / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
     for path in folder.iterdir():
-        (tmp_path / "snapshot" / path.name).symlink_to(path)
-    linked = open_shards(tmp_path / "snapshot" / INDEX_FILE)
+        (snapshot / path.name).symlink_to(path)
+    linked = open_shards(snapshot / INDEX_FILE)
     assert linked.digests() == open_shards(folder / INDEX_FILE).digests()
     assert tensors_digest(dict(linked)) == tensors_digest(state)
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    folder = save_sharded(tmp_path / "folder", marked(key_of()))
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.rename(tmp_path / "elsewhere.safetensors")
+    shard.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(UnreadableModelError, match="link to somewhere outside"):
+        open_shards(folder / INDEX_FILE)
 
 
 # In how much memory

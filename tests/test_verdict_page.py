@@ -335,7 +335,7 @@ def test_odds_are_in_words(log10_p, words):
 
 
 def test_texts_in_pictures_are_one_printable_line():
-    assert tracks.short("a\nb\x1b\u202ec") == "a�b��c"
+    assert tracks.short("a\nb\x1b\u202ec") == r"a\nb\x1b\u202ec"
     assert tracks.short("x" * 50, 10) == "x" * 9 + "…"
 
 

@@ -21,7 +21,7 @@ from nnpassport.functional import filters
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.schemes.uchida import mean_filter_of
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
@@ -157,7 +157,7 @@ class MedianFilter:
             key,
             "bits of the median filter",
             bits=layer.length,
-            matches=int((read == key.layer_signs(layer.name)).sum()),
+            matches=matching(read, key.layer_signs(layer.name)),
             chance=0.5,
             log10_alpha=log10_alpha,
         )

@@ -9,14 +9,19 @@
 `docs/architecture.md` has the map of the package, `examples/` the same in a loop of your own.
 """
 
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.marked import Marked, mark
-from nnpassport.ownership import embed, release, train
-from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
-from nnpassport.schemes.lora import LORA
-from nnpassport.schemes.passport import V1, V2, V3, Passport
-from nnpassport.verification import Trial, verify, verify_answers
+from typing import TYPE_CHECKING
+
+from nnpassport.lazy import lazily
+
+if TYPE_CHECKING:
+    from nnpassport.evidence.key import Key
+    from nnpassport.evidence.keyfile import load_key, save_key
+    from nnpassport.marked import Marked, mark
+    from nnpassport.ownership import embed, release, train
+    from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
+    from nnpassport.schemes.lora import LORA
+    from nnpassport.schemes.passport import V1, V2, V3, Passport
+    from nnpassport.verification import Trial, verify, verify_answers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,3 +46,30 @@ __all__ = [
     "verify",
     "verify_answers",
 ]
+
+_HOMES = {
+    "Key": "nnpassport.evidence.key",
+    "load_key": "nnpassport.evidence.keyfile",
+    "save_key": "nnpassport.evidence.keyfile",
+    "Marked": "nnpassport.marked",
+    "mark": "nnpassport.marked",
+    "embed": "nnpassport.ownership",
+    "release": "nnpassport.ownership",
+    "train": "nnpassport.ownership",
+    "Batch": "nnpassport.scheme",
+    "Fidelity": "nnpassport.scheme",
+    "OwnershipError": "nnpassport.scheme",
+    "Verdict": "nnpassport.scheme",
+    "LORA": "nnpassport.schemes.lora",
+    "V1": "nnpassport.schemes.passport",
+    "V2": "nnpassport.schemes.passport",
+    "V3": "nnpassport.schemes.passport",
+    "Passport": "nnpassport.schemes.passport",
+    "Trial": "nnpassport.verification",
+    "verify": "nnpassport.verification",
+    "verify_answers": "nnpassport.verification",
+}
+"""Where each name is from: loaded when it is first asked for, with torch if it needs torch."""
+
+if not TYPE_CHECKING:  # for mypy all names are those above, and no others
+    __getattr__, __dir__ = lazily(__name__, _HOMES)

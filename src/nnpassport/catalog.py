@@ -2,71 +2,114 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
-from nnpassport.evidence.key import Key
+from nnpassport.lazy import load
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.deepmarks import DEEPMARKS
-from nnpassport.schemes.deepsigns import DEEPSIGNS
-from nnpassport.schemes.deepsigns_blackbox import DEEPSIGNS_BLACKBOX
-from nnpassport.schemes.frontier import FRONTIER, with_true_classes
-from nnpassport.schemes.guo import GUO
-from nnpassport.schemes.lora import LORA
-from nnpassport.schemes.passport import PAN, V1, V2, V3
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.residuals import GREEDY_RESIDUALS
-from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE
-from nnpassport.schemes.zhang import ZHANG_CONTENT, ZHANG_NOISE, ZHANG_UNRELATED
+
+if TYPE_CHECKING:
+    from nnpassport.evidence.key import Key
+    from nnpassport.schemes.protocol import Scheme
 
 
 class Entry(NamedTuple):
     """One scheme: what embeds and verifies, where it is from, what an owner gets of it.
 
+    The table needs no torch: a scheme is loaded when it is first asked for.
+
     Attributes:
-        published_key: the key that its paper would have made of the same pictures, where labels are
-            not ours to draw there; None where it is the same key. Strangers are read by its rule.
+        there: the scheme, or where it is, as "package.module:NAME".
+        published: see `published_key`; the same.
     """
 
-    scheme: Scheme
+    there: "Scheme | str"
     source: str
     summary: str
-    published_key: Callable[[Key], Key] | None = None
+    published: "Callable[[Key], Key] | str | None" = None
 
+    @property
+    def scheme(self) -> "Scheme":
+        """What embeds and verifies."""
+        return cast("Scheme", load(self.there) if isinstance(self.there, str) else self.there)
+
+    @property
+    def published_key(self) -> "Callable[[Key], Key] | None":
+        """The key that its paper would have made of the same pictures, where labels are not ours.
+
+        None where it is the same key. Strangers are read by its rule.
+        """
+        return load(self.published) if isinstance(self.published, str) else self.published
+
+
+_IN = "nnpassport.schemes"
 
 CATALOG: Mapping[str, Entry] = {
-    V1.name: Entry(V1, "Fan19 V1", "runs on its passport; released with the passport folded in"),
-    V2.name: Entry(V2, "Fan19 V2", "runs with and without its passport; released without"),
-    V3.name: Entry(V3, "Fan19 V3", "as V2, and answers secret trigger images: provable remotely"),
-    PAN.name: Entry(PAN, "Zha20", "as V2, through small networks; its fidelity proves nothing"),
-    UCHIDA.name: Entry(UCHIDA, "Uch17", "bits in a projected filter; forged by anybody"),
-    UCHIDA_MSE.name: Entry(UCHIDA_MSE, "Uch17, Che19", "the same, by squares: Eq. 1's R"),
-    DEEPMARKS.name: Entry(DEEPMARKS, "Che19", "a word for each of 31 users; names who colluded"),
-    GREEDY_RESIDUALS.name: Entry(
-        GREEDY_RESIDUALS, "Liu21", "signs of a layer's larger weights; anybody reads the bits"
+    "passport-v1": Entry(
+        f"{_IN}.passport:V1",
+        "Fan19 V1",
+        "runs on its passport; released with the passport folded in",
     ),
-    DEEPSIGNS.name: Entry(DEEPSIGNS, "Rou19", "bits in what a layer makes of secret pictures"),
-    ADI.name: Entry(ADI, "Adi18", "trigger images learnt by heart; forged by anybody"),
-    ZHANG_CONTENT.name: Entry(ZHANG_CONTENT, "Zha18", "stamped images, learnt by heart"),
-    ZHANG_NOISE.name: Entry(ZHANG_NOISE, "Zha18", "images in noise, learnt by heart"),
-    ZHANG_UNRELATED.name: Entry(ZHANG_UNRELATED, "Zha18", "images of no class, learnt by heart"),
-    GUO.name: Entry(GUO, "Guo18", "images signed in some pixels, learnt by heart"),
-    DEEPSIGNS_BLACKBOX.name: Entry(DEEPSIGNS_BLACKBOX, "Rou19", "noise, learnt by heart"),
-    FRONTIER.name: Entry(
-        FRONTIER,
+    "passport-v2": Entry(
+        f"{_IN}.passport:V2",
+        "Fan19 V2",
+        "runs with and without its passport; released without",
+    ),
+    "passport-v3": Entry(
+        f"{_IN}.passport:V3",
+        "Fan19 V3",
+        "as V2, and answers secret trigger images: provable remotely",
+    ),
+    "pan": Entry(
+        f"{_IN}.passport:PAN",
+        "Zha20",
+        "as V2, through small networks; its fidelity proves nothing",
+    ),
+    "uchida": Entry(
+        f"{_IN}.uchida:UCHIDA", "Uch17", "bits in a projected filter; forged by anybody"
+    ),
+    "uchida-mse": Entry(
+        f"{_IN}.uchida:UCHIDA_MSE", "Uch17, Che19", "the same, by squares: Eq. 1's R"
+    ),
+    "deepmarks": Entry(
+        f"{_IN}.deepmarks:DEEPMARKS", "Che19", "a word for each of 31 users; names who colluded"
+    ),
+    "greedy-residuals": Entry(
+        f"{_IN}.residuals:GREEDY_RESIDUALS",
+        "Liu21",
+        "signs of a layer's larger weights; anybody reads the bits",
+    ),
+    "deepsigns": Entry(
+        f"{_IN}.deepsigns:DEEPSIGNS", "Rou19", "bits in what a layer makes of secret pictures"
+    ),
+    "adi": Entry(f"{_IN}.adi:ADI", "Adi18", "trigger images learnt by heart; forged by anybody"),
+    "zhang-content": Entry(
+        f"{_IN}.zhang:ZHANG_CONTENT", "Zha18", "stamped images, learnt by heart"
+    ),
+    "zhang-noise": Entry(f"{_IN}.zhang:ZHANG_NOISE", "Zha18", "images in noise, learnt by heart"),
+    "zhang-unrelated": Entry(
+        f"{_IN}.zhang:ZHANG_UNRELATED", "Zha18", "images of no class, learnt by heart"
+    ),
+    "guo": Entry(f"{_IN}.guo:GUO", "Guo18", "images signed in some pixels, learnt by heart"),
+    "deepsigns-blackbox": Entry(
+        f"{_IN}.deepsigns_blackbox:DEEPSIGNS_BLACKBOX", "Rou19", "noise, learnt by heart"
+    ),
+    "frontier-stitching": Entry(
+        f"{_IN}.frontier:FRONTIER",
         "LeM20",
         "adversarial images, on sides that the key decides",
-        with_true_classes,
+        f"{_IN}.frontier:with_true_classes",
     ),
 }
 
 ADAPTERS: Mapping[str, Entry] = {
-    LORA.name: Entry(LORA, "", "an adapter's product carries the signature; read from its file"),
+    "lora": Entry(
+        f"{_IN}.lora:LORA", "", "an adapter's product carries the signature; read from its file"
+    ),
 }
 """Schemes of networks that carry an adapter: a plain one has nothing for them to mark."""
 
 
-def scheme_named(name: str) -> Scheme:
+def scheme_named(name: str) -> "Scheme":
     """The scheme that keys and commands call `name`.
 
     Raises:
@@ -80,7 +123,7 @@ def scheme_named(name: str) -> Scheme:
     return schemes[name].scheme
 
 
-def with_settings(scheme: Scheme, **settings: float | None) -> Scheme:
+def with_settings(scheme: "Scheme", **settings: float | None) -> "Scheme":
     """The scheme with other values of its fields; None leaves a field as it is.
 
     Raises:
@@ -97,7 +140,7 @@ def with_settings(scheme: Scheme, **settings: float | None) -> Scheme:
             )
         if float not in numbers[name] and value != int(value):
             raise BadRecipeError(f"{name} of {scheme.name} is {value}; needed: a whole number")
-    return cast(Scheme, dataclasses.replace(cast(Any, scheme), **given))
+    return cast("Scheme", dataclasses.replace(cast(Any, scheme), **given))
 
 
 def read_settings(words: Iterable[str]) -> dict[str, float]:

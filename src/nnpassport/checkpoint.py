@@ -5,9 +5,11 @@ A `config.json` names one of our architectures and can never make Python import 
 the caller can vouch for a factory (`trusted_factory`).
 """
 
+import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -20,8 +22,10 @@ from nnpassport import models
 from nnpassport.config import CONFIG_FILE, ModelConfig, config_bytes, read_config_file
 from nnpassport.files import (
     brief,
+    locked,
     make_folder,
     read_once,
+    refuse_leaving,
     staged,
     sync_folder,
     write_atomically,
@@ -34,10 +38,11 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
-from nnpassport.unfold import state_from
+from nnpassport.unfold import state_from, without_strangers
 from nnpassport.weights import (
     MAX_PICKLE_BYTES,
     WEIGHTS_FILE,
+    Weights,
     defect,
     read_weights,
     require_finite,
@@ -59,7 +64,8 @@ def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
     """Write `model.safetensors` and `config.json`; both are replaced, or neither is.
 
     Only the state dict is written, so a non-persistent buffer (a passport) never is. Equal content
-    gives equal bytes.
+    gives equal bytes. The config names the SHA-256 of the weights, so that a process that is killed
+    in the middle leaves the old network or the new one, and never something of both.
 
     Raises:
         UnsuitableModelError: the state holds something that could not be read back.
@@ -76,12 +82,10 @@ def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
         tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     if (fault := defect(tensors)) is not None:
         raise UnsuitableModelError(f"model cannot be saved: {fault}")
-    content = {
-        CONFIG_FILE: config_bytes(config),
-        WEIGHTS_FILE: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-    }
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
     with writing(folder), make_folder(folder):
-        _replace_both(folder, content)
+        _replace_both(folder, config_bytes(config, weights=digest), weights, _pending(digest))
 
 
 def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
@@ -90,12 +94,15 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
     `trusted_factory` is the caller's own "package.module:factory"; see `ModelConfig.build`.
 
     Raises:
-        UnreadableModelError: a file is missing, corrupt, hostile or of another architecture.
+        UnreadableModelError: a file is missing, corrupt, hostile or of another architecture, or
+            the weights are not those that the config was saved with.
     """
-    config, digest = read_config_file(folder / CONFIG_FILE)
-    weights = read_weights(folder)
-    model = _assemble(weights.tensors, config, trusted_factory, folder)
-    return Loaded(model, config, {CONFIG_FILE: digest, **weights.digests})
+    if os.path.lexists(folder / CONFIG_FILE):
+        refuse_leaving(folder, folder / CONFIG_FILE)
+    read = read_config_file(folder / CONFIG_FILE)
+    weights = _weights_of(folder, read.weights)
+    model = _assemble(weights.tensors, read.config, trusted_factory, folder, _all_of)
+    return Loaded(model, read.config, {CONFIG_FILE: read.digest, **weights.digests})
 
 
 def load_suspect(
@@ -103,27 +110,66 @@ def load_suspect(
 ) -> Loaded:
     """The network of a folder or file that somebody else made.
 
-    Its architecture is the one in the folder's own `config.json` if that is one of ours, and that
-    of `reference` otherwise; the config returned says which. `trusted_factory` vouches for
-    the reference's factory only.
+    `reference`, the owner's, says how it is read: it is built as that if its weights fit, and takes
+    what that takes. Only if they do not fit is it built as the folder's own `config.json` says, if
+    that names an architecture of ours, and even then images become numbers as `reference` has it.
+    Without a `reference` there is nothing but the suspect's own word. The config returned says
+    which. `trusted_factory` vouches for the reference's factory only.
 
     Raises:
         UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
     """
-    digests = {}
-    config = reference
-    if os.path.lexists(path / CONFIG_FILE):
-        own, digests[CONFIG_FILE] = read_config_file(path / CONFIG_FILE)
-        if own.architecture in models.ARCHITECTURES:
-            config = own
-    if config is None:
-        raise UnreadableModelError(
-            f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names one "
-            f"of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like FOLDER)"
-        )
     weights = read_weights(path)
-    model = _assemble(weights.tensors, config, trusted_factory, path)
-    return Loaded(model, config, {**digests, **weights.digests})
+    if reference is None:
+        own, digests = _own_config(path)
+        if own is None:
+            raise UnreadableModelError(
+                f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names "
+                f"one of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like "
+                "FOLDER)"
+            )
+        model = _assemble(weights.tensors, own, None, path, without_strangers)
+        return Loaded(model, own, {**digests, **weights.digests})
+    own, digests = _stated(path)
+    try:
+        model = _assemble(weights.tensors, reference, trusted_factory, path, without_strangers)
+        return Loaded(model, reference, {**digests, **weights.digests})
+    except UnreadableModelError:
+        if own is None:
+            raise
+    facts = replace(reference, architecture=own.architecture, arguments=own.arguments)
+    model = _assemble(weights.tensors, facts, None, path, without_strangers)
+    return Loaded(model, facts, {**digests, **weights.digests})
+
+
+def own_config(path: Path) -> ModelConfig | None:
+    """What a suspect says about itself, if it is one of our architectures and can be read at all.
+
+    It is the suspect's word: nothing that is known otherwise is to be taken from it.
+    """
+    return _stated(path)[0]
+
+
+def _own_config(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
+    """The folder's config, if it has one of an architecture of ours, and its digest.
+
+    Raises:
+        UnreadableModelError: it has one that cannot be read.
+    """
+    if not os.path.lexists(path / CONFIG_FILE):
+        return None, {}
+    refuse_leaving(path, path / CONFIG_FILE)
+    # Which weights it says it belongs to is not asked: a thief might say anything.
+    own, digest, _ = read_config_file(path / CONFIG_FILE)
+    return own if own.architecture in models.ARCHITECTURES else None, {CONFIG_FILE: digest}
+
+
+def _stated(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
+    """The same; one that cannot be read says nothing: who is not asked cannot hinder."""
+    try:
+        return _own_config(path)
+    except UnreadableModelError:
+        return None, {}
 
 
 def save_training(path: Path, state: Mapping[str, Any]) -> None:
@@ -165,8 +211,21 @@ def load_training(path: Path) -> dict[str, Any]:
     return state
 
 
+_Chosen = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+"""Which of a file's tensors have to fit a network."""
+
+
+def _all_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Of a network of one's own: one that differs is another file than was meant."""
+    return dict(tensors)
+
+
 def _assemble(
-    tensors: dict[str, Tensor], config: ModelConfig, trusted_factory: str | None, path: Path
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    trusted_factory: str | None,
+    path: Path,
+    chosen: _Chosen,
 ) -> nn.Module:
     try:
         # fork_rng: reading a file must not change what the caller draws next
@@ -175,13 +234,13 @@ def _assemble(
                 # Shapes only and first, so that a config cannot exhaust the memory.
                 with torch.device("meta"), _WithoutDrawing():
                     skeleton = config.build()
-                _fit(tensors, skeleton, config, path)
+                _fit(tensors, skeleton, config, path, chosen)
             model = config.build(trusted_factory=trusted_factory)
     except UnreadableModelError:
         raise
     except (OwnershipError, RuntimeError, ArithmeticError) as error:
         raise UnreadableModelError(f"{path} cannot be built: {brief(error)}") from error
-    model.load_state_dict(_fit(tensors, model, config, path))
+    model.load_state_dict(_fit(tensors, model, config, path, chosen))
     # A finite float64 may be infinite in the model's own dtype.
     require_finite(model.state_dict())
     return model.eval()
@@ -205,11 +264,11 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 def _fit(
-    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path
+    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path, chosen: _Chosen
 ) -> dict[str, Tensor]:
     """The tensors under the model's own names, once every one is known to fit."""
     expected = model.state_dict()
-    tensors = _without_prefixes(tensors, expected)
+    tensors = chosen(_without_prefixes(tensors, expected), model)
     if path.suffix.lower() == ONNX:
         tensors = state_from(tensors, model)
     faults = {
@@ -253,22 +312,55 @@ def _without_prefixes(
     return tensors
 
 
-def _replace_both(folder: Path, content: Mapping[str, bytes]) -> None:
-    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    # The old config is copied before anything is touched: undoing then needs no space.
-    old = config.read_bytes() if config.exists() else None
-    with (
-        staged(config, content[CONFIG_FILE]) as new_config,
-        staged(weights, content[WEIGHTS_FILE]) as new_weights,
-        staged(config, old or b"") as old_config,
-    ):
-        os.replace(new_config, config)
-        try:
-            os.replace(new_weights, weights)
-        except BaseException:
-            if old is None:
-                config.unlink()
-            else:
-                os.replace(old_config, config)
-            raise
-    sync_folder(folder)
+def _weights_of(folder: Path, digest: str | None) -> Weights:
+    """The weights that a config with this digest was saved with; any, if it has none."""
+    if digest is None:
+        return read_weights(folder)
+    pending = folder / _pending(digest)
+    interrupted = os.path.lexists(pending)
+    if not interrupted or os.path.lexists(folder / WEIGHTS_FILE):
+        weights = read_weights(folder)
+        if weights.digests.get(WEIGHTS_FILE) == digest:
+            return weights
+    if interrupted:
+        # The save was killed after its config was in place; its weights are whole.
+        tensors, digests = read_weights(pending)
+        weights = Weights(tensors, {WEIGHTS_FILE: digests[pending.name]})
+        if weights.digests[WEIGHTS_FILE] == digest:
+            return weights
+    raise UnreadableModelError(
+        f"{folder} holds other weights than its {CONFIG_FILE} was saved with (SHA-256 "
+        f"{digest[:16]}…); needed: both files of one save; copy them again, or take "
+        "'weights_sha256' out of the config if you exchanged the weights yourself"
+    )
+
+
+def _pending(digest: str) -> str:
+    """The name of weights that are whole and wait for their config."""
+    return f".model.{digest[:16]}.safetensors"
+
+
+def _replace_both(folder: Path, new_config: bytes, new_weights: bytes, pending: str) -> None:
+    config, weights, waiting = folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / pending
+    with staged(config, new_config) as one, staged(weights, new_weights) as other, locked(folder):
+        # The old config is copied before anything is touched: undoing then needs no space.
+        old = config.read_bytes() if config.exists() else None
+        with staged(config, old or b"") as old_config:
+            os.replace(other, waiting)
+            try:
+                sync_folder(folder)
+                os.replace(one, config)  # from here on the folder is the new network
+                try:
+                    os.replace(waiting, weights)
+                except BaseException:
+                    if old is None:
+                        config.unlink()
+                    else:
+                        os.replace(old_config, config)
+                    raise
+            except BaseException:
+                waiting.unlink(missing_ok=True)
+                raise
+        for left in folder.glob(_pending("?" * 16)):  # by a save that was killed
+            left.unlink(missing_ok=True)
+        sync_folder(folder)

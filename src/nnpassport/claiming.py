@@ -85,7 +85,6 @@ def new(
     from nnpassport.evidence import claim, timestamp  # noqa: PLC0415
     from nnpassport.evidence import signing as signatures  # noqa: PLC0415
     from nnpassport.evidence.claimfile import write_signed  # noqa: PLC0415
-    from nnpassport.weights import read_weights, tensors_digest  # noqa: PLC0415
 
     if (authority is None) != (authority_root is None):
         raise typer.BadParameter("--authority and --authority-root go together; give both")
@@ -96,7 +95,7 @@ def new(
     made = claim.claim_of(
         key_from(key, passphrase),
         owner.public_key(),
-        reference=None if reference is None else tensors_digest(read_weights(reference).tensors),
+        reference=None if reference is None else _digest_of(reference),
         log10_alpha=alpha,
         fidelity=declared,
         date=date,
@@ -181,6 +180,12 @@ def disclose(
 
     hearing.disclose(path, key_from(key, passphrase), out, reference=reference)
     errors.print(f"{out}: give it to the judge, and to nobody else before.", soft_wrap=True)
+
+
+def _digest_of(reference: Path) -> str:
+    from nnpassport.weights import read_weights, tensors_digest  # noqa: PLC0415
+
+    return tensors_digest(read_weights(reference).tensors)
 
 
 def _ppm(share: float) -> int:

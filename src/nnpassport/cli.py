@@ -181,8 +181,9 @@ def key_new(
     errors.print(f"{out}: {'; '.join(what)}")
     weakest = log10_binomial_tail(bits, bits, 0.5) if bits and drawn.derived else -math.inf
     if weakest > LOG10_ALPHA_UNCOMMITTED:
+        errors.print("note:", style="yellow", end=" ")
         errors.print(
-            f"[yellow]note:[/yellow] {bits} bits reach 10^{weakest:.1f} at best, and "
+            f"{bits} bits reach 10^{weakest:.1f} at best, and "
             f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
         )
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
@@ -433,8 +434,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except OwnershipError as error:
         if _first_to_say(type(error).__name__):
-            errors.print(f"[red]error:[/red] {type(error).__name__}: ", end="")
-            errors.print(str(error), markup=False, soft_wrap=True)
+            errors.print("error:", style="red", end=" ")
+            errors.print(f"{type(error).__name__}: {error}", soft_wrap=True)
         sys.exit(2)
     except _BadUsage as error:
         error.show()  # type: ignore[attr-defined]

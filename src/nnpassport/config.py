@@ -5,10 +5,11 @@ It may come from anybody: it is strict JSON of bounded size, and reading it impo
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, final, get_origin, get_type_hints
+from typing import Any, NamedTuple, final, get_origin, get_type_hints
 
 from torch import nn
 
@@ -19,6 +20,8 @@ from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 2**20
 _LARGEST_SIDE = 65_536  # pixels
+_WEIGHTS_DIGEST = "weights_sha256"
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @final
@@ -114,11 +117,24 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         UnreadableModelError: missing, too large, not strict JSON, or a field is not as it must be.
     """
-    return read_config_file(folder / CONFIG_FILE)[0]
+    return read_config_file(folder / CONFIG_FILE).config
 
 
-def read_config_file(path: Path) -> tuple[ModelConfig, str]:
-    """The config in a `config.json`, and SHA-256 (hex) of the bytes that it was read from.
+class ConfigFile(NamedTuple):
+    """What a `config.json` says.
+
+    Attributes:
+        digest: SHA-256 (hex) of the bytes that it was read from.
+        weights: SHA-256 (hex) of the file of weights that it was written with, if it says so.
+    """
+
+    config: ModelConfig
+    digest: str
+    weights: str | None
+
+
+def read_config_file(path: Path) -> ConfigFile:
+    """The config in a `config.json`, and which weights it was saved with.
 
     Raises:
         UnreadableModelError: missing, too large, not strict JSON, or a field is not as it must be.
@@ -128,22 +144,29 @@ def read_config_file(path: Path) -> tuple[ModelConfig, str]:
         values = json.loads(
             data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates
         )
+        named = isinstance(values, dict) and _WEIGHTS_DIGEST in values
+        weights = values.pop(_WEIGHTS_DIGEST) if named else None
+        if named and not (isinstance(weights, str) and _SHA256.fullmatch(weights)):
+            raise ValueError(f"{_WEIGHTS_DIGEST} is no SHA-256 in hex")
         config = _config_from(values)
     except (ValueError, RecursionError) as error:
         raise UnreadableModelError(
             f"{path} is not a model's config ({brief(error)}); needed: a JSON object as "
             "`save_model` writes it; a suspect's weights file can be given without its config"
         ) from error
-    return config, hashlib.sha256(data).hexdigest()
+    return ConfigFile(config, hashlib.sha256(data).hexdigest(), weights)
 
 
-def config_bytes(config: ModelConfig) -> bytes:
+def config_bytes(config: ModelConfig, *, weights: str | None = None) -> bytes:
     """The content of `config.json`; equal configs give equal bytes.
+
+    `weights` is SHA-256 (hex) of the file of weights that it belongs to.
 
     Raises:
         UnsuitableModelError: it would be larger than what is read back.
     """
-    data = json.dumps(asdict(config), indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
+    values = asdict(config) | ({} if weights is None else {_WEIGHTS_DIGEST: weights})
+    data = json.dumps(values, indent=2, sort_keys=True, allow_nan=False).encode() + b"\n"
     if len(data) > MAX_CONFIG_BYTES:
         raise UnsuitableModelError(
             f"config takes {len(data)} bytes, but {CONFIG_FILE} may have {MAX_CONFIG_BYTES}; "

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, TypeVar, cast, final
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -155,7 +154,7 @@ def together() -> Team:
     if dist.is_available() and dist.is_initialized():
         size, rank = dist.get_world_size(), dist.get_rank()
     elif world() == 1:
-        return Team(device=Accelerator().device)
+        return _alone()
     else:
         size, rank = world(), own_rank()
         if _device().type == "cuda":
@@ -164,8 +163,15 @@ def together() -> Team:
         dist.init_process_group(backend)
         atexit.register(_leave)
     if size == 1:
-        return Team(device=Accelerator().device)
+        return _alone()
     return Team(rank, size, _device(), _is_asked_to_shard())
+
+
+def _alone() -> Team:
+    # Slow to import, and V, which reads weights only, asks for no device.
+    from accelerate import Accelerator  # noqa: PLC0415
+
+    return Team(device=Accelerator().device)
 
 
 def _device() -> torch.device:

@@ -1,7 +1,10 @@
 """F: what accuracy does a network reach, and is it what its owner says?"""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +15,21 @@ from nnpassport.outputs import logits_of
 from nnpassport.scheme import Batch
 
 Predict = Callable[[Tensor], Tensor]
+_ELSEWHERE: ContextVar[torch.device | None] = ContextVar("_ELSEWHERE", default=None)
+
+
+@contextmanager
+def measuring_on(device: torch.device) -> Iterator[None]:
+    """Within this, `accuracy` copies networks that are in the CPU's memory to `device`.
+
+    Attacks and keys stay on the CPU, where they are reproducible; ten thousand answers to each of
+    fifty forged keys need not.
+    """
+    token = _ELSEWHERE.set(device)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(token)
 
 
 @torch.no_grad()
@@ -28,6 +46,7 @@ def accuracy(
     batch too much. The model is used as it stands; put it into evaluation mode first. Processes
     that share the measurement (`distributed.sharing`) have some of the batches each.
     """
+    model = _where_it_is_fast(model)
     team, device = at_work(), _device_of(model)
     # Summed where it is computed, and read once: an accelerator does not wait for each batch.
     right, turns = torch.zeros((), dtype=torch.int64, device=device), 0
@@ -76,6 +95,15 @@ def recalibrate(model: nn.Module, norms: Iterable[nn.Module], batches: Iterable[
             norm.momentum = momentum  # type: ignore[assignment]
         for module, mode in modes:
             module.training = mode
+
+
+def _where_it_is_fast(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    device = _ELSEWHERE.get()
+    here = isinstance(model, nn.Module) and _device_of(model) == torch.device("cpu")
+    if device is None or not here or device == torch.device("cpu"):
+        return model
+    copied: nn.Module = deepcopy(model)  # type: ignore[assignment]  # a module, as was found
+    return copied.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _device_of(model: object) -> torch.device:

@@ -68,6 +68,38 @@ def read_once(path: Path, limit: int) -> bytes:
     return data
 
 
+def refuse_leaving(folder: Path, path: Path) -> None:
+    """Refuse a file of somebody's folder that is a link out of it, or lies behind one.
+
+    Links of a hub's cache are followed; see `is_in_hub_cache`.
+
+    Raises:
+        UnreadableModelError: it leads elsewhere, or nowhere.
+    """
+    with reading(path):
+        path.stat()  # a link that turns in circles is an OSError here
+        target, home = path.resolve(), folder.resolve()
+    if target.is_relative_to(home) or is_in_hub_cache(path):
+        return
+    raise UnreadableModelError(
+        f"{path} is a link to somewhere outside its folder, and what lies there is not read; "
+        "put the file itself there (in a cache of the hub, links lead into blobs/ of their own "
+        "repository and are followed)"
+    )
+
+
+def is_in_hub_cache(path: Path) -> bool:
+    """Whether a file is kept as the Hugging Face hub's cache keeps them.
+
+    There every file below `snapshots/REVISION` is a link into `blobs` of the same repository.
+    """
+    target, folder = path.resolve(), path.parent.resolve()
+    return any(
+        each.parent.name == "snapshots" and target.is_relative_to(each.parent.parent / "blobs")
+        for each in (folder, *folder.parents)
+    )
+
+
 def is_text(value: object) -> bool:
     """Whether it is a text that is short and holds nothing that could drive a terminal."""
     return isinstance(value, str) and len(value) <= _LONGEST_TEXT and not _UNPRINTABLE.search(value)
@@ -136,6 +168,23 @@ def make_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty, or never made
                 parent.rmdir()
         raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other writers of ours out of a folder meanwhile, where the system can."""
+    try:
+        import fcntl  # noqa: PLC0415 - there is none on Windows
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system can
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

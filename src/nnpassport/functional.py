@@ -8,12 +8,14 @@ signature bits, γ0 margin, m(P) mean patch.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from nnpassport.geometry import Geometry
 
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TRANSPOSED: Mapping[int, Callable[..., Tensor]] = {
@@ -27,27 +29,6 @@ HOSTS = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 """Layers that have a passport function; `is_matrix` tells the one kind that torch does not have."""
-
-
-class Geometry(NamedTuple):
-    """How a linear layer slides over its input; empty tuples are a fully connected layer.
-
-    `padding` is per axis as (before, after) so that "same" with an even kernel is covered.
-    `transposed` is a transposed convolution, or a matrix that is kept as (in, out).
-    """
-
-    stride: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    padding_mode: str = "zeros"
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    @property
-    def axes(self) -> int:
-        """Spatial axes: 0 for a Linear, 1 to 3 for a convolution."""
-        return len(self.stride)
 
 
 def geometry_of(layer: nn.Module) -> Geometry:
@@ -101,6 +82,14 @@ def own_order(
 ) -> Float[Tensor, "..."]:
     """What `filters` does, undone: it is its own inverse."""
     return filters(rows, geometry)
+
+
+def own_shape(rows: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
+    """Shape of a layer's own weight whose filters have this shape; no tensor is made for it."""
+    if not geometry.transposed:
+        return tuple(rows)
+    out, inputs, *kernel = rows
+    return (inputs * geometry.groups, out // geometry.groups, *kernel)
 
 
 def _explicit_padding(conv: nn.modules.conv._ConvNd) -> tuple[tuple[int, int], ...]:

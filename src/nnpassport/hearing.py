@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, final
 from cryptography import x509
 
 from nnpassport.catalog import scheme_named
-from nnpassport.checkpoint import load_model
-from nnpassport.config import CONFIG_FILE, ModelConfig
+from nnpassport.checkpoint import load_model, own_config
+from nnpassport.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.data.images import ImageSet
 from nnpassport.evidence.claimfile import read_signed, write_signed
 from nnpassport.evidence.judge import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
@@ -27,16 +27,28 @@ from nnpassport.evidence.null import READINGS
 from nnpassport.evidence.signing import public_from_hex
 from nnpassport.evidence.standing import Standing, standing_of
 from nnpassport.files import brief, make_folder, read_once, write_atomically, writing
+from nnpassport.relations import relations_of
 from nnpassport.scheme import (
     BadSignatureError,
     OwnershipError,
+    UnreadableDataError,
     UnreadableModelError,
     UnsuitableModelError,
     Verdict,
 )
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, log10_corrected
-from nnpassport.verification import Alignment, Options, Trial, declared_trial, verify
+from nnpassport.verification import (
+    Alignment,
+    Options,
+    Trial,
+    config_of,
+    declared_trial,
+    verify,
+)
 from nnpassport.weights import MAX_MODEL_BYTES, read_weights, tensors_digest
+
+LARGEST_SIDE = 1_024
+"""Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""
 
 CLAIM_FILE, KEY_FILE, REFERENCE = "claim.json", "disclosed.key", "reference"
 
@@ -53,13 +65,14 @@ class Bench:
         roots: certificates of timestamp authorities that he trusts.
         appeared: when the suspect is known to have been there first, or None.
         unrelated: models that have nothing to do with any claimant: the null of aligned readings.
-        images: labelled images to measure F on, against what each claimant declared.
+        images: labelled images to measure F on, against what each claimant declared; or such
+            images by the size (channels height width) that a network takes, see `networks`.
     """
 
     roots: Sequence[x509.Certificate] = ()
     appeared: datetime | None = None
     unrelated: tuple[Path, ...] = ()
-    images: ImageSet | None = None
+    images: ImageSet | Mapping[tuple[int, int, int], ImageSet] | None = None
 
 
 @final
@@ -96,6 +109,9 @@ class Hearing:
                         other: {how: found.as_dict() for how, found in readings.items()}
                         for other, readings in each.elsewhere.items()
                     },
+                    "related": each.related,
+                    "akin": dict(each.akin),
+                    "work": None if each.work is None else each.work._asdict(),
                     "notes": list(each.notes),
                     "standing": None
                     if each.name not in self.standings
@@ -152,13 +168,50 @@ def hear(
                 done += 1
                 if show is not None:
                     show(done, steps, f"{name}: {other}'s network")
-                strict = Options(exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED)
+                strict = Options(
+                    exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
+                )
                 found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
+    dated = {
+        name: exhibit.reference
+        for name, exhibit in exhibits.items()
+        if exhibit.reference is not None and claimants[name].older and claimants[name].proves
+    }
+    compared = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
+    for name, facts in compared.items():
+        claimants[name] = replace(
+            claimants[name],
+            related=facts.related,
+            akin=facts.akin,
+            work=facts.work,
+            notes=(*claimants[name].notes, *(f"{name}: {note}" for note in facts.notes)),
+        )
     everyone = list(claimants.values())
     standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
+
+
+def networks(suspect: Path, folders: Sequence[Path]) -> list[ModelConfig]:
+    """Configs by which images are to be made: of the claimants' networks, by their own word.
+
+    And of the suspect by its own, which counts where a claimant handed in no network. None that
+    asks for images of more than `LARGEST_SIDE` pixels.
+    """
+    found = [own_config(suspect), *(_config_in(folder / REFERENCE) for folder in folders)]
+    return [
+        config
+        for config in found
+        if config is not None and max(config.input_size[1:]) <= LARGEST_SIDE
+    ]
+
+
+def _config_in(folder: Path) -> ModelConfig | None:
+    try:
+        return read_config(folder)
+    except OwnershipError:  # `read_exhibit` says what is wrong with it
+        return None
 
 
 def disclose(claim: Path, key: Key, folder: Path, *, reference: Path | None = None) -> None:
@@ -221,7 +274,7 @@ class _Readings(NamedTuple):
 
 
 def _claimant(name: str, exhibit: Exhibit) -> Claimant:
-    finding = exhibit.standing.finding
+    finding, token = exhibit.standing.finding, exhibit.standing.timestamp
     notes = [exhibit.standing.age, *([] if exhibit.note is None else [exhibit.note])]
     return Claimant(
         name,
@@ -229,6 +282,8 @@ def _claimant(name: str, exhibit: Exhibit) -> Claimant:
         fingerprint=exhibit.key.fingerprint,
         refused=None if finding.holds else finding.reason,
         time=exhibit.standing.time,
+        between=None if token is None else (token.earliest, token.latest),
+        answers_only=not scheme_named(exhibit.key.context.scheme).reads_weights,
         older=exhibit.standing.older,
         owner_key=None if finding.claim is None else finding.claim.owner_key,
         notes=tuple(f"{name}: {note}" for note in notes),
@@ -239,20 +294,41 @@ def _on_suspect(
     suspect: Path, exhibit: Exhibit, bench: Bench, claimants: int, digests: Mapping[str, str]
 ) -> _Readings:
     """The suspect's readings, with p-values for all claimants and both readings together."""
-    trial = None
-    if bench.images is not None:
-        trial = declared_trial(bench.images, standing=exhibit.standing)
-    base = Options(standing=exhibit.standing, reference=exhibit.config)
+    try:
+        images = _images(suspect, exhibit, bench)
+    except Exception as error:  # as above: what a network takes is its claimant's to say
+        return _Readings({}, {AS_IT_STANDS: _said(error)})
+    trial = None if images is None else declared_trial(images, standing=exhibit.standing)
+    base = Options(standing=exhibit.standing, reference=exhibit.config, every_reading=True)
     found = _readings(suspect, exhibit, base, bench.unrelated, trial)
     for how, verdict in found.verdicts.items():
         if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
             raise UnreadableModelError(
                 f"{suspect} changed while it was being read; needed: a file that stays as it is"
             )
-        # An aligned reading has been corrected for both readings already.
-        readings = 1 if how == ALIGNED else READINGS
+        # Aligned ones, and those of answers, have been corrected for all readings already.
+        readings = 1 if how == ALIGNED or "readings" in verdict.corrections else READINGS
         found.verdicts[how] = _corrected(verdict, readings, claimants)
     return found
+
+
+def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> ImageSet | None:
+    """The judge's images, of the size that the claimant's network takes.
+
+    Raises:
+        UnreadableDataError: there are none of that size.
+    """
+    if not isinstance(bench.images, Mapping):
+        return bench.images
+    if not bench.images:
+        return None
+    config = exhibit.config or config_of(suspect, Options())
+    if config.input_size not in bench.images:
+        raise UnreadableDataError(
+            f"the network is said to take images of {config.input_size}, and the judge's are of "
+            f"{', '.join(map(str, bench.images))}; needed: at most {LARGEST_SIDE} pixels a side"
+        )
+    return bench.images[config.input_size]
 
 
 def _readings(

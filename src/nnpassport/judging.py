@@ -17,7 +17,7 @@ from nnpassport.options import (
     images_from,
     key_from,
 )
-from nnpassport.terminal import errors, print_ruling, print_verdict, progress_bar
+from nnpassport.terminal import after_all, errors, print_ruling, print_verdict, progress_bar
 
 MAX_LOG10_ALPHA = 1_000_000
 
@@ -82,10 +82,22 @@ def verify(
     root: Roots = None,
     appeared: Appeared = None,
     like: Annotated[
-        Path | None, typer.Option(help="Model folder whose architecture the suspect has.")
+        Path | None,
+        typer.Option(
+            help="Your model folder: the architecture that the suspect has, and how images become "
+            "numbers, whatever the suspect says of itself."
+        ),
     ] = None,
     black_box: Annotated[
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
+    ] = False,
+    every_reading: Annotated[
+        bool,
+        typer.Option(
+            "--every-reading",
+            help="Of answers, look also at other orders of the classes, and at pictures shown as "
+            "the suspect's own config says; all of them are paid for in the p-value.",
+        ),
     ] = False,
     as_published: Annotated[
         bool,
@@ -119,6 +131,7 @@ def verify(
         alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
         base=base,
         standing=None if claim is None else _standing(claim, owner, secret, root, appeared),
+        every_reading=every_reading,
     )
     if black_box:
         verdict = verification.verify_answers(suspect, secret, options=options)
@@ -138,14 +151,14 @@ def verify(
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
         "made_with": made_with(),
     }
-    if report is not None:
-        from nnpassport.evidence.verdictpage import write_verdict_page  # noqa: PLC0415
-
-        write_verdict_page(facts, report)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         print_verdict(verdict, False)
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_verdict_page  # noqa: PLC0415
+
+        after_all(lambda: write_verdict_page(facts, report), str(report))
     raise typer.Exit(0 if verdict.accepted else 1)
 
 
@@ -162,29 +175,30 @@ def judge(
     report: Report = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whose is it? 0: one claimant's. 1: nobody proves a claim. 2: not checked. 3: undecided."""
+    """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
     from nnpassport import hearing, verification  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
-    images = None
-    if data is not None:
-        config = verification.config_of(suspect, verification.Options())
-        images = images_from(data, split, config)
+    images = {}
+    if data is not None:  # read here, as what is wrong with them is no claimant's fault
+        configs = hearing.networks(suspect, exhibits)
+        for config in configs or [verification.config_of(suspect, verification.Options())]:
+            images[config.input_size] = images_from(data, split, config)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
         heard = hearing.hear(suspect, exhibits, bench, show=show)
     facts = heard.as_dict()
     facts["suspect"]["file"] = str(suspect)
     facts["made_with"] = made_with()
-    if report is not None:
-        from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
-
-        write_hearing_page(facts, report)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
     else:
         print_ruling(facts)
-    codes = {"owner": 0, "nobody": 1, "undecided": 3}
+    if report is not None:
+        from nnpassport.evidence.verdictpage import write_hearing_page  # noqa: PLC0415
+
+        after_all(lambda: write_hearing_page(facts, report), str(report))
+    codes = {"owner": 0, "shared": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
 
 

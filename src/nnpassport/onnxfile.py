@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnpassport.files import brief, is_text, read_once
+from nnpassport.files import brief, is_in_hub_cache, is_text, read_once
 from nnpassport.scheme import UnreadableModelError
 
 ONNX = ".onnx"
@@ -27,10 +27,12 @@ _MOST_AXES = 8
 _MOST_LISTED_BYTES = 2**27  # numbers that are not stored raw take up to thirty times the memory
 
 # What to keep of each message, by the number of the field in `onnx.proto`.
-_MODEL = {7: "graph"}
-_GRAPH = {1: "nodes", 5: "tensors"}
+_MODEL = {7: "graph", 25: "functions"}
+_GRAPH = {1: "nodes", 5: "tensors", 12: "outputs"}
+_FUNCTION = {1: "name", 5: "outputs", 7: "nodes"}
+_VALUE = {1: "name"}
 _NODE = {1: "inputs", 2: "outputs", 3: "name", 4: "kind", 5: "attributes", 9: "metadata"}
-_ATTRIBUTE = {1: "name", 3: "integer", 5: "tensor"}
+_ATTRIBUTE = {1: "name", 3: "integer", 5: "tensor", 6: "graph", 11: "graphs"}
 _PAIR = {1: "key", 2: "value"}
 _TENSOR = {
     1: "dims",
@@ -59,6 +61,7 @@ _TYPES = {
 }
 _BFLOAT16 = 16
 _OUTSIDE = 1
+_DEEPEST = 20  # graphs in nodes of graphs
 
 _LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
 _QUANTISED, _TURNED = "_quantized", "_Transposed"  # what onnxruntime's quantiser adds to names
@@ -79,6 +82,16 @@ class _Node(NamedTuple):
     transposed: bool
     scopes: list[str]
     constant: memoryview | None
+    inner: "list[_Graph]"
+
+
+class _Graph(NamedTuple):
+    """A graph, one in a node, or a function; tensors are initialisers and constants."""
+
+    name: str
+    nodes: list[_Node]
+    tensors: dict[str, Mapping[str, list[Any]]]
+    outputs: list[str]
 
 
 class _Stored(NamedTuple):
@@ -88,14 +101,16 @@ class _Stored(NamedTuple):
 
 
 def read_onnx(path: Path, limit: int) -> OnnxWeights:
-    """The initialisers and constants of an ONNX file, by name.
+    """The initialisers and constants of an ONNX file that its outputs depend on, by name.
 
     Numbers in a file beside it are read as well, `limit` bytes of them at most. The exporters of
     PyTorch lose the names of weights that they fold or transpose: those of a layer whose node still
     says which module it was are there under the module's name too, as PyTorch stores them, and
     weights that onnxruntime quantised are there under the name they had, as numbers again.
-    Subgraphs are not looked into, types that no weight has are left out, and so are constants with
-    Inf in them that no layer multiplies by, such as masks.
+    What no node takes on the way to an output is left out: it can have any name and any numbers.
+    (A graph without outputs computes nothing, and is taken for a list of tensors.)
+    Types that no weight has are left out too, and so are constants with Inf in them that no layer
+    multiplies by, such as masks.
 
     Raises:
         UnreadableModelError: missing, corrupt, hostile or too large.
@@ -205,25 +220,94 @@ def _text(value: memoryview | int) -> str:
 
 
 def _graph(data: memoryview) -> tuple[list[_Node], dict[str, _Stored]]:
+    """The nodes and tensors that the outputs depend on, in functions and inner graphs too."""
     walk = _Walk()
-    graph = walk.message(_only(walk.message(data, _MODEL)["graph"], data[:0]), _GRAPH)
-    nodes = [_node(walk, each) for each in graph["nodes"]]
-    constants = [(n.outputs[0], n.constant) for n in nodes if n.constant is not None and n.outputs]
-    messages = [("", each) for each in graph["tensors"]] + constants
-    if not 0 < len(messages) <= _MOST_TENSORS:
-        raise ValueError(f"{len(messages)} tensors; 1 to {_MOST_TENSORS} are read")
+    model = walk.message(data, _MODEL)
+    whole = _parsed(walk, _only(model["graph"], data[:0]), _GRAPH, 0)
+    functions: dict[str, list[_Graph]] = {}
+    for message in model["functions"]:
+        each = _parsed(walk, message, _FUNCTION, 0)
+        functions.setdefault(each.name, []).append(each)
+    every = [whole, *(each for several in functions.values() for each in several)]
+    every += [inner for each in every for inner in _inside(each)]
+    count = sum(len(each.tensors) for each in every)
+    if not 0 < count <= _MOST_TENSORS:
+        raise ValueError(f"{count} tensors; 1 to {_MOST_TENSORS} are read")
+    needed: dict[int, set[str]] = {}
+    _trace(whole, functions, needed)
+    nodes: list[_Node] = []
     stored: dict[str, _Stored] = {}
-    for output, message in messages:
-        found = walk.message(message, _TENSOR)
-        name = output or _text(_only(found["name"], memoryview(b"")))
-        if name in stored or not is_text(name):
-            raise ValueError(f"a tensor's name is there twice, or is no name: {ascii(name)[:100]}")
-        if (kind := _number(found["type"])) in _TYPES:
-            stored[name] = _Stored(_dims(found["dims"]), kind, found)
+    for graph in every:
+        names = needed.get(id(graph), set())
+        live = [node for node in graph.nodes if names & set(node.outputs)]
+        if not whole.outputs:  # it computes nothing, and is no more than a list of tensors
+            names, live = set(graph.tensors), graph.nodes
+        nodes += live
+        for name, found in graph.tensors.items():
+            if (kind := _number(found["type"])) not in _TYPES or name not in names:
+                continue
+            free = name
+            while free in stored:  # functions and inner graphs have names of their own
+                free = f"{free}'"
+            stored[free] = _Stored(_dims(found["dims"]), kind, found)
     return nodes, stored
 
 
-def _node(walk: _Walk, message: memoryview) -> _Node:
+def _parsed(walk: _Walk, message: memoryview, fields: Mapping[int, str], depth: int) -> _Graph:
+    """A graph or a function."""
+    if depth > _DEEPEST:
+        raise ValueError(f"graphs in nodes of graphs, more than {_DEEPEST} deep")
+    graph = walk.message(message, fields)
+    outputs = graph["outputs"]
+    if fields is _GRAPH:
+        outputs = [_only(walk.message(each, _VALUE)["name"], memoryview(b"")) for each in outputs]
+    nodes = [_node(walk, each, depth) for each in graph["nodes"]]
+    messages = [("", each) for each in graph.get("tensors", [])]
+    messages += [(n.outputs[0], n.constant) for n in nodes if n.constant is not None and n.outputs]
+    tensors: dict[str, Mapping[str, list[Any]]] = {}
+    for output, each in messages:
+        found = walk.message(each, _TENSOR)
+        name = output or _text(_only(found["name"], memoryview(b"")))
+        if name in tensors or not is_text(name):
+            raise ValueError(f"a tensor's name is there twice, or is no name: {ascii(name)[:100]}")
+        tensors[name] = found
+    name = "" if fields is _GRAPH else _text(_only(graph["name"], memoryview(b"")))
+    return _Graph(name, nodes, tensors, [_text(each) for each in outputs])
+
+
+def _inside(graph: _Graph) -> list[_Graph]:
+    """The graphs in this one's nodes, and in theirs."""
+    found = [inner for node in graph.nodes for inner in node.inner]
+    return found + [each for inner in found for each in _inside(inner)]
+
+
+def _trace(
+    graph: _Graph, functions: Mapping[str, list[_Graph]], needed: dict[int, set[str]]
+) -> set[str]:
+    """The names around it that a graph's outputs depend on; in `needed`, its own, by graph.
+
+    Of a node that calls a function all inputs count, whether the function takes them or not.
+    """
+    names = needed.setdefault(id(graph), set())
+    makers = {output: node for node in graph.nodes for output in node.outputs}
+    reached = list(graph.outputs)
+    while reached:
+        name = reached.pop()
+        if name in names:
+            continue
+        names.add(name)
+        if (node := makers.get(name)) is None:
+            continue
+        reached += node.inputs
+        for inner in node.inner:
+            reached += _trace(inner, functions, needed)
+        for function in functions.get(node.kind, ()):
+            if id(function) not in needed:
+                _trace(function, functions, needed)
+    return names - makers.keys() - graph.tensors.keys()
+
+
+def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
     found = walk.message(message, _NODE)
     attributes = {}
     for each in found["attributes"]:
@@ -244,6 +328,11 @@ def _node(walk: _Walk, message: memoryview) -> _Node:
         transposed=bool(_number(attributes.get("transB", {"integer": []})["integer"])),
         scopes=re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", "")),
         constant=None if constant is None else _only(constant["tensor"], None),
+        inner=[
+            _parsed(walk, graph, _GRAPH, depth + 1)
+            for attribute in attributes.values()
+            for graph in (*attribute["graph"], *attribute["graphs"])
+        ],
     )
 
 
@@ -343,12 +432,13 @@ def _read_beside(path: Path, stored: Iterable[_Stored], limit: int) -> dict[str,
     files: dict[str, bytes] = {}
     for name in sorted({_place(found).file for found in outside}):
         plain = is_text(name) and name not in ("", ".", "..") and not set(name) & set("/\\:\n\t")
-        if not plain or (path.parent / name).is_symlink():
+        beside = path.parent / name
+        if not plain or (beside.is_symlink() and not is_in_hub_cache(beside)):
             raise UnreadableModelError(
                 f"{path} keeps numbers in {ascii(name)[:200]}, but only a plain file beside it is "
                 "read, and no link; put it there, or save the network in one file"
             )
-        files[name] = read_once(path.parent / name, limit)
+        files[name] = read_once(beside, limit)
         limit -= len(files[name])
     return files
 

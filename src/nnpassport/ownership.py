@@ -86,7 +86,21 @@ def draw_key(
     """A key, all of it derived from one seed, for networks that `config` describes."""
     model = config.build(trusted_factory=config.architecture)
     example = torch.zeros(1, *config.input_size)
-    return scheme_named(scheme).draw_key(model, example, owner=owner, layers=layers, text=text)
+    key = scheme_named(scheme).draw_key(model, example, owner=owner, layers=layers, text=text)
+    return with_classes(key, config.classes)
+
+
+def with_classes(key: Key, names: Sequence[str]) -> Key:
+    """The key with its classes' names in its context, where they are names; all else drawn anew.
+
+    Numbers in order say nothing that an index does not. A key without triggers stays as it is.
+    """
+    shape = key.context.triggers
+    numbers = list(map(str, range(len(names))))
+    named = shape is not None and len(names) == shape.classes == len(set(names))
+    if not named or list(names) == numbers:
+        return key
+    return replace(key, context=replace(key.context, classes=tuple(names)))
 
 
 def redraw_as_published(key: Key, mode: str, plain: Path | None, images: ImageSet | None) -> Key:

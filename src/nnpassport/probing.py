@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nnpassport.options import AsJson, KeyFile, Passphrase, images_from, key_from
-from nnpassport.terminal import print_table, print_verdict, progress_bar
+from nnpassport.terminal import after_all, print_table, print_verdict, progress_bar
 
 PROTOCOLS = ("huggingface", "openinference", "template")
 
@@ -46,12 +46,23 @@ def probe(
     ] = "/label",
     like: Annotated[
         Path | None,
-        typer.Option(help="Your model folder: names of the classes, and mean and std."),
+        typer.Option(help="Your model folder: names of the classes (as --labels), mean and std."),
     ] = None,
     labels: Annotated[
         Path | None,
-        typer.Option(help="JSON: names in the order of the classes, or {name: index}."),
+        typer.Option(
+            help="JSON: names in the order of the classes, or {name: index}; where the key has "
+            "none, every map that there was to choose from is paid for."
+        ),
     ] = None,
+    any_order: Annotated[
+        bool,
+        typer.Option(
+            "--any-order",
+            help="Whatever the service calls its classes, in whatever order: the map that fits "
+            "best is taken, and all that there are paid for in the p-value.",
+        ),
+    ] = False,
     cover: Annotated[
         str | None,
         typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
@@ -107,7 +118,7 @@ def probe(
     known = _labels(labels, config, shape.classes)
     images = None if cover is None else _covers(cover, cover_split, shape.size)
     chosen = {} if alpha is None else {"log10_alpha": alpha}
-    terms = Terms(budget=budget, covers_per_trigger=covers, **chosen)
+    terms = Terms(budget=budget, covers_per_trigger=covers, any_order=any_order, **chosen)
     limits = Limits(timeout=timeout, retries=retries, rate=rate)
     with (
         asking(service, known, limits, headers=_headers(header or [])) as asker,
@@ -118,11 +129,11 @@ def probe(
             asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
         )
     facts = _facts(found, secret)
+    _print(found, facts, out, as_json)
     if report is not None:
         from nnpassport.evidence.verdictpage import write_probe_page  # noqa: PLC0415
 
-        write_probe_page(facts, report)
-    _print(found, facts, out, as_json)
+        after_all(lambda: write_probe_page(facts, report), str(report))
     raise typer.Exit(0 if found.verdict.accepted else 1)
 
 
@@ -139,13 +150,13 @@ def _print(found: Any, facts: dict[str, Any], out: Path | None, as_json: bool) -
     from nnpassport.files import write_atomically  # noqa: PLC0415
 
     text = json.dumps(facts, indent=2)
-    if out is not None:
-        write_atomically(out, text.encode())
     if as_json:
         typer.echo(text)
-        return
-    print_verdict(found.verdict, False)
-    print_table(("", ""), _rows(found))
+    else:
+        print_verdict(found.verdict, False)
+        print_table(("", ""), _rows(found))
+    if out is not None:
+        after_all(lambda: write_atomically(out, text.encode()), str(out))
 
 
 def _open_inference(url: str, model: str | None, *how: Any) -> Any:

@@ -23,7 +23,9 @@ def reproduce(
     what: Annotated[list[str], typer.Argument(help=f"{', '.join(PARTS)}, or all.")],
     recipe: Annotated[
         str,
-        typer.Option(help="steady, short, gpu-short, paper, sound, or trial (embedded digits)."),
+        typer.Option(
+            help="steady, short, gpu, gpu-short, paper, sound, or trial (embedded digits)."
+        ),
     ] = "short",
     data: Annotated[
         Path | None, typer.Option(help="Folder of the images, as Parquet files.")

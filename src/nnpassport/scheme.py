@@ -16,12 +16,13 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── BadRecipeError           training, or a probe, was asked for what cannot be done
     ├── LostProcessError         another process of a distributed training is gone
     ├── UnreachableServiceError  a service does not answer, or too seldom to tell anything
+    ├── MiscountedError          a scheme counted what cannot be: more matches than bits, say
     └── UnwritableOutputError    a result could not be saved; what was there before is untouched
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, final
 
 _LONGEST_MESSAGE = 4_000  # characters
@@ -36,11 +37,20 @@ class OwnershipError(ValueError):
 
     def __init__(self, message: str = "") -> None:
         whole = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]}…"
-        super().__init__("".join(map(_spelled, whole)))
+        super().__init__(spelled(whole))
+
+
+def spelled(text: str) -> str:
+    """A stranger's text to be shown: what is not to be seen in it, or turns it round, is spelled.
+
+    Control characters and marks of direction become their number, as in ``ascii``.
+    """
+    return "".join(map(_spelled, text))
 
 
 def _spelled(letter: str) -> str:
-    return letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+    kept = letter.isprintable() or letter in "\n\t\N{NO-BREAK SPACE}"
+    return letter if kept else ascii(letter)[1:-1]
 
 
 class UnsuitableModelError(OwnershipError):
@@ -81,6 +91,10 @@ class LostProcessError(OwnershipError):
 
 class UnreachableServiceError(OwnershipError):
     """A service gives no usable answers, or too few of them to tell anything."""
+
+
+class MiscountedError(OwnershipError):
+    """Matches, or trials, that no reading gives; a fault of the scheme that counted them."""
 
 
 class UnwritableOutputError(OwnershipError):
@@ -136,10 +150,27 @@ class Fidelity:
         return self.accuracy >= self.target - self.tolerance
 
 
+def check_counts(matches: int, trials: int) -> None:
+    """Refuse counts that no reading gives.
+
+    Raises:
+        MiscountedError: not whole numbers, or not 0 to `trials` matches.
+    """
+    whole = type(matches) is int and type(trials) is int
+    if not whole or not 0 <= matches <= trials:
+        raise MiscountedError(
+            f"got {matches!r:.40} matches in {trials!r:.40} trials; needed: whole numbers, and no "
+            "more matches than trials: each bit of the key is compared once, with one reading"
+        )
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Outcome of V on one suspect with one key.
+
+    Raises:
+        MiscountedError: counts that no reading gives.
 
     Attributes:
         bits: how many committed bits (or trigger labels) there are.
@@ -151,8 +182,12 @@ class Verdict:
         alignment: what alignment did to the suspect before it was read, or None.
         claim: the claim that the verdict was given under, and whether it holds, or None.
         digests: SHA-256 of every file that was read, by name.
+        candidates: which tensors were read, of which that could have been, and what that choice
+            costs; None where there was none.
         chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
             where V does not say.
+        corrections: log₁₀ of what the p-value was multiplied by for each choice that there was,
+            by the choice's name.
     """
 
     scheme: str
@@ -168,6 +203,12 @@ class Verdict:
     layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
+    candidates: Mapping[str, Any] | None = None
+    corrections: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for matches, trials in ((self.matches, self.bits), *self.layers.values()):
+            check_counts(matches, trials)
 
     @property
     def accepted(self) -> bool:
@@ -183,6 +224,19 @@ class Verdict:
     def p_value(self) -> float | None:
         """The p-value itself; 0.0 where it is below what a float can hold (see `log10_p_value`)."""
         return None if self.log10_p_value is None else math.pow(10.0, self.log10_p_value)
+
+    def paid(self, log10_choices: float, reason: str) -> "Verdict":
+        """The verdict if its reading is one of 10^`log10_choices` (from 0) that there could be.
+
+        A verdict without p-value stays one; `reason` is added to its own, and says what was chosen.
+        """
+        told = replace(self, reason=f"{self.reason}; {reason}")
+        if self.log10_p_value is None:
+            return told
+        log10_p = min(0.0, self.log10_p_value + log10_choices)
+        return replace(
+            told, log10_p_value=log10_p, marked=self.marked and log10_p <= self.log10_alpha
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, with the derived facts spelled out."""

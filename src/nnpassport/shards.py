@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Self, final
 import torch
 from torch import Tensor
 
-from nnpassport.files import brief, is_text, read_once, reading
+from nnpassport.files import brief, is_text, read_once, reading, refuse_leaving
 from nnpassport.scheme import UnreadableModelError
 
 SUFFIX = ".safetensors"
@@ -167,7 +167,7 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
         return Shards(_places(source), (source,))
     index = _source(path)
     homes = _homes(path)
-    sources = {name: _source(path.parent / name) for name in dict.fromkeys(homes.values())}
+    sources = {name: _beside(path, name) for name in dict.fromkeys(homes.values())}
     _check_total(list(sources.values()), limit, path)
     places: dict[str, Place] = {}
     for shard, source in sources.items():
@@ -199,6 +199,13 @@ def finite_fault(name: str, tensor: Tensor) -> str | None:
         f"tensor {name!r} holds NaN or Inf, but a model needs finite numbers; "
         "give a checkpoint from before its training diverged"
     )
+
+
+def _beside(index: Path, name: str) -> Source:
+    """A shard: whoever gives an index names files of its folder, and a link can lead anywhere."""
+    source = _source(index.parent / name)
+    refuse_leaving(index.parent, source.path)
+    return source
 
 
 def _source(path: Path) -> Source:

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from scipy.special import logsumexp
 
+from nnpassport.scheme import MiscountedError, check_counts
+
 LOG10_ALPHA_COMMITTED = -9.0
 """log₁₀ α for a claim that is proved to be older than the suspect: α = 10⁻⁹."""
 
@@ -21,6 +23,18 @@ tries 2¹⁰⁰ seeds, and a genuine mark of a few hundred bits passes by far.
 """
 
 
+_OTHERS = 2.0**-10  # the share of α for readings by shape: they are many, or not needed
+LOG10_BY_NAME = -math.log10(1 - _OTHERS)
+"""What the reading of the tensors under the names that are expected costs, where others could be.
+
+A file of weights does not say which of its tensors the function reads. Readings share α: this one
+has nearly all of it, and the others 2⁻¹⁰ together.
+"""
+
+LOG10_BY_SHAPE = -math.log10(_OTHERS)
+"""What all readings together cost that take tensors by their shapes; each pays for their number."""
+
+
 def log_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
     """Natural logarithm of P[X ≥ matches] for X ~ Binomial(trials, chance).
 
@@ -28,16 +42,15 @@ def log_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
     the probability itself underflows. Linear in `trials` in time and memory.
 
     Raises:
-        ValueError: there are more matches than trials, or `chance` is not inside (0, 1).
+        MiscountedError: not 0 to `trials` matches, no trial, or no whole numbers.
+        ValueError: `chance` is not inside (0, 1).
     """
-    if trials < 1 or matches > trials:
-        raise ValueError(
-            f"got {matches} matches in {trials} trials; needed: at least one trial and no more "
-            "matches than trials"
-        )
+    check_counts(matches, trials)
+    if trials < 1:
+        raise MiscountedError(f"got {trials} trials; needed: at least one, or there is no p-value")
     if not 0 < chance < 1:
         raise ValueError(f"chance must lie strictly between 0 and 1, got {chance}")
-    if matches <= 0:
+    if matches == 0:
         return 0.0
     mode = int((trials + 1) * chance)
     terms = _log_terms(trials, chance, min(mode, trials))

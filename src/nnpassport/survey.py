@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from nnpassport.functional import HOSTS, Geometry, geometry_of, is_matrix
+from nnpassport.functional import HOSTS, geometry_of, is_matrix
+from nnpassport.geometry import Geometry
 from nnpassport.layers import Branch, on_branch, passport_norms
 from nnpassport.outputs import Example, call, tensors_in
 from nnpassport.scheme import UnsuitableModelError

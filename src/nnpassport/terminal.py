@@ -1,7 +1,7 @@
 """What a person sees: bars on stderr, tables and verdicts on stdout."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from nnpassport.processes import leads
-from nnpassport.scheme import Verdict
+from nnpassport.scheme import Verdict, spelled
 
-errors = Console(stderr=True, highlight=False)
+# No markup: a path or a name may be [/b].
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 @contextmanager
@@ -30,18 +31,18 @@ def progress_bar(title: str) -> Iterator[Any]:
     """A bar on stderr; yields the function to call with (done, total) or (done, total, text)."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=errors, transient=True, disable=not leads()) as progress:
-        task = progress.add_task(title, total=1, note="")
+        task = progress.add_task(spelled(title), total=1, note="")
 
         def show(done: float, total: float, text: str | None = None) -> None:
-            progress.update(task, completed=done, total=total, note=text or "")
+            progress.update(task, completed=done, total=total, note=spelled(text or ""))
 
         yield show
 
@@ -90,8 +91,11 @@ def print_verdict(verdict: Verdict, as_json: bool) -> None:
 
 def print_ruling(facts: Any) -> None:
     """Print a ruling, its reasons, and what every reading found."""
-    owner, ruling = facts["owner"], str(facts["ruling"])
-    Console().print(Text(f"OWNER: {owner}" if owner else ruling.upper(), style="bold"))
+    owner, owners, ruling = facts["owner"], facts["owners"], str(facts["ruling"])
+    said = f"OWNER: {owner}" if owner else ruling.upper()
+    if owners and not owner:
+        said = f"SHARED: {', '.join(owners)}, a part each"
+    Console().print(shown(said, "bold"))
     rows = []
     for each in facts["claimants"]:
         for how, found in each["readings"].items():
@@ -104,15 +108,31 @@ def print_ruling(facts: Any) -> None:
             rows.append((each["name"], "", "", "", why))
     print_table(("claimant", "read", "matches", "p-value", ""), rows)
     for number, reason in enumerate(facts["reasons"], 1):
-        Console(highlight=False).print(Text(f"{number}. {reason}"))
+        Console(highlight=False).print(shown(f"{number}. {reason}"))
 
 
 def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print rows of texts on stdout; a head of empty texts is left out."""
     table = Table(show_header=any(head), box=None, pad_edge=False)
     for title in head:
-        table.add_column(Text(title), overflow="fold")
+        table.add_column(shown(title), overflow="fold")
     for row in rows:
-        # Text, not str: an owner's name or a file's must not be read as markup.
-        table.add_row(*map(Text, row))
+        table.add_row(*map(shown, row))
     Console(highlight=False).print(table)
+
+
+def shown(text: str, style: str = "") -> Text:
+    """Anybody's text for a terminal: an owner's name or a file's is no markup and no command."""
+    return Text(spelled(text), style=style)
+
+
+def after_all(write: Callable[[], object], what: str) -> None:
+    """Write what only shows the verdict that has been printed; if that fails, the verdict stands.
+
+    The exit code stays that of the verdict: 2 would say that nothing could be checked.
+    """
+    try:
+        write()
+    except Exception as error:
+        errors.print(f"error: {what} was not written; what is printed stands, and so does the exit")
+        errors.print(f"code. {type(error).__name__}: {spelled(str(error)[:1_000])}", soft_wrap=True)

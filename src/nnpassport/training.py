@@ -187,7 +187,8 @@ def classification(model: nn.Module, batch: Batch) -> Outcome:
 def share_right(logits: Tensor, labels: Tensor) -> Float[Tensor, "2"]:
     """Accuracy on a part of a batch, as a count: right answers, and answers."""
     right = (logits.detach().argmax(1) == labels).sum()
-    return torch.stack([right, right.new_tensor(len(labels))]).float()
+    # Not new_tensor: it copies a number from the CPU, and an accelerator would wait for that.
+    return torch.stack([right, right.new_full((), len(labels))]).float()
 
 
 def read_measure(value: Tensor) -> float:

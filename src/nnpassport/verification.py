@@ -3,42 +3,50 @@
 Every function here either gives a verdict or raises, and then nothing was decided.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from nnpassport.catalog import scheme_named
 from nnpassport.channels import channels_of
-from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect
+from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect, own_config
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.claim import MILLION
 from nnpassport.evidence.judge import DATED_ONLY
 from nnpassport.evidence.key import Key
-from nnpassport.evidence.null import AlignedVerdict, Unrelated, aligned_verdict, mixtures
+from nnpassport.evidence.null import (
+    MIXTURES,
+    AlignedVerdict,
+    ShapedVerdict,
+    Unrelated,
+    aligned_verdict,
+    mixtures,
+    verdict_by_shape,
+)
+from nnpassport.evidence.seed import triggers_of
 from nnpassport.evidence.standing import Standing
 from nnpassport.fidelity import accuracy
-from nnpassport.onnxfile import ONNX
+from nnpassport.files import brief
 from nnpassport.outputs import logits_of
+from nnpassport.relabelling import best_map, corrected, log10_injections
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
+from nnpassport.schemes import candidates
 from nnpassport.schemes.deepmarks import Trace, trace
-from nnpassport.schemes.lora import added, is_adapter
+from nnpassport.schemes.lora import LORA, added, is_adapter
+from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import host_weight
 from nnpassport.schemes.triggers import answers_to
-from nnpassport.shards import Shards
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.unfold import state_from
+from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.weights import Weights, read_lazily, read_weights, tensors_digest
 
 TOLERANCE = 0.03
 """ε_f where none is declared: the paper's for AlexNet."""
-
-MIXTURES = 8
-"""How many networks are made of the suspect's own filters where no unrelated ones are given."""
 
 BASE_DATED_ONLY = (
     "what was added to a base counts only under a claim that is proved older than the suspect: "
@@ -72,6 +80,8 @@ class Options:
         alignment: bring the suspect's channels into the owner's order before they are read.
         base: what a merged adapter was made for; its weights are taken off the suspect's.
         standing: a claim that was checked. The verdict is no better than it.
+        every_reading: of answers, look also at those in another order of the classes, and at those
+            to images that became numbers as the suspect's own config says; each way is paid for.
     """
 
     reference: ModelConfig | None = None
@@ -80,6 +90,7 @@ class Options:
     alignment: Alignment | None = None
     base: Path | None = None
     standing: Standing | None = None
+    every_reading: bool = False
 
     @property
     def threshold(self) -> float:
@@ -120,7 +131,10 @@ def verify(
     """
     options = options or Options()
     verdict, aligned = _verdict(Path(suspect), key, options)
-    if trial is not None:
+    if trial is not None and options.alignment is not None and aligned is None:
+        reason = "F was not measured: what was read stands under names that build no network"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
+    elif trial is not None:
         verdict = _with_fidelity(verdict, Path(suspect), key, trial, options, aligned)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
@@ -141,8 +155,16 @@ def declared_trial(
 
 def verify_as_published(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
     """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
-    verdict, _ = _verdict(Path(suspect), key, options or Options())
-    return scheme_named(key.context.scheme).verify_as_published(verdict)
+    scheme, options = scheme_named(key.context.scheme), options or Options()
+    if not scheme.reads_weights or options.base is not None or options.alignment is not None:
+        verdict, _ = _verdict(Path(suspect), key, options)
+    else:  # a rule without p-value cannot pay for a choice of tensors: by the names alone
+        opened = _opened(Path(suspect), key)
+        if scheme.name != LORA.name:
+            _check_names(opened.described, key)
+        verdict = scheme.verify(opened.weights, key, log10_alpha=options.threshold)
+        verdict = replace(verdict, digests=opened.digests())
+    return scheme.verify_as_published(verdict)
 
 
 def verify_model(
@@ -170,11 +192,7 @@ def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -
             f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
             "scheme that has; verify this one by the weights"
         )
-    loaded = _load(suspect, options)
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    answers = answers_to(key, loaded.model, normalise)
-    verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
-    verdict = replace(verdict, digests=loaded.digests)
+    verdict = _answered(Path(suspect), key, options)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
 
@@ -210,15 +228,53 @@ def verify_aligned(
         if scheme.triggers:
             why = "is in the answers, which moved channels do not change"
         raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
-    if unrelated is None:
-        unrelated = _of_its_own(weights, reference)
-    return aligned_verdict(
-        lambda tensors: scheme.verify(tensors, key, log10_alpha=log10_alpha),
-        weights,
-        reference,
-        scheme.forms(key),
-        unrelated,
-    )
+    others = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
+
+    def read(tensors: Mapping[str, Tensor]) -> Verdict:
+        return scheme.verify(tensors, key, log10_alpha=log10_alpha)
+
+    forms, named = scheme.forms(key), None
+    try:
+        null = others or of_its_own(weights, reference)
+        named = aligned_verdict(read, weights, reference, forms, null)
+    except UnsuitableModelError as error:
+        refused = error
+    else:
+        reason = "aligned by the tensors' names"
+        named = named._replace(verdict=named.verdict.paid(LOG10_BY_NAME, reason))
+        if named.verdict.marked:
+            return named
+    try:
+        shaped = verdict_by_shape(read, weights, reference, forms, others, _seeded(weights))
+    except UnsuitableModelError as error:
+        if named is not None:
+            return named
+        raise UnsuitableModelError(f"{refused}; by shape: {error}") from None
+    paid = _shaped(shaped, weights)
+    return AlignedVerdict(paid, None) if named is None or paid.marked else named
+
+
+def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
+    """The verdict by shape, once every choice of tensors is paid for."""
+    reason = f"aligned by the tensors' shapes, 10^{found.log10_choices:.1f} choices being paid for"
+    paid = found.verdict.paid(LOG10_BY_SHAPE + found.log10_choices, reason)
+    facts = candidates.by_shape(found.taken, weights, found.log10_choices)
+    return replace(paid, candidates=facts)
+
+
+def given(unrelated: Mapping[str, Weights]) -> Unrelated:
+    """These networks, as the null."""
+    origin = f"{len(unrelated)} unrelated networks that were given"
+    return Unrelated([each.tensors for each in unrelated.values()], origin)
+
+
+def of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
+    """Mixtures of the filters of the network with these weights, always the same, as the null."""
+    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
+    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
+    rng = _seeded(weights)
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
 
 
 def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
@@ -257,33 +313,29 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     """
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights and options.alignment is None:
+        if scheme.triggers:
+            return _answered(suspect, key, options), None
         loaded = _load(suspect, options)
         normalise = Normalisation(loaded.config.mean, loaded.config.std)
         verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
         return replace(verdict, digests=loaded.digests), None
-    if options.base is None and options.alignment is None:
-        shards = _layer_by_layer(suspect, key)
-        if shards is not None:
-            verdict = scheme.verify(shards, key, log10_alpha=options.threshold)
-            return replace(verdict, digests=shards.digests()), None
-    weights = _without_prefixes(read_weights(suspect), key)
     if options.base is not None:
+        weights = _without_prefixes(read_weights(suspect), key)
         return _added(weights, options.base, key, options), None
     if options.alignment is None:
-        verdict = scheme.verify(weights.tensors, key, log10_alpha=options.threshold)
-        return replace(verdict, digests=weights.digests), None
+        opened = _opened(suspect, key)
+        verdict = _as_it_stands(scheme, opened, key, options.threshold)
+        return replace(verdict, digests=opened.digests()), None
+    weights = _without_prefixes(read_weights(suspect), key)
     reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
     _check_committed(options.alignment.reference, options.standing)
     unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
-    tensors = weights.tensors
-    if suspect.suffix.lower() == ONNX:
-        tensors = state_from(tensors, reference.model)
     found = verify_aligned(
-        tensors,
+        weights.tensors,
         key,
         reference.model,
         log10_alpha=options.threshold,
-        unrelated=_given(unrelated) if unrelated else None,
+        unrelated=given(unrelated) if unrelated else None,
     )
     digests = {**weights.digests, **_named("reference", reference.digests)}
     for name, each in unrelated.items():
@@ -292,25 +344,142 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     if options.standing is None:
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
-    return replace(verdict, digests=digests), reference._replace(model=found.aligned.model)
+    verdict = replace(verdict, digests=digests)
+    if found.aligned is None:
+        return verdict, None
+    return verdict, reference._replace(model=found.aligned.model)
 
 
-def _layer_by_layer(suspect: Path, key: Key) -> Shards | None:
-    """The suspect's tensors under the key's names, none of them read; None if they have to be.
+def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
+    """V by answers, read as the owner's facts say; or by every reading, the best of them paid for.
 
-    Whether the key's layers are there, in its shapes, is settled by the headers: a file that names
-    a tensor of any size can make nobody read it.
+    Half of the level of each way to show the pictures is for the classes as they are, half for all
+    their other orders.
     """
+    scheme, loaded = scheme_named(key.context.scheme), _load(suspect, options)
+    ways = [Normalisation(loaded.config.mean, loaded.config.std)]
+    if options.every_reading and (own := own_config(suspect)) is not None:
+        stated = Normalisation(own.mean, own.std)
+        ways += [stated] if stated != ways[0] and len(own.mean) == len(loaded.config.mean) else []
+    paid = {"readings": math.log10(2 * len(ways))} if options.every_reading else {}
+    found, mapped = [], []
+    for normalise in ways:
+        answers = _answers(key, loaded.model, normalise)
+        verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
+        found.append(corrected(verdict, paid))
+        mapped += _in_the_best_order(answers, key, options.threshold, len(ways))
+    verdict = min([*found, *(mapped if options.every_reading else [])], key=_weight)
+    whose = "the owner's" if options.reference is not None else "the suspect's own"
+    reason = f"{verdict.reason}; images became numbers as {whose} config says"
+    if not verdict.marked and any(each.marked for each in mapped):
+        reason += "; in another order of the classes it matches: have every reading looked at"
+    return replace(verdict, reason=reason, digests=loaded.digests)
+
+
+def _answers(key: Key, model: nn.Module, normalise: Normalisation) -> Tensor:
+    try:
+        return answers_to(key, model, normalise)
+    except RuntimeError as error:
+        raise UnsuitableModelError(
+            f"the network does not take the key's pictures ({brief(error)}); needed: one for "
+            f"images of {triggers_of(key.context).size}"
+        ) from error
+
+
+def _in_the_best_order(answers: Tensor, key: Key, log10_alpha: float, ways: int) -> list[Verdict]:
+    """V with the classes in the order that fits best, paid for; none if there are too many."""
+    _, labels = key.trigger_set()
+    order = best_map(answers.tolist(), labels.tolist())
+    if order is None:
+        return []
+    classes = triggers_of(key.context).classes
+    read = torch.tensor([order.get(answer, classes) for answer in answers.tolist()])
+    verdict = scheme_named(key.context.scheme).verify_answers(read, key, log10_alpha=log10_alpha)
+    orders = log10_injections(len(set(answers.tolist())), classes)
+    choices = {"readings": math.log10(2 * ways), "orders of the classes": orders}
+    return [corrected(verdict, choices)]
+
+
+def _weight(verdict: Verdict) -> float:
+    """What the best of several readings is the least of; without p-values the first is."""
+    return 0.0 if verdict.log10_p_value is None else verdict.log10_p_value
+
+
+class _Opened(NamedTuple):
+    """The suspect's tensors under the key's names, their shapes, and their files' digests."""
+
+    weights: Mapping[str, Tensor]
+    described: Mapping[str, Tensor]
+    digests: Callable[[], dict[str, str]]
+
+
+def _opened(suspect: Path, key: Key) -> _Opened:
+    """The suspect, of safetensors none of it read: what is not asked for is not read at all."""
     shards = read_lazily(suspect)
-    if shards is None:
-        return None
-    shards = shards.renamed(_prefixed(shards, key))
-    described = shards.described()
-    if is_adapter(described):
-        return None
+    if shards is not None:
+        shards = shards.renamed(_prefixed(shards, key))
+        described = shards.described()
+        if not is_adapter(described):
+            return _Opened(shards, described, shards.digests)
+    weights = _without_prefixes(read_weights(suspect), key)
+    return _Opened(weights.tensors, weights.tensors, lambda: weights.digests)
+
+
+def _as_it_stands(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
+    """V on the tensors under the key's names, or else on those that have its layers' shapes.
+
+    Raises:
+        UnsuitableModelError: the names are not there, and nothing of their shapes has the mark.
+    """
+    if scheme.name == LORA.name:  # its tensors come in pairs, known by their names
+        return scheme.verify(suspect.weights, key, log10_alpha=log10_alpha)
+    rivals = candidates.rivals(suspect.described, key)
+    try:
+        # By the headers: a file that names a tensor of any size makes nobody read it.
+        _check_names(suspect.described, key)
+    except UnsuitableModelError as error:
+        found = None
+        if rivals and candidates.enough(suspect.described, key):
+            found = _by_shape(scheme, suspect, key, log10_alpha)
+        if found is not None and found.marked:
+            return found
+        tried = (
+            ""
+            if found is None
+            else (
+                f"; {len(rivals)} tensors of its layers' shapes are there under other names, and "
+                "as they stand none has the mark; --align FOLDER puts channels back in order first"
+            )
+        )
+        raise UnsuitableModelError(f"{error}{tried}") from None
+    named = scheme.verify(suspect.weights, key, log10_alpha=log10_alpha)
+    if not rivals:
+        return named
+    named = candidates.by_name(named, rivals)
+    if named.marked:
+        return named
+    found = _by_shape(scheme, suspect, key, log10_alpha)
+    return (
+        found
+        if found.marked
+        else replace(
+            named,
+            reason=f"{named.reason}; and so are not, whichever is taken for which layer, "
+            f"{len(rivals)} tensors of the same shapes",
+        )
+    )
+
+
+def _by_shape(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
+    return candidates.verify_by_shape(
+        scheme, suspect.weights, suspect.described, key, log10_alpha=log10_alpha
+    )
+
+
+def _check_names(described: Mapping[str, Tensor], key: Key) -> None:
+    """Refuse a network without the key's layers."""
     for layer in key.context.layers:
         host_weight(described, layer)
-    return shards
 
 
 def _added(weights: Weights, path: Path, key: Key, options: Options) -> Verdict:
@@ -318,7 +487,10 @@ def _added(weights: Weights, path: Path, key: Key, options: Options) -> Verdict:
     base = _without_prefixes(read_weights(path), key)
     tensors = added(weights.tensors, base.tensors, key)
     scheme = scheme_named(key.context.scheme)
-    verdict = scheme.verify(tensors, key, log10_alpha=options.threshold)
+    alpha = options.threshold
+    if options.log10_alpha is None:  # what will be done to a public network can be foreseen
+        alpha = min(alpha, LOG10_ALPHA_UNCOMMITTED)
+    verdict = scheme.verify(tensors, key, log10_alpha=alpha)
     reason = f"{verdict.reason}; read from what was added to {path.name}"
     if options.standing is None:
         reason += "; that the base is older than the suspect is your word"
@@ -353,23 +525,16 @@ def _prefixed(there: Iterable[str], key: Key) -> dict[str, str]:
     wanted = {f"{layer.name}.weight" for layer in key.context.layers}
     names = {name: name for name in there}
     for prefix in PREFIXES * 2:
-        if names.keys() >= wanted or not all(name.startswith(prefix) for name in names):
+        if names.keys() >= wanted:
             continue
-        names = {name.removeprefix(prefix): old for name, old in names.items()}
+        # Not only where all names have it: a stranger's tensor among them changes nothing.
+        shorter = {name.removeprefix(prefix): old for name, old in names.items()}
+        names = shorter if len(shorter) == len(names) else names
     return names
 
 
-def _given(unrelated: Mapping[str, Weights]) -> Unrelated:
-    origin = f"{len(unrelated)} unrelated networks that were given"
-    return Unrelated([each.tensors for each in unrelated.values()], origin)
-
-
-def _of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
-    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
-    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
-    rng = torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
-    origin = f"{MIXTURES} mixtures of the suspect's own filters"
-    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
+def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:
+    return torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
 
 
 def _with_fidelity(

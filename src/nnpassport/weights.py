@@ -9,17 +9,17 @@ import io
 import os
 import struct
 import sys
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from nnpassport import archive
 from nnpassport.adapter import ADAPTER_FILES, with_signed_scale
-from nnpassport.files import brief, is_text, read_once, reading
+from nnpassport.files import brief, is_text, read_once, reading, refuse_leaving
 from nnpassport.onnxfile import ONNX, read_onnx
 from nnpassport.scheme import UnreadableModelError
 from nnpassport.shards import (
@@ -31,6 +31,7 @@ from nnpassport.shards import (
     is_index,
     open_shards,
 )
+from nnpassport.torchfile import read_torch
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_MODEL_BYTES = 16 * 2**30
@@ -70,7 +71,7 @@ def read_weights(path: Path) -> Weights:
         return _checked(Weights(*read_onnx(path, MAX_MODEL_BYTES)), path)
     pickled = path.suffix.lower() in _PICKLES
     data = read_once(path, MAX_PICKLE_BYTES if pickled else MAX_MODEL_BYTES)
-    tensors = _state_dict(unpickle(data, path), path) if pickled else _parse_safetensors(data, path)
+    tensors = read_torch(data, path) if pickled else _parse_safetensors(data, path)
     weights = _checked(Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()}), path)
     if path.name not in ADAPTER_FILES:
         return weights
@@ -124,18 +125,23 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def unpickle(data: bytes, path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU, without running any code in it.
+    """What `torch.save` wrote for us, on the CPU, without running any code in it.
+
+    For files of the caller's own, such as training states: a stranger's might take all the time and
+    memory that there is, and is read by `read_torch`.
 
     Raises:
         UnreadableModelError: corrupt, a decompression bomb, or not only tensors and plain values.
     """
     try:
-        if data.startswith(b"PK\3\4"):
-            _refuse_bombs(data)
+        if data.startswith(archive.MAGIC):
+            archive.read_directory(data)
         return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception as error:
+        # PyTorch's own words end in advice to run whatever is in the file.
+        reason = brief(error) if type(error) is ValueError else "PyTorch refuses it"
         raise UnreadableModelError(
-            f"{path} is not a checkpoint that is safe to read ({brief(error)}); needed: tensors "
+            f"{path} is not a checkpoint that is safe to read ({reason}); needed: tensors "
             "and plain values as `torch.save` writes them, and nothing that runs code; "
             "a .safetensors file would work"
         ) from error
@@ -179,10 +185,12 @@ def _weights_file(path: Path) -> Path:
         )
     for name in (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", *ADAPTER_FILES):
         if os.path.lexists(path / name):
+            refuse_leaving(path, path / name)
             return path / name
     with reading(path):
         pickles = sorted(path.glob("*.pt"))
     if len(pickles) == 1:
+        refuse_leaving(path, pickles[0])
         return pickles[0]
     raise UnreadableModelError(
         f"{path} holds {len(pickles)} files *.pt and no {WEIGHTS_FILE}; "
@@ -213,37 +221,3 @@ def _parse_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
             f"{path} is not a sound safetensors file ({brief(error)}); needed: a complete file "
             "as `safetensors` writes it; copy it again"
         ) from error
-
-
-def _refuse_bombs(data: bytes) -> None:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        declared = sum(entry.file_size for entry in archive.infolist())
-    # torch.save never compresses, so what is declared can never be more than what is there.
-    if declared > len(data):
-        raise ValueError(
-            f"its parts unpack to {declared} bytes from {len(data)}, as in a decompression bomb"
-        )
-
-
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    if isinstance(content, dict):
-        wrapped = [content[key] for key in ("state_dict", "model") if key in content]
-        wrapped = [inner for inner in wrapped if isinstance(inner, dict)]
-        if len(wrapped) == 1:
-            content = wrapped[0]
-    if not isinstance(content, dict) or not content:
-        found = "an empty dict" if content == {} else type(content).__name__
-    else:
-        strangers = {
-            f"{type(name).__name__} → {type(value).__name__}"
-            for name, value in content.items()
-            if type(name) is not str or type(value) not in (Tensor, nn.Parameter)
-        }
-        if not strangers:
-            # A pickle can hang attributes on a tensor; a fresh view has none of them.
-            return {name: Tensor.detach(value) for name, value in content.items()}
-        found = ", ".join(sorted(strangers)[:5])
-    raise UnreadableModelError(
-        f"{path} holds {found}, but a state dict maps names to tensors; "
-        "save `model.state_dict()`, alone or under 'state_dict' or 'model'"
-    )

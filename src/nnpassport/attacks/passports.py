@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
-from nnpassport.functional import Geometry, collapsed_affine, convolve, mean_patch
+from nnpassport.functional import collapsed_affine, convolve, mean_patch
+from nnpassport.geometry import Geometry
 from nnpassport.scheme import UnsuitableModelError
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import host_weight, secrets_of

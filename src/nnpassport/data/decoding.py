@@ -196,9 +196,7 @@ def _flat(picture: Image.Image, channels: int | None) -> Image.Image:
     """Upright, without transparency (on white), in mode L or RGB."""
     upright = ImageOps.exif_transpose(picture)
     if upright.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion would clip everything above 255 to white.
-        levels = np.asarray(upright).astype(np.int64).clip(0, 65_535) >> 8
-        upright = Image.fromarray(levels.astype(np.uint8))
+        upright = Image.fromarray(_eight_bits(np.asarray(upright)))
     if upright.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if upright.has_transparency_data:
@@ -209,6 +207,18 @@ def _flat(picture: Image.Image, channels: int | None) -> Image.Image:
     if channels is None:
         return upright.convert("L" if upright.mode in {"1", "L"} else "RGB")
     return upright.convert("L" if channels == 1 else "RGB")
+
+
+def _eight_bits(levels: npt.NDArray[np.integer]) -> Pixels:
+    """Grey of 16 bits or more, of which 8, 12 or 16 are in use; Pillow would clip it to white.
+
+    By the largest value: cameras and scanners store 12 bits in files of 16, and their upper 8 bits
+    alone would be nearly black.
+    """
+    clipped = levels.astype(np.int64).clip(0, 65_535)
+    top = int(clipped.max(initial=0))
+    shift = 0 if top < 2**8 else 4 if top < 2**12 else 8
+    return (clipped >> shift).astype(np.uint8)
 
 
 def _scaled(picture: Image.Image, size: int | None) -> Image.Image:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from nnpassport.data import cache as cached
-from nnpassport.data import sources
+from nnpassport.data import cifar, sources
 from nnpassport.data.batching import (
     Augment,
     Images,
@@ -47,23 +47,27 @@ def read_images(
     split: str | None = None,
     size: int | None = None,
     channels: int | None = 3,
-    image_column: str = "image",
-    label_column: str = "label",
+    image_column: str | None = None,
+    label_column: str | None = None,
     cache: Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> ImageSet:
     """All labelled images of `source`, decoded.
 
     Args:
-        source: "digits" (embedded); a .parquet file, a folder of them or a pattern that several
-            match, in the hub's schema; a folder of one folder of pictures a class; a .npz file of
-            `images` and `labels`; or hub:owner/name.
+        source: "digits" (embedded); Parquet or Arrow files in the hub's schema, WebDataset
+            archives (.tar), or CSV files that list pictures and classes: a file, a folder of them
+            or a pattern that several match; a folder of one folder of pictures a class; a .npz
+            file of `images` and `labels`; CIFAR's binary version as its authors give it; or
+            hub:owner/name.
         split: which part of digits, of a folder or of a hub data set.
         size: pixels a side; the square in the middle is scaled to it. None: as they are, which
             must then be all the same.
         channels: 3 for colour, 1 for grey, None for as they are. Transparency becomes white.
-        image_column: name of the column of pictures in a table.
-        label_column: name of the column of class indices or class names in a table.
+        image_column: name of the column of pictures in a table. None: "image", or another name
+            that data sets give it ("img", "jpg" …).
+        label_column: name of the column of class indices or class names. None: "label", or another
+            usual name ("labels", "fine_label" …).
         cache: folder for decoded pixels. None: `$NNPASSPORT_CACHE` or the user's cache folder, for
             sets of at least 256 pictures; it may be deleted at any time. False: no cache.
         progress: called with how many pictures are decoded, and how many there are.
@@ -72,8 +76,8 @@ def read_images(
         UnreadableDataError: there are no such data, a picture or label cannot be used (it is
             named), sizes differ and `size` is None, or there are images of only one class.
     """
-    columns = sources.Columns(image_column, label_column)
-    data, _ = _read(source, split, Wanted(size, channels), columns, cache, progress, strict=True)
+    asked = sources.Asked(image_column, label_column)
+    data, _ = _read(source, split, Wanted(size, channels), asked, cache, progress, strict=True)
     return data.require_classes(2)
 
 
@@ -83,8 +87,8 @@ def read_images_skipping(
     split: str | None = None,
     size: int | None = None,
     channels: int | None = 3,
-    image_column: str = "image",
-    label_column: str = "label",
+    image_column: str | None = None,
+    label_column: str | None = None,
     cache: Path | Literal[False] | None = None,
     progress: Progress | None = None,
 ) -> tuple[ImageSet, tuple[str, ...]]:
@@ -93,9 +97,9 @@ def read_images_skipping(
     Raises:
         UnreadableDataError: as for `read_images`, or no picture can be used.
     """
-    columns = sources.Columns(image_column, label_column)
+    asked = sources.Asked(image_column, label_column)
     data, skipped = _read(
-        source, split, Wanted(size, channels), columns, cache, progress, strict=False
+        source, split, Wanted(size, channels), asked, cache, progress, strict=False
     )
     return data.require_classes(2), skipped
 
@@ -104,7 +108,7 @@ def _read(
     source: str | Path,
     split: str | None,
     wanted: Wanted,
-    columns: sources.Columns,
+    asked: sources.Asked,
     cache: Path | Literal[False] | None,
     progress: Progress | None,
     *,
@@ -122,15 +126,20 @@ def _read(
     if Path(location).suffix == ".npz" and split is None:
         path = Path(location).expanduser()
         return _fitted(sources.in_arrays(path), path.stem, wanted), ()
-    found = sources.find(location, split, columns)
-    table = _decoded(found, wanted, columns, cache, progress, strict=strict)
+    given = cifar.members(Path(location).expanduser())
+    if given is not None:
+        whole = Path(location).expanduser()
+        stored = cifar.table(given, split, whole)
+        return _fitted(stored, "-".join(filter(None, (whole.name, split))), wanted), ()
+    found = sources.find(location, split, asked)
+    table = _decoded(found, wanted, asked, cache, progress, strict=strict)
     return _fitted(table, found.name, wanted), table.skipped
 
 
 def _decoded(
     found: sources.Source,
     wanted: Wanted,
-    columns: sources.Columns,
+    asked: sources.Asked,
     cache: Path | Literal[False] | None,
     progress: Progress | None,
     *,
@@ -138,7 +147,7 @@ def _decoded(
 ) -> cached.Table:
     entry = None
     if found.files and (cache or (cache is None and found.total >= _WORTH_CACHING)):
-        options = (*wanted, *columns, strict, *found.classes)
+        options = (*wanted, *asked, strict, *found.classes)
         entry = cached.entry(cache or cached.default_folder(), found.files, options)
         stored = cached.load(entry)
         if stored is not None:

@@ -18,8 +18,14 @@ from nnpassport.data.cache import Table
 from nnpassport.data.decoding import Encoded
 from nnpassport.scheme import UnreadableDataError
 
-_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+LABELS = ("label", "labels", "fine_label", "cls", "class", "category", "target")
+"""What data sets call the column of classes, in order of preference."""
+_TABLES = (".parquet", ".pq"), (".arrow", ".feather")
+_ARCHIVES, _LISTS = (".tar",), (".csv", ".tsv")
+_KINDS = (*_TABLES, _ARCHIVES, _LISTS)
 _MOST_CLASSES = 1_000_000
+_MOST_SHARDS = 100_000
 _ALWAYS_UNPACKED = 2**28  # bytes
 _MOST_PACKED = 100  # times: pictures are packed tenfold at best, zeros a thousandfold
 
@@ -41,7 +47,14 @@ class Columns(NamedTuple):
     label: str
 
 
-def find(location: str, split: str | None, columns: Columns) -> Source:
+class Asked(NamedTuple):
+    """The same as they were asked for; None is whatever data sets usually call them."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+def find(location: str, split: str | None, asked: Asked) -> Source:
     """The pictures that `location` names.
 
     Raises:
@@ -49,68 +62,120 @@ def find(location: str, split: str | None, columns: Columns) -> Source:
     """
     path = Path(location).expanduser()
     if path.is_dir():
-        return _in_folder(path, split, columns)
+        return _in_folder(path, split, asked)
     if location.startswith("hub:"):
-        return _on_hub(location.removeprefix("hub:"), split, columns)
-    matches = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path))))
+        return _on_hub(location.removeprefix("hub:"), split, asked)
+    matches = [path] if path.is_file() else _matching(str(path))
     if matches:
-        return _in_files(matches, location, split, columns)
+        return _in_files(matches, location, split, asked)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", location):
-        return _on_hub(location, split, columns)
+        return _on_hub(location, split, asked)
     raise UnreadableDataError(
-        f"there is nothing at {location!r}; needed: digits, a .parquet or .npz file, a folder of "
-        "Parquet files or of one folder of pictures a class, a pattern such as "
-        "'cifar10-train-*.parquet', or hub:owner/name"
+        f"there is nothing at {location!r}; needed: digits; a file {_kinds()} or .npz; a folder of "
+        "such files, or of one folder of pictures a class; a pattern such as "
+        "'cifar10-train-*.parquet'; or hub:owner/name"
     )
 
 
-def _in_files(files: Sequence[Path], location: str, split: str | None, columns: Columns) -> Source:
+def _kinds() -> str:
+    return ", ".join(suffix for kind in _KINDS for suffix in kind)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Files by a pattern as of a shell; {000..011} stands for the numbers in between."""
+    counted = re.fullmatch(r"(.*)\{(\d+)\.\.(\d+)\}(.*)", pattern)
+    if counted is None:
+        return sorted(map(Path, glob.glob(pattern)))
+    before, first, last, after = counted.groups()
+    if not 0 <= int(last) - int(first) < _MOST_SHARDS:
+        return []
+    numbers = range(int(first), int(last) + 1)
+    named = [Path(f"{before}{number:0{len(first)}d}{after}") for number in numbers]
+    if missing := [str(path) for path in named if not path.is_file()]:
+        raise UnreadableDataError(
+            f"of the {len(named)} files {pattern!r} {len(missing)} are not there, such as "
+            f"{missing[0]}; needed: all of them, or a pattern of those that there are"
+        )
+    return named
+
+
+def _in_files(files: Sequence[Path], location: str, split: str | None, asked: Asked) -> Source:
     if split is not None:
         raise UnreadableDataError(
             f"split {split!r} was asked of {location!r}, which names its files already; "
             "name the files of that split, or pass the folder that they are in"
         )
-    others = [file.name for file in files if file.suffix not in {".parquet", ".pq"}]
-    if others:
-        raise UnreadableDataError(
-            f"{others[0]!r} is not a data set that can be read; needed: .parquet or .npz"
-        )
-    return _in_parquet(files, re.sub(r"\W*[*?\[].*", "", Path(location).stem) or "images", columns)
+    name = re.sub(r"\W*[*?\[{].*", "", Path(location).stem) or "images"
+    for kind in _KINDS:
+        if all(file.suffix.lower() in kind for file in files):
+            return _read_as(kind, files, name, asked)
+    first = files[0].suffix.lower()
+    others = [file.name for file in files if file.suffix.lower() != first] or [files[0].name]
+    raise UnreadableDataError(
+        f"{others[0]!r} is not a data set that can be read; needed: files of one kind, {_kinds()}, "
+        "or .npz"
+    )
 
 
-def _in_folder(folder: Path, split: str | None, columns: Columns) -> Source:
+def _read_as(kind: Sequence[str], files: Sequence[Path], name: str, asked: Asked) -> Source:
+    if kind == _ARCHIVES:
+        from nnpassport.data.webdataset import in_archives  # noqa: PLC0415 - imports this module
+
+        return in_archives(files, name, asked)
+    if kind == _LISTS:
+        from nnpassport.data.listed import in_lists  # noqa: PLC0415 - as above
+
+        return in_lists(files, name, asked)
+    from nnpassport.data.tables import in_tables  # noqa: PLC0415 - pyarrow is slow to import
+
+    return in_tables(files, name, asked)
+
+
+def _in_folder(folder: Path, split: str | None, asked: Asked) -> Source:
     name = folder.resolve().name
     inner = {each.name for each in folder.iterdir() if each.is_dir()}
     if split is not None and split in inner:
-        return _in_folder(folder / split, None, columns)._replace(name=f"{name}/{split}")
-    tables = sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
-    tokens = {file: set(re.split(r"[\W_]+", file.stem)) for file in tables}
-    present = sorted(_SPLITS & (set().union(*tokens.values()) if tables else inner))
+        return _in_folder(folder / split, None, asked)._replace(name=f"{name}/{split}")
+    kind, files = _files_in(folder, asked)
+    tokens = {file: set(re.split(r"[\W_]+", file.stem.lower())) for file in files}
+    there = set().union(*tokens.values()) if files else {each.lower() for each in inner}
+    present = sorted(_SPLITS & there)
     if split is not None:
-        tables = [file for file in tables if split in tokens[file]]
-        if not tables:
+        files = [file for file in files if split.lower() in tokens[file]]
+        if not files:
             raise UnreadableDataError(
                 f"{folder} has no split {split!r}; there are: {', '.join(present) or 'none'}"
             )
-        return _in_parquet(tables, f"{name}/{split}", columns)
-    if len(present) > 1 or (present and not tables and inner <= _SPLITS):
+        return _read_as(kind, files, f"{name}/{split}", asked)
+    if len(present) > 1 or (present and not files and there <= _SPLITS):
         raise UnreadableDataError(
-            f"{folder} has the splits {', '.join(present)} and none was chosen; "
-            f"pass split={present[0]!r}, or name the files"
+            f"{folder} has the splits {', '.join(present)} and none was chosen; choose one with "
+            f"--split {present[0]} (in Python split={present[0]!r}), or name the files. If these "
+            "are classes of the task, give their folders other names"
         )
-    return _in_parquet(tables, name, columns) if tables else in_classes(folder)
+    return _read_as(kind, files, name, asked) if files else in_classes(folder)
 
 
-def _in_parquet(files: Sequence[Path], name: str, columns: Columns) -> Source:
-    from nnpassport.data.tables import in_parquet  # noqa: PLC0415 - pyarrow is slow to import
+def _files_in(folder: Path, asked: Asked) -> tuple[Sequence[str], list[Path]]:
+    """Files of the first kind that the folder has any of, and that kind."""
+    there = sorted(each for each in folder.iterdir() if each.is_file() and _seen(each))
+    below = sorted(each for each in folder.glob("data/*") if each.is_file() and _seen(each))
+    for kind in (*_TABLES, _ARCHIVES):
+        for files in (there, below):
+            if found := [file for file in files if file.suffix.lower() in kind]:
+                return kind, found
+    lists = [file for file in there if file.suffix.lower() in _LISTS]
+    if lists:
+        from nnpassport.data.listed import lists_pictures  # noqa: PLC0415 - as above
 
-    return in_parquet(files, name, columns)
+        return _LISTS, [file for file in lists if lists_pictures(file, asked)]
+    return _LISTS, []
 
 
-def _on_hub(name: str, split: str | None, columns: Columns) -> Source:
+def _on_hub(name: str, split: str | None, asked: Asked) -> Source:
     from nnpassport.data.tables import on_hub  # noqa: PLC0415 - as above
 
-    return on_hub(name, split, columns)
+    return on_hub(name, split, asked)
 
 
 def in_classes(folder: Path) -> Source:
@@ -137,8 +202,13 @@ def in_classes(folder: Path) -> Source:
         files += [(file, label) for file in own]
     if not classes:
         raise UnreadableDataError(
-            f"{folder} holds no folders and no Parquet files; "
-            "needed: one folder of pictures for each class, or .parquet files"
+            f"{folder} holds no folders and no files of pictures; "
+            f"needed: one folder of pictures for each class, or files {_kinds()}"
+        )
+    if len(classes) == 1 and any(each.is_dir() for each in (folder / classes[0]).iterdir()):
+        raise UnreadableDataError(
+            f"{folder} holds one folder, {classes[0]}, and folders in that; if they are the "
+            f"classes, name {folder / classes[0]}"
         )
     pictures = (Encoded(str(file.relative_to(folder)), file, label) for file, label in files)
     paths = tuple(file for file, _ in files)

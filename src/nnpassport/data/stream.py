@@ -38,6 +38,7 @@ from nnpassport.data.rowgroups import (
     pieces_of,
     shards_of,
 )
+from nnpassport.data.tables import columns_in, schema_of
 from nnpassport.scheme import WHOLE, Batch, Part, UnreadableDataError
 
 BUFFER = 2**28
@@ -53,8 +54,8 @@ def open_stream(
     split: str | None = None,
     size: int | None = None,
     channels: int | None = 3,
-    image_column: str = "image",
-    label_column: str = "label",
+    image_column: str | None = None,
+    label_column: str | None = None,
     buffer: int = BUFFER,
     workers: int | None = None,
     skip_corrupt: bool = False,
@@ -71,8 +72,8 @@ def open_stream(
         size: pixels a side; the square in the middle is scaled to it. None: as they are, which
             must then be all the same.
         channels: 3 for colour, 1 for grey, None for as they are. Transparency becomes white.
-        image_column: name of the column of pictures.
-        label_column: name of the column of class indices or class names.
+        image_column: name of the column of pictures; None: as for `read_images`.
+        label_column: name of the column of class indices or class names; None likewise.
         buffer: bytes of encoded pictures that are in memory and shuffled together. The order
             depends on it, so a run must be resumed with the same.
         workers: threads that decode. None: one for each processor, 16 at most.
@@ -92,9 +93,10 @@ def open_stream(
             f"size is {size}, channels is {channels} and buffer is {buffer}; needed: at least "
             "1 pixel (or None), 1 or 3 channels (or None), and at least 1 byte"
         )
-    columns = sources.Columns(image_column, label_column)
-    found = _found(str(location), split, columns)
+    asked = sources.Asked(image_column, label_column)
+    found = _found(str(location), split, asked)
     shards = shards_of(found.files)
+    columns = columns_in(schema_of(found.files[0]), str(found.files[0]), asked)
     stream = ImageStream(
         name=found.name,
         classes=found.classes,
@@ -111,11 +113,11 @@ def open_stream(
     return stream if all(stream.shape) else replace(stream, shape=_first_shape(stream))
 
 
-def _found(location: str, split: str | None, columns: sources.Columns) -> sources.Source:
+def _found(location: str, split: str | None, asked: sources.Asked) -> sources.Source:
     path = Path(location).expanduser()
     files = [path] if path.is_file() else list(map(Path, glob.glob(str(path))))
     if path.is_dir() or (files and all(map(_is_parquet, files))):
-        found = sources.find(location, split, columns)
+        found = sources.find(location, split, asked)
         if found.files and all(map(_is_parquet, found.files)):
             return found
     raise UnreadableDataError(

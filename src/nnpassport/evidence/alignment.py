@@ -20,8 +20,7 @@ from copy import deepcopy
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int64
-from scipy.optimize import linear_sum_assignment
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nnpassport.channels import (
@@ -30,6 +29,7 @@ from nnpassport.channels import (
     affine,
     channels_of,
     fold_statistics,
+    group_size,
     keeps_statistics,
     negate,
     per_channel,
@@ -39,6 +39,7 @@ from nnpassport.channels import (
     width,
 )
 from nnpassport.scheme import UnsuitableModelError
+from nnpassport.unfold import completed
 
 MOST_TIMES_WIDER = 4
 """A suspect with a layer that is more times wider than the reference's is not looked at."""
@@ -63,12 +64,31 @@ class Aligned(NamedTuple):
         cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
         dropped: channels that were left out because they are copies, or read by nobody.
         missing: channels of the reference for which the suspect had none: they are zero.
+        whole: the suspect as wide as it is, statistics folded and copies given to what they are
+            copies of: it computes what the suspect does.
+        places: by axis, as in `channels_of`, how each channel of `whole` was matched.
     """
 
     model: nn.Module
     cosines: Mapping[str, float]
     dropped: int
     missing: int
+    whole: nn.Module
+    places: Sequence["Places"]
+
+
+class Places(NamedTuple):
+    """How the channels of one axis of a suspect were matched to the reference's.
+
+    Attributes:
+        source: for each channel of the reference, which of the suspect's it got; −1 is none.
+        cosine: |cosine| of each such pair.
+        nearest: for each channel of the suspect, the largest |cosine| to any of the reference's.
+    """
+
+    source: Int64[Tensor, " reference"]
+    cosine: Float[Tensor, " reference"]
+    nearest: Float[Tensor, " suspect"]
 
 
 @torch.no_grad()
@@ -76,33 +96,42 @@ def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> 
     """The network with these weights, its channels moved, negated and scaled back.
 
     `weights` is a state dict with the reference's names; layers may have more or fewer channels.
-    The reference is in its released form. Neither is changed.
+    What has no place in such a network is left out, what changes nothing may be missing, and norms
+    may be folded into their layers. The reference is in its released form. Neither is changed.
 
     Raises:
         UnsuitableModelError: they are not networks of one kind, or it is not known which layers of
             this kind share channels.
     """
     axes = channels_of(reference)
-    reference, bases = deepcopy(reference), _bases(forms)
+    reference, bases = deepcopy(reference), bases_of(forms)
     suspect = _as_wide(weights, reference, axes)
     for producer in (each for axis in axes for each in axis.producers):
         fold_statistics(reference, producer)
         fold_statistics(suspect, producer)
     dropped = sum(_drop_copies(suspect, axis, width(reference, axis)) for axis in axes)
-    missing = 0
-    for axis, ready in _in_order(axes):
-        missing += _place(suspect, reference, axis, ready, bases)
+    whole, found = deepcopy(suspect), {}
+    for axis, ready in in_order(axes):
+        found[axis] = _place(suspect, reference, axis, ready, bases)
+    missing = sum(int((order < 0).sum()) for order, _ in found.values())
     for axis in axes:  # streams once more, now that all who write them can be compared
         if len(axis.producers) > 1:
-            _place(suspect, reference, axis, axis.producers, bases)
-    cosines = {}
-    for producer in (each for axis in axes for each in axis.producers):
-        along = _cosines(suspect, reference, producer, bases).diagonal()
-        if producer.norm is not None:
-            negate(suspect, producer, torch.where(along < 0, -1.0, 1.0))
-        cosines[producer.layer] = float(along.abs().mean())
+            order, _ = _place(suspect, reference, axis, axis.producers, bases)
+            first, nearest = found[axis]
+            found[axis] = (torch.where(order < 0, -1, first[order]), nearest)
+    cosines, places = {}, []
+    for axis in axes:
+        alike = torch.zeros(width(reference, axis))
+        for producer in axis.producers:
+            along = _cosines(suspect, reference, producer, bases).diagonal()
+            if producer.norm is not None:
+                negate(suspect, producer, torch.where(along < 0, -1.0, 1.0))
+            cosines[producer.layer] = float(along.abs().mean())
+            alike += along.abs() / len(axis.producers)
+        source, nearest = found[axis]
+        places.append(Places(source, alike, nearest))
     _restore_groups(suspect, reference)
-    return Aligned(suspect.eval(), cosines, dropped, missing)
+    return Aligned(suspect.eval(), cosines, dropped, missing, whole.eval(), places)
 
 
 def _as_wide(
@@ -110,11 +139,12 @@ def _as_wide(
 ) -> nn.Module:
     """A network of the reference's kind, as wide as the suspect, that holds its weights."""
     suspect = deepcopy(reference)
+    weights = _heard(completed(weights, reference, axes), reference, axes)
     _adopt_heads(suspect, axes, weights)
+    _adopt_biases(suspect, axes, weights)
     for axis in axes:
         name, most = f"{axis.producers[0].layer}.weight", width(reference, axis)
-        there = weights.get(name)
-        count = 0 if there is None or there.dim() == 0 else len(there)
+        count = _count(weights, axis)
         if not 0 < count <= MOST_TIMES_WIDER * most:
             raise UnsuitableModelError(
                 f"the suspect has {count or 'no'} channels at {name}, and the reference {most}; "
@@ -162,6 +192,53 @@ def _adopt_heads(model: nn.Module, axes: list[Channels], weights: Mapping[str, T
                 setattr(model.get_submodule(name), own, nn.Parameter(resized))
 
 
+def _adopt_biases(model: nn.Module, axes: list[Channels], weights: Mapping[str, Tensor]) -> None:
+    """Give layers the biases that the suspect's have, before their norms say."""
+    for name in {producer.layer for axis in axes for producer in axis.producers}:
+        layer = model.get_submodule(name)
+        if layer._parameters.get("bias") is None and f"{name}.bias" in weights:
+            weight = layer.get_parameter("weight")
+            layer.bias = nn.Parameter(weight.new_zeros(len(weight)))
+
+
+def _heard(
+    weights: Mapping[str, Tensor], reference: nn.Module, axes: list[Channels]
+) -> dict[str, Tensor]:
+    """The weights without channels that nobody reads, where there are too many to look at all.
+
+    Nobody reads a channel if every column for it is zero. What is read too softly to matter is
+    dropped later.
+    """
+    state = dict(weights)
+    for axis in axes:
+        count, most = _count(state, axis), MOST_TIMES_WIDER * width(reference, axis)
+        names = [f"{name}.weight" for name in axis.consumers]
+        readers = [state[name] for name in names if name in state and state[name].dim() > 1]
+        if count <= most or len(readers) < len(names):
+            continue
+        size = max(group_size(reference, producer.norm) for producer in axis.producers)
+        if any(each.shape[1] % count for each in readers) or count % size:
+            continue
+        columns = [each.unflatten(1, (count, -1)).transpose(0, 1).flatten(1) for each in readers]
+        read = torch.cat([each != 0 for each in columns], dim=1).any(1)
+        # Whole groups of a norm only: the others' mean would move.
+        kept = read.view(-1, size).any(1).repeat_interleave(size)
+        for part in (each for producer in axis.producers for each in producer if each):
+            for own in ("weight", "bias", "running_mean", "running_var"):
+                values = state.get(f"{part}.{own}")
+                if values is not None and values.dim() and len(values) == count:
+                    state[f"{part}.{own}"] = values[kept]
+        for name, each in zip(names, readers, strict=True):
+            state[name] = each.unflatten(1, (count, -1))[:, kept].flatten(1, 2)
+    return state
+
+
+def _count(weights: Mapping[str, Tensor], axis: Channels) -> int:
+    """How many channels these weights have on an axis; 0 if that cannot be told."""
+    there = weights.get(f"{axis.producers[0].layer}.weight")
+    return 0 if there is None or there.dim() == 0 else len(there)
+
+
 def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     """Give what reads a channel's copy to the channel, and leave out what nobody reads; how many.
 
@@ -171,8 +248,7 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     directions = [_direction(model, producer) for producer in axis.producers]
     size = torch.cat([_effect(model, producer) for producer in axis.producers], dim=1)
     angles = [unit @ unit.T for unit in (*directions, _unit(size))]
-    twins = torch.stack(angles).amin(0) > 1 - _TWINS**2 / 2
-    first = _first_of_each(twins)
+    first = first_of_each(torch.stack(angles).amin(0))
     scale = size.norm(dim=1) / size.norm(dim=1)[first]
     read = torch.zeros(len(first), dtype=torch.float64)
     for name in axis.consumers:
@@ -191,11 +267,12 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     return len(kept) - int(kept.sum())
 
 
-def _first_of_each(twins: Bool[Tensor, "channels channels"]) -> Int64[Tensor, " channels"]:
+def first_of_each(cosines: Float[Tensor, "channels channels"]) -> Int64[Tensor, " channels"]:
     """For each channel the first that it is a copy of, itself if there is none before it.
 
     To be a copy is not transitive, so only those count that are nobody's copy themselves.
     """
+    twins = cosines > 1 - _TWINS**2 / 2
     first = torch.arange(len(twins))
     for index in range(1, len(twins)):
         before = twins[index, :index] & (first[:index] == torch.arange(index))
@@ -204,7 +281,7 @@ def _first_of_each(twins: Bool[Tensor, "channels channels"]) -> Int64[Tensor, " 
     return first
 
 
-def _in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
+def in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
     """Every axis once, when most of what writes it reads channels that are already in place."""
     unplaced = {name for axis in axes for name in axis.consumers}
     waiting = list(axes)
@@ -225,8 +302,15 @@ def _place(
     axis: Channels,
     compared: Sequence[Producer],
     bases: Forms,
-) -> int:
-    """Bring an axis into the reference's order and scale; how many of its channels are missing."""
+) -> tuple[Int64[Tensor, " reference"], Float[Tensor, " suspect"]]:
+    """Bring an axis into the reference's order and scale.
+
+    Returned are the old place of each channel, −1 where one is missing, and how near each of the
+    suspect's came to any of the reference's.
+    """
+    # Slow to import, and readings without alignment do not need it.
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
+
     likeness = torch.zeros(width(reference, axis), width(suspect, axis))
     for producer in compared:
         cosines = _cosines(suspect, reference, producer, bases)
@@ -248,7 +332,7 @@ def _place(
             scale_rows(values, 1 / larger)
     for name in axis.consumers:
         scale_columns(suspect.get_submodule(name).get_parameter("weight"), larger)
-    return int((order < 0).sum())
+    return order, likeness.amax(0) / max(1, len(compared))
 
 
 def _cosines(
@@ -264,7 +348,7 @@ def _cosines(
     return sides[0] @ sides[1].T
 
 
-def _bases(forms: Forms) -> Forms:
+def bases_of(forms: Forms) -> Forms:
     """Orthonormal rows for what V reads, by layer."""
     for name, read in forms.items():
         if len(read) >= read.shape[1]:

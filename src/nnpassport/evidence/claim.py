@@ -264,7 +264,7 @@ def check_claim(
     if timestamp is None:
         proved += ["there is no timestamp, so nothing proves the claim's age"]
     else:
-        proved += [f"the timestamp proves that it is from {timestamp.as_dict()['time']} or older"]
+        proved += [f"the timestamp proves that it is from {timestamp.as_dict()['latest']} or older"]
     if key is not None:
         proved += ["the disclosed key is the one committed to"]
     return Finding(True, "; ".join(proved), claim, timestamp)

@@ -9,13 +9,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, final
 
-from nnpassport.functional import Geometry
+from nnpassport.evidence import validity
+from nnpassport.evidence.validity import MAX_NUMBERS, positions
+from nnpassport.geometry import Geometry
 from nnpassport.scheme import UnreadableKeyError
 
 NONCE_BYTES = 16
 MAX_LAYERS = 10_000
-MAX_NUMBERS = 2**28
-"""Most numbers in all passports, all signs or all trigger images of one key."""
 
 _FORMAT = "nnpassport-context"
 _VERSION = 1
@@ -23,8 +23,6 @@ _MAX_AXIS = 2**24
 _MAX_NAME = 1_000
 _MAX_JSON = 2**24
 _MAX_COMMAS = 2**20
-_MAX_PRODUCTS = 2**36
-_MAX_LAYER_PRODUCTS = 2**27  # of one layer: sixteen bytes each while its mean patch is taken
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -69,6 +67,9 @@ class Context:
         layers: the host layers, in the order in which signatures are laid over them.
         triggers: shape of the trigger set, or None.
         nonce: 16 random bytes that tell apart two keys of one owner for one model.
+        classes: names of the classes that triggers are labelled with, in their order; None where
+            they were not known. Every label depends on them, so that choosing names for a
+            network that is there already is drawing seeds.
     """
 
     scheme: str
@@ -76,6 +77,7 @@ class Context:
     layers: tuple[LayerShape, ...]
     triggers: TriggerShape | None
     nonce: bytes
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.scheme, "scheme")
@@ -88,21 +90,11 @@ class Context:
             _check_layer(layer)
         distinct = len({layer.name for layer in self.layers})
         _require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
-        numbers = sum((each.bits or 2) * math.prod(each.passport) for each in self.layers)
-        _require(numbers <= MAX_NUMBERS, f"{numbers} passport numbers", f"at most {MAX_NUMBERS}")
-        costs = [_costs(layer) for layer in self.layers]
-        padded, products = sum(each[0] for each in costs), sum(each[1] for each in costs)
-        _require(padded <= MAX_NUMBERS, f"{padded} numbers with padding", f"at most {MAX_NUMBERS}")
-        _require(products <= _MAX_PRODUCTS, f"{products} products", f"at most {_MAX_PRODUCTS}")
-        largest = max((each[1] for each in costs), default=0)
-        _require(
-            largest <= _MAX_LAYER_PRODUCTS,
-            f"a layer of {largest} products",
-            f"at most {_MAX_LAYER_PRODUCTS}",
-        )
-        _require(self.bits <= MAX_NUMBERS, "too many signature bits", f"at most {MAX_NUMBERS}")
         if self.triggers is not None:
             _check_triggers(self.triggers)
+        if self.classes is not None:
+            _check_classes(self.classes, self.triggers)
+        validity.check(self)
 
     @property
     def bits(self) -> int:
@@ -124,8 +116,11 @@ class Context:
     def encode(self) -> bytes:
         """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""
         layers = [_fields_of(layer) for layer in self.layers]
+        # Absent, not null: contexts without names encode as ever.
+        named = {} if self.classes is None else {"classes": self.classes}
         return canonical_json(
             {
+                **named,
                 "format": _FORMAT,
                 "version": _VERSION,
                 "scheme": self.scheme,
@@ -151,6 +146,7 @@ class Context:
                 layers=tuple(_layer_from(layer) for layer in document["layers"]),
                 triggers=_triggers_from(document["triggers"]),
                 nonce=bytes.fromhex(document["nonce"]),
+                classes=_tuples(document.get("classes")),
             )
             canonical = context.encode() == data
         except UnreadableKeyError:
@@ -296,7 +292,7 @@ def _check_layer(layer: LayerShape) -> None:
         "a number from 0 below the stride or the dilation for each axis of a transposed layer",
     )
     _require(
-        _ranks_agree(layer) and (_positions(layer) is not None),
+        _ranks_agree(layer) and positions(layer) is not None,
         f"{where} weight {weight!r:.80} and passport {passport!r:.80}",
         "a passport (in, *space) that the layer can be applied to",
     )
@@ -318,6 +314,7 @@ def _ranks_agree(layer: LayerShape) -> bool:
     axes = geometry.axes
     return (
         axes <= 3
+        and (axes > 0 or geometry.groups == 1)
         and len(weight) == axes + 2
         and len(passport) == max(axes, 1) + 1
         and len(geometry.padding) == len(geometry.dilation) == axes
@@ -344,49 +341,6 @@ def _is_output_padding(geometry: Geometry) -> bool:
     )
 
 
-def _positions(layer: LayerShape) -> tuple[int, ...] | None:
-    """Sides of what the layer makes of its passport; None if it cannot be applied to it."""
-    _, weight, passport, geometry, _ = layer
-    if geometry.axes == 0:
-        return passport[1:]
-    margin = {"reflect": 1, "circular": 0}.get(geometry.padding_mode, -_MAX_AXIS)
-    extras = geometry.output_padding or (0,) * geometry.axes
-    sides = []
-    for kernel, size, pads, dilation, stride, extra in zip(
-        *(weight[2:], passport[1:], geometry.padding, geometry.dilation, geometry.stride, extras),
-        strict=True,
-    ):
-        reach = dilation * (kernel - 1)
-        if geometry.transposed:
-            side = (size - 1) * stride + reach + 1 + extra - sum(pads)
-            fits = pads[0] == pads[1]
-        else:
-            side = (size + sum(pads) - reach - 1) // stride + 1
-            fits = reach < size + sum(pads) and max(pads) <= size - margin
-        if side < 1 or not fits:
-            return None
-        sides.append(side)
-    return tuple(sides)
-
-
-def _costs(layer: LayerShape) -> tuple[int, int]:
-    """What reading bits through the layer takes: numbers of its padded passport, and products."""
-    _, weight, passport, geometry, bits = layer
-    if bits is not None:  # no passport slides
-        return 0, 0
-    inputs, *space = passport
-    # A Linear has no padding and meets each position once; a transposed layer meets each position
-    # of its input with the whole kernel, and pads its output.
-    padding = geometry.padding or ((0, 0),)
-    reached = _positions(layer) or ()
-    if geometry.transposed:
-        sides, met = [*map(max, zip(space, reached, strict=True))], math.prod(space)
-    else:
-        sides = [size + sum(pair) for size, pair in zip(space, padding, strict=True)]
-        met = math.prod(reached)
-    return inputs * math.prod(sides), inputs * math.prod(weight[2:]) * met
-
-
 def _check_triggers(triggers: TriggerShape) -> None:
     count, classes, size = triggers
     valid = isinstance(size, tuple) and len(size) == 3
@@ -398,3 +352,15 @@ def _check_triggers(triggers: TriggerShape) -> None:
         f"a trigger set of {count!r:.20} images of {size!r:.80} in {classes!r:.20} classes",
         f"at least one image (channel, height, width), 2 classes and at most {MAX_NUMBERS} numbers",
     )
+
+
+def _check_classes(classes: Any, triggers: TriggerShape | None) -> None:
+    count = 0 if triggers is None else triggers.classes
+    _require(
+        isinstance(classes, tuple) and len(classes) == count,
+        f"names of {len(classes) if isinstance(classes, tuple) else 'no'} classes",
+        f"one for each of the {count} that its triggers have",
+    )
+    for name in classes:
+        _check_name(name, "class name")
+    _require(len(set(classes)) == count, "class names that repeat", "distinct ones")

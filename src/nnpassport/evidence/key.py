@@ -4,15 +4,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, Any, final
 
-import torch
-from jaxtyping import Float, Int64, UInt8
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from nnpassport.evidence.context import Context, TriggerShape
+from nnpassport.evidence.pictures import abstract_images
 from nnpassport.evidence.seed import (
     SEED_BYTES,
+    array_of,
     check_text,
     derive_labels,
     derive_passport,
@@ -21,9 +22,12 @@ from nnpassport.evidence.seed import (
     length_prefixed,
     trigger_stream,
     triggers_of,
-    whiten_text,
+    whitened_signs,
 )
 from nnpassport.scheme import UnreadableKeyError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @final
@@ -38,6 +42,10 @@ class Key:
     Pictures of the owner's own choice are no such tensors, as long as their labels are not chosen
     too: all else is then derived from the seed *and* the digest of the pictures. Who changes one
     picture draws every label and every bit anew, so that choosing pictures is drawing seeds.
+
+    A key may be made of arrays or of tensors, and holds arrays. What it derives comes as arrays
+    (`signs_array`, `passport_array`, …), for which torch is not needed, and as the same numbers in
+    tensors (`layer_signs`, `layer_passport`, …).
 
     Attributes:
         seed: 32 secret bytes.
@@ -55,12 +63,12 @@ class Key:
     seed: bytes
     context: Context
     text: str | None = None
-    passports: Mapping[str, Tensor] | None = None
-    signs: Mapping[str, Tensor] | None = None
-    trigger_images: Tensor | None = None
-    trigger_labels: Tensor | None = None
-    projections: Mapping[str, Tensor] | None = None
-    trigger_choices: Tensor | None = None
+    passports: Mapping[str, Any] | None = None
+    signs: Mapping[str, Any] | None = None
+    trigger_images: Any = None
+    trigger_labels: Any = None
+    projections: Mapping[str, Any] | None = None
+    trigger_choices: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
@@ -69,16 +77,17 @@ class Key:
             raise _bad_key("both a text and explicit signs", "one of them or neither")
         if self.text is not None:
             check_text(self.text, self.context)
-        _check_explicit(self)
         # Copies, so that a key never changes when the tensors it was made from do.
         for field in ("passports", "signs", "projections"):
             mapping = getattr(self, field)
             if mapping is not None:
-                object.__setattr__(self, field, {n: _own(t) for n, t in mapping.items()})
+                owned = {n: _own(t, f"{field}/{n}") for n, t in mapping.items()}
+                object.__setattr__(self, field, owned)
         for field in ("trigger_images", "trigger_labels", "trigger_choices"):
             tensor = getattr(self, field)
             if tensor is not None:
-                object.__setattr__(self, field, _own(tensor))
+                object.__setattr__(self, field, _own(tensor, field))
+        _check_explicit(self)
 
     def __repr__(self) -> str:
         context = self.context
@@ -130,8 +139,8 @@ class Key:
             length_prefixed(*parts) + _spelled(self.explicit_tensors())
         ).hexdigest()
 
-    def explicit_tensors(self) -> dict[str, Tensor]:
-        """The tensors that were chosen and not derived, as "passports/LAYER", "signs/LAYER", …"""
+    def explicit_tensors(self) -> dict[str, NDArray[Any]]:
+        """What was chosen and not derived, as arrays: "passports/LAYER", "signs/LAYER", …"""
         tensors = {f"passports/{name}": t for name, t in (self.passports or {}).items()}
         tensors |= {f"signs/{name}": t for name, t in (self.signs or {}).items()}
         tensors |= {f"projections/{n}": t for n, t in (self.projections or {}).items()}
@@ -143,73 +152,93 @@ class Key:
             tensors["trigger_choices"] = self.trigger_choices
         return tensors
 
-    def layer_signs(self, name: str) -> Float[Tensor, " out"]:
-        """Signature bits b ∈ {−1, +1} of the layer called `name`.
+    def signs_array(self, name: str) -> NDArray[np.float32]:
+        """Signature bits b ∈ {−1, +1} (out) of the layer called `name`.
 
         Raises:
             UnreadableKeyError: the key has no such layer.
         """
         layer = self.context.layer(name)
         if self.signs is not None:
-            return self.signs[name].clone()
+            return array_of(self.signs[name])
         if self.text is not None:
-            return whiten_text(self.text, self.seed, self.context, self.bound)[name]
+            return whitened_signs(self.text, self.seed, self.context, layer, self.bound)
         return derive_signs(self.seed, self.context, layer, self.bound)
 
-    def layer_passport(self, name: str) -> Float[Tensor, "2 in *space"]:
-        """Passport of the layer called `name`: P_γ and P_β.
+    def passport_array(self, name: str) -> NDArray[np.float32]:
+        """Passport (2 in *space) of the layer called `name`: P_γ and P_β.
 
         Raises:
             UnreadableKeyError: the key has no such layer.
         """
         layer = self.context.layer(name)
         if self.passports is not None:
-            return self.passports[name].clone()
+            return array_of(self.passports[name])
         return derive_passport(self.seed, self.context, layer, self.bound)
 
-    def layer_projection(self, name: str) -> Float[Tensor, "bits fan_in"]:
-        """Projection X that reads the bits of the layer called `name` off its mean filter.
+    def projection_array(self, name: str) -> NDArray[np.float32]:
+        """Projection X (bits fan_in) that reads the bits of the layer called `name`.
 
         Raises:
             UnreadableKeyError: the key has no such layer.
         """
         layer = self.context.layer(name)
         if self.projections is not None:
-            return self.projections[name].clone()
+            return array_of(self.projections[name])
         return derive_projection(self.seed, self.context, layer, self.bound)
 
-    def trigger_set(
-        self,
-    ) -> tuple[UInt8[Tensor, "count channel height width"], Int64[Tensor, " count"]]:
-        """Trigger images and the labels that the owner gave them.
+    def trigger_arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Trigger images (count channel height width), and the labels (count) that they have.
 
         Raises:
             UnreadableKeyError: the key has no trigger set.
         """
-        from nnpassport.data.triggers import abstract_images  # noqa: PLC0415
-
         shape, labels = triggers_of(self.context), self._labels()
         if self.trigger_images is not None:
-            return self.trigger_images.clone(), labels
+            return array_of(self.trigger_images), labels
         draw = trigger_stream(self.seed, self.context)
         return abstract_images(draw, count=shape.count, size=shape.size), labels
 
-    def _labels(self) -> Int64[Tensor, " count"]:
+    def _labels(self) -> NDArray[np.int64]:
         if self.trigger_labels is not None:
-            return self.trigger_labels.clone()
+            return array_of(self.trigger_labels)
         if self.trigger_choices is None:
             return derive_labels(self.seed, self.context, self.bound)
         places = derive_labels(self.seed, self.context, self.bound, self.label_choices)
-        return self.trigger_choices.gather(1, places[:, None])[:, 0]
+        drawn: NDArray[np.int64] = np.take_along_axis(self.trigger_choices, places[:, None], 1)
+        return drawn[:, 0].copy()
+
+    def layer_signs(self, name: str) -> "Tensor":
+        """`signs_array` as a tensor, as are the three below of what they are named after."""
+        return _tensor(self.signs_array(name))
+
+    def layer_passport(self, name: str) -> "Tensor":
+        """Passport of the layer called `name`: P_γ and P_β (2 in *space)."""
+        return _tensor(self.passport_array(name))
+
+    def layer_projection(self, name: str) -> "Tensor":
+        """Projection X (bits fan_in) that reads the layer's bits off its mean filter."""
+        return _tensor(self.projection_array(name))
+
+    def trigger_set(self) -> "tuple[Tensor, Tensor]":
+        """Trigger images (count channel height width) and the labels that the owner gave them."""
+        images, labels = self.trigger_arrays()
+        return _tensor(images), _tensor(labels)
 
 
-def _spelled(tensors: Mapping[str, Tensor]) -> bytes:
+def _tensor(array: NDArray[Any]) -> "Tensor":
+    # The one place where a key meets torch, and only where tensors are asked for.
+    import torch  # noqa: PLC0415
+
+    return torch.from_numpy(array)
+
+
+def _spelled(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     """Name, dtype, shape and little-endian numbers of each, length-prefixed, sorted by name."""
     parts: list[bytes] = []
-    for name, tensor in sorted(tensors.items()):
-        array = tensor.numpy()
+    for name, array in sorted(tensors.items()):
         little_endian = array.astype(array.dtype.newbyteorder("<"))
-        shape = ",".join(str(size) for size in tensor.shape)
+        shape = ",".join(str(size) for size in array.shape)
         parts += [name.encode(), array.dtype.name.encode(), shape.encode()]
         parts += [little_endian.tobytes()]
     return length_prefixed(*parts)
@@ -224,17 +253,17 @@ def _check_explicit(key: Key) -> None:
                 f"explicit {what} for {len(mapping)} layers", f"them for its {len(shapes)} layers"
             )
     for name, passport in (key.passports or {}).items():
-        _check_tensor(passport, f"passports/{name}", torch.float32, (2, *shapes[name].passport))
-        if not passport.isfinite().all():
+        _check_tensor(passport, f"passports/{name}", np.float32, (2, *shapes[name].passport))
+        if not np.isfinite(passport).all():
             raise _bad_key(f"NaN or Inf in the passport of layer {name!r:.80}", "finite numbers")
     for name, signs in (key.signs or {}).items():
-        _check_tensor(signs, f"signs/{name}", torch.float32, (shapes[name].length,))
-        if not (signs.abs() == 1).all():
+        _check_tensor(signs, f"signs/{name}", np.float32, (shapes[name].length,))
+        if not (np.abs(signs) == 1).all():
             raise _bad_key(f"signs of layer {name!r:.80} other than ±1", "−1 or +1 for a channel")
     for name, projection in (key.projections or {}).items():
         shape = (shapes[name].length, math.prod(shapes[name].passport))
-        _check_tensor(projection, f"projections/{name}", torch.float32, shape)
-        if not projection.isfinite().all():
+        _check_tensor(projection, f"projections/{name}", np.float32, shape)
+        if not np.isfinite(projection).all():
             raise _bad_key(f"NaN or Inf in the projection of {name!r:.80}", "finite numbers")
     _check_explicit_triggers(key)
 
@@ -246,21 +275,21 @@ def _check_explicit_triggers(key: Key) -> None:
             raise _bad_key("trigger images or labels", "a context with a trigger set for them")
         return
     if images is not None:
-        _check_tensor(images, "trigger_images", torch.uint8, (shape.count, *shape.size))
+        _check_tensor(images, "trigger_images", np.uint8, (shape.count, *shape.size))
     if labels is not None:
-        _check_tensor(labels, "trigger_labels", torch.int64, (shape.count,))
+        _check_tensor(labels, "trigger_labels", np.int64, (shape.count,))
         if labels.min() < 0 or labels.max() >= shape.classes:
             raise _bad_key("trigger labels out of range", f"classes from 0 to {shape.classes - 1}")
     if key.trigger_choices is not None:
         _check_choices(key.trigger_choices, shape, given=images is not None and labels is None)
 
 
-def _check_choices(choices: Tensor, shape: TriggerShape, *, given: bool) -> None:
+def _check_choices(choices: NDArray[Any], shape: TriggerShape, *, given: bool) -> None:
     if not given:
         raise _bad_key("choices of labels", "images that they are for, and no labels")
-    columns = choices.shape[1] if choices.dim() == 2 else 0
-    _check_tensor(choices, "trigger_choices", torch.int64, (shape.count, columns))
-    ordered = choices.sort(dim=1).values
+    columns = choices.shape[1] if choices.ndim == 2 else 0
+    _check_tensor(choices, "trigger_choices", np.int64, (shape.count, columns))
+    ordered = np.sort(choices, axis=1)
     distinct = bool((ordered[:, 1:] > ordered[:, :-1]).all())
     in_range = columns > 1 and choices.min() >= 0 and choices.max() < shape.classes
     if not (distinct and in_range):
@@ -270,10 +299,10 @@ def _check_choices(choices: Tensor, shape: TriggerShape, *, given: bool) -> None
         )
 
 
-def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-        given = f"{tensor.dtype} of shape {tuple(tensor.shape)} as {name:.90}"
-        raise _bad_key(given, f"{dtype} of shape {tuple(shape)}")
+def _check_tensor(array: NDArray[Any], name: str, dtype: type, shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != tuple(shape):
+        given = f"{array.dtype} of shape {array.shape} as {name:.90}"
+        raise _bad_key(given, f"{np.dtype(dtype)} of shape {tuple(shape)}")
 
 
 def _bad_key(given: str, needed: str) -> UnreadableKeyError:
@@ -283,5 +312,9 @@ def _bad_key(given: str, needed: str) -> UnreadableKeyError:
     )
 
 
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+def _own(tensor: Any, name: str) -> NDArray[Any]:
+    try:
+        return array_of(tensor)
+    except (AttributeError, TypeError, RuntimeError):  # bfloat16, sparse, or no tensor at all
+        given = f"{getattr(tensor, 'dtype', type(tensor).__name__)} as {name:.90}"
+    raise _bad_key(given, "numbers that NumPy has too, such as float32")

@@ -11,9 +11,8 @@ from typing import Any
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
-from torch import Tensor
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
 from nnpassport.evidence.context import (
     Context,
@@ -121,7 +120,7 @@ def _key_from(path: Path, payload: Any) -> Key:
     key, reason = None, "its parts are of the wrong kind"
     try:
         tensors = load_tensors(base64_bytes(payload["tensors"])) if payload["tensors"] else {}
-        groups: dict[str, dict[str, Tensor]] = {"passports": {}, "signs": {}, "projections": {}}
+        groups: dict[str, dict[str, Any]] = {"passports": {}, "signs": {}, "projections": {}}
         for name, tensor in tensors.items():
             group, _, layer = name.partition("/")
             if group in groups:

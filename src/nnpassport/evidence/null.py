@@ -18,8 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.evidence.alignment import Aligned, Forms, align
+from nnpassport.evidence.byshape import Placed, Search, mixed
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.statistics import log10_binomial_tail, log10_corrected
+
+MIXTURES = 8
+"""How many networks are made of the suspect's own filters where no unrelated ones are given."""
 
 READINGS = 2
 """A suspect can be read as it stands and aligned; whoever shows one may have looked at both."""
@@ -42,10 +46,23 @@ class Unrelated(NamedTuple):
 
 
 class AlignedVerdict(NamedTuple):
-    """The verdict on an aligned network, and that network."""
+    """The verdict on an aligned network, and that network; None if only its filters were read."""
 
     verdict: Verdict
-    aligned: Aligned
+    aligned: Aligned | None
+
+
+class ShapedVerdict(NamedTuple):
+    """The verdict on tensors that were known by their shapes, which still has to pay for it.
+
+    Attributes:
+        taken: by layer, the name of the tensor that was read.
+        log10_choices: of how many ways to choose them this is one.
+    """
+
+    verdict: Verdict
+    taken: Mapping[str, str]
+    log10_choices: float
 
 
 def aligned_verdict(
@@ -67,30 +84,92 @@ def aligned_verdict(
     """
     aligned = align(weights, reference, forms)
     found = read(aligned.model.state_dict())
-    matches, cosines, skipped = [], [], 0
+    others: list[_Other] = []
+    skipped = 0
     for each in unrelated.networks:
         try:
             other = align(each, reference, forms)
         except UnsuitableModelError:
             skipped += 1
             continue
-        cosines.append(other.cosines)
-        matches.append(read(other.model.state_dict()).matches)
-    if not matches:
+        others.append(_Other(read(other.model.state_dict()).matches, other.cosines))
+    _require(others, unrelated.origin)
+    return AlignedVerdict(_against(found, aligned, others, unrelated.origin, skipped), aligned)
+
+
+def verdict_by_shape(
+    read: Read,
+    weights: Mapping[str, Tensor],
+    reference: nn.Module,
+    forms: Forms,
+    unrelated: Unrelated | None,
+    rng: torch.Generator,
+) -> ShapedVerdict:
+    """V on tensors of the suspect that are the reference's layers by their shapes (`byshape`).
+
+    Of the few choices that fit best the one that matches best is taken. What is unrelated is as
+    for `aligned_verdict`, and `MIXTURES` of what was chosen in any case.
+
+    Raises:
+        UnsuitableModelError: no choice of tensors fits, or no unrelated network can be aligned.
+    """
+    search = Search(weights, reference, forms)
+    tried = [(each, search.placed(search.matrices(each))) for each in search.best()]
+    choice, placed = max(tried, key=lambda each: read(each[1].tensors).matches)
+    found = read(placed.tensors)
+    others: list[_Other] = []
+    skipped = 0
+    for network in () if unrelated is None else unrelated.networks:
+        try:
+            other = Search(network, reference, forms)
+            aligned = other.placed(other.matrices(other.best()[0]))
+        except UnsuitableModelError:
+            skipped += 1
+            continue
+        others.append(_Other(read(aligned.tensors).matches, aligned.cosines))
+    if unrelated is not None:
+        _require(others, unrelated.origin)
+    chosen = search.matrices(choice)
+    for _ in range(MIXTURES):
+        aligned = search.placed(mixed(chosen, rng))
+        others.append(_Other(read(aligned.tensors).matches, aligned.cosines))
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    origin = origin if unrelated is None else f"{unrelated.origin} and {origin}"
+    verdict = _against(found, placed, others, origin, skipped)
+    taken = {layer: each.name for layer, each in choice.taken.items()}
+    return ShapedVerdict(verdict, taken, search.log10_choices)
+
+
+class _Other(NamedTuple):
+    """An unrelated network, aligned."""
+
+    matches: int
+    cosines: Mapping[str, float]
+
+
+def _require(others: Sequence[_Other], origin: str) -> None:
+    if not others:
         raise UnsuitableModelError(
-            f"none of {unrelated.origin} can be aligned to the reference, so there is no null; "
+            f"none of {origin} can be aligned to the reference, so there is no null; "
             "needed: networks of the owner's architecture, or none"
         )
+
+
+def _against(
+    found: Verdict, aligned: Aligned | Placed, others: Sequence[_Other], origin: str, skipped: int
+) -> Verdict:
+    """The verdict, at the rate of the unrelated networks, and all that alignment found."""
+    matches = [other.matches for other in others]
     cautious = with_null(found, matches)
-    likeness = _likeness(aligned.cosines, cosines)
+    alike = likeness(aligned.cosines, [other.cosines for other in others])
     facts = {
-        "likeness": likeness,
-        "related": likeness >= RELATED,
+        "likeness": alike,
+        "related": alike >= RELATED,
         "cosines": dict(aligned.cosines),
         "dropped": aligned.dropped,
         "missing": aligned.missing,
         "null": {
-            "networks": unrelated.origin,
+            "networks": origin,
             "bits": found.bits,
             "matches": matches,
             "log10_p_analytic": found.log10_p_value,
@@ -99,7 +178,7 @@ def aligned_verdict(
         },
         "readings": READINGS,
     }
-    return AlignedVerdict(replace(cautious, alignment=facts), aligned)
+    return replace(cautious, alignment=facts)
 
 
 def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:
@@ -140,7 +219,7 @@ def _at_rate_of_best(verdict: Verdict, matches: Sequence[int], chance: float = 0
     return min(0.0, verdict.log10_p_value + empirical - analytic)
 
 
-def _likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:
+def likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:
     """Where the suspect's cosines lie between the best unrelated network's (0) and 1."""
     layers = []
     for name, cosine in cosines.items():

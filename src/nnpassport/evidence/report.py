@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from nnpassport.scheme import spelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +34,7 @@ _ROW, _EDGES = 0.62, 1.02  # inches: one row, and all that is above and below th
 _STYLE: Mapping[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
+    "text.parse_math": False,  # a name may be $\\frac{1}$
     "svg.fonttype": "none",  # text stays text: it can be read out, searched and restyled
     "text.color": TONES["ink"],
     "xtick.color": TONES["ink"],
@@ -82,14 +84,14 @@ def inline_svg(draw: "Callable[[], Figure]", name: str, words: str) -> Markup:
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with styled(name):
         file = io.StringIO()
-        draw().savefig(file, format="svg", transparent=True, metadata=nothing)
+        as_text(draw()).savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r' (xmlns(:\w+)?|version)="[^"]*"', "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for tone, colour in TONES.items():
         text = text.replace(colour, f"var(--{tone})")
-    label = Markup.escape(words)
+    label = Markup.escape(spelled(words))
     return Markup(text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1))  # noqa: S704
 
 
@@ -97,22 +99,25 @@ def png(panels: Sequence[Panel]) -> bytes:
     """The panels side by side as a picture, for where there is no browser."""
     with styled():
         file = io.BytesIO()
-        _figure(panels).savefig(
+        as_text(_figure(panels)).savefig(
             file, format="png", dpi=160, facecolor=TONES["paper"], metadata={"Software": None}
         )
     return file.getvalue()
 
 
 def page(template: str, facts: Mapping[str, Any]) -> str:
-    """The HTML page of one of `evidence/templates`; all text in `facts` is escaped.
+    """The HTML page of one of `evidence/templates`; all text in `facts` is spelled and escaped.
 
     Raises:
         jinja2.UndefinedError: the template needs a fact that is not there.
     """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
+
     environment = Environment(
         loader=PackageLoader("nnpassport.evidence"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=lambda value: spelled(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -144,11 +149,20 @@ def small(log10: float) -> str:
 
 
 def styled(salt: str = "") -> AbstractContextManager[None]:
-    """Matplotlib's settings for every figure of a page."""
+    """Matplotlib's settings for every figure of ours; text in it is text, and no formula."""
     from matplotlib import rc_context  # noqa: PLC0415 (slow to import)
 
     style: Any = {**_STYLE, "svg.hashsalt": salt}  # a salt makes equal pictures equal bytes
     return rc_context(style)
+
+
+def as_text(figure: "Figure") -> "Figure":
+    """The figure, with every text in it spelled as on a terminal."""
+    from matplotlib.text import Text  # noqa: PLC0415 (slow to import)
+
+    for text in figure.findobj(Text):
+        text.set_text(spelled(text.get_text()))
+    return figure
 
 
 def _figure(panels: Sequence[Panel]) -> "Figure":

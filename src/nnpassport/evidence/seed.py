@@ -8,12 +8,11 @@ import hmac
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64
 from numpy.typing import NDArray
-from torch import Tensor
 
 from nnpassport.evidence.context import Context, LayerShape, TriggerShape, check_member
 from nnpassport.scheme import BadSignatureError, UnreadableKeyError
@@ -61,10 +60,17 @@ def _salt_of(context: Context) -> bytes:
     return hashlib.sha256(context.encode()).digest()
 
 
+@lru_cache(maxsize=16)
+def _starts_of(context: Context) -> dict[str, int]:
+    """By layer, how many signature bits there are before its own."""
+    starts = accumulate((layer.length for layer in context.layers), initial=0)
+    return {layer.name: start for layer, start in zip(context.layers, starts, strict=False)}
+
+
 def derive_signs(
     seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
-) -> Float[Tensor, " out"]:
-    """Signature bits b ∈ {−1, +1} of one layer: uniform, one for each output channel.
+) -> NDArray[np.float32]:
+    """Signature bits b ∈ {−1, +1} of one layer (out): uniform, one for each output channel.
 
     Raises:
         UnreadableKeyError: the context has no such layer.
@@ -74,8 +80,8 @@ def derive_signs(
 
 def derive_passport(
     seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
-) -> Float[Tensor, "2 in *space"]:
-    """Passport of one layer: P_γ and P_β, integers uniform in −127…127 divided by 127.
+) -> NDArray[np.float32]:
+    """Passport of one layer (2 in *space): P_γ and P_β, integers uniform in −127…127 over 127.
 
     Raises:
         UnreadableKeyError: the context has no such layer.
@@ -83,14 +89,13 @@ def derive_passport(
     check_member(context, layer)
     shape = (2, *layer.passport)
     draw = stream(seed, context, "passport", layer.name, bound)
-    numbers = _signed_bytes(draw, math.prod(shape))
-    return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+    return _fractions(draw, math.prod(shape)).reshape(shape)
 
 
 def derive_projection(
     seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
-) -> Float[Tensor, "bits fan_in"]:
-    """Projection X of one layer: integers uniform in −127…127 divided by 127, a row for each bit.
+) -> NDArray[np.float32]:
+    """Projection X of one layer (bits fan_in): integers uniform in −127…127 divided by 127.
 
     Raises:
         UnreadableKeyError: the context has no such layer.
@@ -98,8 +103,7 @@ def derive_projection(
     check_member(context, layer)
     shape = (layer.length, math.prod(layer.passport))
     draw = stream(seed, context, "projection", layer.name, bound)
-    numbers = _signed_bytes(draw, math.prod(shape))
-    return torch.from_numpy(numbers.astype(np.float32) / np.float32(127)).reshape(shape)
+    return _fractions(draw, math.prod(shape)).reshape(shape)
 
 
 def triggers_of(context: Context) -> TriggerShape:
@@ -118,8 +122,8 @@ def triggers_of(context: Context) -> TriggerShape:
 
 def derive_labels(
     seed: bytes, context: Context, bound: bytes = b"", choices: int | None = None
-) -> Int64[Tensor, " count"]:
-    """Labels of the trigger images, uniform over the classes; or places among so many `choices`.
+) -> NDArray[np.int64]:
+    """Labels of the trigger images (count), uniform over the classes; or places among `choices`.
 
     Raises:
         UnreadableKeyError: the context has no trigger set.
@@ -134,7 +138,7 @@ def derive_labels(
         # Not a bare modulo: the first classes would come up more often than the last.
         kept = words[words < ceiling]
         if len(kept) >= count:
-            return torch.from_numpy(kept[:count] % classes)
+            return kept[:count] % classes
         size *= 2
 
 
@@ -150,7 +154,7 @@ def trigger_stream(seed: bytes, context: Context) -> Stream:
 
 def whiten_text(
     text: str, seed: bytes, context: Context, bound: bytes = b""
-) -> dict[str, Float[Tensor, " out"]]:
+) -> dict[str, NDArray[np.float32]]:
     """Signature bits of every layer, such that their owner can read `text` out of them.
 
     The text's bits (8 for a character, most significant first) are XORed with the stream's over
@@ -168,22 +172,40 @@ def whiten_text(
     return {s.name: _signs_of(part) for s, part in zip(context.layers, parts, strict=True)}
 
 
-def read_text(signs: Float[Tensor, " channels"], seed: bytes, context: Context, length: int) -> str:
+def whitened_signs(
+    text: str, seed: bytes, context: Context, layer: LayerShape, bound: bytes = b""
+) -> NDArray[np.float32]:
+    """The signature bits (out) of one layer as `whiten_text` has them, without those of all others.
+
+    Raises:
+        BadSignatureError: the text is not printable ASCII or has more characters than fit.
+        UnreadableKeyError: the context has no such layer.
+    """
+    check_text(text, context)
+    bits = _stream_bits(seed, context, layer, bound)
+    start = _starts_of(context)[layer.name]
+    spelled = np.unpackbits(np.frombuffer(text.encode("ascii"), np.uint8))[start:][: len(bits)]
+    bits[: len(spelled)] ^= spelled
+    return _signs_of(bits)
+
+
+def read_text(signs: Any, seed: bytes, context: Context, length: int) -> str:
     """The `length` characters that `signs`, of all layers in order, spell under this seed.
 
-    What is not printable ASCII comes out as "�". A sign of zero counts as a zero bit.
+    `signs` is an array or a tensor. What is not printable ASCII comes out as "�". A sign of zero
+    counts as a zero bit.
 
     Raises:
         BadSignatureError: the number of signs is not the key's, or they cannot hold `length`.
     """
-    channels, longest = context.bits, context.bits // 8
+    signs, channels, longest = array_of(signs), context.bits, context.bits // 8
     if tuple(signs.shape) != (channels,) or not 0 <= length <= longest:
         raise BadSignatureError(
             f"got {tuple(signs.shape)} signs to read {length} characters from; needed: {channels} "
             f"signs and at most {longest} characters; concatenate the signs of all layers in order"
         )
     whole = np.concatenate([_stream_bits(seed, context, s) for s in context.layers] or [_NO_BITS])
-    bits = (signs.detach().cpu().numpy() > 0)[: 8 * length] ^ whole[: 8 * length]
+    bits = (signs > 0)[: 8 * length] ^ whole[: 8 * length]
     codes = np.packbits(bits.astype(np.uint8)).tolist()
     return "".join(chr(code) if 32 <= code < 127 else "�" for code in codes)
 
@@ -217,6 +239,14 @@ def log10_text_choices(text: str) -> float:
     return (len(text) + 1) * math.log10(96)
 
 
+def array_of(numbers: Any) -> NDArray[Any]:
+    """A copy of an array or of a tensor, contiguous; what tensors are from is not imported."""
+    if isinstance(numbers, np.ndarray):
+        return np.array(numbers, order="C")
+    array: NDArray[Any] = numbers.detach().cpu().clone().contiguous().numpy()
+    return array
+
+
 _NO_BITS: NDArray[np.uint8] = np.zeros(0, np.uint8)
 
 
@@ -229,8 +259,14 @@ def _stream_bits(
     return np.unpackbits(np.frombuffer(data, np.uint8))[:count]
 
 
-def _signs_of(bits: NDArray[np.uint8]) -> Float[Tensor, " out"]:
-    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+def _signs_of(bits: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return bits.astype(np.float32) * 2 - 1
+
+
+def _fractions(draw: Stream, count: int) -> NDArray[np.float32]:
+    numbers = _signed_bytes(draw, count).astype(np.float32)
+    numbers /= np.float32(127)  # in place: a large projection is there once
+    return numbers
 
 
 def _signed_bytes(draw: Stream, count: int) -> NDArray[np.int8]:

@@ -13,6 +13,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from nnpassport.evidence import curve
 from nnpassport.evidence.context import base64_bytes, base64_text
 from nnpassport.files import write_atomically
 from nnpassport.scheme import (
@@ -63,6 +64,12 @@ def open_envelope(envelope: Envelope, payload_type: str, owner: Ed25519PublicKey
             f"the envelope names the signer {ascii(envelope.keyid)[:80]}, but the owner's public "
             f"key is {public_hex(owner)}; give the public key of whoever signed"
         )
+    if not is_sound(owner):
+        raise BadSignatureError(
+            f"{public_hex(owner)} is no public key that one secret belongs to (of small order, or "
+            "not encoded in the one way), so a signature under it holds for anything; needed: a "
+            "key that `claim keygen` made"
+        )
     try:
         owner.verify(envelope.signature, _pre_authentication(envelope.payload, payload_type))
     except InvalidSignature:
@@ -111,6 +118,11 @@ def envelope_from(document: Any) -> Envelope:
 def public_hex(owner: Ed25519PublicKey) -> str:
     """The 32 bytes of a public key in hexadecimal: how claims write it."""
     return owner.public_bytes_raw().hex()
+
+
+def is_sound(owner: Ed25519PublicKey) -> bool:
+    """Whether signatures under this public key prove that its secret was there: see `curve`."""
+    return curve.is_sound(owner.public_bytes_raw())
 
 
 def bound_name(name: str, owner: Ed25519PublicKey) -> str:
@@ -206,7 +218,7 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
     """The public Ed25519 key in a PEM file.
 
     Raises:
-        UnreadableKeyError: missing, corrupt or of another kind.
+        UnreadableKeyError: missing, corrupt, of another kind, or weak.
     """
     data = read_small(path, "public key", _MAX_PEM, UnreadableKeyError)
     try:
@@ -217,6 +229,12 @@ def load_public_key(path: Path) -> Ed25519PublicKey:
         raise UnreadableKeyError(
             f"{path} is no Ed25519 public key; needed: a PEM file as `claim keygen` writes beside "
             "the signing key; ask the owner for it"
+        )
+    if not is_sound(owner):
+        raise UnreadableKeyError(
+            f"{path} holds a public key that no one secret belongs to (of small order, or not "
+            "encoded in the one way): signatures under it hold for anything; needed: a key that "
+            "`claim keygen` made; ask the owner for it"
         )
     return owner
 

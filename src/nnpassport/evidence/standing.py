@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from nnpassport.evidence.claim import Claim, Finding, check_claim
 from nnpassport.evidence.claimfile import SignedClaim
 from nnpassport.evidence.key import Key
+from nnpassport.evidence.timestamp import Timestamp
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
 
 
@@ -24,7 +25,8 @@ class Standing(NamedTuple):
     Attributes:
         finding: whether signature, timestamp and key hold, and why.
         log10_alpha: the threshold on p that the claim may be judged by.
-        older: whether it is proved to be older than the suspect.
+        older: whether it is proved to be older than the suspect: the last moment at which its
+            token may have been made is before the suspect was there.
         age: what is known of its age, and what follows, in words.
     """
 
@@ -42,6 +44,11 @@ class Standing(NamedTuple):
     def time(self) -> datetime | None:
         """When a timestamp authority saw the claim, or None."""
         return None if self.finding.timestamp is None else self.finding.timestamp.time
+
+    @property
+    def timestamp(self) -> Timestamp | None:
+        """The authority's token, with the moments between which it was made."""
+        return self.finding.timestamp
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -91,10 +98,11 @@ def standing_of(
 def _age(finding: Finding, appeared: datetime | None) -> tuple[str, bool]:
     if finding.timestamp is None:
         return "nothing proves how old the claim is", False
-    proved = f"the claim is proved to be from {_said(finding.timestamp.time)} or before"
+    latest = finding.timestamp.latest
+    proved = f"the claim is proved to be from {_said(latest)} or before"
     if appeared is None:
         return f"{proved}; when the suspect appeared was not said", False
-    if finding.timestamp.time < appeared:
+    if latest < appeared:
         return f"{proved}, older than the suspect ({_said(appeared)})", True
     return f"{proved}, but the suspect was there on {_said(appeared)}", False
 

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cryptography import x509
 
@@ -19,12 +19,23 @@ from nnpassport.files import brief
 from nnpassport.scheme import BadSignatureError, NoTimestampError, UnreadableKeyError
 
 if TYPE_CHECKING:
-    from rfc3161_client import TimeStampResponse
+    from rfc3161_client import TimeStampResponse, TimeStampTokenInfo
 
 MAX_RESPONSE_BYTES = 2**18
 TIMEOUT = 30.0
 """Seconds that an authority may take to answer in full."""
 
+UNSTATED_ACCURACY = 1.0
+"""Seconds by which a time may be off where the token does not say: what ETSI EN 319 421 allows."""
+
+MOST_ACCURACY = 60.0
+"""Seconds by which a time may be off and still be told from another that is off as much.
+
+Whoever has a token that is less accurate bears it: it counts as if made at its latest moment. Else
+a rival could blur anybody's order by asking an authority with a bad clock.
+"""
+
+_WHOLE_SECOND = 1.0  # what is behind the point of a token's time is not read
 _MAX_ROOTS = 2**20
 _SHA256 = x509.ObjectIdentifier("2.16.840.1.101.3.4.2.1")
 
@@ -33,20 +44,43 @@ class Timestamp(NamedTuple):
     """What a token says, once it has been checked.
 
     Attributes:
-        time: when the authority saw the bytes, by its own clock, in UTC.
+        time: when the authority saw the bytes, by its own clock, in UTC, in whole seconds.
         authority: subject of the certificate that signed, as RFC 4514 writes it.
         policy: the rules that the authority works by, an object identifier.
         serial: the token's serial number, in hexadecimal.
+        accuracy: seconds by which the clock may be off, either way, as the token states.
     """
 
     time: datetime
     authority: str
     policy: str
     serial: str
+    accuracy: float = UNSTATED_ACCURACY
 
-    def as_dict(self) -> dict[str, str]:
-        """As plain JSON values; the time as ISO 8601 in UTC."""
-        return {**self._asdict(), "time": self.time.isoformat().replace("+00:00", "Z")}
+    @property
+    def latest(self) -> datetime:
+        """The last moment at which the token may have been made: what it proves."""
+        return _later(self.time, self.accuracy + _WHOLE_SECOND)
+
+    @property
+    def earliest(self) -> datetime:
+        """The first moment that another's earlier token has to be before.
+
+        That is `time` less the accuracy. Of a token that is off by more than `MOST_ACCURACY` only
+        so much before its latest moment: that it is not more accurate is its owner's loss.
+        """
+        if self.accuracy <= MOST_ACCURACY:
+            return _later(self.time, -self.accuracy)
+        return _later(self.latest, -2 * MOST_ACCURACY)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain JSON values; times as ISO 8601 in UTC."""
+        return {
+            **self._asdict(),
+            "time": _said(self.time),
+            "earliest": _said(self.earliest),
+            "latest": _said(self.latest),
+        }
 
 
 def request_timestamp(
@@ -104,6 +138,7 @@ def check_timestamp(response: bytes, data: bytes, roots: Sequence[x509.Certifica
         authority=_printable(signer.subject.rfc4514_string()),
         policy=facts.policy.dotted_string,
         serial=f"{facts.serial_number:x}",
+        accuracy=_accuracy(facts),
     )
 
 
@@ -137,6 +172,30 @@ def _parse(response: bytes) -> "TimeStampResponse":
         said = _printable("; ".join(token.status_string))[:200] or "no reason given"
         raise BadSignatureError(f"the request was not granted (status {token.status}: {said})")
     return token
+
+
+def _accuracy(facts: "TimeStampTokenInfo") -> float:
+    """Seconds by which the token says that its time may be off, either way."""
+    try:
+        stated = facts.accuracy
+        if stated is None:
+            return UNSTATED_ACCURACY
+        seconds, millis, micros = stated.seconds or 0, stated.millis or 0, stated.micros or 0
+        return float(max(0, seconds)) + max(0, millis) / 1e3 + max(0, micros) / 1e6
+    except Exception as error:  # the parser's, and OverflowError; bytes from anybody
+        raise BadSignatureError(f"the token's accuracy cannot be read ({brief(error)})") from error
+
+
+def _later(time: datetime, seconds: float) -> datetime:
+    """So many seconds later, as far as the calendar goes."""
+    try:
+        return time + timedelta(seconds=seconds)
+    except OverflowError:
+        return (datetime.max if seconds > 0 else datetime.min).replace(tzinfo=UTC)
+
+
+def _said(time: datetime) -> str:
+    return time.isoformat().replace("+00:00", "Z")
 
 
 def _signer(token: "TimeStampResponse") -> x509.Certificate:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from nnpassport.evidence.report import TONES, inline_svg, stacked
+from nnpassport.scheme import spelled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _WIDTH, _ROW, _EDGES = 4.6, 0.62, 0.92  # inches, as the other pictures of a page
 _LONGEST_LABEL = 34  # characters; what is longer is in full beside the picture
+_BREAKS = str.maketrans({"\n": "\\n", "\t": "\\t"})
 
 
 class Dot(NamedTuple):
@@ -59,8 +61,8 @@ def tracks_svg(tracks: Tracks, name: str) -> Markup:
 
 
 def short(text: str, most: int = _LONGEST_LABEL) -> str:
-    """A stranger's text for a picture: one line, printable, cut where it is too long."""
-    line = "".join(letter if letter.isprintable() else "�" for letter in text)
+    """A stranger's text for a picture: one line, spelled out, cut where it is too long."""
+    line = spelled(text).translate(_BREAKS)
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
 
@@ -84,7 +86,7 @@ def _figure(tracks: Tracks) -> "Figure":
 
 def _draw(axes: "Axes", index: int, line: Track, limits: tuple[float, float]) -> None:
     middle, across = index + 0.67, axes.get_yaxis_transform()
-    upper: Any = {"transform": across, "va": "center", "parse_math": False}
+    upper: Any = {"transform": across, "va": "center"}
     axes.text(0, index + 0.26, short(line.label), **upper)
     axes.text(1, index + 0.26, line.note, ha="right", color=TONES["muted"], **upper)
     if line.zone is not None:

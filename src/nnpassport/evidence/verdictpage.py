@@ -64,7 +64,7 @@ def hearing_page(facts: Facts) -> str:
     """The page of a hearing."""
     case = {"made_with": None, **facts}
     numbered = [(str(number), each) for number, each in enumerate(facts["reasons"], 1)]
-    return _page("ruling", case, hearing_ruling(case), facts["ruling"] == "owner", numbered)
+    return _page("ruling", case, hearing_ruling(case), bool(facts["owners"]), numbered)
 
 
 def probe_page(facts: Facts) -> str:

@@ -56,8 +56,14 @@ def hearing_ruling(facts: Facts) -> str:
         if len(proved) == 1:
             return f"{owner} alone, of {count(claimants)}, proves a mark in {network}."
         return (
-            f"{' and '.join(proved)} prove a mark in {network}, and {owner} was there before "
+            f"{' and '.join(proved)} prove a mark in {network}, and {owner} comes before "
             "every other."
+        )
+    if facts["ruling"] == "shared":
+        owners = [quoted(each) for each in facts["owners"]]
+        return (
+            f"Shared: {network} holds networks of {' and '.join(owners)}, and none of them was "
+            "made from another."
         )
     if facts["ruling"] == "nobody":
         return f"Nobody, of {count(claimants)}, proves a claim to {network}."
@@ -248,7 +254,7 @@ def _of_order(facts: Facts) -> Sequence[str]:
     known = sum(
         1
         if each["unchecked"] is not None or each["refused"] is not None
-        else 1 + len(each["notes"])
+        else 1 + len(each["notes"]) + (each.get("work") is not None)
         for each in facts["claimants"]
     )
     return list(facts["reasons"])[known:]

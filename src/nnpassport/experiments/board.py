@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnpassport.audit.table import ATTACKS
 from nnpassport.catalog import CATALOG
-from nnpassport.evidence.report import page, styled
+from nnpassport.evidence.report import as_text, page, styled
 from nnpassport.experiments.plans import Plan
 from nnpassport.experiments.standings import (
     KEPT,
@@ -365,7 +365,7 @@ def picture(board: Board) -> bytes:
         _draw(axes, heads, lines)
         file = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", facecolor="#ffffff", metadata=nothing)
+        as_text(figure).savefig(file, format="svg", facecolor="#ffffff", metadata=nothing)
     return file.getvalue()
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from nnpassport.evidence.report import stacked, styled
+from nnpassport.evidence.report import as_text, stacked, styled
 from nnpassport.experiments import reported
 from nnpassport.experiments.contents import SCHEMES
 from nnpassport.experiments.findings import Entry, Findings, Group, Point, Sample
@@ -186,7 +186,7 @@ def picture(findings: Findings, name: str) -> bytes | None:
     with styled(f"{plan.name}-{name}"):
         file = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        _figure(rows).savefig(file, format="svg", facecolor="#ffffff", metadata=nothing)
+        as_text(_figure(rows)).savefig(file, format="svg", facecolor="#ffffff", metadata=nothing)
     return file.getvalue()
 
 

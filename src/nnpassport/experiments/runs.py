@@ -26,6 +26,7 @@ from nnpassport.checkpoint import Loaded, load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.data.imageset import generator_for
+from nnpassport.distributed import together
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import load_key, save_key
 from nnpassport.experiments.cells import (
@@ -39,7 +40,7 @@ from nnpassport.experiments.speed import training_speed
 from nnpassport.experiments.stepcost import step_cost
 from nnpassport.experiments.store import Store
 from nnpassport.experiments.tasks import images_of, published_triggers
-from nnpassport.fidelity import accuracy
+from nnpassport.fidelity import accuracy, measuring_on
 from nnpassport.files import write_atomically
 from nnpassport.provenance import device_name, provenance
 from nnpassport.scheme import UnreadableDataError, UnreadableModelError, Verdict
@@ -71,7 +72,8 @@ def run(cell: Cell, store: Store, show: Show = lambda _: None) -> dict[str, Any]
         "cost": _cost,
         "strangers": _strangers,
     }
-    result = works.get(cell.work, _attack)(cell, store, show)
+    with measuring_on(together().device):
+        result = works.get(cell.work, _attack)(cell, store, show)
     kept = store.keep(cell, result, begun)
     rmtree(store.checkpoints(cell), ignore_errors=True)
     return kept

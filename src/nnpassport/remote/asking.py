@@ -4,6 +4,7 @@ Redirects are not followed, cookies are not kept, compressed answers are not unp
 is sent names this program: a service that knows it is being probed can answer otherwise.
 """
 
+import copy
 import re
 import secrets
 import time
@@ -19,7 +20,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from nnpassport.files import brief
-from nnpassport.remote.labels import Labels
+from nnpassport.remote.labels import Labels, token
 from nnpassport.remote.services import Request, Service
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError
 
@@ -49,10 +50,13 @@ class Answer:
     """What became of one query.
 
     Attributes:
-        label: the class, or −1 where there is none.
+        label: the class, or −1 where there is none; where the classes may be in any order, a number
+            that stands for what was answered.
         note: why there is none; it may quote the service, and is printable and short.
         retries: how often it was asked again.
         seconds: how long it took, waiting included.
+        said: a number that stands for what was answered, where it was looked up in names that were
+            given beside the key; else −1.
     """
 
     kind: Kind
@@ -60,6 +64,7 @@ class Answer:
     note: str = ""
     retries: int = 0
     seconds: float = 0.0
+    said: int = NO_CLASS
 
 
 @final
@@ -168,6 +173,13 @@ class Asker:
         self.service, self.labels = service, labels
         self._limits, self._hidden, self._clock = limits, hidden, clock
         self._next = clock.now()
+        self._any_order = False
+
+    def reading(self, labels: Labels, *, any_order: bool = False) -> "Asker":
+        """The same asker, for whom these are the labels; or whatever is answered is a class."""
+        other = copy.copy(self)
+        other.labels, other._any_order = labels, any_order
+        return other
 
     def ask(self, pixels: UInt8[Tensor, "channels height width"]) -> Answer:
         """What the service calls one image, asked again while that is worth it."""
@@ -205,11 +217,17 @@ class Asker:
             label = self.service.label(body)
         except UnreachableServiceError as error:
             return _failed(str(error), again=True)
-        index = None if label is None else self.labels.index(label)
+        if label is None:
+            return _Try(Answer(Kind.ABSTAINED, note="no label"))
+        if self._any_order:
+            return _Try(Answer(Kind.ANSWERED, token(label)))
+        index, said = self.labels.index(label), NO_CLASS
+        if isinstance(label, str) and self.labels.chosen(label):
+            said = self.labels.meant(label)
         if index is None:
-            what = "no label" if label is None else f"the label {str(label)[:1000]!r} is unknown"
-            return _Try(Answer(Kind.ABSTAINED, note=what))
-        return _Try(Answer(Kind.ANSWERED, index))
+            what = f"the label {str(label)[:1000]!r} is unknown"
+            return _Try(Answer(Kind.ABSTAINED, note=what, said=said))
+        return _Try(Answer(Kind.ANSWERED, index, said=said))
 
     def _pause(self, retries: int, wait: float | None) -> float:
         # The exponent is bounded, or a patient caller's thousandth retry would overflow a float.

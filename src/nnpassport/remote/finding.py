@@ -1,7 +1,8 @@
 """What the answers of a service say."""
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
 
@@ -13,7 +14,15 @@ from nnpassport.catalog import scheme_named
 from nnpassport.data.images import ImageSet
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import triggers_of
+from nnpassport.relabelling import (
+    best_map,
+    corrected,
+    log10_injections,
+    log10_maps,
+    log10_partial_injections,
+)
 from nnpassport.remote.asking import NO_CLASS, Answer, Kind
+from nnpassport.remote.labels import Labels
 from nnpassport.remote.plan import Terms
 from nnpassport.scheme import (
     BadRecipeError,
@@ -118,14 +127,23 @@ def finding(
     terms: Terms,
     answers: tuple[Sequence[Answer], Sequence[Answer]],
     cover: ImageSet | None,
+    labels: Labels | None = None,
 ) -> Probed:
     """What the answers to triggers and covers say; `cover` are the covers themselves, in order.
+
+    `labels` are those by which they were read.
 
     Raises:
         UnreachableServiceError: so few triggers were answered that nothing could have reached α.
     """
-    triggers, covers = answers
-    both, verdict = (*triggers, *covers), _verdict(key, terms, triggers)
+    both = (*answers[0], *answers[1])
+    if terms.any_order:
+        found = _in_the_best_order(key, *answers)
+    else:
+        possible = [answer.label != NO_CLASS for answer in answers[0]]
+        found = _Read(*answers, _names_chosen(answers[0], labels), possible)
+    triggers, covers, *_ = found
+    verdict = _verdict(key, terms, found)
     constant, right = _constant(both), None
     if cover is not None and len(cover.classes) == triggers_of(key.context).classes:
         pairs = zip(covers, cover.labels.tolist(), strict=True)
@@ -144,28 +162,85 @@ def finding(
     )
 
 
-def _verdict(key: Key, terms: Terms, triggers: Sequence[Answer]) -> Verdict:
+class _Read(NamedTuple):
+    """Answers as classes.
+
+    Attributes:
+        choices: log₁₀ of how many ways to read them there were to choose from, by name.
+        possible: which of the triggers could have matched, had the key had other labels.
+    """
+
+    triggers: Sequence[Answer]
+    covers: Sequence[Answer]
+    choices: Mapping[str, float]
+    possible: Sequence[bool]
+
+
+def _verdict(key: Key, terms: Terms, read: _Read) -> Verdict:
     """V on the triggers that were answered.
 
     Raises:
-        UnreachableServiceError: they are so few that no answers could have reached α.
+        UnreachableServiceError: they are so few that no answers could have reached α, or there
+            were so many ways to read them.
     """
-    count, (asked, answered, *_) = triggers_of(key.context).count, _tally(triggers)
+    count, (asked, answered, *_) = triggers_of(key.context).count, _tally(read.triggers)
     answers = torch.full((count,), NO_CLASS)
-    answers[:asked] = torch.tensor([answer.label for answer in triggers])
-    best = _best(key, answers >= 0, terms) if answered else None
-    if best is None or (best.log10_p_value is not None and not best.marked):
-        declined = ", ".join(sorted({a.note for a in triggers if a.note})[:3])
+    answers[:asked] = torch.tensor([answer.label for answer in read.triggers])
+    if answered:
+        possible = torch.zeros(count, dtype=torch.bool)
+        possible[:asked] = torch.tensor(read.possible)
+        best = corrected(_best(key, possible, terms, answers >= 0), read.choices)
+    if not answered or (best.log10_p_value is not None and not best.marked):
+        declined = ", ".join(sorted({a.note for a in read.triggers if a.note})[:3])
+        ways = "".join(f", with 10^{n:.1f} {name}" for name, n in read.choices.items())
         raise UnreachableServiceError(
-            f"{answered} of {asked} triggers were answered ({declined}), too few to reach α = "
-            f"10^{terms.log10_alpha:.1f} however they were; needed: a service that answers more; "
-            "check the labels, or verify by the weights"
+            f"{answered} of {asked} triggers were answered ({declined}){ways}, too few to reach "
+            f"α = 10^{terms.log10_alpha:.1f} however they were; needed: a service that answers "
+            "more; check the labels, or verify by the weights"
         )
     scheme = scheme_named(key.context.scheme)
-    verdict = scheme.verify_answers(answers, key, log10_alpha=terms.log10_alpha)
+    found = scheme.verify_answers(answers, key, log10_alpha=terms.log10_alpha)
+    verdict = corrected(found, read.choices)
     if answered == asked:
         return verdict
     return replace(verdict, reason=f"{verdict.reason}; {answered} of {asked} were answered")
+
+
+def _in_the_best_order(key: Key, triggers: Sequence[Answer], covers: Sequence[Answer]) -> _Read:
+    """The answers as the classes that the triggers' labels fit best, and what that choice costs.
+
+    What the map leaves out is an answer that matches nothing.
+    """
+    _, wanted = key.trigger_set()
+    classes = triggers_of(key.context).classes
+    pairs = zip(triggers, wanted.tolist(), strict=False)
+    said = [(answer.label, label) for answer, label in pairs if answer.label != NO_CLASS]
+    counts = Counter(label for label, _ in said)
+    found = best_map([label for label, _ in said], [label for _, label in said]) or {}
+    reachable = {label for label, _ in counts.most_common(classes)}
+
+    def read(answers: Sequence[Answer]) -> list[Answer]:
+        known = [found.get(answer.label, classes) for answer in answers]
+        return [
+            answer if answer.label == NO_CLASS else replace(answer, label=label)
+            for answer, label in zip(answers, known, strict=True)
+        ]
+
+    orders = {"orders of the classes": log10_injections(len(counts), classes)}
+    possible = [answer.label in reachable for answer in triggers]
+    return _Read(read(triggers), read(covers), orders, possible)
+
+
+def _names_chosen(triggers: Sequence[Answer], labels: Labels | None) -> dict[str, float]:
+    """What it costs that the names by which these answers were read are not in the key.
+
+    Half of the level is for maps that are one-to-one, half for all others.
+    """
+    looked_up = {answer.said for answer in triggers if answer.said != NO_CLASS}
+    if labels is None or not looked_up:
+        return {}
+    count = log10_partial_injections if labels.one_to_one else log10_maps
+    return {"maps of names to classes": math.log10(2) + count(len(looked_up), labels.classes)}
 
 
 def _tally(answers: Sequence[Answer]) -> Tally:
@@ -207,9 +282,20 @@ def _chance(key: Key, right: Sequence[bool]) -> str:
     )
 
 
-def _best(key: Key, mask: Bool[Tensor, " triggers"], terms: Terms) -> Verdict:
-    """The verdict if every trigger that `mask` names were answered as the owner's network does."""
+def _best(
+    key: Key,
+    mask: Bool[Tensor, " triggers"],
+    terms: Terms,
+    answered: Bool[Tensor, " triggers"] | None = None,
+) -> Verdict:
+    """The verdict if every trigger that `mask` names were answered as the owner's network does.
+
+    All others that were `answered`, if any, as it does not.
+    """
     _, labels = key.trigger_set()
-    answers = torch.where(mask, labels, NO_CLASS)
+    no = torch.full_like(labels, NO_CLASS)
+    if answered is not None:
+        no[answered] = triggers_of(key.context).classes  # no label of any trigger
     scheme = scheme_named(key.context.scheme)
+    answers = torch.where(mask, labels, no)
     return scheme.verify_answers(answers, key, log10_alpha=terms.log10_alpha)

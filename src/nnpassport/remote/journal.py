@@ -37,6 +37,8 @@ class Journal:
         """
         if self.path is not None:
             facts = {"query": len(self.answers), **asdict(answer)}
+            if answer.said == NO_CLASS:  # absent: journals without given names are as ever
+                del facts["said"]
             _write(self.path, _line(facts), os.O_APPEND)
         self.answers.append(answer)
 
@@ -85,9 +87,10 @@ def resume(path: Path) -> Journal:
 
 def _answer(facts: Any, number: int) -> Answer:
     kind = Kind(facts["kind"])
-    numbers = (facts["label"], facts["retries"])
+    said = facts.get("said", NO_CLASS)
+    numbers = (facts["label"], facts["retries"], said)
     fits = (
-        set(facts) == {"query", "kind", "label", "note", "retries", "seconds"}
+        set(facts) - {"said"} == {"query", "kind", "label", "note", "retries", "seconds"}
         and facts["query"] == number
         and all(type(each) is int for each in numbers)
         and (facts["label"] >= 0 if kind is Kind.ANSWERED else facts["label"] == NO_CLASS)
@@ -96,7 +99,7 @@ def _answer(facts: Any, number: int) -> Answer:
     )
     if not fits:
         raise ValueError(f"query {number} is not as it was written")
-    return Answer(kind, *numbers[:1], facts["note"], facts["retries"], facts["seconds"])
+    return Answer(kind, *numbers[:1], facts["note"], facts["retries"], facts["seconds"], said)
 
 
 def _no_journal(path: Path, what: str) -> UnreadableDataError:

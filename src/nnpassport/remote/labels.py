@@ -1,5 +1,10 @@
-"""From what a service calls a class to the class's index in the owner's network."""
+"""From what a service calls a class to the class's index in the owner's network.
 
+Names that stand in the key are the owner's, fixed before anybody was asked. Names that are given
+beside it may have been chosen when the answers were known, and `finding.py` has them paid for.
+"""
+
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +14,7 @@ from typing import Any, Self, final
 
 from nnpassport.evidence.signing import read_small
 from nnpassport.files import brief
+from nnpassport.relabelling import plain
 from nnpassport.scheme import UnreadableDataError
 
 MAX_LABELS_BYTES = 2**22
@@ -19,14 +25,16 @@ _INDEX = re.compile(r"(?:LABEL_)?(0|[1-9][0-9]{0,8})")
 @final
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """How a service's labels are read: first as a name, then as an index.
+    """How a service's labels are read: as a name of the key's, as one given beside it, as an index.
 
-    An index is a number, a text of digits, or "LABEL_3", as Hugging Face calls classes without
-    names.
+    A name is known in any case and with any blanks, where that leaves no doubt. An index is a
+    number, a text of digits, or "LABEL_3", as Hugging Face calls classes without names.
 
     Attributes:
         classes: how many classes the key was made for.
-        names: index of each name; empty where there are none.
+        names: index of each name that was given beside the key; empty where there are none, and
+            where they say no more than the indices do.
+        owned: the names in the key, in the order of the classes; empty where it has none.
 
     Raises:
         UnreadableDataError: a name has an index that is none of the classes.
@@ -34,6 +42,7 @@ class Labels:
 
     classes: int
     names: Mapping[str, int] = field(default_factory=dict)
+    owned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         wrong = [name for name, index in self.names.items() if not self._is_class(index)]
@@ -42,6 +51,14 @@ class Labels:
                 f"the label {wrong[0]!r:.80} has index {self.names[wrong[0]]!r:.20}; needed: one "
                 f"of 0 to {self.classes - 1}, the classes that the key was made for"
             )
+        if all(self._number(name) == index for name, index in self.names.items()):
+            object.__setattr__(self, "names", {})
+
+    @property
+    def one_to_one(self) -> bool:
+        """Whether the names that were given, however they are spelled, have a class each."""
+        pairs = {(plain(name), index) for name, index in self.names.items()}
+        return len(pairs) == len({name for name, _ in pairs}) == len({index for _, index in pairs})
 
     @classmethod
     def in_order(cls, names: Sequence[str], classes: int) -> Self:
@@ -60,15 +77,50 @@ class Labels:
 
     def index(self, label: str | int) -> int | None:
         """The class that a service means by `label`, or None if it is not known."""
-        if isinstance(label, str):
-            if label in self.names:
-                return self.names[label]
-            found = _INDEX.fullmatch(label)
-            label = int(found[1]) if found else -1
-        return label if self._is_class(label) else None
+        if not isinstance(label, str):
+            return label if self._is_class(label) else None
+        for found in (self._fixed(label), _named(label, self.names), self._number(label)):
+            if found is not None:
+                return found
+        return None
+
+    def chosen(self, label: str | int) -> bool:
+        """Whether which class is meant was left to names that were given beside the key."""
+        return bool(self.names) and isinstance(label, str) and self._fixed(label) is None
+
+    def meant(self, label: str) -> int:
+        """A number for what is looked up in the names that were given."""
+        return token(plain(label) if self.one_to_one else label)
+
+    def _fixed(self, label: str) -> int | None:
+        """The class by the key's own names, or, where it has names, by the index."""
+        found = _named(label, self._owned())
+        return self._number(label) if found is None and self.owned else found
+
+    def _owned(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.owned)}
+
+    def _number(self, label: str) -> int | None:
+        found = _INDEX.fullmatch(label)
+        index = int(found[1]) if found else -1
+        return index if self._is_class(index) else None
 
     def _is_class(self, index: object) -> bool:
         return type(index) is int and 0 <= index < self.classes
+
+
+def token(label: str | int) -> int:
+    """A number that stands for what a service answered: two answers that differ have two."""
+    data = f"{type(label).__name__} {label}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
+
+
+def _named(label: str, names: Mapping[str, int]) -> int | None:
+    """The index of the name, exactly or else as it may also be spelled, if only one may be."""
+    if label in names:
+        return names[label]
+    found = {index for name, index in names.items() if plain(name) == plain(label)}
+    return found.pop() if len(found) == 1 else None
 
 
 def read_labels(path: Path, classes: int) -> Labels:

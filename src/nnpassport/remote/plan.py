@@ -27,6 +27,8 @@ class Terms:
             nothing to choose.
         covers_per_trigger: ordinary images asked about for each trigger.
         log10_alpha: threshold on log₁₀ p, below 0.
+        any_order: take the one-to-one map of what is answered to classes that fits best, and pay
+            for all that there are: for a service whose classes have other names or another order.
 
     Raises:
         BadRecipeError: a number makes no sense.
@@ -35,6 +37,7 @@ class Terms:
     budget: int | None = None
     covers_per_trigger: int = 1
     log10_alpha: float = LOG10_ALPHA_UNCOMMITTED
+    any_order: bool = False
 
     def __post_init__(self) -> None:
         asks = self.budget is None or self.budget >= 1

@@ -10,6 +10,7 @@ import hashlib
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ def probe(
     """
     terms, shape = terms or Terms(), triggers_of(key.context)
     require_triggers(key)
+    labels = replace(asker.labels, owned=key.context.classes or ())
+    asker = asker.reading(labels, any_order=terms.any_order)
     plan = settle(shape, terms, cover)
     require_power(key, torch.arange(shape.count) < plan.triggers, terms)
     kept = _kept(journal, _settled(asker, key, terms, plan, cover), resume=resume)
@@ -70,14 +73,16 @@ def probe(
     answers = [kept.answers[place] for place in places(order)]
     used = cover.subset(torch.tensor(chosen)) if cover is not None and chosen else None
     parts = answers[: plan.triggers], answers[plan.triggers :]
-    return finding(asker.service.description, key, terms, parts, used)
+    return finding(asker.service.description, key, terms, parts, used, labels)
 
 
 def _settled(
     asker: Asker, key: Key, terms: Terms, plan: Plan, cover: ImageSet | None
 ) -> dict[str, Any]:
     """What a run must not change while it goes on."""
+    any_order = {"any_order": True} if terms.any_order else {}
     return {
+        **any_order,
         "key": key.fingerprint,
         "service": asker.service.description,
         **plan._asdict(),
@@ -92,7 +97,8 @@ def _kept(path: Path | None, settled: Mapping[str, Any], *, resume: bool) -> Jou
     if path is None or not resume:
         return begin(path, {**settled, "nonce": secrets.token_hex(16)})
     found = resumed(path)
-    other = [name for name in settled if found.terms.get(name) != settled[name]]
+    named = {*settled, *found.terms} - {"nonce"}
+    other = sorted(name for name in named if found.terms.get(name) != settled.get(name))
     queries = settled["triggers"] + settled["covers"]
     if other or not isinstance(found.terms.get("nonce"), str) or len(found.answers) > queries:
         raise BadRecipeError(

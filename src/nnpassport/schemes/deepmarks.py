@@ -32,25 +32,21 @@ from torch import Tensor, nn
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
+from nnpassport.evidence.validity import LEAST_REPEATS, USERS
 from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.outputs import Example
 from nnpassport.scheme import BadRecipeError, UnreadableKeyError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.uchida import Uchida, read_out
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.training import Evaluation, History, Journal, Objective, Recipe, Task
 
 ORDER = 5
-"""Of the projective plane whose lines are the users: a (31, 6, 1) design."""
-
-USERS = ORDER**2 + ORDER + 1
+"""Of the projective plane whose lines are the `USERS`: a (31, 6, 1) design."""
 
 COLLUDERS = ORDER
 """How many users, at most, the code tells apart whose copies were averaged."""
-
-LEAST_REPEATS = 2
-"""Of the code: how far they disagree is what shares are held against."""
 
 LEAST_SHARE = 1 / (2 * COLLUDERS)
 """Of an average of copies that a user is named for: half of what one of five has."""
@@ -227,15 +223,16 @@ class DeepMarks:
             UnsuitableModelError: the host layer is missing or has another shape.
             UnreadableKeyError: the key's bits are no whole number of codewords.
         """
+        mark.check_scheme(self.name, key)
         (layer,) = key.context.layers
-        words = words_of(key, layer)
-        matches = (words == _read(weights, key, layer).sign()).sum(1)
-        best = int(matches.argmax())
+        words, read = words_of(key, layer), _read(weights, key, layer).sign()
+        matches = [matching(read, word) for word in words]
+        best = max(range(len(words)), key=matches.__getitem__)
         verdict = judged(
             key,
             "bits of a user's word",
             bits=layer.length,
-            matches=int(matches[best]),
+            matches=matches[best],
             chance=0.5,
             log10_alpha=log10_alpha,
             log10_choices=math.log10(len(words)),

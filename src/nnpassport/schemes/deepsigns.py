@@ -44,6 +44,7 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import triggers_of
+from nnpassport.evidence.validity import GROUP
 from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.functional import HOSTS, filters, geometry_of, is_matrix
 from nnpassport.layers import Branch, on_branch
@@ -59,9 +60,9 @@ from nnpassport.scheme import (
 )
 from nnpassport.schemes import mark
 from nnpassport.schemes.pictures import generator_of, shuffled
-from nnpassport.schemes.signature import as_published, judged
+from nnpassport.schemes.signature import as_published, judged, matching
 from nnpassport.schemes.triggered import with_pictures
-from nnpassport.schemes.triggers import mixing, plain_loss, trigger_batch, trigger_shape
+from nnpassport.schemes.triggers import mixing, plain_loss, taking, trigger_batch, trigger_shape
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import refuse_wrapped
 from nnpassport.training import (
@@ -75,8 +76,6 @@ from nnpassport.training import (
     share_right,
 )
 
-GROUP = 16
-"""Pictures in a group. Part of what a key means, and so no setting."""
 SHARPNESS = 4.0
 """By which √features·cos(row, mean) is multiplied before σ; unmarked it is about normal, σ = 1."""
 
@@ -281,12 +280,13 @@ class DeepSigns:
             UnsuitableModelError: the layer is missing or receives something of another shape.
             UnreadableKeyError: the key has no pictures yet.
         """
+        mark.check_scheme(self.name, key)
         read, (layer,) = read_out(model, key, normalise).sign(), key.context.layers
         return judged(
             key,
             "bits of mean activations",
             bits=layer.length,
-            matches=int((read == key.layer_signs(layer.name)).sum()),
+            matches=matching(read, key.layer_signs(layer.name)),
             chance=0.5,
             log10_alpha=log10_alpha,
         )
@@ -328,8 +328,9 @@ def read_out(model: nn.Module, key: Key, normalise: Normalisation) -> Float[Tens
         UnsuitableModelError: the layer is missing or receives something of another shape.
         UnreadableKeyError: the key has no pictures yet.
     """
-    means, rows = group_means(model, key, normalise), _layout(key).rows.double()
-    return torch.einsum("gbf,gf->gb", rows, means).flatten()
+    # Group by group: in float64 the projection takes three times what it is kept in.
+    pairs = zip(_layout(key).rows, group_means(model, key, normalise), strict=True)
+    return torch.cat([rows.double() @ mean for rows, mean in pairs])
 
 
 def group_means(
@@ -348,9 +349,10 @@ def group_means(
     like = next(model.parameters())
     means = []
     for pictures in key.trigger_set()[0].split(GROUP):
-        seen = normalise(pictures.to(like.device)).to(like.dtype)
-        heard = _heard(model, seen).get(layer.name)
-        activations = _activations([] if heard is None else [heard], layer)
+        with taking(key):
+            heard = _heard(model, normalise(pictures.to(like.device)).to(like.dtype))
+        received = heard.get(layer.name)
+        activations = _activations([] if received is None else [received], layer)
         means.append(activations.cpu().double().mean(0))
     return torch.stack(means)
 

@@ -29,7 +29,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nnpassport.functional import Geometry, collapsed_affine, filters, geometry_of, own_order
+from nnpassport.functional import collapsed_affine, filters, geometry_of, own_order
+from nnpassport.geometry import Geometry
 from nnpassport.layers import Branch, PassportNorm, on_branch, passport_norms
 from nnpassport.outputs import Example, call, tensors_in
 from nnpassport.scheme import UnsuitableModelError

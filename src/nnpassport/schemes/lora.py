@@ -17,7 +17,8 @@ contrary updates of a network that is frozen, and a passport that works can be s
 anybody: what an accuracy under the passport proves is not worth a second forward.
 
 **The base is bound.** A merged W is read as W − W0. Whoever chooses W0 afterwards makes that read
-anything, so a key's nonce is a digest of the base's host weights, and no other base is taken.
+anything, so a key's nonce is a digest of the base's host weights, number for number, and what is
+taken off is what was committed to: not even what lies below its last bit can be chosen.
 
 The bits are uniform and derived apart from X. Given any ΔW, of whatever rank, that was not trained
 on them, each matches with probability ½ independently of all others: that the rows of ΔW depend on
@@ -27,7 +28,7 @@ one another changes nothing, and the p-value is exact.
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, final
@@ -40,11 +41,12 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import NONCE_BYTES, Context, LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
-from nnpassport.functional import Geometry, geometry_of, sign_loss
+from nnpassport.functional import geometry_of, sign_loss
+from nnpassport.geometry import Geometry
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, Survey, choose
@@ -62,6 +64,7 @@ from nnpassport.training import (
 from nnpassport.weights import tensors_digest
 
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_WIDENED = 2**22  # numbers
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 
@@ -151,7 +154,7 @@ class Lora:
                     f"has them on: {', '.join(list(layers)[:40]) or 'no layer'}"
                 )
             _check_fits(pair_of(layers[shape.name]), shape)
-        _check_base({s.name: _base(layers[s.name]).detach() for s in key.context.layers}, key)
+        _committed({s.name: _base(layers[s.name]).detach() for s in key.context.layers}, key)
 
     def objective(
         self,
@@ -246,7 +249,7 @@ class Lora:
         counts = {}
         for layer in key.context.layers:
             gamma = _read(pairs, weights, layer, key.layer_projection(layer.name))
-            matches = int((gamma.sign() == key.layer_signs(layer.name)).sum())
+            matches = matching(gamma.sign(), key.layer_signs(layer.name))
             counts[layer.name] = (matches, layer.length)
         verdict = judged(
             key,
@@ -366,6 +369,10 @@ def pairs_in(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, 
 def added(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
     """ΔW = W − W0 of a merged network's host layers, as a state dict, in float64.
 
+    W0 is what the key commits to, and never more precise than that (`_committed`); it is taken off
+    as it would be stored where W is. A copy of the base that was only rounded has added nothing:
+    how it is rounded can be foreseen, and keys could be tried until one fits.
+
     Raises:
         UnsuitableModelError: `base` is not the network that the key was drawn for, the suspect is
             an adapter or of other shapes, or the key is another scheme's.
@@ -375,28 +382,64 @@ def added(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], key: Key) -
             "a base is taken off merged weights, for a key of scheme lora; verify an adapter's own "
             "file, or a key of another scheme, without it"
         )
-    names = [f"{layer.name}.weight" for layer in key.context.layers]
     for layer in key.context.layers:
         host_weight(weights, layer), host_weight(base, layer)
-    _check_base({layer.name: base[f"{layer.name}.weight"] for layer in key.context.layers}, key)
-    return {name: weights[name].double() - base[name].double() for name in names}
+    given = {layer.name: base[f"{layer.name}.weight"] for layer in key.context.layers}
+    kept = {f"{name}.weight": each for name, each in _committed(given, key).items()}
+    return {name: _difference(weights[name], each) for name, each in kept.items()}
 
 
 def base_digest(weights: Mapping[str, Tensor]) -> bytes:
-    """What a key's nonce says of the base: host weights by layer, whatever float they are kept in.
+    """What a key's nonce says of the base: the exact numbers of its host weights, by layer.
 
-    The first 16 bytes of `weights.tensors_digest`, in float32.
+    The first 16 bytes of `weights.tensors_digest`, in float32, which holds what half precisions do
+    to the last bit; in float64 if that loses anything of any of them.
     """
-    whole = {name: w.float() if w.is_floating_point() else w for name, w in weights.items()}
-    return bytes.fromhex(tensors_digest(whole))[:NONCE_BYTES]
+    exact = all(torch.equal(_single(w).double(), w.double()) for w in weights.values())
+    return _digest(weights, _single if exact else _double)
 
 
-def _check_base(weights: Mapping[str, Tensor], key: Key) -> None:
-    if base_digest(weights) != key.context.nonce:
-        raise UnsuitableModelError(
-            "the base is not the network that the key was drawn for; needed: the same weights, in "
-            "the same precision; any other could be made to fit, so none is taken"
-        )
+def _committed(weights: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+    """The base that a key was drawn for, as precisely as its nonce says it.
+
+    Keys were drawn for a base in float64 by its numbers in float32. Such a base is still theirs, in
+    float32: whatever anybody writes below the last bit of that is not looked at.
+
+    Raises:
+        UnsuitableModelError: the key was drawn for another network.
+    """
+    if base_digest(weights) == key.context.nonce:
+        return dict(weights)
+    if _digest(weights, _single) == key.context.nonce:
+        return {name: _single(w) for name, w in weights.items()}
+    raise UnsuitableModelError(
+        "the base is not the network that the key was drawn for; needed: the same weights, in "
+        "the same precision; any other could be made to fit, so none is taken"
+    )
+
+
+def _digest(weights: Mapping[str, Tensor], form: Callable[[Tensor], Tensor]) -> bytes:
+    formed = {name: form(w) for name, w in weights.items()}
+    return bytes.fromhex(tensors_digest(formed))[:NONCE_BYTES]
+
+
+def _single(weight: Tensor) -> Tensor:
+    return weight.float() if weight.is_floating_point() else weight
+
+
+def _double(weight: Tensor) -> Tensor:
+    return weight.double() if weight.is_floating_point() else weight
+
+
+def _difference(weight: Tensor, base: Tensor) -> Tensor:
+    """What was added to `base`, in float64, once it is as coarse as `weight` is."""
+    whole, plain = weight.double(), base.double()
+    # By its numbers and not by its file's dtype, which may be a finer one than they were made in.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rounded = plain.to(dtype).double()
+        if torch.equal(whole.to(dtype).double(), whole) and rounded.isfinite().all():
+            return whole - rounded
+    return whole - plain
 
 
 def _check_fits(pair: Pair, layer: LayerShape) -> None:
@@ -474,14 +517,21 @@ def _read(
     pairs: Mapping[str, Pair], weights: Mapping[str, Tensor], layer: LayerShape, rows: Tensor
 ) -> Float[Tensor, " out"]:
     """γ in float64, so that every machine reads the same bits."""
+    count = max(1, _WIDENED // rows.shape[1])
+    # One buffer for all parts of a large layer: what is allocated anew the C library scatters.
+    wide = rows.new_empty((min(count, len(rows)), rows.shape[1]), dtype=torch.float64)
+    parts = (wide[: len(part)].copy_(part) for part in rows.split(count))
     if pairs:
         if layer.name not in pairs:
             return torch.zeros(layer.length, dtype=torch.float64)
         pair = pairs[layer.name]
         _check_fits(pair, layer)
-        return Pair(pair.a.cpu().double(), pair.b.cpu().double()).read(rows.double())
-    weight = host_weight(weights, layer).cpu().double()
-    return (weight.flatten(1) * rows.double()).sum(1)
+        a, halves = pair.a.cpu().double(), pair.b.cpu().double().split(count)
+        read = [Pair(a, b).read(part) for b, part in zip(halves, parts, strict=True)]
+    else:
+        stripes = host_weight(weights, layer).cpu().flatten(1).split(count)
+        read = [part.mul_(w).sum(1) for w, part in zip(stripes, parts, strict=True)]
+    return torch.cat(read)
 
 
 def _pair(name: str, half: Mapping[str, Tensor]) -> Pair:

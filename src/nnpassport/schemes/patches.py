@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnpassport.functional import Geometry
+from nnpassport.geometry import Geometry
 
 
 def input_patches(

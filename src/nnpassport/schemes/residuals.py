@@ -29,13 +29,14 @@ from torch.nn import functional as F
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.key import Key
+from nnpassport.evidence.validity import LEAST_ROW
 from nnpassport.fidelity import accuracy, plain_evaluation
 from nnpassport.functional import filters
 from nnpassport.layers import whole_weight
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.schemes.uchida import mean_filter_of
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
@@ -55,9 +56,6 @@ COLUMNS = 253
 
 DROPPED = 0.1
 """Share of a pooled row, the smallest, that is set to zero: the published code's."""
-
-LEAST_ROW = 16
-"""Numbers that a bit's row needs."""
 
 
 @final
@@ -214,6 +212,7 @@ class GreedyResiduals:
         Raises:
             UnsuitableModelError: the host layer is missing or has another shape.
         """
+        mark.check_scheme(self.name, key)
         (layer,) = key.context.layers
         weight = host_weight(weights, layer).detach().cpu().double()
         read = residuals(weight, layer.length).sign()
@@ -221,7 +220,7 @@ class GreedyResiduals:
             key,
             "signs of residuals",
             bits=layer.length,
-            matches=int((read == key.layer_signs(layer.name)).sum()),
+            matches=matching(read, key.layer_signs(layer.name)),
             chance=0.5,
             log10_alpha=log10_alpha,
         )

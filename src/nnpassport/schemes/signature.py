@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import replace
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -15,9 +14,9 @@ from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.seed import log10_text_choices
 from nnpassport.fidelity import accuracy, recalibrate
-from nnpassport.functional import filters, mean_patch, read_bits
+from nnpassport.functional import filters, mean_patch, own_shape, read_bits
 from nnpassport.layers import own_statistics
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import MiscountedError, UnsuitableModelError, Verdict
 from nnpassport.schemes.pan import encode_norms
 from nnpassport.statistics import (
     LOG10_ALPHA_UNCOMMITTED,
@@ -72,8 +71,22 @@ def _matches(weights: Mapping[str, Tensor], key: Key, layer: LayerShape) -> tupl
     """How many bits of one layer match, and of how many."""
     host = host_weight(weights, layer)
     secret = secret_of(key, layer)
-    read = read_bits(host.cpu(), secret.mean_patch)
-    return int((read == secret.signs).sum()), len(secret.signs)
+    return matching(read_bits(host.cpu(), secret.mean_patch), secret.signs), layer.length
+
+
+def matching(read: Tensor, signs: Tensor) -> int:
+    """How many bits were read as the key has them, each compared with one reading of its own.
+
+    Raises:
+        UnsuitableModelError: there is not one reading for each bit. Comparing them all the same
+            would let one bit of the key decide over several readings.
+    """
+    if read.shape != signs.shape or read.dim() != 1:
+        raise UnsuitableModelError(
+            f"V reads {tuple(read.shape)} where the key has {tuple(signs.shape)} bits; needed: one "
+            "reading for each bit; draw a key for this network"
+        )
+    return int((read == signs).sum())
 
 
 def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
@@ -129,11 +142,11 @@ def read_answers(
             f"none of the {len(labels)} trigger images was answered, so nothing can be said; "
             "needed: predicted classes from 0; ask again, or verify by the weights"
         )
-    return judged(
+    return _judged(
         key,
         "trigger labels",
         bits=answered,
-        matches=int((answers.cpu() == labels).sum()),
+        matches=matching(answers.cpu(), labels),
         chance=1 / key.label_choices,
         log10_alpha=log10_alpha,
     )
@@ -181,8 +194,38 @@ def judged(
 ) -> Verdict:
     """The exact verdict on so many matches, each by chance with probability `chance`.
 
-    `log10_choices` is log₁₀ of how many counts of matches V took the best of.
+    `bits` is how many were compared: all that the key has, each once. `log10_choices` is log₁₀ of
+    how many counts of matches V took the best of.
+
+    Raises:
+        MiscountedError: V compared more or fewer bits than the key has, or matched more.
     """
+    if bits != key.context.bits:
+        raise MiscountedError(
+            f"V compared {bits} bits of a key that has {key.context.bits}; needed: each of them, "
+            "once; draw a key for this network"
+        )
+    return _judged(
+        key,
+        what,
+        bits=bits,
+        matches=matches,
+        chance=chance,
+        log10_alpha=log10_alpha,
+        log10_choices=log10_choices,
+    )
+
+
+def _judged(
+    key: Key,
+    what: str,
+    *,
+    bits: int,
+    matches: int,
+    chance: float,
+    log10_alpha: float,
+    log10_choices: float = 0.0,
+) -> Verdict:
     found = f"{matches} of {bits} {what} match"
     verdict = Verdict(
         scheme=key.context.scheme,
@@ -225,10 +268,10 @@ def host_weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:
             "load it with that library and verify the state dict); this one has: "
             f"{', '.join(there[:40]) or 'no layers'}"
         )
-    expected = filters(torch.empty(layer.weight, device="meta"), layer.geometry).shape
-    if weight.shape != expected:
+    expected = own_shape(layer.weight, layer.geometry)
+    if tuple(weight.shape) != expected:
         raise UnsuitableModelError(
             f"{layer.name}.weight has shape {tuple(weight.shape)}; the key was made for "
-            f"{tuple(expected)}; a network of the owner's architecture is needed"
+            f"{expected}; a network of the owner's architecture is needed"
         )
     return filters(weight, layer.geometry)

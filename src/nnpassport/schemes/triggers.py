@@ -1,6 +1,7 @@
 """What the schemes with a trigger set share: its shape, its turn in each step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,14 @@ from nnpassport.evidence.context import TriggerShape
 from nnpassport.evidence.key import Key
 from nnpassport.layers import Branch, on_branch
 from nnpassport.outputs import Example, call, logits_of, part_of, tensors_in
-from nnpassport.scheme import WHOLE, BadRecipeError, Batch, Part, UnsuitableModelError
+from nnpassport.scheme import (
+    WHOLE,
+    BadRecipeError,
+    Batch,
+    OwnershipError,
+    Part,
+    UnsuitableModelError,
+)
 from nnpassport.training import Task
 
 
@@ -50,12 +58,44 @@ def trigger_batch(key: Key, normalise: Normalisation | None) -> Batch:
     return Batch(normalise(images), labels)
 
 
+_SHOWN = 256  # pictures at a time: what the network makes of them may be large
+_PIXELS = 2**24  # numbers of them at a time
+
+
 def answers_to(key: Key, model: nn.Module, normalise: Normalisation) -> Int64[Tensor, " triggers"]:
-    """Classes that `model`, as it stands, predicts for the key's trigger images."""
+    """Classes that `model`, as it stands, predicts for the key's trigger images.
+
+    Raises:
+        UnsuitableModelError: the network does not take images of that size.
+    """
     images, _ = key.trigger_set()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with torch.no_grad():
-        return logits_of(model(normalise(images.to(device)))).argmax(1).cpu()
+    shown = max(1, min(_SHOWN, _PIXELS // images[0].numel()))
+    answers = []
+    with torch.no_grad(), taking(key):
+        for part in images.split(shown):
+            answers.append(logits_of(model(normalise(part.to(device)))).argmax(1).cpu())
+    return torch.cat(answers)
+
+
+@contextmanager
+def taking(key: Key) -> Iterator[None]:
+    """Turns what a network that does not take the key's pictures says into an error of ours.
+
+    Raises:
+        UnsuitableModelError: it said so.
+    """
+    try:
+        yield
+    except OwnershipError:
+        raise
+    except (RuntimeError, ValueError, IndexError) as error:  # shapes that do not meet
+        shape = key.context.triggers
+        size = None if shape is None else shape.size
+        raise UnsuitableModelError(
+            f"the network does not run on the key's pictures of {size} ({error!s:.200}); needed: "
+            "one that takes images of that size"
+        ) from error
 
 
 def mixing(triggers: Batch, count: int) -> Callable[[Batch], Batch]:

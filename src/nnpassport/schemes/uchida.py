@@ -19,12 +19,13 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.fidelity import accuracy, plain_evaluation
-from nnpassport.functional import Geometry, filters
+from nnpassport.functional import filters
+from nnpassport.geometry import Geometry
 from nnpassport.layers import whole_weight
 from nnpassport.outputs import Example, call, logits_of, unwrapped
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, read_answers
+from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
 from nnpassport.schemes.triggers import plain_loss
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.survey import Site, choose, survey
@@ -38,6 +39,8 @@ from nnpassport.training import (
     Task,
     share_right,
 )
+
+_WIDENED = 2**22  # numbers of a projection
 
 
 @final
@@ -195,6 +198,7 @@ class Uchida:
         Raises:
             UnsuitableModelError: the host layer is missing or has another shape.
         """
+        mark.check_scheme(self.name, key)
         (layer,) = key.context.layers
         weight = host_weight(weights, layer).detach().cpu().double()
         read = read_out(weight, key.layer_projection(layer.name)).sign()
@@ -202,7 +206,7 @@ class Uchida:
             key,
             "projected bits",
             bits=layer.length,
-            matches=int((read == key.layer_signs(layer.name)).sum()),
+            matches=matching(read, key.layer_signs(layer.name)),
             chance=0.5,
             log10_alpha=log10_alpha,
         )
@@ -309,7 +313,14 @@ def read_out(
     Gradients flow to the weight and to the projection.
     """
     mean_filter = weight.mean(0).flatten()
-    return projection.to(mean_filter) @ mean_filter
+    same = projection.dtype == mean_filter.dtype or mean_filter.requires_grad
+    if same or projection.numel() <= _WIDENED:
+        return projection.to(mean_filter) @ mean_filter
+    # One buffer for all parts of a large one: what is allocated anew the C library scatters.
+    rows = max(1, _WIDENED // len(mean_filter))
+    wide = mean_filter.new_empty((rows, len(mean_filter)))
+    parts = projection.split(rows)
+    return torch.cat([wide[: len(part)].copy_(part) @ mean_filter for part in parts])
 
 
 def _fan_in(site: Site) -> int:

@@ -1,0 +1,434 @@
+"""Find the owner's layers among a suspect's tensors by their shapes, whatever these are called.
+
+A bare file of weights does not say which of its tensors the function reads. Names are free: they
+can be changed, and the owner's can be put on tensors that nobody reads. So every tensor that has
+the shape for it, in some width, is a candidate for a layer; which one is taken follows from how
+well its filters fit the reference's, layer by layer from the images on, and every choice that there
+was is paid for in the p-value (`log10_choices`), whether it was looked at or not.
+
+Only filters are looked at here. Norms, biases and counters have no shapes to be told by, and
+nothing hangs on them: of two layers one after the other, rows are compared by their angles, which
+no scale changes, and the scale at which a layer reads a channel is that of its columns, brought to
+the reference's. So it does not matter either whether norms were folded into filters. Alignment by
+names (`alignment`), which knows the norms, sees more: twins that take from each other what they
+add to what is read.
+
+Blind, as `alignment`: what a bit is read with is projected out of both sides. Lengths of what is
+left do not depend on the bits: they are the same for a filter and for its mirror image.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from nnpassport.channels import Channels, channels_of, width
+from nnpassport.evidence.alignment import (
+    MOST_CHANNELS,
+    Forms,
+    bases_of,
+    first_of_each,
+    in_order,
+)
+from nnpassport.scheme import UnsuitableModelError
+
+KEPT = 6
+"""How many ways to choose the layers so far are followed, those that fit best."""
+
+_ROUNDS = 3  # of rows to length one and columns to the reference's
+_SMALLEST = 2.0**-60
+
+
+class Candidate(NamedTuple):
+    """A tensor that may be a layer; `turned`: with its two axes exchanged."""
+
+    name: str
+    turned: bool
+
+
+class Placed(NamedTuple):
+    """A suspect's filters in the reference's order.
+
+    Attributes:
+        tensors: a state dict of the layers that were looked for, each "LAYER.weight".
+        cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
+        dropped: channels whose filter is another's too; what is read of them is added up.
+        missing: channels of the reference for which the suspect had none: they are zero.
+    """
+
+    tensors: Mapping[str, Tensor]
+    cosines: Mapping[str, float]
+    dropped: int
+    missing: int
+
+
+class Choice(NamedTuple):
+    """Which tensor is which layer, and how well that fits: the sum of the layers' cosines."""
+
+    taken: Mapping[str, Candidate]
+    fit: float
+
+
+class _Layer(NamedTuple):
+    """A layer of the reference: its filters by input channel, and which axes it stands between."""
+
+    name: str
+    writes: int | None
+    reads: int | None
+    turns: bool  # a norm takes a sign back
+    shape: tuple[int, ...]
+    rows: Float[Tensor, "out channels block"]
+    basis: Float[Tensor, "forms columns"] | None
+
+
+class _State(NamedTuple):
+    """A choice of the layers so far; `orders` says where each of the reference's channels is."""
+
+    fit: float
+    taken: dict[str, Candidate]
+    sums: dict[int, Tensor]
+    firsts: dict[int, Tensor]
+    orders: dict[int, Tensor]
+
+
+_START = _State(0.0, {}, {}, {}, {})
+
+
+@final
+class Search:
+    """What of one suspect may be which layer of one reference.
+
+    Attributes:
+        candidates: by layer, the tensors that fit it and, in their widths, each other.
+    """
+
+    @torch.no_grad()
+    def __init__(self, weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> None:
+        self._weights = weights
+        self._axes = channels_of(reference)
+        self._layers = _layers(reference, self._axes, forms)
+        self._widths = [width(reference, axis) for axis in self._axes]
+        self.candidates = _candidates(weights, self._layers, self._widths)
+
+    @property
+    def log10_choices(self) -> float:
+        """log₁₀ of how many ways there are to choose a tensor for each layer, or more."""
+        return sum(math.log10(len(each)) for each in self.candidates.values())
+
+    @torch.no_grad()
+    def best(self) -> list[Choice]:
+        """The choices that fit best, the best one first."""
+        states = [_START]
+        for layer in self._layers:
+            tried = [
+                found
+                for state in states
+                for each in self.candidates[layer.name]
+                if each not in state.taken.values()
+                and (found := self._with(state, layer, each)) is not None
+            ]
+            states = sorted(tried, key=lambda each: -each.fit)[:KEPT]
+            states = [self._settled(state, layer) for state in states]
+        if not states:
+            raise UnsuitableModelError(
+                "the suspect's tensors are of the shapes of the reference's layers, but no choice "
+                f"of them fits together in its widths; {_NEEDED}"
+            )
+        return [Choice(state.taken, state.fit) for state in states]
+
+    def matrices(self, choice: Choice) -> dict[str, Tensor]:
+        """What was chosen, in float64, each (out channels block)."""
+        return {
+            layer.name: _matrix(self._weights, choice.taken[layer.name], layer)
+            for layer in self._layers
+        }
+
+    @torch.no_grad()
+    def placed(self, matrices: Mapping[str, Tensor]) -> Placed:
+        """These filters in the reference's order, with its signs and lengths."""
+        state, matrices = _START, _read(matrices, self._layers)
+        for layer in self._layers:
+            state = self._settled(self._seen(state, layer, matrices[layer.name]), layer)
+        for axis in state.orders:  # once more: now all who write it can be compared, and as scaled
+            likeness = [
+                self._likeness(layer, matrices[layer.name], state)
+                for layer in self._layers
+                if layer.writes == axis
+            ]
+            state.orders[axis] = _order(torch.stack(likeness).sum(0), state.firsts[axis])
+        found = [self._restored(layer, matrices[layer.name], state) for layer in self._layers]
+        names = [layer.name for layer in self._layers]
+        return Placed(
+            {f"{name}.weight": rows for name, (rows, _) in zip(names, found, strict=True)},
+            {name: cosine for name, (_, cosine) in zip(names, found, strict=True)},
+            sum(int((f != torch.arange(len(f))).sum()) for f in state.firsts.values()),
+            sum(int((order < 0).sum()) for order in state.orders.values()),
+        )
+
+    def _with(self, state: _State, layer: _Layer, candidate: Candidate) -> _State | None:
+        """The state once this tensor is taken for the layer; None if its widths do not fit."""
+        matrix = _matrix(self._weights, candidate, layer)
+        sides = ((layer.writes, len(matrix)), (layer.reads, matrix.shape[1]))
+        if any(axis in state.firsts and len(state.firsts[axis]) != size for axis, size in sides):
+            return None
+        found = self._seen(state, layer, matrix)
+        return found._replace(taken={**state.taken, layer.name: candidate})
+
+    def _seen(self, state: _State, layer: _Layer, matrix: Tensor) -> _State:
+        """The state once these filters have been compared with the layer's."""
+        likeness, axis = self._likeness(layer, matrix, state), layer.writes
+        if axis is None or axis in state.orders:
+            fit = _along(likeness, self._rows_of(layer, state))
+            return state._replace(fit=state.fit + fit)
+        firsts = dict(state.firsts)
+        if axis not in firsts:
+            unit = nn.functional.normalize(matrix.flatten(1), dim=1)
+            cosines = unit @ unit.T
+            firsts[axis] = first_of_each(cosines.abs() if layer.turns else cosines)
+        return state._replace(
+            fit=state.fit + float(likeness.amax(1).mean()),
+            sums={**state.sums, axis: likeness + state.sums.get(axis, 0.0)},
+            firsts=firsts,
+        )
+
+    def _settled(self, state: _State, layer: _Layer) -> _State:
+        """The state, its channels in order if this layer was the last that says which."""
+        axis = layer.writes
+        early = [e.name for e in self._layers if e.writes == axis and _is_early(e, self._layers)]
+        if axis is None or axis in state.orders or layer.name != early[-1]:
+            return state
+        order = _order(state.sums[axis], state.firsts[axis])
+        return state._replace(orders={**state.orders, axis: order})
+
+    def _likeness(self, layer: _Layer, matrix: Tensor, state: _State) -> Tensor:
+        """How alike the layer's filters and these are, the sign apart where it is free."""
+        order = state.orders.get(layer.writes) if layer.writes is not None else None
+        cosines, _ = _compared(layer, self._columns(layer, matrix, state), order)
+        return cosines.abs() if layer.turns else cosines
+
+    def _columns(self, layer: _Layer, matrix: Tensor, state: _State) -> Tensor:
+        """The filters' columns in the reference's order; those of copies are added up."""
+        if layer.reads is None:
+            return matrix
+        first, order = state.firsts[layer.reads], state.orders[layer.reads]
+        if (first != torch.arange(len(first))).any():
+            matrix = torch.zeros_like(matrix).index_add_(1, first, matrix)
+        return matrix[:, order] * (order >= 0)[:, None]
+
+    def _rows_of(self, layer: _Layer, state: _State) -> Int64[Tensor, " channels"]:
+        if layer.writes is None:
+            return torch.arange(len(layer.rows))
+        return state.orders[layer.writes]
+
+    def _restored(self, layer: _Layer, matrix: Tensor, state: _State) -> tuple[Tensor, float]:
+        """The layer's weight as the reference would have it, and how well its filters fit."""
+        order = self._rows_of(layer, state)
+        there = order >= 0
+        rows = self._columns(layer, matrix, state)[order] * there[:, None, None]
+        cosines, scale = _compared(layer, rows, torch.where(there, torch.arange(len(order)), -1))
+        along = cosines.diagonal()
+        rows = rows * scale[:, None]
+        lengths, own = (each.flatten(1).norm(dim=1) for each in (layer.rows, rows))
+        factor = torch.where(own > 0, lengths / own, 0.0)
+        if layer.turns:
+            factor = torch.where(along < 0, -factor, factor)
+        weight = (rows * factor[:, None, None]).reshape(layer.shape)
+        return weight, float(along.abs().mean())
+
+
+def _order(
+    likeness: Float[Tensor, "reference suspect"], first: Int64[Tensor, " suspect"]
+) -> Int64[Tensor, " reference"]:
+    """Where each of the reference's channels is, of those that are nobody's copy; −1: nowhere."""
+    if not likeness.isfinite().all():
+        raise UnsuitableModelError(
+            "the suspect's filters are too long to be compared; needed for alignment: weights "
+            "whose squares can be summed up"
+        )
+    own = (first == torch.arange(len(first))).nonzero().flatten()
+    wanted, found = linear_sum_assignment(likeness[:, own].numpy(), maximize=True)
+    order = torch.full((len(likeness),), -1)
+    order[torch.as_tensor(wanted)] = own[torch.as_tensor(found)]
+    return order
+
+
+def mixed(matrices: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
+    """The same with filters that are random rotations among those of each layer."""
+    found = {}
+    for name, rows in matrices.items():
+        noise = torch.randn(len(rows), len(rows), generator=rng, dtype=torch.float64)
+        rotation = torch.linalg.qr(noise).Q
+        found[name] = (rotation @ rows.flatten(1)).view_as(rows)
+    return found
+
+
+_NEEDED = (
+    "needed for alignment: the layers of the reference, under any names, each with the kernel that "
+    f"it has there and at most {MOST_CHANNELS} channels"
+)
+
+
+def _layers(reference: nn.Module, axes: Sequence[Channels], forms: Forms) -> list[_Layer]:
+    """The layers that write an axis or are read by V, each after all that it is compared through.
+
+    Those that write an axis come before it is read, as far as their own inputs are in order.
+    """
+    bases, reads = bases_of(forms), {n: i for i, axis in enumerate(axes) for n in axis.consumers}
+    writes = {each.layer: i for i, axis in enumerate(axes) for each in axis.producers}
+    turns = {p.layer: p.norm is not None for axis in axes for p in axis.producers}
+    names: list[str] = []
+    settled: set[int | None] = {None}
+    later = [*writes, *(name for name in reads if name not in writes and name in forms)]
+    for axis, ready in in_order(list(axes)):
+        names += [each.layer for each in ready]
+        settled.add(axes.index(axis))
+        names += [
+            name
+            for name in later
+            if name not in names and reads.get(name) in settled and writes.get(name) in settled
+        ]
+    layers = []
+    for name in names:
+        weight = reference.get_submodule(name).get_parameter("weight").detach()
+        read = reads.get(name)
+        inputs = weight.shape[1] if read is None else width(reference, axes[read])
+        layers.append(
+            _Layer(
+                name,
+                writes.get(name),
+                reads.get(name),
+                turns.get(name, False),
+                tuple(weight.shape),
+                weight.double().reshape(len(weight), inputs, -1),
+                bases.get(name),
+            )
+        )
+    return layers
+
+
+def _is_early(layer: _Layer, layers: Sequence[_Layer]) -> bool:
+    """Whether the layer comes before any that reads what it writes."""
+    readers = [n for n, each in enumerate(layers) if each.reads == layer.writes]
+    return not readers or layers.index(layer) < readers[0]
+
+
+def _candidates(
+    weights: Mapping[str, Tensor], layers: Sequence[_Layer], widths: Sequence[int]
+) -> dict[str, list[Candidate]]:
+    """By layer, what may be it: of its kernel, and of widths that fit all the others' in turn."""
+    fits = {layer.name: list(_shaped(weights, layer)) for layer in layers}
+    while True:
+        before = {name: len(each) for name, each in fits.items()}
+        for axis in range(len(widths)):
+            writers = [layer.name for layer in layers if layer.writes == axis]
+            readers = [layer.name for layer in layers if layer.reads == axis]
+            sides = [{out for _, out, _ in fits[n]} for n in writers]
+            sides += [{inputs for _, _, inputs in fits[n]} for n in readers]
+            common = set.intersection(*sides)
+            for name in writers:
+                fits[name] = [each for each in fits[name] if each[1] in common]
+            for name in readers:
+                fits[name] = [each for each in fits[name] if each[2] in common]
+        if before == {name: len(each) for name, each in fits.items()}:
+            break
+    for layer in layers:
+        if not fits[layer.name]:
+            raise UnsuitableModelError(
+                f"none of the suspect's {len(weights)} tensors can be {layer.name}, which is "
+                f"{layer.shape} in the reference: none has its kernel and widths that fit the "
+                f"other layers'; {_NEEDED}; verify without alignment, or give the reference that "
+                "the suspect is a copy of"
+            )
+    return {name: [candidate for candidate, _, _ in each] for name, each in fits.items()}
+
+
+def _shaped(weights: Mapping[str, Tensor], layer: _Layer) -> Iterator[tuple[Candidate, int, int]]:
+    """Tensors of the layer's kernel, with how many channels they write and read."""
+    block, kernel = layer.rows.shape[2], layer.shape[2:]
+    for name, tensor in weights.items():
+        if tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.dim() == len(layer.shape) and tensor.shape[2:] != kernel:
+            continue
+        sizes = [(False, len(tensor), math.prod(tensor.shape[1:]))]
+        if tensor.dim() == len(layer.shape) == 2:
+            sizes.append((True, tensor.shape[1], len(tensor)))
+        for turned, out, columns in sizes:
+            fixed = layer.reads is None and columns != math.prod(layer.rows.shape[1:])
+            answers = layer.writes is None and out != len(layer.rows)
+            small = out <= MOST_CHANNELS and columns // block <= MOST_CHANNELS
+            if columns % block == 0 and small and not fixed and not answers:
+                yield Candidate(name, turned), out, columns // block
+
+
+def _matrix(weights: Mapping[str, Tensor], candidate: Candidate, layer: _Layer) -> Tensor:
+    weight = weights[candidate.name].detach().double()
+    weight = weight.t() if candidate.turned else weight
+    return weight.reshape(len(weight), -1, layer.rows.shape[2])
+
+
+def _read(matrices: Mapping[str, Tensor], layers: Sequence[_Layer]) -> dict[str, Tensor]:
+    """The filters without those of channels for which every reader's column is zero.
+
+    A filter that nobody reads could be anybody's. But of a network that has no more channels than
+    the reference, all are looked at: it may have been pruned.
+    """
+    found = dict(matrices)
+    axes = [axis for axis in {layer.reads for layer in layers} if axis is not None]
+    before = -1
+    while before != (before := sum(each.numel() for each in found.values())):
+        for axis in axes:
+            columns = [found[each.name].abs().amax((0, 2)) for each in layers if each.reads == axis]
+            read = torch.stack(columns).amax(0) > 0
+            writers = [each for each in layers if each.writes == axis]
+            if int(read.sum()) < len(writers[0].rows):
+                continue
+            for layer in layers:
+                if layer.reads == axis:
+                    found[layer.name] = found[layer.name][:, read]
+                if layer.writes == axis:
+                    found[layer.name] = found[layer.name][read]
+    return found
+
+
+def _compared(
+    layer: _Layer, rows: Tensor, order: Int64[Tensor, " channels"] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines between the layer's filters and these, and how much louder their inputs are read.
+
+    Both without what V reads with. Rows have length one, and columns in the mean that which the
+    reference's have: over the rows in this order if there is one, or over all.
+    """
+    own = _unit(_blind(layer, layer.rows))
+    scale = rows.new_ones(rows.shape[1])
+    if layer.reads is not None:
+        there = torch.ones(len(own), dtype=torch.bool) if order is None else order >= 0
+        matched = rows if order is None else rows[order[there]]
+        wanted = own[there].square().sum(2).mean(0)
+        for _ in range(_ROUNDS):
+            found = _unit(_blind(layer, matched * scale[:, None])).square().sum(2).mean(0)
+            ratio = (wanted / found.clamp_min(_SMALLEST)).sqrt()
+            scale = scale * torch.where((found > _SMALLEST) & (wanted > _SMALLEST), ratio, 1.0)
+    theirs = _unit(_blind(layer, rows * scale[:, None]))
+    return own.flatten(1) @ theirs.flatten(1).T, scale
+
+
+def _blind(layer: _Layer, rows: Tensor) -> Tensor:
+    if layer.basis is None:
+        return rows
+    flat, basis = rows.flatten(1), layer.basis.to(rows)
+    return (flat - flat @ basis.T @ basis).view_as(rows)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return nn.functional.normalize(rows.flatten(1), dim=1).view_as(rows)
+
+
+def _along(cosines: Tensor, order: Int64[Tensor, " channels"]) -> float:
+    """The mean of those that are matched; what is missing counts as zero."""
+    there = (order >= 0).nonzero().flatten()
+    return float(cosines[there, order[there]].sum() / len(order))

@@ -1,0 +1,336 @@
+"""Data sets in the forms that people have them in, each read to the same pictures and classes."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import feather, ipc, parquet
+
+from nnpassport.data.images import read_images, read_images_skipping
+from nnpassport.data.stream import open_stream
+from nnpassport.scheme import UnreadableDataError
+
+SHADES = (10, 90, 200)
+NAMES = ("ant", "bee", "cat")
+
+
+def png(number):
+    """A picture of 8 pixels a side, whose shade tells its class."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (SHADES[number % 3],) * 3).save(file, "PNG")
+    return file.getvalue()
+
+
+def struct(count=6):
+    return [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]
+
+
+def check(data, classes=("0", "1", "2"), count=6):
+    assert data.classes == tuple(classes)
+    assert data.labels.tolist() == [number % 3 for number in range(count)]
+    assert data.images[:, 0, 0, 0].tolist() == [SHADES[number % 3] for number in range(count)]
+
+
+def hub_features(column, names):
+    """The metadata that `datasets` writes into its files."""
+    features = {column: {"names": list(names), "_type": "ClassLabel"}}
+    return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+
+
+# Tables
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("img", "label"),  # cifar10 on the hub
+        ("img", "fine_label", "coarse_label"),  # cifar100
+        ("image", "labels"),  # flowers
+        ("jpg", "cls"),
+        ("anything", "target"),  # the one column that holds pictures
+    ],
+)
+def test_the_hubs_own_columns_are_found(tmp_path, columns):
+    image, label, *others = columns
+    labels = {label: [number % 3 for number in range(6)], **{name: [0] * 6 for name in others}}
+    table = pa.table({image: struct(), **labels})
+    path = tmp_path / "train.parquet"
+    parquet.write_table(table.replace_schema_metadata(hub_features(label, NAMES)), path)
+    check(read_images(path), NAMES)
+    stream = open_stream(path)
+    assert stream.classes == NAMES
+    assert len(stream) == 6
+
+
+def test_columns_that_cannot_be_told_are_asked_for(tmp_path):
+    path = tmp_path / "two.parquet"
+    given = {"left": struct(), "right": struct(), "kind": [number % 3 for number in range(6)]}
+    parquet.write_table(pa.table(given), path)
+    complaint = "no column of pictures by a usual name; its columns are: left, right, kind"
+    with pytest.raises(UnreadableDataError, match=complaint) as caught:
+        read_images(path)
+    assert "--image-column" in str(caught.value)
+    with pytest.raises(UnreadableDataError, match="no column of labels by a usual name"):
+        read_images(path, image_column="left")
+    check(read_images(path, image_column="right", label_column="kind"))
+
+
+def test_a_column_that_was_named_is_never_replaced(tmp_path):
+    path = tmp_path / "one.parquet"
+    parquet.write_table(pa.table({"image": struct(), "label": [0, 1, 2] * 2}), path)
+    with pytest.raises(UnreadableDataError, match="no column 'img'"):
+        read_images(path, image_column="img")
+
+
+def saved(folder, names=NAMES):
+    """A folder as `Dataset.save_to_disk` writes it."""
+    folder.mkdir(parents=True)
+    table = pa.table({"image": struct(), "label": [0, 1, 2] * 2})
+    with ipc.new_stream(str(folder / "data-00000-of-00001.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    features = {"label": {"names": list(names), "_type": "ClassLabel"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    (folder / "state.json").write_text("{}")
+
+
+def test_folders_that_datasets_saved_are_read(tmp_path):
+    saved(tmp_path / "one")
+    check(read_images(tmp_path / "one"), NAMES)
+    check(read_images(tmp_path / "one" / "data-00000-of-00001.arrow"), NAMES)
+    for split in ("train", "test"):
+        saved(tmp_path / "both" / split)
+    (tmp_path / "both" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    check(read_images(tmp_path / "both", split="train"), NAMES)
+    with pytest.raises(UnreadableDataError, match="splits test, train and none was chosen"):
+        read_images(tmp_path / "both")
+
+
+def test_feather_files_are_read_and_damaged_ones_named(tmp_path):
+    path = tmp_path / "pictures.feather"
+    feather.write_feather(pa.table({"image": struct(), "label": [0, 1, 2] * 2}), str(path))
+    check(read_images(path))
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(
+        UnreadableDataError, match=r"pictures\.feather is not a readable Arrow file"
+    ):
+        read_images(path)
+
+
+# Archives
+
+
+def archive(path, samples, mode="w"):
+    """A tar of the samples' files, (name, content)."""
+    with tarfile.open(path, mode) as tar:
+        for name, content in samples:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def shard(first, count, label=lambda number: ("cls", str(number % 3).encode())):
+    for number in range(first, first + count):
+        extension, content = label(number)
+        yield f"./{number:05d}.png", png(number)
+        yield f"./{number:05d}.{extension}", content
+
+
+def named(number):
+    return "cls", NAMES[number % 3].encode()
+
+
+def in_json(number):
+    return "json", json.dumps({"label": number % 3, "caption": "an animal"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("label", "classes"),
+    [
+        (lambda number: ("cls", str(number % 3).encode()), ("0", "1", "2")),
+        (named, NAMES),
+        (in_json, ("0", "1", "2")),
+    ],
+)
+def test_webdataset_archives_are_read(tmp_path, label, classes):
+    archive(tmp_path / "train-000000.tar", shard(0, 3, label))
+    archive(tmp_path / "train-000001.tar", shard(3, 3, label))
+    check(read_images(tmp_path), classes)
+    check(read_images(tmp_path / "train-*.tar"), classes)
+    check(read_images(tmp_path / "train-{000000..000001}.tar"), classes)
+    with pytest.raises(UnreadableDataError, match=r"1 are not there, such as .*000002"):
+        read_images(tmp_path / "train-{000000..000002}.tar")
+
+
+def test_archives_that_cannot_be_used_are_refused_by_name(tmp_path):
+    packed = tmp_path / "packed.tar"
+    archive(packed, shard(0, 6), "w:gz")
+    with pytest.raises(UnreadableDataError, match=r"packed\.tar is not a readable tar.*gunzip"):
+        read_images(packed)
+    whole = tmp_path / "whole.tar"
+    archive(whole, shard(0, 6))
+    content = whole.read_bytes()
+    for kept in (1500, 3072, 3500, 5632):  # in a header, between members, in a picture
+        whole.write_bytes(content[:kept])
+        with pytest.raises(UnreadableDataError, match=r"whole\.tar is not a readable tar"):
+            read_images(whole)
+    archive(tmp_path / "notes.tar", [("a.txt", b"1"), ("b.txt", b"2")])
+    with pytest.raises(UnreadableDataError, match="hold no pictures"):
+        read_images(tmp_path / "notes.tar")
+    both = [
+        ("a.png", png(0)),
+        ("a.jpg", png(1)),
+        ("a.cls", b"0"),
+        ("b.png", png(1)),
+        ("b.cls", b"1"),
+    ]
+    archive(tmp_path / "both.tar", both)
+    with pytest.raises(UnreadableDataError, match="sample 'a' has pictures png, jpg"):
+        read_images(tmp_path / "both.tar")
+    assert len(read_images(tmp_path / "both.tar", image_column="png")) == 2
+
+
+def test_a_sample_without_a_class_is_named(tmp_path):
+    archive(tmp_path / "some.tar", [*shard(0, 6), ("./00006.png", png(6))])
+    with pytest.raises(UnreadableDataError, match=r"00006\.png cannot be used.*no label"):
+        read_images(tmp_path / "some.tar")
+    data, skipped = read_images_skipping(tmp_path / "some.tar")
+    check(data)
+    assert len(skipped) == 1
+
+
+# Lists
+
+
+@pytest.mark.parametrize(
+    ("head", "line", "classes"),
+    [
+        ("file_name,label", "{0}.png,{1}", ("0", "1", "2")),
+        ("id;breed;class", "{0};x;{2}", NAMES),  # no extension, another separator
+        ("Image\tLabel", "img/{0}.png\t{2}", NAMES),
+    ],
+)
+def test_tables_of_text_list_pictures(tmp_path, head, line, classes):
+    (tmp_path / "img").mkdir()
+    for number in range(6):
+        for folder in (tmp_path, tmp_path / "img"):
+            (folder / f"{number}.png").write_bytes(png(number))
+    lines = [line.format(number, number % 3, NAMES[number % 3]) for number in range(6)]
+    (tmp_path / "metadata.csv").write_text("\ufeff" + "\n".join([head, *lines, ""]), "utf-8")
+    check(read_images(tmp_path), classes)
+    check(read_images(tmp_path / "metadata.csv"), classes)
+
+
+def test_lists_that_cannot_be_used_say_why(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("a,b\n0.png,1\n")
+    with pytest.raises(UnreadableDataError, match=r"columns a, b, and which.*--image-column"):
+        read_images(path)
+    path.write_text("file,label\n0.png\n")
+    with pytest.raises(UnreadableDataError, match="1 columns and the first one 2"):
+        read_images(path)
+    path.write_text("file,label\n0.png,ant\n1.png,bee\n")
+    with pytest.raises(UnreadableDataError, match=r"0\.png cannot be used"):
+        read_images(path)
+    path.write_bytes(b"file,label\n\xff\xfe,1\n")
+    with pytest.raises(UnreadableDataError, match="cannot be read as CSV"):
+        read_images(path)
+
+
+# CIFAR as its authors give it
+
+
+def cifar(folder, *, hundred=False):
+    """A small binary version; returns its pixels and classes, training and test."""
+    folder.mkdir(parents=True)
+    rng, stored = np.random.default_rng(0), {}
+    files = ["train.bin", "test.bin"] if hundred else ["data_batch_1.bin", "data_batch_2.bin"]
+    files += [] if hundred else ["test_batch.bin"]
+    for file in files:
+        pixels = rng.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8)
+        labels = np.arange(20) * (5 if hundred else 1) % (100 if hundred else 10)
+        front = np.stack([labels // 5, labels], 1) if hundred else labels[:, None]
+        rows = np.concatenate([front.astype(np.uint8), pixels.reshape(20, -1)], 1)
+        (folder / file).write_bytes(rows.tobytes())
+        stored[file] = pixels, labels
+    names = "fine_label_names.txt" if hundred else "batches.meta.txt"
+    count = 100 if hundred else 10
+    (folder / names).write_text("".join(f"class {number}\n" for number in range(count)) + "\n")
+    return stored
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+def test_cifar_is_read_as_its_authors_give_it(tmp_path, hundred):
+    inner = "cifar-100-binary" if hundred else "cifar-10-batches-bin"
+    stored = cifar(tmp_path / "data" / inner, hundred=hundred)
+    test = "test.bin" if hundred else "test_batch.bin"
+    with tarfile.open(tmp_path / "cifar-10(0)-binary.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "data" / inner, inner)
+    archived = tmp_path / ("cifar-100-binary.tar.gz" if hundred else "cifar-10-binary.tar.gz")
+    (tmp_path / "cifar-10(0)-binary.tar.gz").rename(archived)
+    for source in (tmp_path / "data" / inner, tmp_path / "data", archived):
+        data = read_images(source, split="test")
+        assert (data.images.numpy() == stored[test][0]).all()
+        assert (data.labels.numpy() == stored[test][1]).all()
+        assert data.classes[3] == "class 3"
+        train = read_images(source, split="train")
+        assert (train.images[:20].numpy() == next(iter(stored.values()))[0]).all()
+        assert len(train) == (20 if hundred else 40)
+        with pytest.raises(UnreadableDataError, match="splits train, test and none was chosen"):
+            read_images(source)
+    one = read_images(tmp_path / "data" / inner / test)
+    assert (one.images.numpy() == stored[test][0]).all()
+
+
+def test_a_damaged_file_of_cifar_is_named(tmp_path):
+    cifar(tmp_path / "c")
+    path = tmp_path / "c" / "test_batch.bin"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UnreadableDataError, match=r"test_batch\.bin has 61459 bytes.*rows of 3073"):
+        read_images(tmp_path / "c", split="test")
+    path.write_bytes(bytes([77]) + bytes(3072))
+    with pytest.raises(UnreadableDataError, match="a class 77; needed: below 10"):
+        read_images(tmp_path / "c", split="test")
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"\x1f\x8b junk")
+    with pytest.raises(UnreadableDataError, match="not a readable archive"):
+        read_images(tmp_path / "cifar-10-binary.tar.gz", split="test")
+
+
+# Folders
+
+
+@pytest.mark.parametrize("names", [("Train", "Test"), ("train", "val"), ("dev", "eval", "train")])
+def test_splits_are_never_taken_for_classes(tmp_path, names):
+    for name in names:
+        for kind in NAMES:
+            (tmp_path / name / kind).mkdir(parents=True)
+            (tmp_path / name / kind / "0.png").write_bytes(png(NAMES.index(kind)))
+    with pytest.raises(UnreadableDataError, match="none was chosen; choose one with --split"):
+        read_images(tmp_path)
+    check(read_images(tmp_path / names[0]), NAMES, count=3)
+    check(read_images(tmp_path, split=names[0]), NAMES, count=3)
+
+
+def test_a_folder_too_high_is_said(tmp_path):
+    for kind in NAMES:
+        (tmp_path / "set" / "inner" / kind).mkdir(parents=True)
+        (tmp_path / "set" / "inner" / kind / "0.png").write_bytes(png(NAMES.index(kind)))
+    with pytest.raises(UnreadableDataError, match="one folder, inner, and folders in that"):
+        read_images(tmp_path / "set")
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(("top", "expected"), [(255, 255), (4095, 255), (65535, 255), (1000, 62)])
+def test_grey_of_sixteen_bits_is_scaled_by_the_bits_in_use(tmp_path, top, expected):
+    for kind in NAMES:
+        (tmp_path / kind).mkdir()
+        levels = np.linspace(0, top, 64).round().astype(np.uint16).reshape(8, 8)
+        Image.fromarray(levels).save(tmp_path / kind / "0.png")
+    data = read_images(tmp_path, channels=1)
+    assert int(data.images.max()) == expected
+    assert int(data.images.min()) == 0

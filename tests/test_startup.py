@@ -1,0 +1,288 @@
+"""What starts at once: commands and modules that need no torch, and a package that loads lazily."""
+
+import ast
+import hashlib
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import nnpassport
+from nnpassport import audit, lazy
+from nnpassport.attacks import perturbation, removal
+from nnpassport.audit import table
+from nnpassport.audit.acts import ACTS
+from nnpassport.catalog import ADAPTERS, CATALOG, Entry
+from nnpassport.evidence.claim import claim_of, sign_claim
+from nnpassport.evidence.claimfile import write_signed
+from nnpassport.evidence.context import Context, LayerShape, TriggerShape
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import save_key
+from nnpassport.evidence.signing import save_signing_key
+from nnpassport.geometry import Geometry
+from nnpassport.schemes.uchida import UCHIDA
+
+ROOT = Path(__file__).parent.parent
+SLOW = (
+    *("torch", "scipy", "sklearn", "pyarrow", "accelerate", "matplotlib", "jaxtyping", "PIL"),
+    *("httpx", "joblib", "jinja2", "transformers", "onnx", "datasets", "tensorboard"),
+)
+"""Packages that take a noticeable part of a second, or far more, to import."""
+
+GROUND = (
+    *("scheme", "geometry", "lazy", "processes", "files", "statistics", "catalog"),
+    *("audit.table", "evidence.context", "evidence.pictures", "evidence.seed", "evidence.key"),
+    *("evidence.keyfile", "evidence.claim", "evidence.claimfile", "evidence.signing"),
+    *("evidence.timestamp", "evidence.standing", "evidence.judge", "evidence.report"),
+    *("evidence.tracks", "evidence.verdictwords", "evidence.verdictplots", "evidence.verdictpage"),
+)
+"""What a judge's side is made of: it does without torch, also where none is installed."""
+
+COMMANDS = tuple(
+    path.stem
+    for path in sorted((ROOT / "src" / "nnpassport").glob("*.py"))
+    if "import typer" in path.read_text(encoding="utf-8")
+)
+
+WITHOUT_TORCH = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" or name.startswith("torch."):
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+sys.meta_path.insert(0, NoTorch())
+"""
+
+WATCHED = """
+import sys
+from nnpassport.cli import main
+sys.argv[0] = "nnpassport"
+try:
+    main()
+finally:
+    loaded = {name.partition(".")[0] for name in sys.modules}
+    print("loaded:", *sorted(loaded & set(SLOW)), file=sys.stderr)
+"""
+
+
+def python(program, *words, cwd=None):
+    """What a program prints in a process of its own that ends well."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A key with layers and triggers, a signed claim to it, and the pair that signed."""
+    folder = tmp_path_factory.mktemp("house")
+    conv = LayerShape("conv", (40, 3, 3, 3), (3, 8, 8), Geometry((1, 1), ((1, 1),) * 2, (1, 1)))
+    triggers = TriggerShape(6, 10, (3, 8, 8))
+    key = Key(bytes(32), Context("passport-v3", "Alice", (conv,), triggers, bytes(16)))
+    signing = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    save_key(key, folder / "alice.key")
+    save_key(key, folder / "locked.key", passphrase="open sesame")
+    save_signing_key(signing, folder / "signing.pem", folder / "signing.pub.pem")
+    claim = claim_of(key, signing.public_key(), reference=None, log10_alpha=-9, fidelity=None)
+    write_signed(sign_claim(claim, signing), folder / "alice.claim.json")
+    return folder
+
+
+# Commands
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--help",
+        "--version",
+        "verify --help",
+        "leaderboard --help",
+        "schemes",
+        "schemes --json",
+        "attacks",
+        "attacks --json",
+        "key show alice.key",
+        "claim show alice.claim.json",
+        "claim verify alice.claim.json --owner signing.pub.pem --key alice.key",
+        "claim keygen --out drawn.pem",
+        "claim new --key alice.key --signing signing.pem --out new.claim.json",
+    ],
+)
+def test_a_command_that_needs_no_network_loads_nothing_slow(house, words):
+    out, errors = python(f"SLOW = {SLOW!r}{WATCHED}", *words.split(), cwd=house)
+    assert out or errors
+    assert errors.splitlines()[-1] == "loaded:"
+
+
+def test_a_locked_key_is_shown_without_torch_too(house, monkeypatch):
+    monkeypatch.setenv("NNPASSPORT_PASSPHRASE", "open sesame")
+    out, errors = python(f"SLOW = {SLOW!r}{WATCHED}", "key", "show", "locked.key", cwd=house)
+    assert "Alice" in out
+    assert errors.splitlines()[-1] == "loaded:"
+
+
+def test_the_watch_sees_what_a_command_loads(house):
+    """Else the tests above would pass whatever is loaded."""
+    _, errors = python(f"import jinja2\nSLOW = {SLOW!r}{WATCHED}", "--version", cwd=house)
+    assert errors.splitlines()[-1] == "loaded: jinja2"
+
+
+def test_the_commands_say_the_same_where_torch_is_not_installed(house):
+    for words in (["key", "show", "alice.key", "--json"], ["schemes", "--json"]):
+        program = "from nnpassport.cli import main; main()"
+        assert python(program, *words, cwd=house) == python(
+            WITHOUT_TORCH + program, *words, cwd=house
+        )
+
+
+# Modules
+
+
+def test_the_ground_and_every_command_module_import_where_torch_is_not_installed():
+    assert {"cli", "options", "judging", "claiming"} <= set(COMMANDS)
+    lines = "\n".join(f"import nnpassport.{name}" for name in (*GROUND, *COMMANDS))
+    python(f"{WITHOUT_TORCH}{lines}\nassert 'torch' not in sys.modules")
+
+
+def test_without_torch_a_key_derives_the_same_numbers(house):
+    program = f"""{WITHOUT_TORCH}
+import hashlib
+from nnpassport import load_key
+key = load_key("alice.key")
+numbers = (key.signs_array("conv"), key.passport_array("conv"), *key.trigger_arrays())
+print(*(hashlib.sha256(each.tobytes()).hexdigest() for each in numbers), key.fingerprint)
+"""
+    key = nnpassport.load_key(house / "alice.key")
+    tensors = (key.layer_signs("conv"), key.layer_passport("conv"), *key.trigger_set())
+    ours = [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in tensors]
+    assert python(program, cwd=house)[0].split() == [*ours, key.fingerprint]
+
+
+def test_importing_the_package_loads_two_of_its_modules_and_nothing_else():
+    program = """
+import sys
+before = set(sys.modules)
+import nnpassport
+assert nnpassport.__version__ and set(nnpassport.__all__) <= set(dir(nnpassport))
+print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))
+print(*sorted(name for name in sys.modules if name.startswith("nnpassport")))
+"""
+    packages, modules = python(program)[0].splitlines()
+    assert modules == "nnpassport nnpassport.lazy"
+    assert set(packages.split()) <= {"nnpassport", *sys.stdlib_module_names}
+
+
+# Names that are loaded when they are asked for
+
+
+@pytest.mark.parametrize("package", [nnpassport, audit], ids=["nnpassport", "audit"])
+def test_every_public_name_is_there_and_is_what_mypy_is_told(package):
+    """The imports that type checkers see are those that are carried out."""
+    (seen,) = (
+        node
+        for node in ast.parse(inspect.getsource(package)).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    told = {alias.name: node.module for node in seen.body for alias in node.names}
+    assert told == package._HOMES
+    assert set(package.__all__) <= set(told) <= set(dir(package))
+    for name, module in told.items():
+        assert getattr(package, name) is getattr(importlib.import_module(module), name)
+
+
+def test_a_star_import_brings_all_names():
+    names = {}
+    exec("from nnpassport import *", names)  # only legal at the top of a module
+    assert {name for name in names if not name.startswith("__")} == set(nnpassport.__all__)
+    assert names["V2"] is nnpassport.V2
+
+
+def test_modules_are_attributes_without_an_import_of_their_own():
+    """As they were when the package loaded them all."""
+    program = """
+import nnpassport
+print(nnpassport.scheme.__name__, nnpassport.catalog.CATALOG["pan"].source, nnpassport.cli.app)
+"""
+    assert python(program)[0].startswith("nnpassport.scheme Zha20 ")
+
+
+def test_an_unknown_name_is_an_attribute_error_and_a_missing_dependency_is_not(tmp_path):
+    for name in ("V4", "_private", "__wrapped__"):
+        assert not hasattr(nnpassport, name)
+    with pytest.raises(AttributeError, match="module 'nnpassport' has no attribute 'V4'"):
+        _ = nnpassport.V4
+    with pytest.raises(ImportError, match="cannot import name 'V4'"):
+        exec("from nnpassport import V4")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "__init__.py").write_text(
+        "from nnpassport.lazy import lazily\n__getattr__, __dir__ = lazily(__name__, {})\n"
+    )
+    (tmp_path / "half" / "broken.py").write_text("import not_installed\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        half = importlib.import_module("half")
+        with pytest.raises(ModuleNotFoundError, match="not_installed"):
+            _ = half.broken
+    sys.modules.pop("half")
+
+
+# The tables
+
+
+def test_the_catalog_names_schemes_by_their_own_names():
+    for name, entry in {**CATALOG, **ADAPTERS}.items():
+        assert entry.scheme.name == name
+        assert entry.scheme is entry.scheme
+        assert callable(entry.published_key) or entry.published_key is None
+    assert [n for n, e in CATALOG.items() if e.published_key] == ["frontier-stitching"]
+
+
+def test_a_row_may_hold_a_scheme_as_well_as_its_place():
+    mine = replace(UCHIDA, bits=8)
+    entry = Entry(mine, "ours", "bits", lambda key: key)
+    assert entry.scheme is mine
+    assert entry.published_key("key") == "key"
+
+
+def test_every_attack_has_an_act_and_every_act_is_an_attack():
+    assert list(ACTS) == list(table.ATTACKS)
+    assert tuple(perturbation.KINDS) == table.KINDS
+    assert tuple(removal.FORMS) == table.FORMS
+    for name, attack in table.ATTACKS.items():
+        acts = {**ACTS, name: lambda subject, strength: (subject, strength)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nnpassport.audit.acts.ACTS", acts)
+            assert attack.run("subject", 0.5) == ("subject", 0.5)
+
+
+def test_a_row_of_an_attack_may_hold_what_it_does_as_well():
+    attack = table.Attack(table.REMOVAL, "mine", lambda subject, strength: (subject, strength))
+    assert attack.run("subject", 0.5) == ("subject", 0.5)
+
+
+def test_the_tables_print_without_the_schemes_and_the_attacks(call):
+    for words, names in ((("schemes",), CATALOG), (("attacks",), table.ATTACKS)):
+        code, out, _ = call(*words, "--json")
+        assert code == 0
+        listed = json.loads(out)
+        assert [row if isinstance(row, str) else row["name"] for row in listed] == list(names)
+
+
+def test_load_finds_what_an_address_names():
+    found = lazy.load("nnpassport.schemes.uchida:UCHIDA")
+    assert found is UCHIDA
