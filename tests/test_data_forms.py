@@ -334,3 +334,47 @@ def test_grey_of_sixteen_bits_is_scaled_by_the_bits_in_use(tmp_path, top, expect
     data = read_images(tmp_path, channels=1)
     assert int(data.images.max()) == expected
     assert int(data.images.min()) == 0
+
+
+# The command line
+
+
+@pytest.mark.parametrize("form", ["hub", "csv", "tar"])
+def test_the_command_trains_on_what_people_have_and_says_what_it_read(tmp_path, call, form):
+    source = tmp_path / form
+    source.mkdir()
+    if form == "hub":
+        table = pa.table({"img": struct(24), "fine_label": [0, 1, 2] * 8, "coarse_label": [0] * 24})
+        table = table.replace_schema_metadata(hub_features("fine_label", NAMES))
+        parquet.write_table(table, source / "train.parquet")
+    elif form == "csv":
+        lines = [f"{number}.png,{NAMES[number % 3]}" for number in range(24)]
+        for number in range(24):
+            (source / f"{number}.png").write_bytes(png(number))
+        (source / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+    else:
+        archive(source / "train-0.tar", shard(0, 24, named))
+    small = ("--model", "resnet18", "--norm", "batch", "--set", "width=0.125", "--size", 16)
+    few = ("--epochs", 1, "--batch", 8, "--no-augment", "--validation", 0.25)
+    code, _, err = call("train", "--data", source, *small, *few, "-o", tmp_path / "out")
+    assert code == 0, err
+    assert f"{form}: 24 images in 3 classes: ant, bee, cat" in " ".join(err.split())
+
+
+def test_gaps_and_what_was_left_out_are_said(tmp_path, call):
+    labels = [1000 * (1 + number % 3) for number in range(24)]
+    pictures = [*struct(23), {"bytes": b"junk", "path": "23.png"}]
+    parquet.write_table(pa.table({"pic": pictures, "kind": labels}), tmp_path / "gaps.parquet")
+    small = ("--model", "resnet18", "--norm", "batch", "--set", "width=0.125", "--size", 16)
+    few = ("--epochs", 1, "--batch", 8, "--validation", 0.25, "-o", tmp_path / "out")
+    given = ("train", "--data", tmp_path / "gaps.parquet", *small, *few)
+    code, _, err = call(*given, "--label-column", "kind")
+    assert code == 2
+    assert "23.png" in err
+    assert "--skip-corrupt" in err
+    code, _, err = call(*given, "--label-column", "kind", "--skip-corrupt")
+    said = " ".join(err.split())
+    assert "23 images in 3,001 classes" in said
+    assert "2,998 of these classes have no image" in said
+    assert "left out: gaps.parquet row 23 (23.png)" in said
+    assert code == 0, err

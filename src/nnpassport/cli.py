@@ -37,18 +37,22 @@ from nnpassport.options import (
     Factory,
     Flip,
     Held,
+    ImageColumn,
     Images,
     Initial,
     KeyFile,
+    LabelColumn,
     Norm,
     Out,
     Passphrase,
     Precision,
     Rate,
+    Reading,
     RecipeName,
     Resume,
     Seed,
     Size,
+    SkipCorrupt,
     Split,
     Stream,
     Tensorboard,
@@ -234,6 +238,9 @@ def train(
     split: Split = None,
     test: Test = None,
     test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    skip_corrupt: SkipCorrupt = False,
     stream: Stream = False,
     model: Architecture = "alexnet",
     norm: Norm = "group",
@@ -263,7 +270,8 @@ def train(
         recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
     )
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
-    sets = sets_from(data, split, test, test_split, base, validation, seed, stream)
+    reading = Reading(image_column, label_column, skip_corrupt)
+    sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
     with journal_in(out, resume, tensorboard) as journal:
         done = ownership.train(
             out, base.config_for(sets), sets, run, initial=base.weights, journal=journal
@@ -279,6 +287,9 @@ def embed(
     split: Split = None,
     test: Test = None,
     test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    skip_corrupt: SkipCorrupt = False,
     stream: Stream = False,
     model: Architecture = "alexnet",
     norm: Norm = "group",
@@ -331,7 +342,8 @@ def embed(
         recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
     )
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
-    sets = sets_from(data, split, test, test_split, base, validation, seed, stream)
+    reading = Reading(image_column, label_column, skip_corrupt)
+    sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
     with journal_in(out, resume, tensorboard) as journal:
         done = ownership.embed(
             out,

@@ -10,9 +10,13 @@ import typer
 from nnpassport.options import (
     AsJson,
     Factory,
+    ImageColumn,
     KeyFile,
+    LabelColumn,
     OptionalImages,
     Passphrase,
+    Reading,
+    SkipCorrupt,
     Split,
     images_from,
     key_from,
@@ -50,6 +54,9 @@ def verify(
     key: KeyFile,
     data: OptionalImages = None,
     split: Split = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    skip_corrupt: SkipCorrupt = False,
     target: Annotated[
         float | None,
         typer.Option(help="Accuracy that was declared, 0 to 1 (default: the claim's, or its own)."),
@@ -124,6 +131,7 @@ def verify(
     if base is not None and (black_box or align is not None):
         raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
+    reading = Reading(image_column, label_column, skip_corrupt)
     options = verification.Options(
         reference=None if like is None else read_config(like),
         trusted_factory=factory,
@@ -140,7 +148,7 @@ def verify(
     else:
         trial = None
         if data is not None:
-            images = images_from(data, split, verification.config_of(suspect, options))
+            images = images_from(data, split, verification.config_of(suspect, options), reading)
             trial = verification.declared_trial(images, target, tolerance, options.standing)
         verdict = verification.verify(suspect, secret, trial=trial, options=options)
     time = _time(appeared)
@@ -172,6 +180,9 @@ def judge(
     unrelated: Unrelated = None,
     data: OptionalImages = None,
     split: Split = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    skip_corrupt: SkipCorrupt = False,
     report: Report = None,
     as_json: AsJson = False,
 ) -> None:
@@ -179,11 +190,11 @@ def judge(
     from nnpassport import hearing, verification  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
-    images = {}
+    images, reading = {}, Reading(image_column, label_column, skip_corrupt)
     if data is not None:  # read here, as what is wrong with them is no claimant's fault
         configs = hearing.networks(suspect, exhibits)
         for config in configs or [verification.config_of(suspect, verification.Options())]:
-            images[config.input_size] = images_from(data, split, config)
+            images[config.input_size] = images_from(data, split, config, reading)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
         heard = hearing.hear(suspect, exhibits, bench, show=show)

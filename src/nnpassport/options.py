@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from nnpassport.terminal import progress_bar
+from nnpassport.terminal import errors, progress_bar
+
+_NAMED = 10  # classes and pictures that are named, at most
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 KeyFile = Annotated[Path, typer.Option("--key", help="Secret key file, from `key new`.")]
@@ -26,11 +28,23 @@ Images = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Images: 'digits', a .parquet file or pattern, a folder of shards or of one folder "
-        "per class, a .npz file, or hub:owner/name.",
+        help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder of "
+        "such files or of one folder per class; CIFAR's binary version; .npz; hub:owner/name.",
     ),
 ]
 OptionalImages = Annotated[str | None, typer.Option("--data", help="Images to measure F on.")]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the pictures, where its name is not a usual one (image, img …)."),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the classes, where its name is not a usual one (label, class …)."),
+]
+SkipCorrupt = Annotated[
+    bool,
+    typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read, and say which."),
+]
 Split = Annotated[str | None, typer.Option(help="Split of --data (digits, folders, hub names).")]
 Architecture = Annotated[
     str, typer.Option("--model", help="alexnet, resnet18, resnet50, or a model folder.")
@@ -72,6 +86,23 @@ Flip = Annotated[
 Best = Annotated[
     bool, typer.Option("--keep-best", help="Keep the epoch that is best on held-out images.")
 ]
+
+
+class Reading(NamedTuple):
+    """How images are read, where that is not as usual.
+
+    Attributes:
+        image: column of the pictures, or None for a usual name.
+        label: column of the classes, or None for a usual name.
+        skip_corrupt: leave out pictures that cannot be read.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    skip_corrupt: bool = False
+
+
+AS_USUAL = Reading()
 
 
 class Base:
@@ -186,31 +217,65 @@ def sets_from(
     validation: float,
     seed: int,
     stream: bool = False,
+    reading: Reading = AS_USUAL,
 ) -> Any:
     """Training, held-out and test images, read with a bar on stderr, or to be streamed."""
     from nnpassport import ownership  # noqa: PLC0415
 
     opened = stream_from if stream else images_from
-    images = opened(data, split, base.config)
-    tested = None if test is None else opened(test, test_split, base.config)
+    images = opened(data, split, base.config, reading)
+    tested = None if test is None else opened(test, test_split, base.config, reading)
     return ownership.divide(images, tested, validation=validation, seed=seed)
 
 
-def images_from(source: str, split: str | None, config: Any) -> Any:
-    """The images of one source, at the size and channels of `config`."""
-    from nnpassport.data.images import read_images  # noqa: PLC0415
+def images_from(source: str, split: str | None, config: Any, reading: Reading = AS_USUAL) -> Any:
+    """The images of one source, at the size and channels of `config`; stderr says what was read."""
+    from nnpassport.data.images import read_images, read_images_skipping  # noqa: PLC0415
 
     channels, size, _ = config.input_size
+    named = {"image_column": reading.image, "label_column": reading.label}
     with progress_bar(f"reading {Path(source).name}") as show:
-        return read_images(source, split=split, size=size, channels=channels, progress=show)
+        wanted = {"split": split, "size": size, "channels": channels, **named, "progress": show}
+        if reading.skip_corrupt:
+            images, skipped = read_images_skipping(source, **wanted)
+        else:
+            images, skipped = read_images(source, **wanted), ()
+    say_read(images)
+    for each in skipped[:_NAMED]:
+        errors.print(f"left out: {each}", markup=False)
+    if len(skipped) > _NAMED:
+        errors.print(f"left out: {len(skipped) - _NAMED} more", markup=False)
+    return images
 
 
-def stream_from(source: str, split: str | None, config: Any) -> Any:
+def stream_from(source: str, split: str | None, config: Any, reading: Reading = AS_USUAL) -> Any:
     """The images of Parquet shards, at the size and channels of `config`; none is read yet."""
     from nnpassport.data.stream import open_stream  # noqa: PLC0415
 
     channels, size, _ = config.input_size
-    return open_stream(source, split=split, size=size, channels=channels)
+    images = open_stream(
+        source,
+        split=split,
+        size=size,
+        channels=channels,
+        image_column=reading.image,
+        label_column=reading.label,
+        skip_corrupt=reading.skip_corrupt,
+    )
+    say_read(images)
+    return images
+
+
+def say_read(images: Any) -> None:
+    """Say on stderr how many images of which classes there are, and where classes have none."""
+    names = images.classes
+    shown = ", ".join(names[:_NAMED]) + (f" … {names[-1]}" if len(names) > _NAMED else "")
+    text = f"{images.name}: {len(images):,} images in {len(names):,} classes: {shown}"
+    labels = getattr(images, "labels", None)  # a stream reads them later
+    empty = 0 if labels is None else len(names) - labels.unique().numel()
+    if empty:
+        text += f"; {empty:,} of these classes have no image"
+    errors.print(text, markup=False)
 
 
 def key_from(path: Path, ask: bool) -> Any:

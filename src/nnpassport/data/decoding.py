@@ -124,7 +124,8 @@ def unusable(picture: Encoded, why: str, source: str) -> UnreadableDataError:
     """The error that names a picture and says what is wrong with it."""
     return UnreadableDataError(
         f"{source}: {picture.name} cannot be used ({why}); needed: a labelled picture "
-        f"in one of {', '.join(FORMATS)}. Repair or remove it, or skip what is corrupt"
+        f"in one of {', '.join(FORMATS)}. Repair or remove it, or leave out what is corrupt with "
+        "--skip-corrupt (in Python read_images_skipping)"
     )
 
 
