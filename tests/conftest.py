@@ -37,16 +37,15 @@ if SHIFT:
     torch.Generator = ShiftedGenerator
     torch.manual_seed = lambda seed: plain_seed(seed + SHIFT)
 
-MOST_STEPS = 60
+MOST_STEPS = 80
 """Steps of an optimiser that a test may take without being marked `trains`."""
 
-steps_taken = 0
+steps_taken = [0]
 training_fixtures = set()
 
 
 def count_step(optimizer, args, kwargs):
-    global steps_taken
-    steps_taken += 1
+    steps_taken[0] += 1
 
 
 register_optimizer_step_post_hook(count_step)
@@ -55,9 +54,9 @@ register_optimizer_step_post_hook(count_step)
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef, request):
     """Note which fixtures train."""
-    before = steps_taken
+    before = steps_taken[0]
     result = yield
-    if steps_taken - before > MOST_STEPS:
+    if steps_taken[0] - before > MOST_STEPS:
         training_fixtures.add(fixturedef.argname)
     return result
 
@@ -65,9 +64,9 @@ def pytest_fixture_setup(fixturedef, request):
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
     """A test that trains says so: what it asserts has to hold on every processor."""
-    before = steps_taken
+    before = steps_taken[0]
     result = yield
-    trained = steps_taken - before > MOST_STEPS
+    trained = steps_taken[0] - before > MOST_STEPS
     trained |= not training_fixtures.isdisjoint(pyfuncitem.fixturenames)
     if trained and not pyfuncitem.get_closest_marker("trains"):
         pytest.fail(

@@ -14,7 +14,7 @@ from nnpassport.evidence.seed import triggers_of
 from nnpassport.models import build
 from nnpassport.schemes.deepmarks import DEEPMARKS, words_of
 from nnpassport.schemes.deepsigns import DEEPSIGNS, GROUP
-from nnpassport.schemes.passport import Passport
+from nnpassport.schemes.passport import V2, Passport
 from nnpassport.schemes.residuals import GREEDY_RESIDUALS, residuals
 from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE, read_out
 from nnpassport.training import Recipe
@@ -98,6 +98,20 @@ def write_projected(model, key, inputs, normalise, signs=None):
     signs = key.layer_signs(layer.name) if signs is None else signs
     change = torch.linalg.pinv(projection) @ (signs * read.abs().mean() - read)
     weight.add_(change.view(weight.shape[1:]))
+    settle(model, inputs)
+
+
+@torch.no_grad()
+def write_over(model, key, inputs, kept):
+    """The least change of each filter that reads one key's bits, and reads the other as before."""
+    for name, form in V2.forms(key).items():
+        weight = model.get_parameter(f"{name}.weight")
+        rows = weight.flatten(1).double()
+        forms = torch.stack([form.flatten(), V2.forms(kept)[name].flatten()], 1).double()
+        read = rows @ forms
+        wanted = read.clone()
+        wanted[:, 0] = key.layer_signs(name) * read.abs().mean()
+        weight.add_(((wanted - read) @ torch.linalg.pinv(forms)).view(weight.shape))
     settle(model, inputs)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from constructed import marked, small_alexnet
 from torch import nn
 
 from nnpassport.attacks.ambiguity import (
@@ -60,12 +61,9 @@ def victim(request, digits):
     test = test.subset(torch.arange(128)).resized(32)
     name, norm = request.param.split("-")
     scheme = {"v1": V1, "v2": V2}[name]
-    torch.manual_seed(0)
-    model = build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
+    model = small_alexnet(norm)
     key = scheme.draw_key(model, EXAMPLE, seed=bytes(32))
-    recipe = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-    scheme.embed(model, key, train, recipe, normalise=normalise)
-    return Victim(scheme, scheme.released(model).eval(), key, train, test, normalise)
+    return Victim(scheme, marked(scheme, model, key, train, normalise), key, train, test, normalise)
 
 
 def rng(seed=0):
