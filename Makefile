@@ -1,19 +1,23 @@
 # make demo   the whole story on embedded data        make test   the test suite
 # make lint   ruff and mypy                           make slow   tests that train for minutes
+# make portable   the tests that train, under other instruction sets and seeds: see CONTRIBUTING.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow portable lint clean
 
 demo: .venv/installed
 	rm -rf demo
 	$(BIN)/nnpassport demo --out demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+portable: .venv/installed
+	$(BIN)/python tests/portable.py $(PORTABLE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from nnpassport.evidence.seed import triggers_of
+from nnpassport.layers import Branch, on_branch, passport_norms
 from nnpassport.models import build
+from nnpassport.outputs import call
 from nnpassport.schemes.deepmarks import DEEPMARKS, words_of
 from nnpassport.schemes.deepsigns import DEEPSIGNS, GROUP
 from nnpassport.schemes.passport import V2, Passport
@@ -33,7 +35,7 @@ def reader(model, data, normalise):
     """The network, which then knows the classes of `data`."""
     inputs = normalise(data.images)
     settle(model, inputs)
-    solve_head(model, inputs, data.labels)
+    solve_head(model, [(Branch.PUBLIC, inputs, data.labels)])
     return model.eval()
 
 
@@ -41,18 +43,40 @@ def marked(scheme, model, key, data, normalise):
     """A released copy of the network that carries `key` and knows the classes of `data`."""
     model, inputs = deepcopy(model), normalise(data.images)
     settle(model, inputs)
+    if isinstance(scheme, Passport) and not scheme.encoded:
+        return with_passports(scheme, model, key, data, normalise)
     if isinstance(scheme, Passport):
         scheme.embed(model, key, data, Recipe(epochs=0), normalise=normalise, trained=True)
         model = scheme.released(model)
     elif key.context.layers:
         WRITTEN[scheme.name](model, key, inputs, normalise)
-    labels = data.labels
+    asked = [(Branch.PUBLIC, inputs, data.labels)]
     if scheme.triggers:
         pictures, answers = key.trigger_set()
-        inputs = torch.cat([inputs, *[normalise(pictures)] * REPEATED])
-        labels = torch.cat([labels, *[answers] * REPEATED])
-    solve_head(model, inputs, labels)
+        asked += [(Branch.PUBLIC, normalise(pictures), answers)] * REPEATED
+    solve_head(model, asked)
     return model.eval()
+
+
+@torch.no_grad()
+def with_passports(scheme, model, key, data, normalise):
+    """As training leaves it: scales of ±1 in the private branch, and one head for both branches."""
+    scheme.insert(model, key, normalise(data.images[:2]))
+    for norm in passport_norms(model).values():
+        weight = norm.layer.get_parameter("weight")
+        rows, forms = weight.flatten(1).double(), norm.mean_patch.flatten(1).double().T
+        wanted = torch.stack([norm.signs, torch.zeros_like(norm.signs)], 1).double()
+        weight.add_(((wanted - rows @ forms) @ torch.linalg.pinv(forms)).view(weight.shape))
+    inputs, labels = normalise(data.images), data.labels
+    branches = (Branch.PUBLIC, Branch.PRIVATE) if scheme.two_branches else (Branch.PRIVATE,)
+    with on_branch(model, Branch.BOTH if scheme.two_branches else Branch.PRIVATE):
+        settle(model, inputs)
+    asked = [(branch, inputs, labels) for branch in branches]
+    if scheme.triggers:
+        pictures, answers = key.trigger_set()
+        asked += [(branch, normalise(pictures), answers) for branch in branches] * REPEATED
+    solve_head(model, asked)
+    return scheme.released(model).eval()
 
 
 @torch.no_grad()
@@ -63,21 +87,24 @@ def settle(model, inputs):
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
-    model.train()(inputs)
+    call(model.train(), inputs)
     model.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
 
 @torch.no_grad()
-def solve_head(model, inputs, labels):
-    """Solve the last linear layer for these answers, by ridge regression."""
+def solve_head(model, asked):
+    """Solve the last linear layer, by ridge regression, for what each branch is asked."""
     head = [each for each in model.modules() if isinstance(each, nn.Linear)][-1]
     heard = []
     hook = head.register_forward_pre_hook(lambda _, args: heard.append(args[0].double()))
-    model.eval()(inputs)
+    for branch, inputs, _ in asked:
+        with on_branch(model, branch):
+            model.eval()(inputs)
     hook.remove()
-    features, wanted = heard[0], torch.full((len(labels), head.out_features), -1.0).double()
+    features, labels = torch.cat(heard), torch.cat([labels for _, _, labels in asked])
+    wanted = torch.full((len(labels), head.out_features), -1.0).double()
     wanted.scatter_(1, labels[:, None], 1.0)
     mean, bias = features.mean(0), wanted.mean(0)
     centred = features - mean

@@ -287,6 +287,7 @@ def test_an_insider_s_forgery_does_not_give_the_owner_s_seed_away(subject):
         assert forged.context.nonce != subject.key.context.nonce
 
 
+@pytest.mark.trains
 def test_forged_triggers_are_judged_by_answers(subject):
     shown = replace(subject, scheme=replace(V3, triggers=8), key=None)
     entry = attack_once(shown, "forge-triggers", 0.0, None)

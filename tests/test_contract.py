@@ -54,6 +54,7 @@ PREPARED = {
 ACCEPTED_BY_CHANCE = {"frontier-stitching": 2}
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+LONGER = {"guo", "frontier-stitching"}  # pictures that look like images of another class
 PARTIES = sorted(CATALOG)
 
 
@@ -113,7 +114,8 @@ def embedded(request, digits):
         model = reader(model, data, normalise)
     key = scheme.draw_key(model, torch.zeros(2, 1, 16, 16), seed=bytes(32))
     key = scheme.prepared(key, model, data, normalise)
-    scheme.embed(model, key, data, RECIPE, normalise=normalise)
+    recipe = replace(RECIPE, epochs=30) if scheme.name in LONGER else RECIPE
+    scheme.embed(model, key, data, recipe, normalise=normalise)
     return Owned(scheme, key, scheme.released(model).eval(), data, normalise)
 
 

@@ -68,7 +68,7 @@ def plain(images):
 
 @pytest.fixture(scope="module")
 def copies(images, plain, key):
-    """Copies of one network for five users, each with his own word, as unevenly as tuning leaves it."""
+    """Copies of a network for five users, each with his own word, uneven as tuning leaves it."""
     data, normalise = images
     (layer,) = key.context.layers
     found, draw = {}, rng()
@@ -245,6 +245,7 @@ def test_the_copy_is_found_after_its_channels_moved(copies, key):
     assert trace(found.aligned.model.state_dict(), key).users == (17,)
 
 
+@pytest.mark.trains
 def test_the_mark_is_forged_without_touching_the_network(plain):
     for attack in (forge_uchida, forge_uchida_by_gradient):
         outcome = attack(plain, DEEPMARKS, EXAMPLE, rng())

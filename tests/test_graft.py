@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from constructed import marked, reader
+from constructed import marked
 from torch import nn
 
 import nnpassport
@@ -27,7 +27,7 @@ from nnpassport.schemes.patches import input_patches
 from nnpassport.schemes.teaching import taught
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED
 from nnpassport.surgery import present
-from nnpassport.training import Journal, Outcome, Recipe
+from nnpassport.training import Journal, Outcome, Recipe, classification, fit
 from nnpassport.verification import verify_aligned
 
 CHANNELS = 16
@@ -253,10 +253,12 @@ def plain(request, digits):
 
     layers = [*block(1), nn.MaxPool2d(2), *block(32), nn.MaxPool2d(2), *block(32)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
-    reader(model, train, normalise)
-    return request.param, model, accuracy(model, test, normalise)
+    recipe = Recipe(epochs=12, batch=64, rate=0.05, schedule="one-cycle", augment=False)
+    fit(model, classification, train, recipe, normalise=normalise)
+    return request.param, model, accuracy(model.eval(), test, normalise)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("scheme", [V1, V2], ids=lambda scheme: scheme.name)
 def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, scheme):
     norm, model, reached = plain
@@ -274,6 +276,7 @@ def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, s
         assert numbers["private_accuracy"] >= reached - 0.01
 
 
+@pytest.mark.trains
 def test_a_few_steps_bring_the_muted_channels_back(plain, digits):
     norm, model, reached = plain
     if norm == "batch":
@@ -292,6 +295,7 @@ def test_a_few_steps_bring_the_muted_channels_back(plain, digits):
     assert found[3]["accuracy"] >= reached - 0.02
 
 
+@pytest.mark.trains
 def test_what_the_network_answered_before_is_part_of_the_loss(plain, digits):
     norm, model, _ = plain
     if norm == "group":

@@ -34,6 +34,7 @@ from nnpassport.evidence.keyfile import save_key
 from nnpassport.evidence.signing import bound_name, public_hex
 from nnpassport.functional import read_bits
 from nnpassport.hearing import CLAIM_FILE, KEY_FILE, REFERENCE, Bench, disclose, hear
+from nnpassport.layers import Branch
 from nnpassport.scheme import BadSignatureError, UnreadableModelError, UnsuitableModelError, Verdict
 from nnpassport.schemes.passport import V2
 from nnpassport.schemes.signature import secrets_of
@@ -87,7 +88,7 @@ def world(digits):
     bob_key = V2.draw_key(alice, EXAMPLE, owner="Bob", seed=bytes([2] * 32))
     bob = deepcopy(alice)
     write_over(bob, bob_key, normalise(data.images), kept=alice_key)
-    solve_head(bob, normalise(data.images), data.labels)
+    solve_head(bob, [(Branch.PUBLIC, normalise(data.images), data.labels)])
     nobody = reader(small_alexnet(seed=3), data, normalise)
     return World(data, normalise, config, alice, alice_key, bob, bob_key, nobody)
 

@@ -60,7 +60,7 @@ def owned(plain):
     """The same with a key grafted in, and tuned for an epoch of steps too small to spoil it."""
     model = deepcopy(plain.model)
     key = PAN.draw_key(model, EXAMPLE, seed=bytes(32))
-    tune = replace(RECIPE, epochs=1, rate=1e-5)
+    tune = replace(RECIPE, epochs=1, rate=1e-4)
     PAN.embed(model, key, plain.data, tune, normalise=plain.normalise, trained=True)
     return Owned(model, PAN.released(model).eval(), key)
 
