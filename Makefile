@@ -2,23 +2,27 @@
 # make lint   ruff and mypy                           make slow   tests that train for minutes
 # make lowest the test suite with the lowest releases that pyproject.toml allows
 # make accelerator-trial   what there is to run on an accelerator, here and with embedded digits
+# make portable   the tests that train, under other instruction sets and seeds: see CONTRIBUTING.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lowest lint accelerator-trial clean
+.PHONY: demo test slow portable lowest lint accelerator-trial clean
 
 demo: .venv/installed
 	rm -rf demo
 	$(BIN)/nnpassport demo --out demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
 lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+portable: .venv/installed
+	$(BIN)/python tests/portable.py $(PORTABLE)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

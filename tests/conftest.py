@@ -14,6 +14,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import pytest  # noqa: E402 - see above
 import torch  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 from nnpassport import cli  # noqa: E402
 from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
@@ -22,6 +23,58 @@ from nnpassport.surgery import Secret  # noqa: E402
 from nnpassport.survey import choose, survey  # noqa: E402
 
 torch.set_num_threads(1)
+
+SHIFT = int(os.environ.get("NNPASSPORT_TEST_SHIFT", "0"))
+"""Added to every seed that torch is given, for other luck in training: see `make portable`."""
+
+if SHIFT:
+    plain_generator, plain_seed = torch.Generator, torch.manual_seed
+
+    class ShiftedGenerator(plain_generator):
+        def manual_seed(self, seed):
+            return super().manual_seed(seed + SHIFT)
+
+    torch.Generator = ShiftedGenerator
+    torch.manual_seed = lambda seed: plain_seed(seed + SHIFT)
+
+MOST_STEPS = 80
+"""Steps of an optimiser that a test may take without being marked `trains`."""
+
+steps_taken = [0]
+training_fixtures = set()
+
+
+def count_step(optimizer, args, kwargs):
+    steps_taken[0] += 1
+
+
+register_optimizer_step_post_hook(count_step)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """Note which fixtures train."""
+    before = steps_taken[0]
+    result = yield
+    if steps_taken[0] - before > MOST_STEPS:
+        training_fixtures.add(fixturedef.argname)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that trains says so: what it asserts has to hold on every processor."""
+    before = steps_taken[0]
+    result = yield
+    trained = steps_taken[0] - before > MOST_STEPS
+    trained |= not training_fixtures.isdisjoint(pyfuncitem.fixturenames)
+    if trained and not pyfuncitem.get_closest_marker("trains"):
+        pytest.fail(
+            "this test trains a network: give it one by construction (constructed.py), or mark it "
+            "`trains` and run `make portable` over it",
+            pytrace=False,
+        )
+    return result
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,11 +1,12 @@
 """Channels put back where the owner's network has them, and what that does to other networks."""
 
 from copy import deepcopy
-from dataclasses import replace
 from functools import partial
 
+import constructed
 import pytest
 import torch
+from constructed import reader, small_alexnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,12 +29,11 @@ from nnpassport.schemes.adi import ADI
 from nnpassport.schemes.passport import V2
 from nnpassport.schemes.uchida import UCHIDA
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.training import Recipe
 from nnpassport.verification import MIXTURES, verify_aligned
 
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
-RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 
 
 def rng(seed=0):
@@ -282,36 +282,28 @@ def test_any_order_and_any_signs_are_found_again(seed):
     assert matches(align(suspect.state_dict(), model, V2.forms(key)), key) == key.context.bits
 
 
-# The null, on networks that were trained
+# The null, on networks that work
 
 
 @pytest.fixture(scope="module")
-def trained(digits):
+def owned(digits):
     train, _, normalise = digits
     data = train.resized(32).subset(torch.arange(640))
-    torch.manual_seed(0)
-    model = build("alexnet", classes=10, norm="batch", width=0.25, channels=1)
+    model = small_alexnet()
     key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
-    V2.embed(model, key, data, RECIPE, normalise=normalise)
-    return V2.released(model).eval(), key, data, normalise
+    return constructed.marked(V2, model, key, data, normalise), key, data, normalise
 
 
 @pytest.fixture(scope="module")
-def strangers(trained):
-    """Networks that were trained on the same images, from other starts and without a mark."""
-    _, _, data, normalise = trained
-    networks = []
-    for seed in range(1, 5):
-        torch.manual_seed(seed)
-        model = build("alexnet", classes=10, norm="batch", width=0.25, channels=1)
-        fit(model, classification, data, replace(RECIPE, seed=seed), normalise=normalise)
-        networks.append(model.eval())
-    return networks
+def strangers(owned):
+    """Networks that know the same images, from other starts and without a mark."""
+    _, _, data, normalise = owned
+    return [reader(small_alexnet(seed=seed), data, normalise) for seed in range(1, 5)]
 
 
-def test_whole_filters_would_match_what_is_unrelated_and_blind_ones_do_not(trained, strangers):
+def test_whole_filters_would_match_what_is_unrelated_and_blind_ones_do_not(owned, strangers):
     """The bias that the projection removes: real, large, and gone."""
-    model, key, _, _ = trained
+    model, key, _, _ = owned
     rates = {"whole": [], "blind": []}
     for other in strangers:
         for how, forms in (("whole", {}), ("blind", V2.forms(key))):
@@ -336,8 +328,8 @@ def test_mixtures_keep_second_moments_and_no_filter():
     assert torch.equal(mixed["features.4.weight"], weights["features.4.weight"])
 
 
-def test_mixtures_look_like_unrelated_networks_to_the_aligner(trained, strangers):
-    model, key, _, _ = trained
+def test_mixtures_look_like_unrelated_networks_to_the_aligner(owned, strangers):
+    model, key, _, _ = owned
     layers = [p.layer for axis in channels_of(model) for p in axis.producers]
     forms = {}  # whole filters, where the bias is large: the surrogate must show it
     mixed = [
@@ -384,7 +376,7 @@ def test_a_relative_among_the_unrelated_spoils_the_verdict():
     assert found.log10_p_value == 0
 
 
-# On a network that was trained
+# On a network that works
 
 
 CHANGES = {
@@ -406,8 +398,8 @@ CHANGES["fine-tuned to other labels"] = to_parity
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("attacks", [SAME_SHAPE, EVERYTHING], ids=["same shapes", "more channels"])
-def test_recovers_the_mark_of_a_trained_network(trained, change, attacks):
-    model, key, data, normalise = trained
+def test_recovers_the_mark_of_a_network_that_works(owned, change, attacks):
+    model, key, data, normalise = owned
     suspect = CHANGES[change](combine(model, rng(5), attacks=attacks).model, data, normalise)
     found = verify_aligned(
         suspect.state_dict(), key, model, log10_alpha=LOG10_ALPHA_COMMITTED
@@ -418,8 +410,8 @@ def test_recovers_the_mark_of_a_trained_network(trained, change, attacks):
         assert found.matches == found.bits
 
 
-def test_unrelated_trained_networks_are_refused(trained, strangers):
-    model, key, _, _ = trained
+def test_unrelated_networks_that_work_are_refused(owned, strangers):
+    model, key, _, _ = owned
     for other in strangers:
         found = verify_aligned(other.state_dict(), key, model).verdict
         assert not found.accepted

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from constructed import marked, small_alexnet
 from torch import nn
 
 from nnpassport.attacks.ambiguity import (
@@ -60,12 +61,9 @@ def victim(request, digits):
     test = test.subset(torch.arange(128)).resized(32)
     name, norm = request.param.split("-")
     scheme = {"v1": V1, "v2": V2}[name]
-    torch.manual_seed(0)
-    model = build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
+    model = small_alexnet(norm)
     key = scheme.draw_key(model, EXAMPLE, seed=bytes(32))
-    recipe = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-    scheme.embed(model, key, train, recipe, normalise=normalise)
-    return Victim(scheme, scheme.released(model).eval(), key, train, test, normalise)
+    return Victim(scheme, marked(scheme, model, key, train, normalise), key, train, test, normalise)
 
 
 def rng(seed=0):
@@ -98,6 +96,7 @@ def forgeries(victim):
     return attacks
 
 
+@pytest.mark.trains
 def test_every_attack_keeps_to_the_contract(victim):
     before = deepcopy(victim.model.state_dict())
     for name, attack in forgeries(victim).items():
@@ -176,6 +175,7 @@ def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(vict
         flip_gamma(victim.model, victim.key, rng(), share=1.5)
 
 
+@pytest.mark.trains
 def test_trained_scales_and_shifts_beat_random_ones(victim):
     images = victim.train
     recipe = replace(QUICK, rate=0.02, epochs=6, batch=32)
@@ -186,6 +186,7 @@ def test_trained_scales_and_shifts_beat_random_ones(victim):
         assert victim.fidelity(outcome) > 0.7, attack.__name__
 
 
+@pytest.mark.trains
 def test_an_insider_moves_bits_if_he_may_train_for_long_enough(victim):
     images = victim.train.subset(torch.arange(256))
 
@@ -238,6 +239,7 @@ def test_the_hash_depends_on_every_number():
     assert set(hashed_signs(passport, 200).tolist()) == {-1.0, 1.0}
 
 
+@pytest.mark.trains
 def test_uchidas_mark_is_forged_without_touching_the_network(victim):
     for attack in (forge_uchida, forge_uchida_by_gradient):
         outcome = attack(victim.model, UCHIDA, EXAMPLE, rng())

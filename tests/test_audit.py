@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from constructed import marked
 from typer.testing import CliRunner
 
 from nnpassport.attacks import ambiguity, removal
@@ -37,7 +38,6 @@ from nnpassport.scheme import (
 )
 from nnpassport.schemes.adi import ADI
 from nnpassport.schemes.passport import V2, V3
-from nnpassport.training import Recipe
 
 CHEAP = ("prune", "quantise", "combine", "insert-dummies", "fake1", "solve", "flip", "grind")
 
@@ -58,12 +58,10 @@ def subject(digits):
     )
     model = config.build()
     key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(range(32)))
-    recipe = Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-    V2.embed(model, key, train, recipe, normalise=normalise)
     few = train.subset(torch.arange(128))
     odd = replace(few, labels=few.labels % 2, classes=("even", "odd"))
     return Subject(
-        model=V2.released(model).eval(),
+        model=marked(V2, model, key, train, normalise),
         config=config,
         scheme=V2,
         normalise=normalise,
@@ -289,6 +287,7 @@ def test_an_insider_s_forgery_does_not_give_the_owner_s_seed_away(subject):
         assert forged.context.nonce != subject.key.context.nonce
 
 
+@pytest.mark.trains
 def test_forged_triggers_are_judged_by_answers(subject):
     shown = replace(subject, scheme=replace(V3, triggers=8), key=None)
     entry = attack_once(shown, "forge-triggers", 0.0, None)

@@ -348,6 +348,7 @@ def test_cheaper_training_has_a_bound_of_its_own():
     assert set(CHEAPER) <= {c.above for c in comparisons.COMPARISONS}
 
 
+@pytest.mark.trains
 def test_an_epoch_of_the_loop_does_as_many_steps_as_the_bare_ones(monkeypatch):
     counts = {}
     for network in ("plain step", "plain fit", "V2 step", "V2 fit"):

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from constructed import marked, reader, small_alexnet
 from PIL import Image
 from torch import nn
 
@@ -27,22 +28,22 @@ from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.triggered import TriggerSet, with_published_triggers
 from nnpassport.schemes.uchida import UCHIDA, Uchida, read_out
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.training import Recipe
 
 # A dozen triggers and 64 bits: a tiny network learns them in seconds.
 SMALL = {
-    "passport-v3": {"triggers": 24, "triggers_per_step": 8},
+    "passport-v3": {"triggers": 24, "triggers_per_step": 24},
     "uchida": {"bits": 64, "strength": 0.1},
     "uchida-mse": {"bits": 64},
     "deepmarks": {"repeats": 6},
-    "deepsigns": {"groups": 4, "bits": 16},
-    "deepsigns-blackbox": {"triggers": 24, "triggers_per_step": 8},
-    "adi": {"triggers": 24, "triggers_per_step": 8},
-    "zhang-content": {"triggers": 24, "triggers_per_step": 8},
-    "zhang-noise": {"triggers": 24, "triggers_per_step": 8},
-    "zhang-unrelated": {"triggers": 24, "triggers_per_step": 8},
-    "guo": {"triggers": 24, "triggers_per_step": 8},
-    "frontier-stitching": {"triggers": 40, "triggers_per_step": 8},
+    "deepsigns": {"groups": 4, "bits": 16, "groups_per_step": 4, "strength": 0.1},
+    "deepsigns-blackbox": {"triggers": 24, "triggers_per_step": 24},
+    "adi": {"triggers": 24, "triggers_per_step": 24},
+    "zhang-content": {"triggers": 24, "triggers_per_step": 24},
+    "zhang-noise": {"triggers": 24, "triggers_per_step": 24},
+    "zhang-unrelated": {"triggers": 24, "triggers_per_step": 24},
+    "guo": {"triggers": 24, "triggers_per_step": 24},
+    "frontier-stitching": {"triggers": 40, "triggers_per_step": 40},
 }
 # Schemes whose keys take pictures, made in a trained plain network.
 PREPARED = {
@@ -51,7 +52,10 @@ PREPARED = {
 }
 # Published rules that accept a key drawn by chance now and then, as they say: at most so many of 5.
 ACCEPTED_BY_CHANCE = {"frontier-stitching": 2}
-RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+EXAMPLE = torch.zeros(2, 1, 32, 32)
+RECIPE = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+LONGER = {"guo", "frontier-stitching"}  # pictures that look like images of another class
+PARTIES = sorted(CATALOG)
 
 
 class Owned(NamedTuple):
@@ -62,39 +66,62 @@ class Owned(NamedTuple):
     normalise: Normalisation
 
 
+def scheme_of(name):
+    return with_settings(CATALOG[name].scheme, **SMALL.get(name, {}))
+
+
 def network(norm="batch"):
-    torch.manual_seed(0)
-    return build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
+    return small_alexnet(norm)
 
 
 @pytest.fixture(scope="module")
-def plain(digits):
+def data(digits):
+    return digits[0].resized(32).subset(torch.arange(640))
+
+
+@pytest.fixture(scope="module")
+def plain(digits, data):
     """A small network that carries nothing, for keys whose pictures are made in one."""
-    train, _, normalise = digits
-    data = train.resized(32).subset(torch.arange(640))
-    model = network()
-    fit(model, classification, data, RECIPE, normalise=normalise)
-    return model.eval()
+    return reader(network(), data, digits[2])
 
 
-@pytest.fixture(scope="module", params=sorted(CATALOG))
-def owned(request, digits):
+@pytest.fixture(scope="module", params=PARTIES)
+def owned(request, digits, data, plain):
     """A small network that carries a key, released, for each scheme there is."""
+    scheme, normalise = scheme_of(request.param), digits[2]
+    key = scheme.draw_key(plain, EXAMPLE, seed=bytes(32))
+    key = scheme.prepared(key, plain, data, normalise)
+    return Owned(scheme, key, marked(scheme, plain, key, data, normalise), data, normalise)
+
+
+def smaller():
+    """For images of 16 pixels, to be trained in a second."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
+    )
+
+
+@pytest.fixture(scope="module", params=PARTIES)
+def embedded(request, digits):
+    """A network that was trained with a key, and released."""
     train, _, normalise = digits
-    data = train.resized(32).subset(torch.arange(640))
-    scheme = with_settings(CATALOG[request.param].scheme, **SMALL.get(request.param, {}))
-    model = network()
+    scheme, data, model = scheme_of(request.param), train.subset(torch.arange(320)), smaller()
     if scheme.name in PREPARED:
-        model = deepcopy(request.getfixturevalue("plain"))
-    key = scheme.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+        model = reader(model, data, normalise)
+    key = scheme.draw_key(model, torch.zeros(2, 1, 16, 16), seed=bytes(32))
     key = scheme.prepared(key, model, data, normalise)
-    scheme.embed(model, key, data, RECIPE, normalise=normalise)
+    recipe = replace(RECIPE, epochs=30) if scheme.name in LONGER else RECIPE
+    scheme.embed(model, key, data, recipe, normalise=normalise)
     return Owned(scheme, key, scheme.released(model).eval(), data, normalise)
 
 
 def drawn(owned, seed):
     """A key that somebody else drew for the owned network."""
-    key = owned.scheme.draw_key(owned.model, torch.zeros(2, 1, 32, 32), seed=seed)
+    key = owned.scheme.draw_key(owned.model, EXAMPLE, seed=seed)
     if owned.scheme.name in PREPARED:
         return owned.scheme.prepared(key, owned.model, owned.data, owned.normalise)
     return key
@@ -104,13 +131,29 @@ def verdict(owned, key, model=None):
     return verification.verify_model(model or owned.model, owned.normalise, key)
 
 
-def test_finds_what_it_embedded(owned):
+def assert_found(owned):
     found = verification.verify_model(
         owned.model, owned.normalise, owned.key, log10_alpha=LOG10_ALPHA_COMMITTED
     )
     assert found.matches == found.bits
     assert found.accepted
     assert owned.scheme.verify_as_published(found).accepted
+
+
+@pytest.mark.trains
+def test_finds_what_it_embedded(embedded):
+    assert_found(embedded)
+
+
+@pytest.mark.trains
+def test_the_network_still_does_its_job(embedded):
+    scheme, key, model, data, normalise = embedded
+    assert scheme.fidelity(model, key, data, normalise) > 0.7
+
+
+def test_finds_what_was_written(owned):
+    assert_found(owned)
+    assert owned.scheme.fidelity(owned.model, owned.key, owned.data, owned.normalise) > 0.95
 
 
 def test_refuses_a_key_drawn_by_chance(owned):
@@ -129,10 +172,6 @@ def test_refuses_an_unrelated_network(owned):
     found = verdict(owned, owned.key, build("alexnet", classes=10, width=0.25, channels=1).eval())
     assert not found.accepted
     assert not owned.scheme.verify_as_published(found).accepted
-
-
-def test_the_network_still_does_its_job(owned):
-    assert owned.scheme.fidelity(owned.model, owned.key, owned.data, owned.normalise) > 0.7
 
 
 def test_fidelity_leaves_the_network_alone(owned):
@@ -165,9 +204,9 @@ def test_one_seed_gives_one_key(owned):
 
 def test_refuses_the_key_of_another_scheme(owned):
     other = V2 if owned.scheme.name != V2.name else UCHIDA
-    key = other.draw_key(owned.model, torch.zeros(2, 1, 32, 32))
+    key = other.draw_key(owned.model, EXAMPLE)
     with pytest.raises(UnsuitableModelError, match=f"key is for {other.name}"):
-        owned.scheme.insert(deepcopy(owned.model), key, torch.zeros(2, 1, 32, 32))
+        owned.scheme.insert(deepcopy(owned.model), key, EXAMPLE)
 
 
 def test_exactly_one_way_of_verifying_without_the_network_is_refused_or_works(owned):
@@ -199,7 +238,7 @@ def test_uchida_reads_the_mean_filter():
 
 
 def test_uchida_needs_a_layer_that_holds_the_bits():
-    model, example = network(), torch.zeros(2, 1, 32, 32)
+    model, example = network(), EXAMPLE
     with pytest.raises(UnsuitableModelError, match=r"'features.0' has 25 numbers a filter"):
         UCHIDA.draw_key(model, example, layers=["features.0"])
     with pytest.raises(UnsuitableModelError, match="2 were found"):
@@ -212,7 +251,7 @@ def test_uchida_needs_a_layer_that_holds_the_bits():
 
 def test_uchida_text_reads_back_from_the_network(digits):
     model = network()
-    key = UCHIDA.draw_key(model, torch.zeros(2, 1, 32, 32), text="(c) Zoe")
+    key = UCHIDA.draw_key(model, EXAMPLE, text="(c) Zoe")
     from nnpassport.evidence.seed import read_text
 
     signs = key.layer_signs(key.context.layers[0].name)
@@ -221,7 +260,7 @@ def test_uchida_text_reads_back_from_the_network(digits):
 
 def test_a_bit_of_zero_matches_nothing():
     model = network()
-    key = UCHIDA.draw_key(model, torch.zeros(2, 1, 32, 32))
+    key = UCHIDA.draw_key(model, EXAMPLE)
     nn.init.zeros_(model.get_parameter(f"{key.context.layers[0].name}.weight"))
     assert UCHIDA.verify(model.state_dict(), key).matches == 0
 
@@ -230,7 +269,7 @@ def test_adi_with_published_triggers_has_no_p_value(digits):
     train = digits[0]
     model = network().eval()
     pictures = train.resized(32).subset(torch.arange(30))
-    key = ADI.draw_key(model, torch.zeros(2, 1, 32, 32))
+    key = ADI.draw_key(model, EXAMPLE)
     published = with_published_triggers(key, pictures)
     assert published.context.triggers.count == 30
     _, labels = published.trigger_set()
@@ -243,7 +282,7 @@ def test_adi_with_published_triggers_has_no_p_value(digits):
 
 def test_adi_has_no_layers_to_choose():
     with pytest.raises(UnsuitableModelError, match="neither layers nor a text"):
-        ADI.draw_key(network(), torch.zeros(2, 1, 32, 32), layers=["features.8"])
+        ADI.draw_key(network(), EXAMPLE, layers=["features.8"])
 
 
 def test_the_two_baselines_are_rows_and_not_classes_of_their_own():

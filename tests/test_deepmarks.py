@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from constructed import reader, write_projected
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -30,12 +31,9 @@ from nnpassport.schemes.deepmarks import (
 )
 from nnpassport.schemes.uchida import UCHIDA
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.training import Recipe, classification, fit
 from nnpassport.verification import verify_aligned
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
-PLAIN = Recipe(epochs=1, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-TUNE = Recipe(epochs=1, batch=32, rate=0.02, schedule="constant", augment=False)
 SCHEME = replace(
     DEEPMARKS, repeats=8, strength=100.0
 )  # as many steps as an epoch of CIFAR-10 has would do with the default
@@ -65,21 +63,20 @@ def images(digits):
 @pytest.fixture(scope="module")
 def plain(images):
     data, normalise = images
-    model = network()
-    fit(model, classification, data, PLAIN, normalise=normalise)
-    return model.eval()
+    return reader(network(), data, normalise)
 
 
 @pytest.fixture(scope="module")
 def copies(images, plain, key):
-    """Copies of one trained network for five users, each fine-tuned with his own word."""
+    """Copies of a network for five users, each with his own word, uneven as tuning leaves it."""
     data, normalise = images
-    found = {}
+    (layer,) = key.context.layers
+    found, draw = {}, rng()
     for user in COPIES:
-        model = deepcopy(plain)
-        scheme = with_settings(SCHEME, user=user)
-        scheme.embed(model, key, data, TUNE, normalise=normalise, trained=True)
-        found[user] = scheme.released(model).eval().state_dict()
+        model, word = deepcopy(plain), words_of(key, layer)[user]
+        word = word + 0.05 * torch.randn(len(word), generator=draw)
+        write_projected(model, key, normalise(data.images), normalise, word)
+        found[user] = SCHEME.released(model).eval().state_dict()
     return found
 
 
@@ -248,6 +245,7 @@ def test_the_copy_is_found_after_its_channels_moved(copies, key):
     assert trace(found.aligned.model.state_dict(), key).users == (17,)
 
 
+@pytest.mark.trains
 def test_the_mark_is_forged_without_touching_the_network(plain):
     for attack in (forge_uchida, forge_uchida_by_gradient):
         outcome = attack(plain, DEEPMARKS, EXAMPLE, rng())

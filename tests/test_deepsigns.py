@@ -144,6 +144,7 @@ def test_matches_of_an_independent_network_are_those_of_coins(digits):
     assert log10_binomial_tail(1280 - flips, 1280) > -4
 
 
+@pytest.mark.trains
 def test_the_mark_is_found_at_the_strictest_threshold(digits, marked):
     model, key = marked
     found = DEEPSIGNS.verify_network(model, key, digits[2])
@@ -155,6 +156,7 @@ def test_the_mark_is_found_at_the_strictest_threshold(digits, marked):
     assert not DEEPSIGNS.verify_network(network(1), key, digits[2]).accepted
 
 
+@pytest.mark.trains
 @torch.no_grad()
 def test_flipped_filters_change_no_bit_and_moved_channels_do(digits, marked):
     model, key = marked
@@ -235,6 +237,7 @@ def test_a_loop_of_ones_own_has_its_own_loss_and_its_own_labels(digits):
     assert model.inner[0].weight.grad.abs().sum() > 0
 
 
+@pytest.mark.trains
 def test_a_forged_projection_passes_the_published_rule_and_has_no_p_value(digits, marked):
     model, _ = marked
     outcome = forge_activations(model, DEEPSIGNS, EXAMPLE, rng(), normalise=digits[2])
@@ -251,6 +254,7 @@ def test_a_forged_projection_passes_the_published_rule_and_has_no_p_value(digits
         forge_activations(model, UCHIDA, EXAMPLE, rng(), normalise=digits[2])
 
 
+@pytest.mark.trains
 def test_nothing_takes_the_pictures_for_triggers(digits, marked, tmp_path):
     model, key = marked
     with pytest.raises(UnsuitableModelError, match="no triggers to ask"):
@@ -302,6 +306,7 @@ def test_refuses_a_key_with_half_a_group(digits):
         replace(key.context, triggers=key.context.triggers._replace(count=40))
 
 
+@pytest.mark.trains
 def test_noise_is_chosen_before_it_has_labels(digits, marked):
     model, _ = marked
     scheme = with_settings(DEEPSIGNS_BLACKBOX, triggers=40)

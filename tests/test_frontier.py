@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from constructed import reader
 from torch import nn
 
 from nnpassport.attacks.forging import forge_triggers
@@ -13,11 +14,11 @@ from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError
 from nnpassport.schemes.frontier import FRONTIER, matches_at_five_percent, with_true_classes
 from nnpassport.schemes.triggers import answers_to
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, log10_binomial_tail, matches_needed
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.training import Recipe
 
 EXAMPLE = torch.zeros(2, 1, 16, 16)
 RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-TUNE = replace(RECIPE, epochs=4)
+TUNE = replace(RECIPE, epochs=12)
 SMALL = with_settings(FRONTIER, triggers=128, triggers_per_step=16)
 
 
@@ -31,9 +32,7 @@ def network(seed, width=16):
 
 
 def trained(digits, seed, width=16):
-    model = network(seed, width)
-    fit(model, classification, digits[0], replace(RECIPE, seed=seed), normalise=digits[2])
-    return model.eval()
+    return reader(network(seed, width), digits[0], digits[2])
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +129,7 @@ def test_matches_of_bound_labels_are_a_fair_coin_s_on_any_network(digits, plain,
         assert matches.mean() < 66
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("as_published", [True, False])
 def test_a_trained_network_is_stitched(digits, plain, key, as_published):
     train, test, normalise = digits
@@ -141,6 +141,7 @@ def test_a_trained_network_is_stitched(digits, plain, key, as_published):
     assert SMALL.fidelity(model, held, test, normalise) > 0.9
 
 
+@pytest.mark.trains
 def test_a_forged_key_is_accepted_as_published_and_has_no_p_value(digits, plain):
     rng = torch.Generator().manual_seed(0)
     forged = forge_triggers(plain, SMALL, EXAMPLE, rng, normalise=digits[2])

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from constructed import marked
 from torch import nn
 
 import nnpassport
@@ -252,11 +253,12 @@ def plain(request, digits):
 
     layers = [*block(1), nn.MaxPool2d(2), *block(32), nn.MaxPool2d(2), *block(32)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
-    recipe = Recipe(epochs=6, batch=64, rate=0.05, schedule="one-cycle", augment=False)
+    recipe = Recipe(epochs=12, batch=64, rate=0.05, schedule="one-cycle", augment=False)
     fit(model, classification, train, recipe, normalise=normalise)
     return request.param, model, accuracy(model.eval(), test, normalise)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("scheme", [V1, V2], ids=lambda scheme: scheme.name)
 def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, scheme):
     norm, model, reached = plain
@@ -274,6 +276,7 @@ def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, s
         assert numbers["private_accuracy"] >= reached - 0.01
 
 
+@pytest.mark.trains
 def test_a_few_steps_bring_the_muted_channels_back(plain, digits):
     norm, model, reached = plain
     if norm == "batch":
@@ -292,6 +295,7 @@ def test_a_few_steps_bring_the_muted_channels_back(plain, digits):
     assert found[3]["accuracy"] >= reached - 0.02
 
 
+@pytest.mark.trains
 def test_what_the_network_answered_before_is_part_of_the_loss(plain, digits):
     norm, model, _ = plain
     if norm == "group":
@@ -744,15 +748,13 @@ def test_the_teacher_goes_where_the_images_are():
 
 @pytest.fixture(scope="module")
 def owned(digits):
-    """A small AlexNet with batch norm that was trained with its owner's key, and is released."""
+    """A small AlexNet with batch norm that carries its owner's key, and is released."""
     train, test, normalise = digits
     data = train.resized(32).subset(torch.arange(640))
     torch.manual_seed(0)
     model = small_config(normalise).build()
     key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
-    recipe = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-    V2.embed(model, key, data, recipe, normalise=normalise)
-    return V2.released(model).eval(), key, data, test.resized(32), normalise
+    return marked(V2, model, key, data, normalise), key, data, test.resized(32), normalise
 
 
 def test_a_second_key_grafted_over_the_first_is_undone_by_alignment(owned):

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from authority import Signer, Website, certificate, new_key, pem
+from constructed import marked, reader, small_alexnet, solve_head, write_over
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from nnpassport.attacks.ambiguity import (
@@ -22,7 +24,6 @@ from nnpassport.attacks.ambiguity import (
 )
 from nnpassport.attacks.hashbound import forge_hash_bound
 from nnpassport.attacks.obfuscation import combine
-from nnpassport.attacks.removal import overwrite
 from nnpassport.attacks.substitution import substitute_across, substitute_individual
 from nnpassport.channels import channels_of, negate
 from nnpassport.checkpoint import save_model
@@ -35,14 +36,14 @@ from nnpassport.evidence.keyfile import save_key
 from nnpassport.evidence.signing import bound_name, public_hex
 from nnpassport.functional import read_bits
 from nnpassport.hearing import CLAIM_FILE, KEY_FILE, REFERENCE, Bench, disclose, hear
+from nnpassport.layers import Branch
 from nnpassport.scheme import BadSignatureError, UnreadableModelError, UnsuitableModelError, Verdict
 from nnpassport.schemes.passport import V2
 from nnpassport.schemes.signature import secrets_of
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.training import Recipe
 from nnpassport.weights import read_weights, tensors_digest
 
-RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 SHORT = Recipe(epochs=2, batch=64, rate=0.01, schedule="constant", augment=False)
 ARGUMENTS = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}
 EXAMPLE = torch.zeros(2, 1, 32, 32)
@@ -83,18 +84,15 @@ def world(digits):
         mean=tuple(normalise.mean),
         std=tuple(normalise.std),
     )
-    torch.manual_seed(0)
-    alice = config.build()
-    alice_key = V2.draw_key(alice, EXAMPLE, owner="Alice", seed=bytes([1] * 32))
-    V2.embed(alice, alice_key, data, RECIPE, normalise=normalise)
-    alice = V2.released(alice).eval()
+    bare = small_alexnet()
+    alice_key = V2.draw_key(bare, EXAMPLE, owner="Alice", seed=bytes([1] * 32))
+    alice = marked(V2, bare, alice_key, data, normalise)
     bob_key = V2.draw_key(alice, EXAMPLE, owner="Bob", seed=bytes([2] * 32))
-    embedding = replace(RECIPE, rate=0.01)
-    bob = overwrite(alice, V2, bob_key, data, embedding, normalise=normalise).model
-    torch.manual_seed(3)
-    nobody = config.build()
-    fit(nobody, classification, data, RECIPE, normalise=normalise)
-    return World(data, normalise, config, alice, alice_key, bob, bob_key, nobody.eval())
+    bob = deepcopy(alice)
+    write_over(bob, bob_key, normalise(data.images), kept=alice_key)
+    solve_head(bob, [(Branch.PUBLIC, normalise(data.images), data.labels)])
+    nobody = reader(small_alexnet(seed=3), data, normalise)
+    return World(data, normalise, config, alice, alice_key, bob, bob_key, nobody)
 
 
 @pytest.fixture(scope="module")

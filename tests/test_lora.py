@@ -148,6 +148,7 @@ def refactored(tensors, change):
     return changed
 
 
+@pytest.mark.trains
 def test_every_bit_is_right_and_the_task_is_learnt_about_as_well(tuned):
     unmarked = adapter_on(tuned.base)
     train(unmarked, plain_loss_of(unmarked), turned=True, steps=100, rate=5e-3)
@@ -160,6 +161,7 @@ def test_every_bit_is_right_and_the_task_is_learnt_about_as_well(tuned):
     assert accuracy(tuned.model) > accuracy(unmarked) - 0.06
 
 
+@pytest.mark.trains
 def test_the_command_reads_the_adapter_s_folder_alone(tuned, call):
     code, out, _ = call("verify", tuned.folder, "--key", of(tuned, "alice.key"), "--json")
     facts = json.loads(out)
@@ -170,6 +172,7 @@ def test_the_command_reads_the_adapter_s_folder_alone(tuned, call):
     assert code == 0
 
 
+@pytest.mark.trains
 def test_reading_an_adapter_takes_neither_peft_nor_transformers(tuned):
     script = (
         "import sys, nnpassport\n"
@@ -181,6 +184,7 @@ def test_reading_an_adapter_takes_neither_peft_nor_transformers(tuned):
     subprocess.run(words, check=True)
 
 
+@pytest.mark.trains
 def test_the_command_reads_a_merged_network_against_its_base(tuned, call):
     words = ("verify", tuned.merged, "--key", of(tuned, "alice.key"))
     code, out, _ = call(*words, "--base", of(tuned, "base"), "--json")
@@ -195,6 +199,7 @@ def test_the_command_reads_a_merged_network_against_its_base(tuned, call):
     assert call(*words, "--base", of(tuned, "base"), "--align", tuned.merged)[0] == 2
 
 
+@pytest.mark.trains
 def test_a_merged_network_under_names_of_another_make_could_not_be_checked(tuned, tmp_path, call):
     tuned.base.save_pretrained(tmp_path)
     words = ("verify", tmp_path, "--key", of(tuned, "alice.key"), "--base", of(tuned, "base"))
@@ -203,6 +208,7 @@ def test_a_merged_network_under_names_of_another_make_could_not_be_checked(tuned
     assert "vit.encoder.layer.0.attention.attention.query.weight" in " ".join(err.split())
 
 
+@pytest.mark.trains
 def test_no_base_is_taken_but_the_key_s_own(tuned):
     """Or whoever has the suspect W would take W − b·X for W0, and read any bits off any network."""
     suspect = tuned.base.state_dict()
@@ -220,12 +226,14 @@ def test_no_base_is_taken_but_the_key_s_own(tuned):
         verify(tuned.folder, tuned.key, options=Options(base=of(tuned, "base")))
 
 
+@pytest.mark.trains
 def test_a_base_loaded_in_another_precision_than_it_was_saved_in_is_still_it(tuned):
     weights = {"layer": tuned.base.classifier.weight.detach().bfloat16()}
     assert base_digest(weights) == base_digest({"layer": weights["layer"].float()})
     assert base_digest(weights) != base_digest({"layer": weights["layer"].float() + 1})
 
 
+@pytest.mark.trains
 def test_an_adapter_that_was_tuned_without_the_mark_is_refused(tuned):
     other = adapter_on(tuned.base, seed=7)
     train(other, plain_loss_of(other), turned=True, steps=40, rate=5e-3)
@@ -234,6 +242,7 @@ def test_an_adapter_that_was_tuned_without_the_mark_is_refused(tuned):
     assert found.log10_p_value > -5
 
 
+@pytest.mark.trains
 def test_fresh_keys_match_one_low_rank_adapter_as_fair_coins_do(tuned):
     """Rows of rank 8 depend on one another; committed bits do not, and that is what counts."""
     tensors = tensors_of(tuned)
@@ -247,6 +256,7 @@ def test_fresh_keys_match_one_low_rank_adapter_as_fair_coins_do(tuned):
     assert 0.72 < matches.var() / (bits / 4) < 1.28
 
 
+@pytest.mark.trains
 def test_a_fresh_key_is_refused(tuned):
     other = LORA.draw_key(tuned.model, layers=["*"])
     found = verify(tuned.folder, other)
@@ -254,6 +264,7 @@ def test_a_fresh_key_is_refused(tuned):
     assert found.log10_p_value > -5
 
 
+@pytest.mark.trains
 def test_other_factors_of_the_same_product_hold_the_same_bits(tuned):
     """A mark on one of the two factors is gone after this, at no cost; the adapter is the same."""
     rng = torch.Generator().manual_seed(3)
@@ -271,11 +282,13 @@ def test_other_factors_of_the_same_product_hold_the_same_bits(tuned):
         assert abs(same - 0.5) < 0.15  # no sign of a factor is where it was
 
 
+@pytest.mark.trains
 def test_scale_that_moves_between_the_factors_and_alpha_changes_nothing(tuned):
     moved = refactored(tensors_of(tuned), lambda a, b: (a * 1e-3, b * 1e5))
     assert read(tuned, moved).matches == tuned.key.context.bits
 
 
+@pytest.mark.trains
 def test_a_larger_rank_that_pads_the_pair_changes_nothing(tuned):
     def pad(a, b):
         extra = torch.randn(5, a.shape[1], generator=torch.Generator().manual_seed(0))
@@ -284,6 +297,7 @@ def test_a_larger_rank_that_pads_the_pair_changes_nothing(tuned):
     assert read(tuned, refactored(tensors_of(tuned), pad)).matches == tuned.key.context.bits
 
 
+@pytest.mark.trains
 def test_no_singular_component_holds_the_mark(tuned):
     """One passport for all channels would be one component, and dropping it the end of the bits."""
     for dropped in range(RANK):
@@ -298,6 +312,7 @@ def test_no_singular_component_holds_the_mark(tuned):
         assert found.match_rate > 0.9
 
 
+@pytest.mark.trains
 def test_a_layer_left_out_costs_its_bits_and_no_more(tuned):
     tensors = tensors_of(tuned)
     first = tuned.key.context.layers[0]
@@ -308,6 +323,7 @@ def test_a_layer_left_out_costs_its_bits_and_no_more(tuned):
     assert found.matches == found.bits - first.length
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_pruning_leaves_enough(tuned, share):
     def prune(a, b):
@@ -318,6 +334,7 @@ def test_pruning_leaves_enough(tuned, share):
     assert read(tuned, refactored(tensors_of(tuned), prune)).accepted
 
 
+@pytest.mark.trains
 def test_tuning_on_without_the_mark_leaves_enough(tuned):
     model = deepcopy(tuned.model)
     train(model, plain_loss_of(model), turned=True, steps=40, rate=2e-3)
@@ -326,6 +343,7 @@ def test_tuning_on_without_the_mark_leaves_enough(tuned):
     assert found.match_rate > 0.9
 
 
+@pytest.mark.trains
 def test_merging_in_half_precision_leaves_enough(tuned):
     halves = deepcopy(tuned.model).half()
     merged = halves.merge_and_unload().state_dict()
@@ -334,6 +352,7 @@ def test_merging_in_half_precision_leaves_enough(tuned):
     assert found.match_rate > 0.95
 
 
+@pytest.mark.trains
 def test_a_negative_alpha_does_not_hide_negated_factors(tuned, tmp_path):
     name = tuned.key.context.layers[0].name
     whole = json.loads((tuned.folder / CONFIG_FILE).read_text())
@@ -359,6 +378,7 @@ def test_a_negative_alpha_does_not_hide_negated_factors(tuned, tmp_path):
         assert found.matches == found.bits
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -378,6 +398,7 @@ def test_a_config_that_is_not_one_is_an_error_and_no_verdict(tuned, tmp_path, ch
         verify(tmp_path, tuned.key)
 
 
+@pytest.mark.trains
 def test_a_field_given_twice_or_not_a_number_is_refused(tuned, tmp_path):
     save_file(tensors_of(tuned), tmp_path / "adapter_model.safetensors")
     for text in (
@@ -391,6 +412,7 @@ def test_a_field_given_twice_or_not_a_number_is_refused(tuned, tmp_path):
             verify(tmp_path, tuned.key)
 
 
+@pytest.mark.trains
 def test_pairs_that_do_not_multiply_are_refused(tuned):
     a, b = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"
     for tensors in (
@@ -523,6 +545,7 @@ def test_a_text_reads_back_from_the_adapter_and_the_key_survives_its_file(base, 
     assert again.fingerprint == key.fingerprint
 
 
+@pytest.mark.trains
 def test_keys_of_other_schemes_are_refused(tuned, tmp_path):
     layers = tuple(layer._replace(bits=None) for layer in tuned.key.context.layers)
     other = Key(bytes(32), Context("passport-v2", "Bob", layers, None, bytes(16)))
@@ -533,6 +556,7 @@ def test_keys_of_other_schemes_are_refused(tuned, tmp_path):
     assert not load_file(tuned.folder / "adapter_model.safetensors").keys() & {"passport", "signs"}
 
 
+@pytest.mark.trains
 def test_the_example_runs_as_it_stands(capsys):
     example = Path(__file__).parent.parent / "examples" / "mark_a_lora_adapter.py"
     with pytest.raises(SystemExit) as done:
@@ -541,6 +565,7 @@ def test_the_example_runs_as_it_stands(capsys):
     assert "640 of 640 adapter bits match" in capsys.readouterr().out
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("older", [True, False])
 def test_under_a_claim_what_was_added_counts_only_if_the_claim_is_older(tuned, older):
     standing = Standing(Finding(True, "it holds"), -9.0, older, "its age")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from constructed import reader
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ from nnpassport.schemes.pan import encode_norms, own_affine, say
 from nnpassport.schemes.passport import PAN, V1, V2, Passport
 from nnpassport.schemes.signature import secrets_of
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED as ALPHA
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.training import Recipe
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=5, batch=32, rate=0.05, schedule="one-cycle", augment=False)
@@ -48,20 +49,18 @@ def network(norm="batch"):
 
 @pytest.fixture(scope="module")
 def plain(digits):
-    """A trained network that nobody marked."""
+    """A network that works and that nobody marked."""
     train, _, normalise = digits
     data = train.resized(32).subset(torch.arange(400))
-    model = network()
-    fit(model, classification, data, RECIPE, normalise=normalise)
-    return Plain(model.eval(), data, normalise)
+    return Plain(reader(network(), data, normalise), data, normalise)
 
 
 @pytest.fixture(scope="module")
 def owned(plain):
-    """The same with a key grafted in, and tuned for an epoch."""
+    """The same with a key grafted in, and tuned for an epoch of steps too small to spoil it."""
     model = deepcopy(plain.model)
     key = PAN.draw_key(model, EXAMPLE, seed=bytes(32))
-    tune = replace(RECIPE, epochs=1, rate=0.01)
+    tune = replace(RECIPE, epochs=1, rate=1e-4)
     PAN.embed(model, key, plain.data, tune, normalise=plain.normalise, trained=True)
     return Owned(model, PAN.released(model).eval(), key)
 

@@ -130,12 +130,14 @@ def another_key(owned, digits, number):
     return owned.scheme.draw_key(network(owned.norm), example, layers=LAYERS, seed=seed)
 
 
+@pytest.mark.trains
 def test_every_bit_is_right_after_training(marked):
     verdict = marked.scheme.verify(marked.released.state_dict(), marked.key)
     assert (verdict.matches, verdict.bits) == (128, 128)
     assert verdict.layers == {"3": (64, 64), "7": (64, 64)}
 
 
+@pytest.mark.trains
 def test_the_owners_key_is_accepted(marked):
     for network_of_the_owner in (marked.released, marked.model):
         verdict = marked.scheme.verify(network_of_the_owner.state_dict(), marked.key)
@@ -143,6 +145,7 @@ def test_the_owners_key_is_accepted(marked):
         assert verdict.scheme == marked.scheme.name
 
 
+@pytest.mark.trains
 def test_fresh_keys_are_refused(marked, digits):
     weights = marked.released.state_dict()
     verdicts = [
@@ -154,6 +157,7 @@ def test_fresh_keys_are_refused(marked, digits):
     assert abs(sum(each.matches for each in verdicts) / 2560 - 0.5) < 0.05
 
 
+@pytest.mark.trains
 def test_the_owners_key_is_refused_on_an_unrelated_network(marked, unrelated):
     verdict = marked.scheme.verify(unrelated.state_dict(), marked.key, log10_alpha=ALPHA)
     assert not verdict.accepted
@@ -161,6 +165,7 @@ def test_the_owners_key_is_refused_on_an_unrelated_network(marked, unrelated):
     assert verdict.log10_p_value > ALPHA
 
 
+@pytest.mark.trains
 def test_the_genuine_passport_runs_the_network_and_random_ones_do_not(marked, digits):
     _, test, normalise = digits
     genuine = marked.scheme.fidelity(marked.released, marked.key, test, normalise)
@@ -171,6 +176,7 @@ def test_the_genuine_passport_runs_the_network_and_random_ones_do_not(marked, di
     assert sorted(random)[3] < 0.35
 
 
+@pytest.mark.trains
 def test_presenting_a_key_leaves_the_released_network_as_it_was(marked, digits):
     _, test, normalise = digits
     before = deepcopy(marked.released)
@@ -181,6 +187,7 @@ def test_presenting_a_key_leaves_the_released_network_as_it_was(marked, digits):
     assert not marked.released.training
 
 
+@pytest.mark.trains
 def test_the_fidelity_of_the_released_network_is_that_of_the_private_branch(marked, digits):
     _, test, normalise = digits
     measured = marked.scheme.fidelity(marked.released, marked.key, test, normalise)
@@ -191,6 +198,7 @@ def test_the_fidelity_of_the_released_network_is_that_of_the_private_branch(mark
     assert measured == pytest.approx(private, abs=tolerance)
 
 
+@pytest.mark.trains
 def test_the_released_network_is_the_plain_architecture(marked):
     plain = network(marked.norm)
     assert list(marked.released.state_dict()) == list(plain.state_dict())
@@ -199,6 +207,7 @@ def test_the_released_network_is_the_plain_architecture(marked):
     plain.load_state_dict(marked.released.state_dict())
 
 
+@pytest.mark.trains
 def test_the_released_network_computes_what_was_trained(marked, digits):
     images = digits[2](digits[1].images)
     branch = Branch.PUBLIC if marked.scheme.two_branches else Branch.PRIVATE
@@ -241,6 +250,7 @@ def found(key, data):
     return [what for what, trace in traces(key) if len(trace) > 4 and trace in data]
 
 
+@pytest.mark.trains
 def test_no_file_that_leaves_the_house_holds_anything_secret(marked, tmp_path):
     config = ModelConfig(
         architecture="somebody.networks:small",
@@ -259,11 +269,13 @@ def test_no_file_that_leaves_the_house_holds_anything_secret(marked, tmp_path):
     }
 
 
+@pytest.mark.trains
 def test_nor_does_a_training_checkpoint_or_its_log(marked):
     files = {file.name: found(marked.key, file.read_bytes()) for file in marked.folder.iterdir()}
     assert files == {"training.pt": [], "metrics.jsonl": []}
 
 
+@pytest.mark.trains
 def test_the_search_for_secrets_does_find_them(marked):
     buffers = {name: each.numpy() for name, each in marked.model.named_buffers()}
     names = found(marked.key, pickle.dumps(buffers) + SEED)
@@ -273,6 +285,7 @@ def test_the_search_for_secrets_does_find_them(marked):
     assert "seed" in names
 
 
+@pytest.mark.trains
 def test_the_trigger_labels_alone_prove_v3(owned, unrelated, digits):
     marked = owned("V3")
     images, labels = marked.key.trigger_set()
@@ -298,6 +311,7 @@ def test_the_trigger_labels_alone_prove_v3(owned, unrelated, digits):
         assert not marked.scheme.verify_answers(others, marked.key, log10_alpha=ALPHA).accepted
 
 
+@pytest.mark.trains
 def test_answers_must_be_one_for_each_trigger_of_a_key_that_has_some(owned):
     with pytest.raises(UnsuitableModelError, match=r"shape .39.*one class for each of the 40"):
         SMALL_V3.verify_answers(torch.zeros(39, dtype=torch.int64), owned("V3").key)
@@ -312,6 +326,7 @@ def signs_read(owned):
     )
 
 
+@pytest.mark.trains
 def test_the_signature_text_is_read_back_from_the_released_network(owned):
     marked = owned("V1")
     key = marked.key
@@ -320,6 +335,7 @@ def test_the_signature_text_is_read_back_from_the_released_network(owned):
     assert wrong != TEXT
 
 
+@pytest.mark.trains
 def test_a_text_is_paid_for_with_all_texts_that_might_have_been_chosen(owned):
     verdict = V1.verify(owned("V1").released.state_dict(), owned("V1").key)
     tail = log10_binomial_tail(128, 128)
@@ -329,6 +345,7 @@ def test_a_text_is_paid_for_with_all_texts_that_might_have_been_chosen(owned):
     assert plain.log10_p_value == pytest.approx(tail)
 
 
+@pytest.mark.trains
 def test_a_longer_text_on_the_same_bits_is_no_longer_enough(owned, digits):
     example = digits[2](digits[0].images[:2])
     text = "all rights reserved"[:16]
@@ -343,6 +360,7 @@ def test_a_longer_text_on_the_same_bits_is_no_longer_enough(owned, digits):
     assert not verdict.accepted
 
 
+@pytest.mark.trains
 def test_chosen_passports_or_bits_have_no_p_value_whatever_they_match(owned):
     marked = owned("V2")
     names = [layer.name for layer in marked.key.context.layers]
@@ -364,6 +382,7 @@ def test_chosen_passports_or_bits_have_no_p_value_whatever_they_match(owned):
         assert published.log10_p_value is None
 
 
+@pytest.mark.trains
 def test_the_published_rule_needs_every_bit(owned, unrelated):
     marked = owned("V2")
     weights = deepcopy(marked.released.state_dict())
@@ -377,6 +396,7 @@ def test_the_published_rule_needs_every_bit(owned, unrelated):
     ).accepted
 
 
+@pytest.mark.trains
 def test_zeroed_and_undefined_channels_do_not_match(owned):
     marked = owned("V2")
     weights = deepcopy(marked.released.state_dict())
@@ -385,6 +405,7 @@ def test_zeroed_and_undefined_channels_do_not_match(owned):
     assert marked.scheme.verify(weights, marked.key).layers == {"3": (64, 64), "7": (34, 64)}
 
 
+@pytest.mark.trains
 def test_another_architecture_cannot_be_checked(owned):
     key = owned("V2").key
     weights = owned("V2").released.state_dict()
@@ -417,6 +438,7 @@ def test_a_text_that_does_not_fit_is_refused(digits):
         V2.draw_key(network("batch"), example, layers=["7"], text="nine chars")
 
 
+@pytest.mark.trains
 def test_another_schemes_key_is_refused_and_nothing_is_touched(owned, digits):
     model = network("batch")
     with pytest.raises(UnsuitableModelError, match="is for passport-v2, and this is passport-v1"):
@@ -424,6 +446,7 @@ def test_another_schemes_key_is_refused_and_nothing_is_touched(owned, digits):
     assert not passport_norms(model)
 
 
+@pytest.mark.trains
 def test_a_data_set_of_one_class_is_refused_and_nothing_is_touched(owned, digits):
     train, _, normalise = digits
     model = network("batch")
@@ -453,6 +476,7 @@ def test_v1_refuses_at_once_what_it_could_not_release(norm, site, digits, monkey
     V2.insert(model, replace(key, context=replace(key.context, scheme=V2.name)), example)
 
 
+@pytest.mark.trains
 def test_v3_needs_the_normalisation_of_its_triggers(owned):
     with pytest.raises(UnsuitableModelError, match="pass normalise="):
         SMALL_V3.objective(owned("V3").key, steps=10)
@@ -642,6 +666,7 @@ def test_the_mean_loss_of_the_parts_of_a_step_is_that_of_the_step(scheme, weight
         assert torch.equal(counted, whole.measures["accuracy"])
 
 
+@pytest.mark.trains
 def test_the_evaluation_measures_the_network_as_it_will_be_used(marked, digits):
     _, test, normalise = digits
     numbers = marked.scheme.evaluation(test, normalise)(marked.model)
@@ -710,6 +735,7 @@ def test_a_marked_network_survives_the_whole_way_on_a_grouped_convolution(digits
     assert V2.verify(V2.released(model).state_dict(), key).matches == 32
 
 
+@pytest.mark.trains
 def test_a_drawn_passport_is_the_one_the_network_was_trained_with(marked):
     for name, norm in passport_norms(marked.model).items():
         host = next(each for each in LAYERS if int(each) + 1 == int(name))
@@ -721,6 +747,7 @@ def test_a_drawn_passport_is_the_one_the_network_was_trained_with(marked):
         assert (gamma * norm.signs).min() > 0
 
 
+@pytest.mark.trains
 def test_a_released_network_can_be_marked_again_and_a_marked_one_cannot(owned, digits):
     marked, example = owned("V2"), digits[2](digits[0].images[:2])
     again = deepcopy(marked.released)

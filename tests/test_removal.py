@@ -638,6 +638,7 @@ def reached(model, digits):
     return accuracy(model, digits[1], digits[2])
 
 
+@pytest.mark.trains
 def test_the_owners_networks_work_and_carry_their_marks(passported, triggered, digits):
     assert bits_read(passported, passported.model) == (128, True)
     assert triggers_answered(triggered, triggered.model, digits) == 40
@@ -662,6 +663,7 @@ SURVIVED = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", list(SURVIVED))
 def test_a_passport_survives_what_leaves_the_network_useful(name, passported, digits):
     attacked: Attacked = SURVIVED[name](passported.model, digits)
@@ -679,6 +681,7 @@ RUINED = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", list(RUINED))
 def test_what_removes_a_passport_without_training_removes_the_network_with_it(
     name, passported, digits
@@ -690,6 +693,7 @@ def test_what_removes_a_passport_without_training_removes_the_network_with_it(
     assert reached(attacked.model, digits) < 0.6
 
 
+@pytest.mark.trains
 def test_overwriting_long_and_fast_enough_removes_a_passport_of_this_size(passported, digits):
     attacked = overwrite(
         passported.model,
@@ -706,6 +710,7 @@ def test_overwriting_long_and_fast_enough_removes_a_passport_of_this_size(passpo
     assert reached(attacked.model, digits) > 0.9
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("attack", [distil_soft, extract_hard])
 def test_no_mark_of_weights_and_no_trigger_survives_a_copy_from_answers(
     attack, passported, triggered, digits
@@ -720,6 +725,7 @@ def test_no_mark_of_weights_and_no_trigger_survives_a_copy_from_answers(
             assert triggers_answered(owned, attacked.model, digits) < 14
 
 
+@pytest.mark.trains
 def test_a_copy_asked_about_noise_alone_learns_little(passported, digits):
     noise = torch.randint(0, 256, (512, 1, 16, 16), generator=rng(), dtype=torch.uint8)
     queries = ImageSet(noise, torch.arange(512) % 10, digits[0].classes, "noise")
@@ -729,6 +735,7 @@ def test_a_copy_asked_about_noise_alone_learns_little(passported, digits):
     assert reached(attacked.model, digits) < 0.5
 
 
+@pytest.mark.trains
 def test_a_new_head_forgets_triggers_and_the_old_one_plugged_in_remembers_them(triggered, digits):
     recipe = replace(EMBEDDING, epochs=3)
     head_only, whole = (
@@ -743,12 +750,14 @@ def test_a_new_head_forgets_triggers_and_the_old_one_plugged_in_remembers_them(t
     assert triggers_answered(triggered, with_head(whole, triggered.model), digits) < 30
 
 
+@pytest.mark.trains
 def test_triggers_survive_training_on_with_the_head_that_knows_them(triggered, digits):
     for form in ("ftll", "ftal"):
         model = fine_tune(triggered.model, digits[0], EPOCH, normalise=digits[2], form=form).model
         assert triggers_answered(triggered, model, digits) >= 36
 
 
+@pytest.mark.trains
 def test_fine_pruning_beats_triggers_and_a_little_of_it_does_not(triggered, digits):
     little, much = (
         fine_prune(triggered.model, digits[0], EPOCH, normalise=digits[2], share=share).model
@@ -759,6 +768,7 @@ def test_fine_pruning_beats_triggers_and_a_little_of_it_does_not(triggered, digi
     assert reached(much, digits) > 0.9
 
 
+@pytest.mark.trains
 def test_rounding_beats_a_mark_that_was_hidden_in_the_last_bits(passported):
     """A change that no use of the network can notice is also one that no use can preserve."""
     bits = torch.randint(0, 2, (64 * 16 * 9,), generator=rng())

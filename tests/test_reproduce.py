@@ -171,6 +171,7 @@ def test_the_paper_s_attackers_train_as_published():
     assert "rate" not in replace(cell, work="fake2").inputs["attackers"]
 
 
+@pytest.mark.trains
 def test_a_plan_s_rate_is_the_one_that_fake3_is_trained_at(store, monkeypatch):
     learnt = replace(TINY, embed=replace(TINY.embed, epochs=8), train_images={}, insider_rate=0.25)
     rates = []
@@ -287,6 +288,7 @@ def test_a_cell_that_cannot_be_run_does_not_stop_the_others(store):
     assert store.done(Cell(TINY, UCHIDA))
 
 
+@pytest.mark.trains
 def test_forged_marks_of_a_baseline_are_read_before_and_after_a_transfer(store):
     cell = Cell(TINY, UCHIDA, "transfer", "digits-halves")
     assert grid.run_grid([cell], store) == []
@@ -337,6 +339,7 @@ def test_backends_that_are_not_there_are_named(store, monkeypatch):
         grid.run_grid([Cell(TINY, PLAIN)], store, jobs=2, backend="slurm")
 
 
+@pytest.mark.trains
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(plans.PLANS, "tiny", TINY)
     given = ["reproduce", "table1", "--recipe", "tiny", "--results", str(tmp_path / "results")]

@@ -1,6 +1,7 @@
 """The threat model promises nothing that no test shows."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def promises():
     return {promise: NAMED.findall(tests) for promise, tests in cells}
 
 
+@functools.cache
 def existing_tests():
     """Names of all test functions in this folder, as pytest finds them."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.glob("tests/test_*.py")]

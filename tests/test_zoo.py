@@ -28,7 +28,11 @@ LEARNT = 4  # batches
 
 
 PAIRS = [
-    pytest.param((name, scheme), id=f"{name}-{scheme.removeprefix('passport-')}")
+    pytest.param(
+        (name, scheme),
+        id=f"{name}-{scheme.removeprefix('passport-')}",
+        marks=pytest.mark.trains,
+    )
     for name, network in ZOO.items()
     for scheme in network.schemes
 ]
