@@ -541,7 +541,7 @@ def test_a_token_over_the_envelope_holds(authority, signer):
     assert (stamp.authority, stamp.policy) == ("CN=An Authority", "1.2.3.4.1")
     finding = check_claim(signed, OWNER, roots=[signer.root], key=KEY)
     assert finding.holds
-    assert stamp.as_dict()["time"] in finding.reason
+    assert stamp.as_dict()["latest"] in finding.reason
     ((kind, query),) = authority.asked
     assert kind == "application/timestamp-query"
     assert hashlib.sha256(timestamped_bytes(SIGNED.envelope)).digest() in query
@@ -917,6 +917,9 @@ def test_claims_of_version_1_hold_for_ever():
         "authority": "CN=Golden Authority",
         "policy": "1.2.3.4.1",
         "serial": "2",
+        "accuracy": 1.0,
+        "earliest": "2026-11-23T01:59:59Z",
+        "latest": "2026-11-23T02:00:02Z",
     }
 
 

@@ -710,6 +710,9 @@ def hearing(owner):
             "unchecked": None,
             "readings": {"as it stands": found},
             "elsewhere": {"other": {"as it stands": found}} if name == owner else {},
+            "related": None,
+            "akin": {},
+            "work": None,
             "notes": [name],
             "standing": None,
         }
@@ -718,6 +721,7 @@ def hearing(owner):
     return {
         "ruling": "owner",
         "owner": owner,
+        "owners": [owner],
         "reasons": [f"{owner} was first"],
         "claimants": claimants,
         "suspect": {"file": owner, "appeared": None, "digests": {owner: "0" * 64}},
