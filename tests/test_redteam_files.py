@@ -575,6 +575,8 @@ from nnpassport.scheme import OwnershipError
 from nnpassport.weights import read_weights, tensors_digest
 import test_redteam_files as cases
 
+torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
+
 def network(seed, width):
     config = replace(cases.CONFIG, arguments={**cases.CONFIG.arguments, "width": width})
     torch.manual_seed(seed)
