@@ -170,7 +170,8 @@ def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(vict
         ).mean()
         assert abs(differs - share) < 0.01
     assert results[0.0] > 0.85
-    assert results[1.0] < results[0.5] < results[0.0]
+    # Half of the channels turned is as bad as all of them: three layers of such make chance.
+    assert max(results[1.0], results[0.5]) < 0.6
     with pytest.raises(ValueError, match="share"):
         flip_gamma(victim.model, victim.key, rng(), share=1.5)
 
