@@ -146,6 +146,8 @@ def assert_accepted(weights, subject):
 
 def test_all_bits_come_right_while_the_task_gets_no_worse(subject):
     assert subject.marked.measures["sign_match"] == 1
+    # The worst of six shifts of the seeds, under three instruction sets: Swin's falls by 4 %,
+    # ViT's by 6, every other by 14 to 99.
     assert subject.after < subject.before
 
 
