@@ -179,7 +179,7 @@ def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(vict
 @pytest.mark.trains
 def test_trained_scales_and_shifts_beat_random_ones(victim):
     images = victim.train
-    recipe = replace(QUICK, rate=0.02, epochs=6, batch=32)
+    recipe = replace(QUICK, rate=0.02, epochs=10, batch=32)
     for attack in (reverse_engineer, substitute_individual, substitute_across):
         outcome = attack(
             victim.model, victim.scheme, images, recipe, normalise=victim.normalise, rng=rng()
