@@ -92,7 +92,7 @@ def run(planned, words, folder):
     skipped = [case for case in cases if "skipped" in {each.tag for each in case}]
     if comparisons.exists():
         lines = comparisons.read_text(encoding="utf-8").splitlines()
-    return planned._replace(
+    finished = planned._replace(
         code=done.returncode,
         passed=len(cases) - len(bad) - len(skipped),
         failed=tuple(f"{case.get('classname')}::{case.get('name')}" for case in bad),
@@ -100,6 +100,10 @@ def run(planned, words, folder):
         calls=tuple(tuple(json.loads(line)) for line in lines),
         output=done.stdout,
     )
+    print(f"{finished.name}: {finished.passed} passed, {len(finished.failed)} failed", flush=True)
+    for each in finished.failed:
+        print(f"    {each}", flush=True)
+    return finished
 
 
 def closest_calls(runs):

@@ -170,7 +170,8 @@ def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(vict
         ).mean()
         assert abs(differs - share) < 0.01
     assert results[0.0] > 0.85
-    assert results[1.0] < results[0.5] < results[0.0]
+    # Half of the channels turned is as bad as all of them: three layers of such make chance.
+    assert max(results[1.0], results[0.5]) < 0.6
     with pytest.raises(ValueError, match="share"):
         flip_gamma(victim.model, victim.key, rng(), share=1.5)
 
@@ -178,7 +179,7 @@ def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(vict
 @pytest.mark.trains
 def test_trained_scales_and_shifts_beat_random_ones(victim):
     images = victim.train
-    recipe = replace(QUICK, rate=0.02, epochs=6, batch=32)
+    recipe = replace(QUICK, rate=0.02, epochs=10, batch=32)
     for attack in (reverse_engineer, substitute_individual, substitute_across):
         outcome = attack(
             victim.model, victim.scheme, images, recipe, normalise=victim.normalise, rng=rng()

@@ -15,8 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
+from typer.testing import CliRunner
 
 from nnpassport import distributed
+from nnpassport.cli import app
 from nnpassport.distributed import Team
 from nnpassport.scheme import BadRecipeError, LostProcessError
 
@@ -251,8 +253,9 @@ def embedding(folder, key, *more):
 @pytest.fixture
 def owner(tmp_path):
     key = tmp_path / "owner.key"
-    command = ["key", "new", "--channels", "1", "--set", "width=0.1", "--out", key]
-    subprocess.run([sys.executable, "-m", "nnpassport", *command], check=True, env=ENVIRONMENT)
+    command = ["key", "new", "--channels", "1", "--set", "width=0.1", "--out", str(key)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
     return key
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import SHIFT
 
 import nnpassport
 
@@ -39,13 +40,14 @@ def run(folder, *words):
 
 # Keys are the system's randomness, and what a graft costs before any training scatters with them
 # (0 to 2.8 points on 360 images, in eight runs): here every run draws the same ones.
-SAME_KEYS = """
+SAME_KEYS = f"""
 import os, random, runpy, sys
-os.urandom = random.Random(0).randbytes
+os.urandom = random.Random({SHIFT}).randbytes
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_owner_is_accepted_and_a_fresh_key_is_not(name, tmp_path):
     pytest.importorskip(EXAMPLES[name])
@@ -70,12 +72,17 @@ def test_the_owner_is_accepted_and_a_fresh_key_is_not(name, tmp_path):
         assert min(accuracies.values()) > 0.85
 
 
-def test_the_guide_s_commands_do_what_they_say(tmp_path):
+@pytest.mark.trains
+def test_the_guide_s_commands_do_what_they_say(tmp_path, call, monkeypatch):
+    """Two trainings of a few epochs: ten seconds."""
+    monkeypatch.chdir(tmp_path)
     (block,) = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.S)
     lines = block.replace("\\\n", " ").splitlines()
     commands = [shlex.split(line, comments=True) for line in lines]
     assert [words[1] for words in commands] == ["train", "key", "embed", "verify"]
-    plain, _, marked, verdict = (run(tmp_path, *words) for words in commands)
+    done = [call(*words[1:]) for words in commands]
+    assert [code for code, _, _ in done] == [0] * 4, done
+    plain, _, marked, verdict = (printed for _, printed, _ in done)
     assert re.search(r"sign_match\s+100.00", marked)
     before = float(re.search(r"^accuracy\s+(\S+)", plain, flags=re.M)[1])
     after = [float(each) for each in re.findall(r"^(?:private_)?accuracy\s+(\S+)", marked, re.M)]

@@ -86,6 +86,7 @@ def test_clipping_clips_as_many_as_it_says():
     assert torch.equal(clipped.bias, model.bias)
 
 
+@pytest.mark.trains
 def test_both_are_on_the_leaderboard(tmp_path):
     words = ["leaderboard", "--recipe", QUICK.name, "--scheme", "median-filter"]
     words += ["--attack", "clip", "--attack", "forge-projection", "--json"]

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from constructed import marked
 from torch import nn
 
 import nnpassport
@@ -748,15 +747,18 @@ def test_the_teacher_goes_where_the_images_are():
 
 @pytest.fixture(scope="module")
 def owned(digits):
-    """A small AlexNet with batch norm that carries its owner's key, and is released."""
+    """A small AlexNet with batch norm that was trained with its owner's key, and is released."""
     train, test, normalise = digits
     data = train.resized(32).subset(torch.arange(640))
     torch.manual_seed(0)
     model = small_config(normalise).build()
     key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
-    return marked(V2, model, key, data, normalise), key, data, test.resized(32), normalise
+    recipe = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+    V2.embed(model, key, data, recipe, normalise=normalise)
+    return V2.released(model).eval(), key, data, test.resized(32), normalise
 
 
+@pytest.mark.trains
 def test_a_second_key_grafted_over_the_first_is_undone_by_alignment(owned):
     """Half of the owner's channels turn, which alignment turns back; nothing else is lost."""
     model, key, data, test, normalise = owned

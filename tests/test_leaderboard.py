@@ -152,6 +152,7 @@ def run(tmp_path_factory, quick):
     return folder, json.loads(done.stdout), words
 
 
+@pytest.mark.trains
 def test_a_leaderboard_is_run_and_rendered(run):
     folder, summary, _ = run
     assert summary["done"] == summary["cells"] == 11
@@ -177,6 +178,7 @@ def test_a_leaderboard_is_run_and_rendered(run):
     assert "<script" not in html.read_text()
 
 
+@pytest.mark.trains
 def test_what_was_run_is_not_run_again(run):
     folder, summary, words = run
     before = {path: path.stat().st_mtime_ns for path in (folder / "results").rglob("*-*.json")}
@@ -187,6 +189,7 @@ def test_what_was_run_is_not_run_again(run):
     assert after == before
 
 
+@pytest.mark.trains
 def test_no_secret_is_in_the_results(run):
     folder, _, _ = run
     from nnpassport.evidence.keyfile import load_key
