@@ -14,7 +14,6 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import pytest  # noqa: E402 - see above
 import torch  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
-from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 from nnpassport import cli  # noqa: E402
 from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
@@ -36,45 +35,6 @@ if SHIFT:
 
     torch.Generator = ShiftedGenerator
     torch.manual_seed = lambda seed: plain_seed(seed + SHIFT)
-
-MOST_STEPS = 80
-"""Steps of an optimiser that a test may take without being marked `trains`."""
-
-steps_taken = [0]
-training_fixtures = set()
-
-
-def count_step(optimizer, args, kwargs):
-    steps_taken[0] += 1
-
-
-register_optimizer_step_post_hook(count_step)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef, request):
-    """Note which fixtures train."""
-    before = steps_taken[0]
-    result = yield
-    if steps_taken[0] - before > MOST_STEPS:
-        training_fixtures.add(fixturedef.argname)
-    return result
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call(pyfuncitem):
-    """A test that trains says so: what it asserts has to hold on every processor."""
-    before = steps_taken[0]
-    result = yield
-    trained = steps_taken[0] - before > MOST_STEPS
-    trained |= not training_fixtures.isdisjoint(pyfuncitem.fixturenames)
-    if trained and not pyfuncitem.get_closest_marker("trains"):
-        pytest.fail(
-            "this test trains a network: give it one by construction (constructed.py), or mark it "
-            "`trains` and run `make portable` over it",
-            pytrace=False,
-        )
-    return result
 
 
 def pytest_collection_modifyitems(config, items):

@@ -169,7 +169,10 @@ def write_activations(model, key, inputs, normalise):
     weight = [each for each in model.modules() if isinstance(each, nn.Conv2d)][-1].weight
     (layer,) = key.context.layers
     rows = key.layer_projection(layer.name)
-    pictures, groups = normalise(key.trigger_images), triggers_of(key.context).count // GROUP
+    pictures, groups = (
+        normalise(torch.from_numpy(key.trigger_images)),
+        triggers_of(key.context).count // GROUP,
+    )
     body = nn.Sequential(*list(model.children())[:-1], nn.Flatten()).eval()
     for _ in range(2):
         means = body(pictures).view(groups, GROUP, -1).mean(1)

@@ -268,10 +268,10 @@ LEADERBOARD_TRIAL = dataclasses.replace(
     TRIAL,
     name="leaderboard-trial",
     summary="the same on embedded digits and a narrow network: a few minutes, to see it work",
-    tuning=Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False),
+    tuning=Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False),
     settings={
-        **{name: {"triggers_per_step": 8} for name in _ANSWERING},
-        "passport-v3": {"triggers_per_step": 8},
+        **{name: {"triggers_per_step": 24} for name in _ANSWERING},
+        "passport-v3": {"triggers_per_step": 24},
     },
     skipped=LEADERBOARD.skipped,
     fresh_keys=3,
