@@ -391,10 +391,10 @@ def everything_twice(state, model):
     return {**twice, **renamed(state, model)}
 
 
-def the_owner_s_own_in_wrong_orders(state, model):
+def the_owner_s_own_in_wrong_orders(state, model, copies=2):
     """Decoys of the very filters, each layer in a random order: nothing after it fits."""
     draw, decoys = rng(8), {}
-    for copy in range(2):
+    for copy in range(copies):
         for name, tensor in state.items():
             if tensor.dim() > 1:
                 order = torch.randperm(len(tensor), generator=draw)
@@ -465,6 +465,19 @@ def test_what_a_stranger_would_try_next_leaves_the_mark_readable(case, change):
     found = aligned(saved(change(thief.state_dict(), model), folder), key)
     assert found.accepted
     assert found.matches >= 0.75 * found.bits  # by names it is read past norms that lie, in part
+
+
+@pytest.mark.parametrize(
+    "architecture", ["alexnet", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
+def test_seven_copies_in_wrong_orders_hide_nothing(architecture):
+    """They all fit the first layer alike; where two write one axis, 8 · 9 pairs of them do."""
+    model, key = marked(architecture)
+    thief = combine(model, rng(3), attacks=FREE).model
+    suspect = the_owner_s_own_in_wrong_orders(thief.state_dict(), model, copies=7)
+    search = Search(suspect, model, V2.forms(key))
+    placed = search.placed(search.matrices(search.best()[0]))
+    assert V2.verify(placed.tensors, key).matches >= 0.95 * key.context.bits
 
 
 def test_a_fine_tuned_and_pruned_copy_under_other_names_is_found(case):

@@ -39,8 +39,12 @@ from nnpassport.scheme import UnsuitableModelError
 KEPT = 6
 """How many ways to choose the layers so far are followed, those that fit best."""
 
+MOST_KEPT = 100
+"""As many are followed where they fit alike: the same filters in other orders, say."""
+
 _ROUNDS = 3  # of rows to length one and columns to the reference's
 _SMALLEST = 2.0**-60
+_ALIKE = 1e-9  # of fits: rounding is far below
 
 
 class Candidate(NamedTuple):
@@ -131,8 +135,7 @@ class Search:
                 if each not in state.taken.values()
                 and (found := self._with(state, layer, each)) is not None
             ]
-            states = sorted(tried, key=lambda each: -each.fit)[:KEPT]
-            states = [self._settled(state, layer) for state in states]
+            states = [self._settled(state, layer) for state in _that_fit_best(tried)]
         if not states:
             raise UnsuitableModelError(
                 "the suspect's tensors are of the shapes of the reference's layers, but no choice "
@@ -189,9 +192,11 @@ class Search:
             unit = nn.functional.normalize(matrix.flatten(1), dim=1)
             cosines = unit @ unit.T
             firsts[axis] = first_of_each(cosines.abs() if layer.turns else cosines)
+        before = state.sums.get(axis, torch.zeros_like(likeness))
+        added = (before + likeness).amax(1) - before.amax(1)  # all who write it, in one order
         return state._replace(
-            fit=state.fit + float(likeness.amax(1).mean()),
-            sums={**state.sums, axis: likeness + state.sums.get(axis, 0.0)},
+            fit=state.fit + float(added.mean()),
+            sums={**state.sums, axis: before + likeness},
             firsts=firsts,
         )
 
@@ -238,6 +243,13 @@ class Search:
             factor = torch.where(along < 0, -factor, factor)
         weight = (rows * factor[:, None, None]).reshape(layer.shape)
         return weight, float(along.abs().mean())
+
+
+def _that_fit_best(states: Sequence[_State]) -> list[_State]:
+    """The best `KEPT`, and those that fit as well as the last of these, up to `MOST_KEPT`."""
+    ranked = sorted(states, key=lambda each: -each.fit)
+    least = ranked[:KEPT][-1].fit - _ALIKE if ranked else 0.0
+    return [state for state in ranked[:MOST_KEPT] if state.fit >= least]
 
 
 def _order(
