@@ -14,6 +14,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 import pytest  # noqa: E402 - see above
 import torch  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
 from nnpassport import cli  # noqa: E402
 from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
@@ -43,6 +44,47 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+
+
+MOST_STEPS = 80
+"""A test that takes more steps of an optimiser trains a network, and is marked so."""
+
+_steps = 0
+
+
+def _count(*_):
+    global _steps  # noqa: PLW0603 - hooks of all optimisers write one number
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count)
+
+
+def _watched(marked, what):
+    """Run what is left of a hook; fail if it trained and nothing says so."""
+    before = _steps
+    result = yield
+    if not marked and _steps - before > MOST_STEPS:
+        pytest.fail(
+            f"{what} takes {_steps - before} steps of an optimiser: take a network from "
+            "constructed.py, or mark the test `trains` and assert with a margin (CONTRIBUTING.md)"
+        )
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    return (yield from _watched("trains" in pyfuncitem.keywords, "this test"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef, request):
+    """A fixture may train for tests that are all marked: a module's tests share it."""
+    name, place = fixturedef.argname, fixturedef.baseid
+    items = [i for i in request.session.items if i.nodeid.startswith(place)]
+    items = [i for i in items if name in i.fixturenames and "slow" not in i.keywords]
+    marked = all("trains" in item.keywords for item in items)
+    return (yield from _watched(marked, f"the fixture {fixturedef.argname}"))
 
 
 @pytest.fixture(scope="session")
