@@ -272,13 +272,12 @@ def first_of_each(cosines: Float[Tensor, "channels channels"]) -> Int64[Tensor, 
 
     To be a copy is not transitive, so only those count that are nobody's copy themselves.
     """
-    twins = cosines > 1 - _TWINS**2 / 2
-    first = torch.arange(len(twins))
-    for index in range(1, len(twins)):
-        before = twins[index, :index] & (first[:index] == torch.arange(index))
-        if before.any():
-            first[index] = before.int().argmax()
-    return first
+    twins = (cosines > 1 - _TWINS**2 / 2).tril_(-1).nonzero().tolist()
+    first = list(range(len(cosines)))
+    for index, before in twins:  # by index, then by what is before it
+        if first[index] == index and first[before] == before:
+            first[index] = before
+    return torch.tensor(first, dtype=torch.long)
 
 
 def in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:

@@ -17,6 +17,7 @@ Blind, as `alignment`: what a bit is read with is projected out of both sides. L
 left do not depend on the bits: they are the same for a filter and for its mirror image.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, final
@@ -44,6 +45,7 @@ MOST_KEPT = 100
 
 _ROUNDS = 3  # of rows to length one and columns to the reference's
 _SMALLEST = 2.0**-60
+_SHORTEST = 1e-12  # filters are divided by this at least
 _ALIKE = 1e-9  # of fits: rounding is far below
 
 
@@ -87,6 +89,8 @@ class _Layer(NamedTuple):
     shape: tuple[int, ...]
     rows: Float[Tensor, "out channels block"]
     basis: Float[Tensor, "forms columns"] | None
+    unit: Float[Tensor, "out columns"]  # the rows without what V reads, of length one
+    loud: Float[Tensor, "out channels"]  # the squares of `unit`, summed up by channel
 
 
 class _State(NamedTuple):
@@ -117,6 +121,14 @@ class Search:
         self._layers = _layers(reference, self._axes, forms)
         self._widths = [width(reference, axis) for axis in self._axes]
         self.candidates = _candidates(weights, self._layers, self._widths)
+        self._last = {
+            axis: [e.name for e in self._layers if e.writes == axis and _is_early(e, self._layers)][
+                -1
+            ]
+            for axis in {layer.writes for layer in self._layers} - {None}
+        }
+        self._contents: dict[Candidate, tuple[object, ...]] = {}
+        self._orders: dict[bytes, Tensor] = {}
 
     @property
     def log10_choices(self) -> float:
@@ -128,20 +140,27 @@ class Search:
         """The choices that fit best, the best one first."""
         states = [_START]
         for layer in self._layers:
+            seen: dict[tuple[object, ...], _State | None] = {}
             tried = [
                 found
                 for state in states
                 for each in self.candidates[layer.name]
                 if each not in state.taken.values()
-                and (found := self._with(state, layer, each)) is not None
+                and (found := self._with(state, layer, each, seen)) is not None
             ]
-            states = [self._settled(state, layer) for state in _that_fit_best(tried)]
+            best = _that_fit_best(tried)
+            settled: dict[tuple[object, ...], Tensor] = {}
+            states = [self._settled(state, layer, settled) for state in best]
         if not states:
             raise UnsuitableModelError(
                 "the suspect's tensors are of the shapes of the reference's layers, but no choice "
                 f"of them fits together in its widths; {_NEEDED}"
             )
         return [Choice(state.taken, state.fit) for state in states]
+
+    def alike(self, choice: Choice) -> tuple[object, ...]:
+        """Equal for choices of tensors that hold the same numbers: they are placed alike."""
+        return tuple(self._content(each) for each in choice.taken.values())
 
     def matrices(self, choice: Choice) -> dict[str, Tensor]:
         """What was chosen, in float64, each (out channels block)."""
@@ -155,7 +174,7 @@ class Search:
         """These filters in the reference's order, with its signs and lengths."""
         state, matrices = _START, _read(matrices, self._layers)
         for layer in self._layers:
-            state = self._settled(self._seen(state, layer, matrices[layer.name]), layer)
+            state = self._settled(self._seen(state, layer, matrices[layer.name]), layer, {})
         for axis in state.orders:  # once more: now all who write it can be compared, and as scaled
             likeness = [
                 self._likeness(layer, matrices[layer.name], state)
@@ -172,14 +191,46 @@ class Search:
             sum(int((order < 0).sum()) for order in state.orders.values()),
         )
 
-    def _with(self, state: _State, layer: _Layer, candidate: Candidate) -> _State | None:
-        """The state once this tensor is taken for the layer; None if its widths do not fit."""
-        matrix = _matrix(self._weights, candidate, layer)
-        sides = ((layer.writes, len(matrix)), (layer.reads, matrix.shape[1]))
-        if any(axis in state.firsts and len(state.firsts[axis]) != size for axis, size in sides):
+    def _with(
+        self,
+        state: _State,
+        layer: _Layer,
+        candidate: Candidate,
+        seen: dict[tuple[object, ...], _State | None],
+    ) -> _State | None:
+        """The state once this tensor is taken for the layer; None if its widths do not fit.
+
+        What is `seen` of a layer is kept: many states differ only in which of several tensors of
+        the same numbers they took, or in layers that have nothing to do with this one.
+        """
+        situation = (self._content(candidate), *_situation(state, layer))
+        if situation not in seen:
+            matrix = _matrix(self._weights, candidate, layer)
+            sides = ((layer.writes, len(matrix)), (layer.reads, matrix.shape[1]))
+            wrong = any(axis in state.firsts and len(state.firsts[axis]) != n for axis, n in sides)
+            seen[situation] = None if wrong else self._seen(state._replace(fit=0.0), layer, matrix)
+        if (found := seen[situation]) is None:
             return None
-        found = self._seen(state, layer, matrix)
-        return found._replace(taken={**state.taken, layer.name: candidate})
+        sums, firsts, axis = state.sums, state.firsts, layer.writes
+        if axis is not None and axis in found.firsts:
+            firsts = {**firsts, axis: found.firsts[axis]}
+        if axis is not None and axis in found.sums:
+            sums = {**sums, axis: found.sums[axis]}
+        taken = {**state.taken, layer.name: candidate}
+        return _State(state.fit + found.fit, taken, sums, firsts, state.orders)
+
+    def _content(self, candidate: Candidate) -> tuple[object, ...]:
+        """Equal for tensors of the same numbers."""
+        if candidate not in self._contents:
+            tensor = self._weights[candidate.name].detach().cpu().contiguous()
+            digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).digest()
+            facts = (digest, tensor.dtype, tuple(tensor.shape), candidate.turned)
+            self._contents[candidate] = facts
+        return self._contents[candidate]
+
+    def _kept(self, order: Tensor) -> Tensor:
+        """The same order, one object for all that are equal."""
+        return self._orders.setdefault(order.numpy().tobytes(), order)
 
     def _seen(self, state: _State, layer: _Layer, matrix: Tensor) -> _State:
         """The state once these filters have been compared with the layer's."""
@@ -191,7 +242,7 @@ class Search:
         if axis not in firsts:
             unit = nn.functional.normalize(matrix.flatten(1), dim=1)
             cosines = unit @ unit.T
-            firsts[axis] = first_of_each(cosines.abs() if layer.turns else cosines)
+            firsts[axis] = self._kept(first_of_each(cosines.abs() if layer.turns else cosines))
         before = state.sums.get(axis, torch.zeros_like(likeness))
         added = (before + likeness).amax(1) - before.amax(1)  # all who write it, in one order
         return state._replace(
@@ -200,20 +251,26 @@ class Search:
             firsts=firsts,
         )
 
-    def _settled(self, state: _State, layer: _Layer) -> _State:
+    def _settled(
+        self, state: _State, layer: _Layer, settled: dict[tuple[object, ...], Tensor]
+    ) -> _State:
         """The state, its channels in order if this layer was the last that says which."""
         axis = layer.writes
-        early = [e.name for e in self._layers if e.writes == axis and _is_early(e, self._layers)]
-        if axis is None or axis in state.orders or layer.name != early[-1]:
+        if axis is None or axis in state.orders or layer.name != self._last[axis]:
             return state
-        order = _order(state.sums[axis], state.firsts[axis])
-        return state._replace(orders={**state.orders, axis: order})
+        situation = (id(state.sums[axis]), id(state.firsts[axis]))
+        if situation not in settled:
+            settled[situation] = self._kept(_order(state.sums[axis], state.firsts[axis]))
+        sums = {each: total for each, total in state.sums.items() if each != axis}
+        return state._replace(sums=sums, orders={**state.orders, axis: settled[situation]})
 
     def _likeness(self, layer: _Layer, matrix: Tensor, state: _State) -> Tensor:
         """How alike the layer's filters and these are, the sign apart where it is free."""
         order = state.orders.get(layer.writes) if layer.writes is not None else None
-        cosines, _ = _compared(layer, self._columns(layer, matrix, state), order)
-        return cosines.abs() if layer.turns else cosines
+        rows = self._columns(layer, matrix, state)
+        rows, lengths = _measured(layer, rows * _scale(layer, rows, order)[:, None])
+        cosines = (layer.unit @ rows.flatten(1).T).div_(lengths)
+        return cosines.abs_() if layer.turns else cosines
 
     def _columns(self, layer: _Layer, matrix: Tensor, state: _State) -> Tensor:
         """The filters' columns in the reference's order; those of copies are added up."""
@@ -222,7 +279,7 @@ class Search:
         first, order = state.firsts[layer.reads], state.orders[layer.reads]
         if (first != torch.arange(len(first))).any():
             matrix = torch.zeros_like(matrix).index_add_(1, first, matrix)
-        return matrix[:, order] * (order >= 0)[:, None]
+        return _taken(matrix, order, dim=1)
 
     def _rows_of(self, layer: _Layer, state: _State) -> Int64[Tensor, " channels"]:
         if layer.writes is None:
@@ -232,17 +289,24 @@ class Search:
     def _restored(self, layer: _Layer, matrix: Tensor, state: _State) -> tuple[Tensor, float]:
         """The layer's weight as the reference would have it, and how well its filters fit."""
         order = self._rows_of(layer, state)
-        there = order >= 0
-        rows = self._columns(layer, matrix, state)[order] * there[:, None, None]
-        cosines, scale = _compared(layer, rows, torch.where(there, torch.arange(len(order)), -1))
-        along = cosines.diagonal()
-        rows = rows * scale[:, None]
+        rows = _taken(self._columns(layer, matrix, state), order, dim=0)
+        there = torch.where(order >= 0, torch.arange(len(order)), -1)
+        rows = rows * _scale(layer, rows, there)[:, None]
+        blind, least = _measured(layer, rows)
+        along = (layer.unit * blind.flatten(1)).sum(1) / least
         lengths, own = (each.flatten(1).norm(dim=1) for each in (layer.rows, rows))
         factor = torch.where(own > 0, lengths / own, 0.0)
         if layer.turns:
             factor = torch.where(along < 0, -factor, factor)
         weight = (rows * factor[:, None, None]).reshape(layer.shape)
         return weight, float(along.abs().mean())
+
+
+def _situation(state: _State, layer: _Layer) -> Iterator[int]:
+    """What a layer's filters are compared with; orders that are equal are one object."""
+    for axis in (layer.reads, layer.writes):
+        for each in (state.sums, state.firsts, state.orders):
+            yield id(each.get(axis)) if axis is not None else 0
 
 
 def _that_fit_best(states: Sequence[_State]) -> list[_State]:
@@ -308,17 +372,21 @@ def _layers(reference: nn.Module, axes: Sequence[Channels], forms: Forms) -> lis
         weight = reference.get_submodule(name).get_parameter("weight").detach()
         read = reads.get(name)
         inputs = weight.shape[1] if read is None else width(reference, axes[read])
-        layers.append(
-            _Layer(
-                name,
-                writes.get(name),
-                reads.get(name),
-                turns.get(name, False),
-                tuple(weight.shape),
-                weight.double().reshape(len(weight), inputs, -1),
-                bases.get(name),
-            )
+        rows = weight.double().reshape(len(weight), inputs, -1)
+        basis = bases[name].double() if name in bases else None
+        layer = _Layer(
+            name,
+            writes.get(name),
+            read,
+            turns.get(name, False),
+            tuple(weight.shape),
+            rows,
+            basis,
+            *(rows, rows),
         )
+        blind, lengths = _measured(layer, rows)
+        unit = blind / lengths[:, None, None]
+        layers.append(layer._replace(unit=unit.flatten(1), loud=_squares(unit)))
     return layers
 
 
@@ -407,37 +475,60 @@ def _read(matrices: Mapping[str, Tensor], layers: Sequence[_Layer]) -> dict[str,
     return found
 
 
-def _compared(
-    layer: _Layer, rows: Tensor, order: Int64[Tensor, " channels"] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Cosines between the layer's filters and these, and how much louder their inputs are read.
+def _scale(
+    layer: _Layer, rows: Tensor, order: Int64[Tensor, " channels"] | None
+) -> Float[Tensor, " channels"]:
+    """How much louder the reference's layer reads each channel than these filters do.
 
     Both without what V reads with. Rows have length one, and columns in the mean that which the
     reference's have: over the rows in this order if there is one, or over all.
     """
-    own = _unit(_blind(layer, layer.rows))
     scale = rows.new_ones(rows.shape[1])
-    if layer.reads is not None:
-        there = torch.ones(len(own), dtype=torch.bool) if order is None else order >= 0
-        matched = rows if order is None else rows[order[there]]
-        wanted = own[there].square().sum(2).mean(0)
-        for _ in range(_ROUNDS):
-            found = _unit(_blind(layer, matched * scale[:, None])).square().sum(2).mean(0)
-            ratio = (wanted / found.clamp_min(_SMALLEST)).sqrt()
-            scale = scale * torch.where((found > _SMALLEST) & (wanted > _SMALLEST), ratio, 1.0)
-    theirs = _unit(_blind(layer, rows * scale[:, None]))
-    return own.flatten(1) @ theirs.flatten(1).T, scale
+    if layer.reads is None:
+        return scale
+    wanted = layer.loud
+    if order is not None:
+        there = order >= 0
+        rows, wanted = rows[order[there]], wanted[there]
+    wanted = wanted.mean(0)
+    squares = _squares(rows) if layer.basis is None else None
+    for _ in range(_ROUNDS):
+        if squares is None:
+            loud = _squares(_blind(layer, rows * scale[:, None]))
+        else:
+            loud = squares * scale.square()
+        found = (loud / _length(loud).square()[:, None]).mean(0)
+        ratio = (wanted / found.clamp_min(_SMALLEST)).sqrt()
+        scale = scale * torch.where((found > _SMALLEST) & (wanted > _SMALLEST), ratio, 1.0)
+    return scale
+
+
+def _measured(layer: _Layer, rows: Tensor) -> tuple[Tensor, Float[Tensor, " out"]]:
+    """Filters without what V reads, and what they have to be divided by to be of length one."""
+    blind = _blind(layer, rows)
+    return blind, _length(_squares(blind))
+
+
+def _squares(rows: Tensor) -> Float[Tensor, "out channels"]:
+    """Sums of squares, by channel."""
+    return rows.square().sum(2)
+
+
+def _length(squares: Float[Tensor, "out channels"]) -> Float[Tensor, " out"]:
+    return squares.sum(1).sqrt().clamp_min(_SHORTEST)
 
 
 def _blind(layer: _Layer, rows: Tensor) -> Tensor:
     if layer.basis is None:
         return rows
-    flat, basis = rows.flatten(1), layer.basis.to(rows)
-    return (flat - flat @ basis.T @ basis).view_as(rows)
+    flat = rows.flatten(1)
+    return torch.addmm(flat, flat @ layer.basis.T, layer.basis, alpha=-1).view_as(rows)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return nn.functional.normalize(rows.flatten(1), dim=1).view_as(rows)
+def _taken(rows: Tensor, order: Int64[Tensor, " taken"], dim: int) -> Tensor:
+    """These rows or columns in this order; −1 is zeros."""
+    found = rows.index_select(dim, order.clamp_min(0))
+    return found if (order >= 0).all() else found.index_fill_(dim, (order < 0).nonzero()[:, 0], 0.0)
 
 
 def _along(cosines: Tensor, order: Int64[Tensor, " channels"]) -> float:

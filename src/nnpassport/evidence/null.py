@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.evidence.alignment import Aligned, Forms, align
-from nnpassport.evidence.byshape import Placed, Search, mixed
+from nnpassport.evidence.byshape import Choice, Placed, Search, mixed
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.statistics import log10_binomial_tail, log10_corrected
 
@@ -114,7 +114,10 @@ def verdict_by_shape(
         UnsuitableModelError: no choice of tensors fits, or no unrelated network can be aligned.
     """
     search = Search(weights, reference, forms)
-    tried = [(each, search.placed(search.matrices(each))) for each in search.best()]
+    choices: dict[object, Choice] = {}
+    for each in search.best():
+        choices.setdefault(search.alike(each), each)
+    tried = [(each, search.placed(search.matrices(each))) for each in choices.values()]
     choice, placed = max(tried, key=lambda each: read(each[1].tensors).matches)
     found = read(placed.tensors)
     others: list[_Other] = []
