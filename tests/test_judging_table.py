@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,7 @@ SPANS = {
 }
 
 
+@cache
 def claimant(name, has, *, akin=False, carries=None, others=("a", "b")):
     span = SPANS[has.date]
     work = None if carries is None else Work(carries, 0.5, 100)
@@ -72,6 +74,7 @@ def claimant(name, has, *, akin=False, carries=None, others=("a", "b")):
     )
 
 
+@cache
 def ruling(a, b, akin, works):
     carries = CARRIES.get(works, (None, None))
     pair = [

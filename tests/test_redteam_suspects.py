@@ -8,6 +8,7 @@ import math
 import shutil
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
+from functools import cache, partial
 
 import numpy
 import onnx
@@ -40,7 +41,7 @@ from nnpassport.weights import read_weights, tensors_digest
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-ARCHITECTURES = {"alexnet": "classifier", "resnet18": "fc"}
+WIDTHS = {"alexnet": 0.25, "resnet18": 0.125}  # keys of 224 and 320 bits
 FREE = (flip_signs, permute, rescale)
 
 
@@ -51,7 +52,7 @@ def rng(seed=0):
 def config_of(architecture):
     return ModelConfig(
         architecture=architecture,
-        arguments={"classes": 10, "norm": "batch", "width": 0.25},
+        arguments={"classes": 10, "norm": "batch", "width": WIDTHS[architecture]},
         classes=tuple("0123456789"),
         input_size=(3, 32, 32),
         mean=(0.5,) * 3,
@@ -64,11 +65,12 @@ def kind_of(model):
 
 
 @torch.no_grad()
-def network(architecture, seed):
+def network(architecture, seed, width=None):
     """One whose norms have seen some training, of both signs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = build(architecture, norm="batch", width=0.25).eval()
+        width = width or WIDTHS[architecture]
+        model = build(architecture, norm="batch", width=width).eval()
     draw = rng(seed + 1)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -92,15 +94,17 @@ def written(model, key):
     return model
 
 
-_MADE = {}
-
-
+@cache
 def marked(architecture="alexnet"):
-    if architecture not in _MADE:
-        plain = network(architecture, 0)
-        key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32))
-        _MADE[architecture] = written(plain, key), key
-    return _MADE[architecture]
+    plain = network(architecture, 0)
+    key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32))
+    return written(plain, key), key
+
+
+@cache
+def moved(architecture="alexnet"):
+    """The marked network, its channels negated, permuted and rescaled."""
+    return combine(marked(architecture)[0], rng(3), attacks=FREE).model
 
 
 # The eight, each a function of a network's state dict
@@ -182,11 +186,21 @@ EIGHT = (
 )
 
 
-@pytest.fixture(params=ARCHITECTURES)
-def case(request, tmp_path):
-    model, key = marked(request.param)
-    save_model(tmp_path / "own", model, config_of(request.param))
-    return model, key, tmp_path
+@pytest.fixture(scope="module")
+def owners(tmp_path_factory):
+    """By architecture the owner's network, his key and a folder that has the network as "own"."""
+    made = {}
+    for architecture in WIDTHS:
+        folder = tmp_path_factory.mktemp(architecture)
+        model, key = marked(architecture)
+        save_model(folder / "own", model, config_of(architecture))
+        made[architecture] = model, key, folder
+    return made
+
+
+@pytest.fixture(params=WIDTHS)
+def case(request, owners):
+    return owners[request.param]
 
 
 def saved(state, folder):
@@ -200,16 +214,24 @@ def aligned(path, key, **options):
 
 
 @pytest.mark.parametrize("change", EIGHT, ids=lambda each: each.__name__)
-@pytest.mark.parametrize("moved", [False, True], ids=["in order", "moved"])
-def test_each_of_eight_free_changes_leaves_the_mark_readable(case, change, moved):
+@pytest.mark.parametrize(
+    ("architecture", "where"),
+    [("alexnet", "in order"), ("alexnet", "moved"), ("resnet18", "moved")],
+)
+def test_each_of_eight_free_changes_leaves_the_mark_readable(owners, architecture, change, where):
     """Alone, and after the channels were negated, permuted and rescaled."""
-    model, key, folder = case
-    thief = combine(model, rng(3), attacks=FREE).model if moved else model
-    torch.testing.assert_close(thief(IMAGES), model(IMAGES), rtol=1e-3, atol=1e-3)
+    model, key, folder = owners[architecture]
+    thief = moved(architecture) if where == "moved" else model
     found = aligned(saved(change(thief.state_dict(), model), folder), key)
     assert found.accepted
     assert found.matches == found.bits
     assert found.alignment["related"]
+
+
+@pytest.mark.parametrize("architecture", WIDTHS)
+def test_what_was_moved_computes_what_it_did(architecture):
+    model, thief = marked(architecture)[0], moved(architecture)
+    torch.testing.assert_close(thief(IMAGES), model(IMAGES), rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -248,8 +270,7 @@ def test_the_judge_rules_for_the_owner_whatever_of_the_eight_was_done(
     exhibit, authority, tmp_path, change
 ):
     model, _ = marked()
-    thief = combine(model, rng(3), attacks=FREE).model
-    path = saved(change(thief.state_dict(), model), tmp_path)
+    path = saved(change(moved().state_dict(), model), tmp_path)
     later = datetime.now(UTC) + timedelta(days=1)
     heard = hear(path, [exhibit], Bench(roots=[authority.root], appeared=later))
     assert (heard.ruling.outcome, heard.ruling.owner) == (Outcome.OWNER, "alice")
@@ -267,11 +288,12 @@ def every_one(state, model, decoys=1):
     return {**found, **zero_biases(network(kind, 99).state_dict(), model)}
 
 
-@pytest.mark.parametrize("decoys", [0, 2])
-def test_all_eight_at_once_leave_the_mark_readable(case, decoys):
-    model, key, folder = case
-    thief = combine(model, rng(3), attacks=FREE).model
-    state = every_one(thief.state_dict(), model, decoys)
+@pytest.mark.parametrize(
+    ("architecture", "decoys"), [("alexnet", 0), ("alexnet", 2), ("resnet18", 2)]
+)
+def test_all_eight_at_once_leave_the_mark_readable(owners, architecture, decoys):
+    model, key, folder = owners[architecture]
+    state = every_one(moved(architecture).state_dict(), model, decoys)
     found = aligned(saved(state, folder), key)
     assert found.accepted
     assert found.matches >= 0.99 * found.bits
@@ -461,8 +483,7 @@ NEXT = (
 @pytest.mark.parametrize("change", NEXT, ids=lambda each: each.__name__)
 def test_what_a_stranger_would_try_next_leaves_the_mark_readable(case, change):
     model, key, folder = case
-    thief = combine(model, rng(3), attacks=FREE).model
-    found = aligned(saved(change(thief.state_dict(), model), folder), key)
+    found = aligned(saved(change(moved(kind_of(model)).state_dict(), model), folder), key)
     assert found.accepted
     assert found.matches >= 0.75 * found.bits  # by names it is read past norms that lie, in part
 
@@ -473,8 +494,8 @@ def test_what_a_stranger_would_try_next_leaves_the_mark_readable(case, change):
 def test_seven_copies_in_wrong_orders_hide_nothing(architecture):
     """They all fit the first layer alike; where two write one axis, 8 · 9 pairs of them do."""
     model, key = marked(architecture)
-    thief = combine(model, rng(3), attacks=FREE).model
-    suspect = the_owner_s_own_in_wrong_orders(thief.state_dict(), model, copies=7)
+    thief = moved(architecture).state_dict()
+    suspect = the_owner_s_own_in_wrong_orders(thief, model, copies=7)
     search = Search(suspect, model, V2.forms(key))
     placed = search.placed(search.matrices(search.best()[0]))
     assert V2.verify(placed.tensors, key).matches >= 0.95 * key.context.bits
@@ -482,8 +503,7 @@ def test_seven_copies_in_wrong_orders_hide_nothing(architecture):
 
 def test_a_fine_tuned_and_pruned_copy_under_other_names_is_found(case):
     model, key, folder = case
-    thief = combine(model, rng(3), attacks=FREE).model
-    state, draw = dict(thief.state_dict()), rng(4)
+    state, draw = dict(moved(kind_of(model)).state_dict()), rng(4)
     for name, tensor in state.items():
         if tensor.dim() > 1:
             noise = torch.randn(tensor.shape, generator=draw) * tensor.std() * 0.2
@@ -511,14 +531,15 @@ def test_strangers_gain_nothing_by_any_choice_of_tensors():
     among their names or none of his; a p-value of x comes in a share x of them at most.
     """
     readings = {"plain": [], "aligned": [], "by shape alone": []}
-    plain = network("alexnet", 0)
+    narrow = partial(network, "alexnet", width=0.125)
+    plain = narrow(0)
     for number in range(20):
         key = V2.draw_key(plain, EXAMPLE, seed=bytes([number] * 32))
-        owner = written(network("alexnet", 1000 + number), key)
+        owner = written(narrow(1000 + number), key)
         forms = V2.forms(key)
+        decoys = {f"x{n}": t for n, t in narrow(7000 + number).state_dict().items()}
         for stranger in range(10):
-            state = network("alexnet", 2000 + 10 * number + stranger).state_dict()
-            decoys = {f"x{n}": t for n, t in network("alexnet", 7000 + number).state_dict().items()}
+            state = narrow(2000 + 10 * number + stranger).state_dict()
             found = V2.verify(state, key)
             readings["plain"].append(found.log10_p_value)
             search = Search({**state, **decoys}, owner, forms)
