@@ -342,7 +342,12 @@ def test_names_that_changed_places_bring_no_false_no():
     for names in shapes.values():
         values = [state[name] for name in names]
         state |= dict(zip(names, values[1:] + values[:1], strict=True))
-    assert V2.verify(state, key).match_rate < 0.7
+    elsewhere = {
+        n.removesuffix(".weight") for each in shapes.values() if len(each) > 1 for n in each
+    }
+    read = [found for name, found in V2.verify(state, key).layers.items() if name in elsewhere]
+    assert sum(matches for matches, _ in read) < 0.6 * sum(bits for _, bits in read)
+    assert not V2.verify(state, key).marked
     found = verify_aligned(state, key, model).verdict
     assert found.accepted
 

@@ -91,7 +91,28 @@ class Places(NamedTuple):
     nearest: Float[Tensor, " suspect"]
 
 
+class Prepared(NamedTuple):
+    """A reference that many suspects are aligned to: `folded` has its statistics in its norms."""
+
+    plain: nn.Module
+    folded: nn.Module
+    axes: list[Channels]
+    bases: Forms
+
+
 @torch.no_grad()
+def prepared(reference: nn.Module, forms: Forms) -> Prepared:
+    """What `align` needs to know of a reference.
+
+    Raises:
+        UnsuitableModelError: it is not known which layers of this kind of network share channels.
+    """
+    axes, folded = channels_of(reference), deepcopy(reference)
+    for producer in (each for axis in axes for each in axis.producers):
+        fold_statistics(folded, producer)
+    return Prepared(reference, folded, axes, bases_of(forms))
+
+
 def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> Aligned:
     """The network with these weights, its channels moved, negated and scaled back.
 
@@ -103,11 +124,15 @@ def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> 
         UnsuitableModelError: they are not networks of one kind, or it is not known which layers of
             this kind share channels.
     """
-    axes = channels_of(reference)
-    reference, bases = deepcopy(reference), bases_of(forms)
-    suspect = _as_wide(weights, reference, axes)
+    return align_to(prepared(reference, forms), weights)
+
+
+@torch.no_grad()
+def align_to(against: Prepared, weights: Mapping[str, Tensor]) -> Aligned:
+    """The same with a reference that is prepared, and stays as it is."""
+    _, reference, axes, bases = against
+    suspect = _as_wide(weights, against.plain, axes)
     for producer in (each for axis in axes for each in axis.producers):
-        fold_statistics(reference, producer)
         fold_statistics(suspect, producer)
     dropped = sum(_drop_copies(suspect, axis, width(reference, axis)) for axis in axes)
     whole, found = deepcopy(suspect), {}
@@ -152,7 +177,8 @@ def _as_wide(
                 f"{MOST_CHANNELS}; verify without "
                 "it, or give the reference that the suspect is a copy of"
             )
-        take(suspect, axis, torch.arange(count) % most)
+        if count != most:
+            take(suspect, axis, torch.arange(count) % most)
     expected = suspect.state_dict()
     faults = [
         name
@@ -263,7 +289,8 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     kept = own & (heard > _UNREAD * heard[own].median())
     if kept.sum() < enough:  # a network that was pruned: whatever is there may still be read
         kept = own
-    take(model, axis, kept.nonzero().flatten())
+    if not kept.all():
+        take(model, axis, kept.nonzero().flatten())
     return len(kept) - int(kept.sum())
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnpassport.evidence.alignment import Aligned, Forms, align
+from nnpassport.evidence.alignment import Aligned, Forms, align_to, prepared
 from nnpassport.evidence.byshape import Choice, Placed, Search, mixed
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.statistics import log10_binomial_tail, log10_corrected
@@ -82,13 +82,14 @@ def aligned_verdict(
     Raises:
         UnsuitableModelError: suspect and reference cannot be aligned, or no unrelated network can.
     """
-    aligned = align(weights, reference, forms)
+    against = prepared(reference, forms)
+    aligned = align_to(against, weights)
     found = read(aligned.model.state_dict())
     others: list[_Other] = []
     skipped = 0
     for each in unrelated.networks:
         try:
-            other = align(each, reference, forms)
+            other = align_to(against, each)
         except UnsuitableModelError:
             skipped += 1
             continue
