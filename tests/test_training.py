@@ -64,12 +64,15 @@ def log(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.trains
 def test_learns_what_can_be_learnt(model, data):
+    for start in model[-1].parameters():  # it answers nothing yet, and no unit of it is lost
+        nn.init.zeros_(start)
     before = classification(model.eval(), batch_of(data)).measures["accuracy"]
     fit(model, classification, data, RECIPE, normalise=NORMALISE)
     after = classification(model.eval(), batch_of(data)).measures["accuracy"]
-    assert read_measure(before) < 0.8
-    assert read_measure(after) == 1
+    assert read_measure(before) == 0.5
+    assert read_measure(after) == 1  # of 21 shifted seeds under two instruction sets, each
 
 
 def batch_of(data):
