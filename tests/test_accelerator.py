@@ -256,9 +256,9 @@ def nothing():
 def test_a_process_that_raises_or_dies_does_not_stop_the_others(kit, store, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(KIT), *sys.path]))
     pool = kit("pool")
-    cells = [Cell(TINY, PLAIN._replace(seed=seed)) for seed in (1, 2, 0, 3, 4)]
+    cells = [Cell(TINY, PLAIN._replace(seed=seed)) for seed in (1, 2, 0, 4, 3)]
     ended = []
-    workers = [pool.Process(cells, store, run_or_die, nothing) for _ in range(2)]
+    workers = [pool.Process(cells, store, run_or_die, nothing)]
     deadline = time.monotonic() + 500
     left = pool.run_until(
         cells,
@@ -349,7 +349,7 @@ def test_a_run_that_hangs_packs_what_there_is_and_ends(tmp_path):
         "run.in_time(places, time.monotonic() + 0.5, lambda: time.sleep(600))\n"
     )
     command = [sys.executable, "-c", script, str(KIT), str(tmp_path)]
-    done = subprocess.run(command, timeout=60, check=False)
+    done = subprocess.run(command, timeout=300, check=False)
     assert done.returncode == 3
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
         assert archive.getnames() == ["facts/check.json"]
@@ -368,7 +368,7 @@ def test_a_stage_that_fails_or_hangs_ends_and_says_so(kit, tmp_path, monkeypatch
 
 
 def test_a_tiny_run_comes_home_and_one_bad_cell_with_it(kit, tmp_path, monkeypatch):
-    """Trained and pruned in processes of their own, as on the device, packed, merged and found."""
+    """Trained and pruned in a process of its own, as on the device, packed, merged and found."""
     run, packed = kit("run"), kit("packed")
     for name in ("PYTHONPATH", "NNPASSPORT_CACHE", "NNPASSPORT_COMMIT"):
         monkeypatch.setenv(name, "")  # and so put back afterwards

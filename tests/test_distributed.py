@@ -4,10 +4,12 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -28,13 +30,20 @@ ENVIRONMENT = {
 }
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 PROGRAM = '''
-"""python program.py OUT CASE...: each case trained in however many processes this is."""
+"""python program.py FOLDER JOBS: of each job, how many processes train each of its cases.
+
+Processes are forks that find one another by what torchrun would tell them: torch is imported once.
+"""
 import json
 import os
+import socket
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import accelerate
+import pyarrow.compute
 import torch
 from torch import nn
 
@@ -45,12 +54,13 @@ from nnpassport.distributed import together
 from nnpassport.training import Journal, Recipe, fit
 
 torch.set_num_threads(1)
+torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports much, and not in every fork
 RNG = torch.Generator().manual_seed(7)
-IMAGES = torch.randint(256, (104, 1, 8, 8), dtype=torch.uint8, generator=RNG)
-LABELS = torch.randint(3, (104,), generator=RNG)
+IMAGES = torch.randint(256, (56, 1, 8, 8), dtype=torch.uint8, generator=RNG)
+LABELS = torch.randint(3, (56,), generator=RNG)
 DATA = ImageSet(IMAGES, LABELS, ("a", "b", "c"))
 HELD_OUT = DATA.subset(torch.arange(37))  # 37: no number of processes shares that evenly
-RECIPE = Recipe(epochs=3, batch=8, rate=0.05, schedule="one-cycle", keep_best=True, seed=3)
+RECIPE = Recipe(epochs=2, batch=8, rate=0.05, schedule="one-cycle", keep_best=True, seed=3)
 
 
 def normalise(pixels):
@@ -82,13 +92,11 @@ def train(out, name, norm, stops=None, resume=False, stream=None, own_key=False)
     seed = bytes([together().rank if own_key else 0]) * 32
     key = scheme.draw_key(model, example, seed=seed, layers=hosts)
     scheme.insert(model, key, example)
-    inner, team = scheme.objective(key, steps=39, normalise=normalise), together()
+    inner, team = scheme.objective(key, steps=14, normalise=normalise), together()
 
     def objective(running, batch):
         if stops == batch.step and team.rank == team.size - 1:
             os.kill(os.getpid(), 2)
-        if stops == -batch.step and team.rank == team.size - 1:
-            os.kill(os.getpid(), 9)
         return inner(running, batch)
 
     journal = Journal(Path(out), resume=resume, checkpoint_every=1e9 if stops is None else 0)
@@ -97,31 +105,67 @@ def train(out, name, norm, stops=None, resume=False, stream=None, own_key=False)
                       evaluate=scheme.evaluation(HELD_OUT, normalise))
     except KeyboardInterrupt:
         return
+    assert stops is None
     if team.leads:
         weights = {n: t.tolist() for n, t in model.state_dict().items()}
         epochs = [{k: v for k, v in e.items()} for e in history.epochs]
         Path(out, "found.json").write_text(json.dumps({"weights": weights, "epochs": epochs}))
 
 
+def rank(folder, cases, errors):
+    """What one process of a job does; it does not return."""
+    code = 1
+    try:
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        for case in cases:
+            os.environ["NNPASSPORT_SHARDED"] = str(case.pop("sharded", 0))
+            train(folder / case.pop("out"), **case)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def run(folder, number, size, cases):
+    """Exit code and errors of each process of a job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    team = {"WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if size > 1 else {}
+    children, files = [], [folder / f"errors {number} {each}" for each in range(size)]
+    for each, file in enumerate(files):
+        child = os.fork()
+        if child == 0:
+            if size > 1:
+                os.environ.update({k: str(v) for k, v in team.items()})
+                os.environ.update(RANK=str(each), LOCAL_RANK=str(each))
+            rank(folder, cases, file)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [[code, file.read_text()] for code, file in zip(codes, files)]
+
+
 if __name__ == "__main__":
-    for case in json.loads(sys.argv[2]):
-        os.environ["NNPASSPORT_SHARDED"] = str(case.pop("sharded", 0))
-        train(Path(sys.argv[1], case.pop("out")), **case)
+    jobs = [run(Path(sys.argv[1]), n, *job) for n, job in enumerate(json.loads(sys.argv[2]))]
+    print(json.dumps(jobs))
 '''
 
 
-def launch(folder, processes, cases):
+def launch(folder, *jobs):
+    """Exit code and errors of each process of each job: (how many processes, cases)."""
     program = folder / "program.py"
     program.write_text(PROGRAM, encoding="utf-8")
-    command = [sys.executable] if processes == 1 else [*LAUNCH, f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*command, program, folder, json.dumps(cases)],
+    done = subprocess.run(
+        [sys.executable, program, folder, json.dumps(jobs)],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def found(folder, out):
@@ -158,10 +202,10 @@ SHARDED = KINDS[:5]
 
 
 def written(folder):
-    """A Parquet file of 104 pictures in row groups of ten."""
+    """A Parquet file of 56 pictures in row groups of ten."""
     rng = np.random.default_rng(0)
     rows = []
-    for number in range(104):
+    for number in range(56):
         file = io.BytesIO()
         Image.fromarray(rng.integers(256, size=(8, 8), dtype=np.uint8)).save(file, "PNG")
         rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": number % 3})
@@ -182,64 +226,66 @@ def runs(tmp_path_factory):
     kind = {"name": "passport-v3", "norm": "batch"}
     streamed = {"name": "passport-v2", "norm": "batch", "stream": str(written(folder))}
     stopped = [
-        {"out": "two, one", **kind, "stops": 14},
-        {"out": "two sharded, one", **kind, "stops": 14, "sharded": 1},
+        {"out": "two, one", **kind, "stops": 9},
+        {"out": "two sharded, one", **kind, "stops": 9, "sharded": 1},
     ]
     alone += [
         {"out": "one stream", **streamed},
-        {"out": "one, two stream", **streamed, "stops": 14},
-        {"out": "one, two sharded", **kind, "stops": 14},
+        {"out": "one, two stream", **streamed, "stops": 9},
+        {"out": "one, two sharded", **kind, "stops": 9},
     ]
-    ended = launch(folder, 1, alone)
-    assert ended.returncode == 0, ended.stderr
     resumed = {"out": "one, two sharded", **kind, "resume": True, "sharded": 1}
     streams = [
         {"out": "copied stream", **streamed},
         {"out": "one, two stream", **streamed, "resume": True},
     ]
-    ended = launch(folder, 2, [*copied, *dealt, *stopped, resumed, *streams])
-    assert ended.returncode == 0, ended.stderr
-    for out in ("two, one", "two sharded, one"):
-        assert not (folder / out / "found.json").exists()  # they were stopped
-    ended = launch(folder, 1, [{**case, "stops": None, "resume": True} for case in stopped])
-    assert ended.returncode == 0, ended.stderr
-    return folder
+    own = {"out": "own keys", "name": "passport-v2", "norm": "group", "own_key": True}
+    *trained, refused = launch(
+        folder,
+        (1, alone),
+        (2, [*copied, *dealt, resumed, *streams]),
+        (2, stopped),
+        (1, [{**case, "stops": None, "resume": True} for case in stopped]),
+        (2, [own]),
+    )
+    for job in trained:
+        assert [code for code, _ in job] == [0] * len(job), job
+    return SimpleNamespace(folder=folder, refused=refused)
 
 
 @pytest.mark.parametrize(("name", "norm"), KINDS)
 def test_two_processes_train_what_one_does(name, norm, runs):
-    assert_same(runs, f"one {name} {norm}", f"copied {name} {norm}")
+    assert_same(runs.folder, f"one {name} {norm}", f"copied {name} {norm}")
 
 
 @pytest.mark.parametrize(("name", "norm"), SHARDED)
 def test_two_processes_that_deal_out_the_weights_do_too(name, norm, runs):
-    assert_same(runs, f"one {name} {norm}", f"sharded {name} {norm}")
+    assert_same(runs.folder, f"one {name} {norm}", f"sharded {name} {norm}")
 
 
 def test_images_that_are_streamed_are_shared_and_resumed_too(runs):
-    assert_same(runs, "one stream", "copied stream")
-    assert_same(runs, "one stream", "one, two stream")
+    assert_same(runs.folder, "one stream", "copied stream")
+    assert_same(runs.folder, "one stream", "one, two stream")
 
 
 @pytest.mark.parametrize("out", ["two, one", "two sharded, one", "one, two sharded"])
 def test_a_run_goes_on_with_another_number_of_processes(out, runs):
-    assert_same(runs, "one passport-v3 batch", out)
+    assert_same(runs.folder, "one passport-v3 batch", out)
 
 
 def test_an_accuracy_is_counted_over_all_images_of_a_step_and_an_evaluation(runs):
-    for entry in logged(runs, "copied passport-v3 group"):
+    for entry in logged(runs.folder, "copied passport-v3 group"):
         if "epoch" in entry:
             assert (37 * entry["accuracy"]) == pytest.approx(round(37 * entry["accuracy"]))
         else:  # eight images and three triggers, which two processes cannot share evenly
             assert (11 * entry["accuracy"]) == pytest.approx(round(11 * entry["accuracy"]))
 
 
-def test_processes_with_keys_of_their_own_are_refused(tmp_path):
-    case = {"out": "own keys", "name": "passport-v2", "norm": "group", "own_key": True}
-    ended = launch(tmp_path, 2, [case])
-    assert ended.returncode != 0
-    assert "process 1 of 2 has another network or key than process 0" in ended.stderr
-    assert not (tmp_path / "own keys").exists()
+def test_processes_with_keys_of_their_own_are_refused(runs):
+    for code, errors in runs.refused:
+        assert code == 1
+        assert "process 1 of 2 has another network or key than process 0" in errors
+    assert not (runs.folder / "own keys").exists()
 
 
 def embedding(folder, key, *more):
@@ -274,27 +320,23 @@ def processes_of(launcher):
     return ids
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_job_with_one_error_and_a_checkpoint(killed, owner, tmp_path):
-    training = tmp_path / "net" / "training"
-    job = subprocess.Popen(
-        [*LAUNCH, "--nproc-per-node=2", *embedding(tmp_path, owner, "--epochs", "400")],
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not (training / "training.pt").exists():
-            assert time.monotonic() < deadline
-            assert job.poll() is None, job.communicate()[1]
-            time.sleep(0.1)
-        os.kill(processes_of(job)[killed], signal.SIGKILL)
-        output, errors = job.communicate(timeout=60)
-    finally:
-        job.kill()
+def started(command, **more):
+    pipe = subprocess.PIPE
+    environment = {**ENVIRONMENT, **more}
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for_a_checkpoint(training, job):
+    deadline = time.monotonic() + 300  # on a machine that does much else
+    while not (training / "training.pt").exists():
+        assert time.monotonic() < deadline
+        assert job.poll() is None, job.communicate()[1]
+        time.sleep(0.1)
+
+
+def assert_lost(job, training):
+    """The job ended with one error, and names a checkpoint that is of the middle."""
+    output, errors = job.communicate(timeout=60)
     assert job.returncode != 0
     assert output == ""
     assert errors.count("error: LostProcessError") == 1, errors
@@ -302,15 +344,48 @@ def test_a_killed_process_ends_the_job_with_one_error_and_a_checkpoint(killed, o
     assert f"{training / 'training.pt'}: go on from there with --resume" in errors.replace("\n", "")
     state = torch.load(training / "training.pt", weights_only=True)
     assert 0 < state["done"] < 400 * 42
-    # Whoever goes on, with one process, goes on from there: nothing is run twice.
-    again = subprocess.Popen(
-        [sys.executable, *embedding(tmp_path, owner, "--epochs", "400", "--resume")],
-        env=ENVIRONMENT,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return state["done"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+def test_a_killed_leader_ends_the_job_of_a_launcher_with_one_error_and_a_checkpoint(
+    owner, tmp_path
+):
+    """Takes long: torchrun and its two processes import torch."""
+    training = tmp_path / "net" / "training"
+    job = started([*LAUNCH, "--nproc-per-node=2", *embedding(tmp_path, owner, "--epochs", "400")])
     try:
-        while len((training / "metrics.jsonl").read_text().splitlines()) < state["done"] // 10 + 9:
+        wait_for_a_checkpoint(training, job)
+        os.kill(processes_of(job)[0], signal.SIGKILL)
+        assert_lost(job, training)
+    finally:
+        job.kill()
+        job.communicate()
+
+
+def test_a_killed_follower_ends_the_leader_with_a_checkpoint_from_which_one_process_goes_on(
+    owner, tmp_path
+):
+    """Takes long: three processes import torch."""
+    training = tmp_path / "net" / "training"
+    command = [sys.executable, *embedding(tmp_path, owner, "--epochs", "400")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        team = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    team["WORLD_SIZE"] = "2"
+    leader, follower = (started(command, RANK=n, LOCAL_RANK=n, **team) for n in "01")
+    try:
+        wait_for_a_checkpoint(training, leader)
+        follower.kill()
+        done = assert_lost(leader, training)
+    finally:
+        for each in (leader, follower):
+            each.kill()
+            each.communicate()
+    # Whoever goes on, with one process, goes on from there: nothing is run twice.
+    again = started([*command, "--resume"])
+    try:
+        while len((training / "metrics.jsonl").read_text().splitlines()) < done // 10 + 9:
             assert again.poll() is None, again.communicate()[1]
             time.sleep(0.1)
         again.send_signal(signal.SIGTERM)  # as a queue does before it kills
@@ -321,7 +396,7 @@ def test_a_killed_process_ends_the_job_with_one_error_and_a_checkpoint(killed, o
     log = (training / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in log if "loss" in line]
     assert steps == [*range(10, steps[-1] + 1, 10)]
-    assert torch.load(training / "training.pt", weights_only=True)["done"] > state["done"]
+    assert torch.load(training / "training.pt", weights_only=True)["done"] > done
 
 
 def test_one_process_is_a_team_of_its_own():

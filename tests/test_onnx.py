@@ -371,7 +371,7 @@ def test_folding_flips_the_bits_whose_factors_are_negative_and_alignment_flips_t
     model, key = marked("alexnet, batch")
     released = negated(model, 5)
     save_model(tmp_path / "released", released, NORMED)
-    plain_export(released, tmp_path / "x.onnx")
+    older_export(released, tmp_path / "x.onnx")
     verdict = nnpassport.verify(tmp_path / "x.onnx", key)
     flipped = {layer: bits - matches for layer, (matches, bits) in verdict.layers.items()}
     assert flipped == {layer.name: 0 for layer in key.context.layers} | {"features.8": 5}
@@ -389,7 +389,7 @@ def test_folding_takes_the_signature_of_v1_away_and_alignment_gives_it_back(tmp_
     surgery.insert(released, secrets_of(key), PIXELS, two_branches=False)
     released = V1.released(released).eval()
     save_model(tmp_path / "released", released, NORMED)
-    plain_export(released, tmp_path / "x.onnx")
+    older_export(released, tmp_path / "x.onnx")
     assert not nnpassport.verify(tmp_path / "x.onnx", key).accepted
     assert nnpassport.verify(tmp_path / "x.onnx", key, options=aligned_to(tmp_path)).accepted
     export_onnx(released, PIXELS, tmp_path / "y.onnx")
@@ -402,7 +402,7 @@ def test_alignment_accepts_no_stranger_s_folded_network(tmp_path):
     save_model(tmp_path / "released", model, NORMED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        plain_export(NORMED.build().eval(), tmp_path / "x.onnx")
+        older_export(NORMED.build().eval(), tmp_path / "x.onnx")
     found = nnpassport.verify(tmp_path / "x.onnx", key, options=aligned_to(tmp_path))
     assert not found.accepted
     assert found.match_rate < 0.7

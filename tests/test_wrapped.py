@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from nnpassport.survey import survey
 
 EXAMPLE = torch.zeros(2, 1, 6, 6)
 
-# A process of its own for each rank: half of every batch, and the whole of it alone for comparison.
-RANKS = """
-import json, sys
+# A fork for each rank: half of every batch, and the whole of it alone for comparison. Then, in the
+# process that forked them, what a compiler makes of a marked network.
+PROGRAM = """
+import functools, json, os, sys, traceback
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -81,8 +84,12 @@ def train(name, wrap, rows):
     return torch.stack(losses), gradients, weights, scheme, key, marked
 
 
+@functools.cache
+def trained_alone(name):
+    return train(name, lambda model: model, slice(None))
+
+
 def rank_main(rank, store, out):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     found = {}
     for kind, by_scheme in WRAPPERS.items():
@@ -91,7 +98,7 @@ def rank_main(rank, store, out):
                 name, wrap, slice(rank, None, 2)
             )
             dist.all_reduce(losses)
-            alone = train(name, lambda model: model, slice(None))
+            alone = trained_alone(name)
             differences = [(losses / 2 - alone[0]).abs().max()]
             for mine, own in zip([*gradients, weights], [*alone[1], alone[2]]):
                 assert list(mine) == list(own)
@@ -125,30 +132,74 @@ def rank_main(rank, store, out):
     dist.destroy_process_group()
 
 
+def compiled():
+    images, labels = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+    for scheme in (nnpassport.V1, nnpassport.V2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(),
+                              nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Flatten(),
+                              nn.Linear(64, 3))
+        key = scheme.draw_key(model, images, layers=["0", "3"], seed=bytes(32))
+        marked = nnpassport.mark(model, key, images)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        found = []
+        for running in (None, compiled):
+            model.zero_grad()
+            loss = marked.loss(images, labels, model=running)
+            loss.backward()
+            found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+        torch.testing.assert_close(*found)
+        with torch.no_grad():  # one network for each branch, and no stale graph of the other
+            nnpassport.surgery.withhold(model)
+            public = compiled(images)
+            nnpassport.surgery.present(model)
+            private = compiled(images)
+        assert (public - private).abs().max() > 1e-3
+        torch.testing.assert_close(private, model(images))
+
+
+def in_a_fork(function, *given):
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            function(*given)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
 if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), *sys.argv[2:])
+    torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
+    torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports much, and not in every fork
+    folder = Path(sys.argv[1])
+    ranks = [in_a_fork(rank_main, n, folder / "store", folder / "found.json") for n in range(2)]
+    codes = [os.waitpid(child, 0)[1] for child in [*ranks, in_a_fork(compiled)]]
+    (folder / "codes.json").write_text(json.dumps(codes))
 """
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def processes(tmp_path_factory):
+    """How two ranks and the compiled run ended."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "ranks.py"
-    script.write_text(RANKS, encoding="utf-8")
-    files = [str(folder / name) for name in ("store", "found.json")]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), *files], stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        messages = [run.communicate(timeout=300)[1] for run in runs]
-    finally:
-        for run in runs:
-            run.kill()
-    assert [run.returncode for run in runs] == [0, 0], messages
-    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    program = folder / "program.py"
+    program.write_text(PROGRAM, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, program, folder], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    *ranks, compiled = json.loads((folder / "codes.json").read_text(encoding="utf-8"))
+    return SimpleNamespace(folder=folder, ranks=ranks, compiled=compiled, errors=run.stderr)
+
+
+@pytest.fixture(scope="module")
+def ranks(processes):
+    assert processes.ranks == [0, 0], processes.errors
+    return json.loads((processes.folder / "found.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("scheme", ["passport-v1", "passport-v2"])
@@ -222,39 +273,5 @@ def test_passports_go_into_the_network_and_not_into_its_wrapper(wrap, inside):
         survey(wrap(small()), EXAMPLE)
 
 
-COMPILED = """
-import torch
-from torch import nn
-import nnpassport
-
-torch.set_num_threads(1)
-images, labels = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
-for scheme in (nnpassport.V1, nnpassport.V2):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(),
-                          nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3))
-    key = scheme.draw_key(model, images, layers=["0", "3"], seed=bytes(32))
-    marked = nnpassport.mark(model, key, images)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found = []
-    for running in (None, compiled):
-        model.zero_grad()
-        loss = marked.loss(images, labels, model=running)
-        loss.backward()
-        found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
-    torch.testing.assert_close(*found)
-    with torch.no_grad():  # one network for each branch, and no stale graph of the other
-        nnpassport.surgery.withhold(model)
-        public = compiled(images)
-        nnpassport.surgery.present(model)
-        private = compiled(images)
-    assert (public - private).abs().max() > 1e-3
-    torch.testing.assert_close(private, model(images))
-"""
-
-
-def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_plain_one():
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
+def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_plain_one(processes):
+    assert processes.compiled == 0, processes.errors

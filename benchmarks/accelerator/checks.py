@@ -205,7 +205,7 @@ def waits(width: float) -> dict[str, list[str]]:
 
 def check(out: Path, *, small: bool) -> dict[str, Any]:
     """All checks, written to `out`; what is wrong is in "wrong", and nothing is if all is well."""
-    width = 0.25 if small else 1.0
+    width = 0.125 if small else 1.0
     torch.backends.cudnn.allow_tf32 = False  # of matrices it is so already
     facts: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "wrong": []}
     with tempfile.TemporaryDirectory() as folder:
