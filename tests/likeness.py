@@ -7,11 +7,8 @@ random, and the last layer is solved on handwritten digits.
 """
 
 import functools
-import tempfile
-from collections.abc import Callable
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -23,15 +20,17 @@ from torch import nn
 from nnpassport.attacks.obfuscation import flip_signs, insert_dummies, permute, rescale
 from nnpassport.attacks.perturbation import add_noise, prune_layerwise
 from nnpassport.channels import channels_of, take, width
-from nnpassport.checkpoint import save_model
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.judge import ALIGNED, IDLE, NEEDED, WORKING, Claimant, Work, rule
-from nnpassport.relations import relations_of
+from nnpassport.evidence.judge import ALIGNED, Claimant, Work, rule
+from nnpassport.evidence.relation import relation, work_of
 from nnpassport.scheme import Verdict
+from nnpassport.verification import of_its_own
 
 SIDE, EACH, STOCK = 32, 0.25, 12
 RIDGE = 1.0
+HOME = 0.5
+"""Accuracy from which on a suspect is at home on the images, and its answers show what does them."""
 LOUD = (1e-3, 1e-2, 3e-2, 0.1)
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 PROVED = Verdict("s", 100, 100, -200.0, -30.0, "", True)
@@ -52,6 +51,8 @@ class Pair(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`, which is what is counted.
+        owned: which of the stock the owner has dated.
+        rivals: which the rival has.
         done: what was done, in words, in order.
         holds_owner: whether the suspect was made from the owner's network.
         rival: what the rival's channels do in the suspect, or None where they are not there.
@@ -61,8 +62,8 @@ class Pair(NamedTuple):
     kind: str
     done: tuple[str, ...]
     suspect: nn.Module
-    owned: nn.Module
-    rivals: nn.Module
+    owned: int
+    rivals: int
     holds_owner: bool
     rival: Work | None
     accuracy: float
@@ -207,8 +208,7 @@ def made(number: int) -> Pair:
     rng = Random(f"likeness {number}")
     kind = rng.choice(KINDS)
     one, two, three = rng.sample(range(STOCK), 3)
-    owned, rivals = working(one), working(two)
-    suspect, done, rival = deepcopy(owned), [], None
+    suspect, done, rival = deepcopy(working(one)), [], None
     if kind == "stranger":
         suspect = deepcopy(working(three))
     elif kind == "derived" and rng.random() < 0.25:
@@ -229,9 +229,7 @@ def made(number: int) -> Pair:
     with torch.no_grad():
         x = data().normalise(data().images.images)
         accuracy = float((suspect(x).argmax(1) == data().images.labels).double().mean())
-    return Pair(
-        kind, tuple(done), suspect, owned, rivals, kind != "stranger", rival, accuracy
-    )
+    return Pair(kind, tuple(done), suspect, one, two, kind != "stranger", rival, accuracy)
 
 
 def _changed_alike(rng: Random, model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -246,56 +244,42 @@ def _changed_alike(rng: Random, model: nn.Module) -> tuple[nn.Module, list[str]]
             return changed, done
 
 
-def _saved(folder: Path, model: nn.Module) -> Path:
-    """As it is on disk; of a network that became wider the weights alone."""
-    channels = model.features[0].out_channels
-    exact = channels % 16 == 0
-    save = config(channels // 16) if exact else None
-    try:
-        if save is not None:
-            save_model(folder, model, save)
-            return folder
-    except ValueError:
-        pass
-    from safetensors.torch import save_file
+@functools.cache
+def _akin(one: int, other: int) -> bool:
+    """What is found of two networks of the stock; strangers all."""
+    weights, reference = working(one).state_dict(), working(other)
+    return relation(weights, reference, of_its_own(weights, reference)).akin
 
-    folder.mkdir(exist_ok=True)
-    state = {name: values.contiguous() for name, values in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    return folder
+
+def _found(pair: Pair, whose: str) -> Claimant:
+    """What is found of one of the two, who has dated a network: the rival before the owner."""
+    mine, other = (pair.owned, pair.rivals) if whose == "owner" else (pair.rivals, pair.owned)
+    weights, reference = pair.suspect.state_dict(), working(mine)
+    relates = relation(weights, reference, of_its_own(weights, reference))
+    x = data().normalise(data().images.images)
+    name = "rival" if whose == "owner" else "owner"
+    return Claimant(
+        whose,
+        time=DAY + timedelta(days=whose == "owner"),
+        older=True,
+        readings={ALIGNED: PROVED},
+        related=relates.related,
+        akin={name: _akin(other, mine)},
+        work=work_of(relates, x) if relates.related else None,
+    )
 
 
 def outcome(pair: Pair) -> tuple[str, str | None]:
-    """What the judge finds of the suspect, and what is wrong with that, or None."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = {
-            "owner": _saved(folder / "a", pair.owned),
-            "rival": _saved(folder / "b", pair.rivals),
-        }
-        suspect = _saved(folder / "suspect", pair.suspect)
-        facts = relations_of(suspect, paths, images=data().images)
-    claimants = {
-        name: Claimant(
-            name,
-            time=DAY + timedelta(days=name == "owner"),  # the rival's is the older one
-            older=True,
-            readings={ALIGNED: PROVED},
-            related=found.related,
-            akin=found.akin,
-            work=found.work,
-        )
-        for name, found in facts.items()
-    }
-    hers, his = claimants["owner"].in_suspect, claimants["rival"].in_suspect
-    found = {(True, True): "both", (True, False): "owner", (False, True): "rival"}.get(
-        (hers, his), "neither"
-    )
-    ruling = rule([each for each in claimants.values() if each.in_suspect])
-    notes = "; ".join(note for each in facts.values() for note in each.notes)
+    """Whose network the suspect is found to hold, and what is wrong with that, or None."""
+    owner, rival = _found(pair, "owner"), _found(pair, "rival")
+    hers, his = owner.in_suspect, rival.in_suspect
+    held = {(True, True): "both", (True, False): "owner", (False, True): "rival"}
+    ruling = rule([each for each in (owner, rival) if each.in_suspect])
     wrong = _wrong(pair, hers, his, ruling.owner)
-    said = f"{wrong}: {', '.join(pair.done)}; {notes}" if wrong else None
-    return found, said
+    if wrong is not None:
+        said = [f"{each.name} {each.work}" for each in (owner, rival)]
+        wrong = f"{wrong}: {', '.join(pair.done)}; {'; '.join(said)}; rival really {pair.rival}"
+    return held.get((hers, his), "neither"), wrong
 
 
 def _wrong(pair: Pair, hers: bool, his: bool, owner: str | None) -> str | None:
@@ -305,6 +289,6 @@ def _wrong(pair: Pair, hers: bool, his: bool, owner: str | None) -> str | None:
         return "the rival's is found, which is not there or does nothing"
     if owner == "rival":
         return "the rival alone is the owner"
-    if pair.holds_owner and not hers and pair.accuracy > 0.5:
+    if pair.holds_owner and not hers and pair.accuracy > HOME:
         return "the owner's is not found"
     return None

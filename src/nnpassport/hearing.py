@@ -41,6 +41,7 @@ from nnpassport.verification import (
     Alignment,
     Options,
     Trial,
+    check_config,
     config_of,
     declared_trial,
     verify,
@@ -265,6 +266,11 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     if tensors_digest(read_weights(path).tensors) != committed:
         note = "the reference network is not the one that the claim commits to, so it is not used"
         return Exhibit(standing, key, None, None, note)
+    try:
+        check_config(path, standing.claim)
+    except UnsuitableModelError:
+        note = "the reference's config is not the one that the claim commits to, so it is not used"
+        return Exhibit(standing, key, None, None, note)
     return Exhibit(standing, key, path, load_model(path).config, None)
 
 
@@ -322,7 +328,7 @@ def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> ImageSet | None:
         return bench.images
     if not bench.images:
         return None
-    config = exhibit.config or config_of(suspect, Options())
+    config = exhibit.config or config_of(suspect, Options(standing=exhibit.standing))
     if config.input_size not in bench.images:
         raise UnreadableDataError(
             f"the network is said to take images of {config.input_size}, and the judge's are of "

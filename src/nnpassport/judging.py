@@ -131,6 +131,9 @@ def verify(
     if base is not None and (black_box or align is not None):
         raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
+    standing = None if claim is None else _standing(claim, owner, secret, root, appeared)
+    if like is not None and standing is not None:
+        verification.check_config(like, standing.claim)
     reading = Reading(image_column, label_column, skip_corrupt)
     options = verification.Options(
         reference=None if like is None else read_config(like),
@@ -138,7 +141,7 @@ def verify(
         log10_alpha=alpha,
         alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
         base=base,
-        standing=None if claim is None else _standing(claim, owner, secret, root, appeared),
+        standing=standing,
         every_reading=every_reading,
     )
     if black_box:

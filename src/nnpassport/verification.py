@@ -17,7 +17,8 @@ from nnpassport.channels import channels_of
 from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect, own_config
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.claim import MILLION
+from nnpassport.evidence.claim import MILLION, Claim
+from nnpassport.evidence.facts import Facts, config_digest
 from nnpassport.evidence.judge import DATED_ONLY
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.null import (
@@ -98,6 +99,12 @@ class Options:
         if self.log10_alpha is not None:
             return self.log10_alpha
         return LOG10_ALPHA_UNCOMMITTED if self.standing is None else self.standing.log10_alpha
+
+    @property
+    def facts(self) -> Facts | None:
+        """What the claim commits to of the owner's network, where it does."""
+        claim = None if self.standing is None else self.standing.claim
+        return None if claim is None else claim.network
 
 
 @final
@@ -370,7 +377,8 @@ def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
         mapped += _in_the_best_order(answers, key, options.threshold, len(ways))
     verdict = min([*found, *(mapped if options.every_reading else [])], key=_weight)
     whose = "the owner's" if options.reference is not None else "the suspect's own"
-    reason = f"{verdict.reason}; images became numbers as {whose} config says"
+    whose = f"{whose} config says" if options.facts is None else "the claim commits to"
+    reason = f"{verdict.reason}; images became numbers as {whose}"
     if not verdict.marked and any(each.marked for each in mapped):
         reason += "; in another order of the classes it matches: have every reading looked at"
     return replace(verdict, reason=reason, digests=loaded.digests)
@@ -512,6 +520,21 @@ def _check_committed(reference: Path, standing: Standing | None) -> None:
             "the network to align to is not the one that the claim commits to; needed: the folder "
             "that `claim new --reference` was given, or no claim"
         )
+    check_config(reference, claim)
+
+
+def check_config(folder: Path, claim: Claim | None) -> None:
+    """Refuse a config, said to be the owner's, that is not the one a claim commits to.
+
+    Raises:
+        UnsuitableModelError: the claim commits to another.
+    """
+    facts = None if claim is None else claim.network
+    if facts is not None and config_digest(folder) != facts.config:
+        raise UnsuitableModelError(
+            f"the config of {folder} is not the one that the claim commits to; needed: the folder "
+            "that `claim new --reference` was given, as it was"
+        )
 
 
 def _without_prefixes(weights: Weights, key: Key) -> Weights:
@@ -583,4 +606,16 @@ def _named(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _load(suspect: Path, options: Options) -> Loaded:
-    return load_suspect(Path(suspect), options.reference, trusted_factory=options.trusted_factory)
+    """The suspect, to be read by the facts that the claim commits to, whatever else says."""
+    facts, reference = options.facts, options.reference
+    if facts is not None and reference is not None and (others := facts.differs_from(reference)):
+        raise UnsuitableModelError(
+            f"the config given as the owner's has another {' and '.join(others)} than the claim "
+            "commits to; needed: the config that `claim new --reference` was given, or none"
+        )
+    loaded = load_suspect(Path(suspect), reference, trusted_factory=options.trusted_factory)
+    if facts is None:
+        return loaded
+    known = {"classes": facts.classes, "input_size": facts.input_size}
+    known |= {"mean": facts.mean, "std": facts.std}
+    return loaded._replace(config=replace(loaded.config, **known))
