@@ -3,10 +3,13 @@
     python benchmarks/fuzz.py run                     100,000 inputs each; results/fuzz.json and .md
     python benchmarks/fuzz.py run --inputs 1000 --only Parquet
     python benchmarks/fuzz.py contexts                what tests/contexts.py spoils, and the least p
+    python benchmarks/fuzz.py likeness --inputs 300   pairs of networks of tests/likeness.py
     python benchmarks/fuzz.py render                  results/fuzz.md from the JSON
 
 Contexts are tried by scheme: each that is accepted gives a key, which reads two of twenty networks
 that know nothing of it. The least p of a scheme is held against how many there were (Bonferroni).
+A pair of networks is a bug where the judge finds a part that is not there or does nothing, or does
+not find one that the suspect's answers come from.
 Rows that are not named in `--only` stay as they were. What was done is written as it goes; with
 `--resume` a row that this very commit began goes on where it stopped.
 
@@ -44,6 +47,7 @@ PATIENCE = 120.0  # seconds for one input
 ADDRESS_SPACE = 16 * 2**30
 REPORT = 500  # inputs between two messages
 OF_CONTEXTS = "contexts of "
+PAIRS, PAIRS_REPORT, PAIRS_PATIENCE = "pairs of networks", 5, 3600.0
 
 
 @dataclass
@@ -92,6 +96,11 @@ def run_contexts(names: list[str] | None, inputs: int, jobs: int, resume: bool) 
             print(f"{name}: p = 10^{rows[name]['least']:.1f} in {rows[name]['readings']} readings")
             good = False
     return good
+
+
+def run_likeness(inputs: int, resume: bool) -> bool:
+    """Try so many pairs of networks; returns whether of each was found what is true."""
+    return _tried("likeness", {PAIRS: inputs}, 1, resume)
 
 
 def _tried(group: str, wanted: Mapping[str, int], jobs: int, resume: bool) -> bool:
@@ -147,7 +156,9 @@ def fuzz(name: str, inputs: int, tally: Tally, keep: Callable[[Tally], None]) ->
     while tally.next < inputs:
         at = context.Value("q", tally.next)
         ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(name, inputs, tally, lost, theirs, at))
+        worker = context.Process(
+            target=work, args=(name, inputs, tally, lost, theirs, at), name=name
+        )
         worker.start()
         theirs.close()
         tally, why = _watch(worker, ours, tally, at, keep)
@@ -169,6 +180,9 @@ def work(
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in C complain there
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if name == PAIRS:
+        _work_on_pairs(inputs, tally, lost, pipe, at)
+        return
     import hostile  # noqa: PLC0415 - only found once `_parsers` or spawning has set the path
 
     with tempfile.TemporaryDirectory() as folder:
@@ -195,11 +209,34 @@ def work(
                 pipe.send(tally)
 
 
+def _work_on_pairs(
+    inputs: int, tally: Tally, lost: dict[int, str], pipe: Connection, at: Any
+) -> None:
+    """The same of pairs of networks: outcomes are counted by how the suspect came about."""
+    import likeness  # noqa: PLC0415 - as above
+
+    for number in range(tally.next, inputs):
+        at.value = number
+        if number not in lost:
+            start, pair = time.process_time(), likeness.made(number)
+            found, wrong = likeness.outcome(pair)
+            taken = time.process_time() - start
+            tally.slowest = max(tally.slowest, (taken, number))
+            tally.seconds += taken
+            tally.outcomes[f"{likeness.told(pair)}|{found}"] += 1
+            if wrong is not None:
+                tally.bugs[number] = wrong
+        if (number + 1) % PAIRS_REPORT == 0 or number + 1 == inputs:
+            tally.next = number + 1
+            pipe.send(tally)
+
+
 def _watch(
     worker: Any, pipe: Connection, tally: Tally, at: Any, keep: Callable[[Tally], None]
 ) -> tuple[Tally, str | None]:
     """The last report, and why there will be no other, or None if all is done."""
     seen, since = at.value, time.monotonic()
+    patience = PAIRS_PATIENCE if worker.name == PAIRS else PATIENCE
     while True:
         try:
             if pipe.poll(1.0):
@@ -210,10 +247,10 @@ def _watch(
             return tally, None if worker.exitcode == 0 else f"CRASH: exit {worker.exitcode}"
         if at.value != seen:
             seen, since = at.value, time.monotonic()
-        elif time.monotonic() - since > PATIENCE:
+        elif time.monotonic() - since > patience:
             worker.kill()
             worker.join()
-            return tally, f"HUNG: more than {PATIENCE:.0f} s"
+            return tally, f"HUNG: more than {patience:.0f} s"
 
 
 def _peak() -> float:
@@ -242,7 +279,9 @@ def render(report: dict[str, Any]) -> str:
         numbers = f"{row['grown']:.0f} | {row['slowest'][0]:.2f}"
         lines.append(f"| {name} | {_counted(row)} | {numbers} | {_made(row)} |")
     lines += _table_of_contexts(contexts) if contexts else []
-    rows = [*parsers.values(), *contexts.values()]
+    pairs = report.get("likeness", {})
+    lines += _table_of_pairs(pairs[PAIRS]) if pairs else []
+    rows = [*parsers.values(), *contexts.values(), *pairs.values()]
     bugs = [(row["parser"], *bug) for row in rows for bug in row["bugs"].items()]
     if bugs:
         lines += ["", "Bugs, by number of the input:", ""]
@@ -273,6 +312,32 @@ def _table_of_contexts(contexts: dict[str, Any]) -> list[str]:
             f"| {name.removeprefix(OF_CONTEXTS)} | {_counted(row)} | {tries:,} "
             f"| 10^{row['least']:.1f} | 10^{corrected:.1f} | {_made(row)} |"
         )
+    return lines
+
+
+def _table_of_pairs(row: dict[str, Any]) -> list[str]:
+    """By how the suspect came about, in how many of the pairs which network was found in it."""
+    made = row["provenance"]
+    lines = [
+        "",
+        "# Likeness, both ways",
+        "",
+        "Pairs of networks by construction (`tests/likeness.py`): what an owner has dated, what a",
+        "rival dated before, who knows nothing of hers, and a suspect. *Found* is whose network it",
+        "was made from, and does something there, to a judge who has images of the task.",
+        f"{row['inputs']:,} pairs, {len(row['bugs'])} bugs; commit {made['commit'][:12]},",
+        f"{made['date']}.",
+        "",
+        "| the suspect | pairs | owner | rival | both | neither |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    kinds = sorted({each.split("|")[0] for each in row["outcomes"]})
+    for kind in kinds:
+        counts = [
+            row["outcomes"].get(f"{kind}|{found}", 0)
+            for found in ("owner", "rival", "both", "neither")
+        ]
+        lines.append(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
     return lines
 
 
@@ -308,7 +373,7 @@ def _parsers(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """What the command line asks for."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("action", choices=["run", "contexts", "render"])
+    arguments.add_argument("action", choices=["run", "contexts", "likeness", "render"])
     arguments.add_argument("--inputs", type=int, default=100_000)
     arguments.add_argument("--only", nargs="+", metavar="PARSER")
     arguments.add_argument("--jobs", type=int, default=1)
@@ -319,6 +384,9 @@ def main() -> None:
         return
     if asked.action == "run":
         good = run(asked.only, asked.inputs, asked.jobs, asked.resume)
+    elif asked.action == "likeness":
+        sys.path.insert(0, str(ROOT / "tests"))
+        good = run_likeness(asked.inputs, asked.resume)
     else:
         names = None if asked.only is None else [OF_CONTEXTS + name for name in asked.only]
         good = run_contexts(names, asked.inputs, asked.jobs, asked.resume)

@@ -30,7 +30,7 @@ from nnpassport.verification import of_its_own
 SIDE, EACH, STOCK = 32, 0.25, 12
 RIDGE = 1.0
 HOME = 0.5
-"""Accuracy from which on a suspect is at home on the images, and its answers show what does them."""
+"""Accuracy from which on a suspect is at home on the images."""
 LOUD = (1e-3, 1e-2, 3e-2, 0.1)
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 PROVED = Verdict("s", 100, 100, -200.0, -30.0, "", True)
@@ -95,7 +95,7 @@ def config(networks: int = 1) -> ModelConfig:
 
 
 def fitted(model: nn.Module, wanted: torch.Tensor) -> nn.Module:
-    """The network with the last layer that says `wanted` of the training images, as well as it can."""
+    """The network, its last layer solved for what it is to say of the training images."""
     with torch.no_grad():
         settle(model, data().train)
         rows = model.pool(model.features(data().train)).flatten(1).double()
@@ -280,6 +280,21 @@ def outcome(pair: Pair) -> tuple[str, str | None]:
         said = [f"{each.name} {each.work}" for each in (owner, rival)]
         wrong = f"{wrong}: {', '.join(pair.done)}; {'; '.join(said)}; rival really {pair.rival}"
     return held.get((hers, his), "neither"), wrong
+
+
+def told(pair: Pair) -> str:
+    """How the suspect came about, as it is counted."""
+    said = {
+        "stranger": "a stranger's, changed",
+        "beside": "the owner's, the rival's channels beside it",
+        "derived": "the owner's, changed",
+        "derived and beside": "the owner's, the rival's beside it, changed",
+    }[pair.kind]
+    if pair.rival is not None:
+        said += ", which do nothing" if pair.rival.idle else ", which do something"
+    if pair.holds_owner and pair.accuracy <= HOME:
+        said += "; it fails at its task"
+    return said
 
 
 def _wrong(pair: Pair, hers: bool, his: bool, owner: str | None) -> str | None:

@@ -17,8 +17,8 @@ from nnpassport.channels import channels_of
 from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect, own_config
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.claim import MILLION, Claim
-from nnpassport.evidence.facts import Facts, config_digest
+from nnpassport.evidence.claim import MILLION
+from nnpassport.evidence.facts import Facts, check_config
 from nnpassport.evidence.judge import DATED_ONLY
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.null import (
@@ -520,21 +520,7 @@ def _check_committed(reference: Path, standing: Standing | None) -> None:
             "the network to align to is not the one that the claim commits to; needed: the folder "
             "that `claim new --reference` was given, or no claim"
         )
-    check_config(reference, claim)
-
-
-def check_config(folder: Path, claim: Claim | None) -> None:
-    """Refuse a config, said to be the owner's, that is not the one a claim commits to.
-
-    Raises:
-        UnsuitableModelError: the claim commits to another.
-    """
-    facts = None if claim is None else claim.network
-    if facts is not None and config_digest(folder) != facts.config:
-        raise UnsuitableModelError(
-            f"the config of {folder} is not the one that the claim commits to; needed: the folder "
-            "that `claim new --reference` was given, as it was"
-        )
+    check_config(reference, claim.network)
 
 
 def _without_prefixes(weights: Weights, key: Key) -> Weights:
@@ -614,8 +600,4 @@ def _load(suspect: Path, options: Options) -> Loaded:
             "commits to; needed: the config that `claim new --reference` was given, or none"
         )
     loaded = load_suspect(Path(suspect), reference, trusted_factory=options.trusted_factory)
-    if facts is None:
-        return loaded
-    known = {"classes": facts.classes, "input_size": facts.input_size}
-    known |= {"mean": facts.mean, "std": facts.std}
-    return loaded._replace(config=replace(loaded.config, **known))
+    return loaded if facts is None else loaded._replace(config=facts.put_into(loaded.config))

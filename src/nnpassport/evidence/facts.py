@@ -6,11 +6,13 @@ called. A suspect must not choose any of it, and neither must a claimant once th
 
 import hashlib
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnpassport.config import CONFIG_FILE, MAX_CONFIG_BYTES, ModelConfig, read_config_file
 from nnpassport.files import read_once
+from nnpassport.scheme import UnsuitableModelError
 
 LARGEST_SIDE = 65_536  # pixels
 _HEX = frozenset("0123456789abcdef")
@@ -59,6 +61,16 @@ class Facts(NamedTuple):
             "std": [repr(number) for number in self.std],
         }
 
+    def put_into(self, config: ModelConfig) -> ModelConfig:
+        """The config with these facts in place of its own."""
+        return replace(
+            config,
+            classes=self.classes,
+            input_size=self.input_size,
+            mean=self.mean,
+            std=self.std,
+        )
+
     def differs_from(self, config: ModelConfig) -> list[str]:
         """Which facts are others in `config`, by name."""
         return [
@@ -95,10 +107,18 @@ def facts_of(folder: Path) -> Facts:
     return Facts(found.digest, config.classes, config.input_size, *numbers)
 
 
-def config_digest(folder: Path) -> str:
-    """SHA-256 (hex) of the bytes of a folder's config.
+def check_config(folder: Path, facts: Facts | None) -> None:
+    """Refuse a config, said to be the owner's, that is not the one a claim commits to.
 
     Raises:
         UnreadableModelError: there is none, or it is too large.
+        UnsuitableModelError: the claim commits to another.
     """
-    return hashlib.sha256(read_once(folder / CONFIG_FILE, MAX_CONFIG_BYTES)).hexdigest()
+    if facts is None:
+        return
+    digest = hashlib.sha256(read_once(folder / CONFIG_FILE, MAX_CONFIG_BYTES)).hexdigest()
+    if digest != facts.config:
+        raise UnsuitableModelError(
+            f"the config of {folder} is not the one that the claim commits to; needed: the folder "
+            "that `claim new --reference` was given, as it was"
+        )
