@@ -152,24 +152,30 @@ def _kept(model: nn.Module, rng: torch.Generator, share: float) -> nn.Module:
     return fitted(model, right())
 
 
-def _changed(rng: Random, model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """What is done to a network to make another of it: up to three things, mild and less so."""
+def _changed(
+    rng: Random, model: nn.Module, *, exactly: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """What is done to a network to make another of it: up to three things, mild and less so.
+
+    Or `exactly` such as leave its answers as they are.
+    """
     done = []
     for _ in range(rng.choice([1, 1, 2, 3])):
         draw = torch.Generator().manual_seed(rng.getrandbits(60))
         strength = rng.choice([0.02, 0.1, 0.2, 0.3])
         share = rng.choice([0.1, 0.3, 0.5])
         dummies = functools.partial(insert_dummies, share=rng.choice([0.1, 0.5]))
-        name, change = rng.choice(
-            [
-                (f"noise {strength}", lambda m, d, s=strength: add_noise(m, d, strength=s)),
-                (f"pruned {share}", lambda m, _, s=share: prune_layerwise(m, share=s)),
-                ("permuted", permute),
-                ("negated", flip_signs),
-                ("rescaled", rescale),
-                ("dummies", dummies),
-            ]
-        )
+        exact = [
+            ("permuted", permute),
+            ("negated", flip_signs),
+            ("rescaled", rescale),
+            ("dummies", dummies),
+        ]
+        others = [
+            (f"noise {strength}", lambda m, d, s=strength: add_noise(m, d, strength=s)),
+            (f"pruned {share}", lambda m, _, s=share: prune_layerwise(m, share=s)),
+        ]
+        name, change = rng.choice(exact if exactly else [*exact, *others])
         model = change(model, draw).model
         done.append(name)
     return model, done
@@ -224,7 +230,8 @@ def made(number: int) -> Pair:
         rival = _work(whole, voice, suspect, loud)
         suspect, done = whole, [*done, f"beside, {what} at {loud}"]
     if kind != "beside":
-        suspect, more = _changed(rng, suspect)
+        # Noise on both would make either hear the other, and the rival's part do what was not there.
+        suspect, more = _changed(rng, suspect, exactly=rival is not None)
         done += more
     with torch.no_grad():
         x = data().normalise(data().images.images)
