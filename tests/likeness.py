@@ -230,7 +230,7 @@ def made(number: int) -> Pair:
         rival = _work(whole, voice, suspect, loud)
         suspect, done = whole, [*done, f"beside, {what} at {loud}"]
     if kind != "beside":
-        # Noise on both would make either hear the other, and the rival's part do what was not there.
+        # Noise on both would make either part hear the other, and do what it did not do.
         suspect, more = _changed(rng, suspect, exactly=rival is not None)
         done += more
     with torch.no_grad():
