@@ -3,10 +3,15 @@
     python benchmarks/fuzz.py run                     100,000 inputs each; results/fuzz.json and .md
     python benchmarks/fuzz.py run --inputs 1000 --only Parquet
     python benchmarks/fuzz.py contexts                what tests/contexts.py spoils, and the least p
+    python benchmarks/fuzz.py likeness --inputs 300   pairs of networks of tests/likeness.py
     python benchmarks/fuzz.py render                  results/fuzz.md from the JSON
 
 Contexts are tried by scheme: each that is accepted gives a key, which reads two of twenty networks
-that know nothing of it. Rows of schemes that are not named in `--only` stay as they were.
+that know nothing of it. The least p of a scheme is held against how many there were (Bonferroni).
+A pair of networks is a bug where the judge finds a part that is not there or does nothing, or does
+not find one that the suspect's answers come from.
+Rows that are not named in `--only` stay as they were. What was done is written as it goes; with
+`--resume` a row that this very commit began goes on where it stopped.
 
 Every parser runs in a process of its own with limited address space: a crash or an input that takes
 minutes is counted, named by its number, and left behind. The exit code is 1 if there was a bug.
@@ -14,6 +19,7 @@ minutes is counted, named by its number, and left behind. The exit code is 1 if 
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -22,11 +28,12 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from multiprocessing.connection import Connection
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -40,6 +47,7 @@ PATIENCE = 120.0  # seconds for one input
 ADDRESS_SPACE = 16 * 2**30
 REPORT = 500  # inputs between two messages
 OF_CONTEXTS = "contexts of "
+PAIRS, PAIRS_REPORT, PAIRS_PATIENCE = "pairs of networks", 5, 3600.0
 
 
 @dataclass
@@ -54,6 +62,8 @@ class Tally:
         grown: MiB that the process, or one that it started, took at its peak beyond what it had
             before the first input.
         least: smallest log₁₀ p of all keys of contexts, or 0.
+        readings: of how many.
+        seconds: processor time of all inputs, without processes that they started.
     """
 
     next: int = 0
@@ -62,50 +72,72 @@ class Tally:
     slowest: tuple[float, int] = (0.0, 0)
     grown: float = 0.0
     least: float = 0.0
+    readings: int = 0
+    seconds: float = 0.0
 
 
-def run(names: list[str] | None, inputs: int, jobs: int) -> bool:
+def run(names: list[str] | None, inputs: int, jobs: int, resume: bool) -> bool:
     """Try `inputs` inputs of each parser; returns whether there was no bug."""
-    started, origin = time.monotonic(), provenance()
     with tempfile.TemporaryDirectory() as folder:
-        known = {name: parser.share for name, parser in _parsers(Path(folder)).items()}
-    rows = _rows(names, known, inputs, jobs)
-    made = {**origin, "jobs": jobs, "wall_seconds": round(time.monotonic() - started, 1)}
-    known_rows = {"provenance": made, "parsers": rows}
-    _write({**_written(), **(_beside_earlier(rows, made, known) if names else known_rows)})
-    return not any(row["bugs"] for row in rows)
+        shares = {name: parser.share for name, parser in _parsers(Path(folder)).items()}
+    wanted = {name: max(1, inputs // shares[name]) for name in names or shares}
+    return _tried("parsers", wanted, jobs, resume)
 
 
-def run_contexts(names: list[str] | None, inputs: int, jobs: int) -> bool:
+def run_contexts(names: list[str] | None, inputs: int, jobs: int, resume: bool) -> bool:
     """Try `inputs` contexts of each scheme; returns whether there was no bug, and no small p."""
-    known = dict.fromkeys(_contexts(), 1)
-    report, good = _written(), True
-    for name in names or known:  # one by one, so that what was done is kept
-        started, origin = time.monotonic(), provenance()
-        (row,) = _rows([name], known, inputs, jobs)
-        row["provenance"] = {**origin, "wall_seconds": round(time.monotonic() - started, 1)}
-        report["contexts"] = {**report.get("contexts", {}), name: row}
-        _write(report)
-        good = good and not row["bugs"]
+    wanted = dict.fromkeys(names or _contexts(), inputs)
+    sys.path.insert(0, str(ROOT / "tests"))
+    import contexts  # noqa: PLC0415 - only found now
+
+    good, rows = _tried("contexts", wanted, jobs, resume), _written()["contexts"]
+    for name in wanted:
+        if not contexts.explained(rows[name]["least"], rows[name]["readings"]):
+            print(f"{name}: p = 10^{rows[name]['least']:.1f} in {rows[name]['readings']} readings")
+            good = False
     return good
 
 
-def _rows(
-    names: list[str] | None, known: dict[str, int], inputs: int, jobs: int
-) -> list[dict[str, Any]]:
-    tallies: dict[str, Tally] = {}
+def run_likeness(inputs: int, resume: bool) -> bool:
+    """Try so many pairs of networks; returns whether of each was found what is true."""
+    return _tried("likeness", {PAIRS: inputs}, 1, resume)
+
+
+def _tried(group: str, wanted: Mapping[str, int], jobs: int, resume: bool) -> bool:
+    """Try so many inputs of each, and write what came of them as it comes; was there no bug?"""
+    origin, lock, tallies = provenance(), Lock(), dict[str, Tally]()
+
+    def keep(name: str, tally: Tally) -> None:
+        row = {"parser": name, **vars(tally), "inputs": tally.next, "provenance": origin}
+        with lock:
+            report = _written()
+            _write({**report, group: {**report.get(group, {}), name: row}})
 
     def one(name: str) -> None:
-        tallies[name] = tally = fuzz(name, max(1, inputs // known[name]))
+        before = _written().get(group, {}).get(name, {})
+        same = before.get("provenance", {}).get("commit") == origin["commit"]
+        begun = _begun(before) if resume and same else Tally()
+        tallies[name] = tally = fuzz(name, wanted[name], begun, lambda tally: keep(name, tally))
+        keep(name, tally)
         print(f"{name}: {tally.next} inputs, {len(tally.bugs)} bugs", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(one, names or known))
-    return [
-        {"parser": name, **vars(tallies[name]), "inputs": tallies[name].next}
-        for name in known
-        if name in tallies
-    ]
+        list(pool.map(one, wanted))
+    return not any(tally.bugs for tally in tallies.values())
+
+
+def _begun(row: Mapping[str, Any]) -> Tally:
+    """The tally of a row, as JSON has it."""
+    known = {each.name: row[each.name] for each in fields(Tally) if each.name in row}
+    bugs = {int(number): what for number, what in known.get("bugs", {}).items()}
+    return Tally(
+        **{
+            **known,
+            "outcomes": Counter(known.get("outcomes", {})),
+            "bugs": bugs,
+            "slowest": tuple(known.get("slowest", (0.0, 0))),
+        }
+    )
 
 
 def _written() -> dict[str, Any]:
@@ -118,24 +150,18 @@ def _write(report: dict[str, Any]) -> None:
     write_atomically(RESULT.with_suffix(".md"), render(report).encode())
 
 
-def _beside_earlier(rows: list[Any], made: Any, known: Mapping[str, int]) -> dict[str, Any]:
-    """The last report with these rows in place of its own; each says where it comes from."""
-    report: dict[str, Any] = json.loads(RESULT.read_text())
-    found = {row["parser"]: row for row in report["parsers"]}
-    found |= {row["parser"]: {**row, "provenance": made} for row in rows}
-    return {**report, "parsers": [found[name] for name in known if name in found]}
-
-
-def fuzz(name: str, inputs: int) -> Tally:
-    """All inputs of one parser, in as many processes as it crashes."""
-    context, tally, lost = multiprocessing.get_context("spawn"), Tally(), dict[int, str]()
+def fuzz(name: str, inputs: int, tally: Tally, keep: Callable[[Tally], None]) -> Tally:
+    """All further inputs of one parser, in as many processes as it crashes."""
+    context, lost = multiprocessing.get_context("spawn"), dict[int, str]()
     while tally.next < inputs:
         at = context.Value("q", tally.next)
         ours, theirs = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(name, inputs, tally, lost, theirs, at))
+        worker = context.Process(
+            target=work, args=(name, inputs, tally, lost, theirs, at), name=name
+        )
         worker.start()
         theirs.close()
-        tally, why = _watch(worker, ours, tally, at)
+        tally, why = _watch(worker, ours, tally, at, keep)
         if why is not None:
             if at.value in lost:
                 raise RuntimeError(f"{name} does not even start: {why}")
@@ -154,6 +180,9 @@ def work(
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries in C complain there
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if name == PAIRS:
+        _work_on_pairs(inputs, tally, lost, pipe, at)
+        return
     import hostile  # noqa: PLC0415 - only found once `_parsers` or spawning has set the path
 
     with tempfile.TemporaryDirectory() as folder:
@@ -166,8 +195,12 @@ def work(
             if number not in lost:
                 data, start = hostile.hostile_input(name, parser, number), time.process_time()
                 found, value = hostile.result(parser, data)
-                tally.least = min(tally.least, value if isinstance(value, float) else 0.0)
-                tally.slowest = max(tally.slowest, (time.process_time() - start, number))
+                taken = time.process_time() - start
+                tally.slowest = max(tally.slowest, (taken, number))
+                tally.seconds += taken
+                if name.startswith(OF_CONTEXTS) and value is not None:
+                    tally.least = min(tally.least, value.log10_p)
+                    tally.readings += value.readings
                 tally.outcomes[found.split(":")[0]] += 1
                 if found.startswith("BUG"):
                     tally.bugs[number] = found
@@ -176,22 +209,48 @@ def work(
                 pipe.send(tally)
 
 
-def _watch(worker: Any, pipe: Connection, tally: Tally, at: Any) -> tuple[Tally, str | None]:
+def _work_on_pairs(
+    inputs: int, tally: Tally, lost: dict[int, str], pipe: Connection, at: Any
+) -> None:
+    """The same of pairs of networks: outcomes are counted by how the suspect came about."""
+    import likeness  # noqa: PLC0415 - as above
+
+    for number in range(tally.next, inputs):
+        at.value = number
+        if number not in lost:
+            start, pair = time.process_time(), likeness.made(number)
+            found, wrong = likeness.outcome(pair)
+            taken = time.process_time() - start
+            tally.slowest = max(tally.slowest, (taken, number))
+            tally.seconds += taken
+            tally.outcomes[f"{likeness.told(pair)}|{found}"] += 1
+            if wrong is not None:
+                tally.bugs[number] = wrong
+        if (number + 1) % PAIRS_REPORT == 0 or number + 1 == inputs:
+            tally.next = number + 1
+            pipe.send(tally)
+
+
+def _watch(
+    worker: Any, pipe: Connection, tally: Tally, at: Any, keep: Callable[[Tally], None]
+) -> tuple[Tally, str | None]:
     """The last report, and why there will be no other, or None if all is done."""
     seen, since = at.value, time.monotonic()
+    patience = PAIRS_PATIENCE if worker.name == PAIRS else PATIENCE
     while True:
         try:
             if pipe.poll(1.0):
                 tally = pipe.recv()
+                keep(tally)
         except EOFError:
             worker.join()
             return tally, None if worker.exitcode == 0 else f"CRASH: exit {worker.exitcode}"
         if at.value != seen:
             seen, since = at.value, time.monotonic()
-        elif time.monotonic() - since > PATIENCE:
+        elif time.monotonic() - since > patience:
             worker.kill()
             worker.join()
-            return tally, f"HUNG: more than {PATIENCE:.0f} s"
+            return tally, f"HUNG: more than {patience:.0f} s"
 
 
 def _peak() -> float:
@@ -201,7 +260,7 @@ def _peak() -> float:
 
 
 def render(report: dict[str, Any]) -> str:
-    """The table of results/fuzz.md."""
+    """The tables of results/fuzz.md."""
     lines = [
         "# Hostile files",
         "",
@@ -212,23 +271,17 @@ def render(report: dict[str, Any]) -> str:
         "slowest input on the processor, without that process. Read is what came to a result;",
         "that a signature or a timestamp does not hold is one.",
         "",
-        _made(report["provenance"]),
-        "",
-        "| parser | inputs | read | refused | bugs | memory, MiB | slowest, s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| parser | inputs | read | refused | bugs | memory, MiB | slowest, s | commit | date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in report["parsers"]:
-        read, bugs = row["outcomes"].get("read", 0), len(row["bugs"])
-        lines.append(
-            f"| {row['parser']} | {row['inputs']:,} | {read:,} | {row['inputs'] - read - bugs:,} "
-            f"| {bugs} | {row['grown']:.0f} | {row['slowest'][0]:.2f} |"
-        )
-    contexts = report.get("contexts", {})
+    parsers, contexts = report.get("parsers", {}), report.get("contexts", {})
+    for name, row in parsers.items():
+        numbers = f"{row['grown']:.0f} | {row['slowest'][0]:.2f}"
+        lines.append(f"| {name} | {_counted(row)} | {numbers} | {_made(row)} |")
     lines += _table_of_contexts(contexts) if contexts else []
-    later = [row for row in report["parsers"] if "provenance" in row]
-    for row in later:
-        lines += ["", f"Of these later, {row['parser']}: {_made(row['provenance'])}"]
-    rows = [*report["parsers"], *contexts.values()]
+    pairs = report.get("likeness", {})
+    lines += _table_of_pairs(pairs[PAIRS]) if pairs else []
+    rows = [*parsers.values(), *contexts.values(), *pairs.values()]
     bugs = [(row["parser"], *bug) for row in rows for bug in row["bugs"].items()]
     if bugs:
         lines += ["", "Bugs, by number of the input:", ""]
@@ -244,20 +297,57 @@ def _table_of_contexts(contexts: dict[str, Any]) -> list[str]:
         "Contexts of each scheme in which up to four things are other than the scheme would",
         "have made them (`tests/contexts.py`). Each that was accepted gave a key of a seed of its",
         "own, and two of twenty networks that know nothing of it were read. *Least p* is the",
-        "smallest of all these p-values; N of them allow about 1/N. A p below 10⁻¹², or a count",
-        "that no reading gives, is a bug.",
+        "smallest of all these p-values, and *corrected* that times the number of readings, at",
+        "most 1. A corrected p below 10⁻³, a p below 10⁻¹², or a count that no reading gives, is a",
+        "bug.",
         "",
-        "| scheme | contexts | read | refused | bugs | least p | commit | date |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| scheme | contexts | read | refused | bugs | readings | least p | corrected | commit "
+        "| date |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in contexts.items():
-        read, bugs, made = row["outcomes"].get("read", 0), len(row["bugs"]), row["provenance"]
+        tries = row["readings"]
+        corrected = min(0.0, row["least"] + math.log10(max(1, tries)))
         lines.append(
-            f"| {name.removeprefix(OF_CONTEXTS)} | {row['inputs']:,} | {read:,} "
-            f"| {row['inputs'] - read - bugs:,} | {bugs} | 10^{row['least']:.1f} "
-            f"| {made['commit'][:12]} | {made['date']} |"
+            f"| {name.removeprefix(OF_CONTEXTS)} | {_counted(row)} | {tries:,} "
+            f"| 10^{row['least']:.1f} | 10^{corrected:.1f} | {_made(row)} |"
         )
     return lines
+
+
+def _table_of_pairs(row: dict[str, Any]) -> list[str]:
+    """By how the suspect came about, in how many of the pairs which network was found in it."""
+    made = row["provenance"]
+    lines = [
+        "",
+        "# Likeness, both ways",
+        "",
+        "Pairs of networks by construction (`tests/likeness.py`): what an owner has dated, what a",
+        "rival dated before, who knows nothing of hers, and a suspect. *Found* is whose network it",
+        "was made from, and does something there, to a judge who has images of the task.",
+        f"{row['inputs']:,} pairs, {len(row['bugs'])} bugs; commit {made['commit'][:12]},",
+        f"{made['date']}.",
+        "",
+        "| the suspect | pairs | owner | rival | both | neither |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    kinds = sorted({each.split("|")[0] for each in row["outcomes"]})
+    for kind in kinds:
+        counts = [
+            row["outcomes"].get(f"{kind}|{found}", 0)
+            for found in ("owner", "rival", "both", "neither")
+        ]
+        lines.append(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
+    return lines
+
+
+def _counted(row: Mapping[str, Any]) -> str:
+    read, bugs = row["outcomes"].get("read", 0), len(row["bugs"])
+    return f"{row['inputs']:,} | {read:,} | {row['inputs'] - read - bugs:,} | {bugs}"
+
+
+def _made(row: Mapping[str, Any]) -> str:
+    return f"{row['provenance']['commit'][:12]} | {row['provenance']['date']}"
 
 
 def _contexts() -> dict[str, Any]:
@@ -273,10 +363,6 @@ def _contexts() -> dict[str, Any]:
     }
 
 
-def _made(facts: Mapping[str, Any]) -> str:
-    return ", ".join(f"{fact} {value}".replace("_", " ") for fact, value in facts.items())
-
-
 def _parsers(folder: Path) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT / "tests"))
     import hostile  # noqa: PLC0415 - see above
@@ -287,20 +373,23 @@ def _parsers(folder: Path) -> dict[str, Any]:
 def main() -> None:
     """What the command line asks for."""
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("action", choices=["run", "contexts", "render"])
+    arguments.add_argument("action", choices=["run", "contexts", "likeness", "render"])
     arguments.add_argument("--inputs", type=int, default=100_000)
     arguments.add_argument("--only", nargs="+", metavar="PARSER")
     arguments.add_argument("--jobs", type=int, default=1)
+    arguments.add_argument("--resume", action="store_true")
     asked = arguments.parse_args()
     if asked.action == "render":
-        report = json.loads(RESULT.read_text())
-        write_atomically(RESULT.with_suffix(".md"), render(report).encode())
+        _write(_written())
         return
     if asked.action == "run":
-        good = run(asked.only, asked.inputs, asked.jobs)
+        good = run(asked.only, asked.inputs, asked.jobs, asked.resume)
+    elif asked.action == "likeness":
+        sys.path.insert(0, str(ROOT / "tests"))
+        good = run_likeness(asked.inputs, asked.resume)
     else:
         names = None if asked.only is None else [OF_CONTEXTS + name for name in asked.only]
-        good = run_contexts(names, asked.inputs, asked.jobs)
+        good = run_contexts(names, asked.inputs, asked.jobs, asked.resume)
     if not good:
         sys.exit(1)
 

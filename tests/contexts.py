@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from nnpassport.catalog import ADAPTERS, CATALOG, scheme_named
 from nnpassport.data.images import Normalisation
@@ -25,7 +27,9 @@ SCHEMES = (*CATALOG, *ADAPTERS)
 EACH = 2
 """How many of the networks, in turn, are read with one key."""
 ALLOWED = -12.0
-"""log₁₀ p that 10⁵ contexts and their readings reach once in a million runs."""
+"""log₁₀ p that 10⁵ contexts and their readings reach once in a million runs: one key is enough."""
+CORRECTED = -3.0
+"""log₁₀ of the least p of a scheme, multiplied by how many there were (Bonferroni), at least."""
 
 SIZE = (1, 5, 5)
 CLASSES = 10
@@ -34,13 +38,29 @@ _MOST = 2**14  # numbers of pictures that are worth their time
 _PASSPORT = (5, 4)
 
 
+class Grouped(nn.Conv2d):
+    """A convolution in groups, computed without them: in groups it takes five times as long."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, self._dense, self.bias, padding=self.padding)
+
+    @functools.cached_property
+    def _dense(self) -> torch.Tensor:
+        out, fan_in = self.weight.shape[:2]
+        dense = self.weight.new_zeros(out, self.in_channels, *self.kernel_size)
+        for channel, row in enumerate(self.weight):
+            first = channel * self.groups // out * fan_in
+            dense[channel, first : first + fan_in] = row
+        return dense
+
+
 class Network(nn.Module):
     """A layer of every kind; those that an image goes through, and some beside them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Conv2d(1, 16, 3, padding=1)
-        self.b = nn.Conv2d(16, 12, 3, padding=1, groups=4)
+        self.b = Grouped(16, 12, 3, padding=1, groups=4)
         self.c = nn.Conv2d(12, 16, 3, padding=1)
         self.d = nn.ConvTranspose2d(16, 12, 3, groups=2)
         self.e = nn.Conv1d(16, 16, 5)
@@ -215,7 +235,14 @@ def _spoil_triggers(rng: Random, document: dict) -> None:
             triggers["size"][rng.randrange(3)] = rng.choice([1, 2, 5, 7, 30])
 
 
-def least(data: bytes) -> float | None:
+class Found(NamedTuple):
+    """The least log₁₀ p of a key, and of how many readings."""
+
+    log10_p: float
+    readings: int
+
+
+def least(data: bytes) -> Found | None:
     """The least log₁₀ p of a key of this context on networks; None where nothing could be read.
 
     Raises:
@@ -243,7 +270,12 @@ def least(data: bytes) -> float | None:
             assert 0 <= verdict.matches <= verdict.bits, f"{verdict.matches} matches"
             assert verdict.log10_p_value > ALLOWED, f"p = 10^{verdict.log10_p_value:.1f}"
             found.append(verdict.log10_p_value)
-    return min(found, default=None)
+    return Found(min(found), len(found)) if found else None
+
+
+def explained(log10_p: float, readings: int) -> bool:
+    """Whether the least p of so many readings is what their number allows."""
+    return log10_p + math.log10(max(1, readings)) >= CORRECTED
 
 
 PLAIN = Normalisation((0.5,), (0.5,))

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import threading
 import traceback
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from nnpassport.evidence.claimfile import (
     write_signed,
 )
 from nnpassport.evidence.context import Context, LayerShape, canonical_json
+from nnpassport.evidence.facts import Facts
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import save_key
 from nnpassport.evidence.signing import (
@@ -82,6 +84,8 @@ CLAIM = claim_of(
     date="2026-01-31",
 )
 SIGNED = sign_claim(CLAIM, SIGNING)
+FACTS = Facts("ab" * 32, ("cat", "café"), (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2, 0.25, 1e-05))
+WITH_FACTS = replace(CLAIM, network=FACTS)
 REFUSALS = (BadSignatureError, UnreadableClaimError)
 
 
@@ -987,9 +991,23 @@ def test_the_commands_of_the_specification_check_a_claim_by_hand(tmp_path):
 
 def test_the_page_lists_exactly_the_fields_of_a_claim():
     table = page().split("## The claim\n")[1].split("\n\n**")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(
-        json.loads(CLAIM.encode())
-    )
+    document = json.loads(WITH_FACTS.encode())
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(document)
+    assert set(document) - set(json.loads(CLAIM.encode())) == {"network"}
+
+
+def test_the_page_lists_exactly_the_facts_of_a_network():
+    table = page().split("**Facts about the network.**")[1].split("\n\n**")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", table, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"\w+", row)}
+    assert named == set(json.loads(WITH_FACTS.encode())["network"])
+
+
+def test_a_claim_with_facts_stays_readable():
+    """Written on 2026-11-27; its bytes are what this version signs as well."""
+    data = (GOLDEN / "claim-v1-network.json").read_bytes()
+    assert opened(data) == WITH_FACTS
+    assert data == encode_signed(sign_claim(WITH_FACTS, SIGNING))
 
 
 def test_a_stronger_signing_key_made_with_openssl_opens(pems, tmp_path):

@@ -245,9 +245,17 @@ def test_no_context_has_a_smaller_p_than_tries_allow(scheme):
     found = [hostile.result(parser, data) for data in [*seeds, *made]]
     assert not [outcome for outcome, _ in found if outcome.startswith("BUG")]
     assert all(value is not None for _, value in found[: len(seeds)])
-    least = [value for _, value in found if isinstance(value, float)]
-    assert len(least) > 5
-    assert min(least) > -6
+    read = [value for _, value in found if value is not None]
+    assert len(read) > 5
+    assert contexts.explained(
+        min(each.log10_p for each in read), sum(each.readings for each in read)
+    )
+
+
+def test_the_least_of_many_p_values_is_held_against_their_number():
+    assert contexts.explained(-6.9, 10_000)
+    assert not contexts.explained(-7.1, 10_000)
+    assert not contexts.explained(-3.1, 1)
 
 
 def like_coins(matches, trials, chance=0.5):

@@ -4,7 +4,10 @@ import io
 import itertools
 import json
 import math
+import shutil
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +17,16 @@ from PIL import Image
 
 from nnpassport import hearing, ownership
 from nnpassport.checkpoint import load_suspect, save_model
-from nnpassport.config import ModelConfig
+from nnpassport.config import ModelConfig, read_config
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.claim import claim_of, sign_claim
-from nnpassport.evidence.claimfile import write_signed
-from nnpassport.evidence.context import Context, TriggerShape
+from nnpassport.evidence.claim import PAYLOAD_TYPE, claim_of, open_claim, sign_claim
+from nnpassport.evidence.claimfile import SignedClaim, read_signed, write_signed
+from nnpassport.evidence.context import Context, TriggerShape, canonical_json
+from nnpassport.evidence.facts import facts_of
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import load_key, save_key
+from nnpassport.evidence.signing import sign
+from nnpassport.evidence.standing import standing_of
 from nnpassport.relabelling import (
     best_map,
     corrected,
@@ -37,6 +43,7 @@ from nnpassport.remote.services import HuggingFace
 from nnpassport.scheme import (
     BadRecipeError,
     UnreachableServiceError,
+    UnreadableClaimError,
     UnreadableKeyError,
     UnsuitableModelError,
 )
@@ -363,6 +370,158 @@ def test_the_command_takes_the_owner_s_word_before_the_suspect_s(tmp_path, owned
     code, out, _ = call(*words, "--black-box")
     assert code == 1
     assert "the suspect's own config says" in json.loads(out)["reason"]
+
+
+# What the owner committed to
+
+
+SIGNING = Ed25519PrivateKey.from_private_bytes(bytes([7] * 32))
+
+
+def committed(folder, owned, *, key=KEY, facts=True):
+    """A claim to the key and to the network in `owned`, with what its config says or without."""
+    digest = tensors_digest(read_weights(owned).tensors)
+    network = facts_of(owned) if facts else None
+    claim = claim_of(key, SIGNING.public_key(), reference=digest, network=network)
+    write_signed(sign_claim(claim, SIGNING), folder / "alice.claim.json")
+    save_key(key, folder / "alice.key", overwrite=True)
+    return folder / "alice.claim.json"
+
+
+def test_under_a_claim_a_suspect_that_states_another_normalisation_is_read_by_the_owner_s(
+    tmp_path, owned, call
+):
+    save_model(tmp_path / "suspect", network(), a_config(mean=0.9, std=0.1))
+    words = ("verify", tmp_path / "suspect", "--key", tmp_path / "alice.key", "--black-box")
+    claim = committed(tmp_path, owned)
+    code, out, _ = call(*words, "--claim", claim, "--json")
+    assert (code, json.loads(out)["matches"]) == (0, 100)
+    assert "images became numbers as the claim commits to" in json.loads(out)["reason"]
+    assert call(*words)[0] == 1
+    claim = committed(tmp_path, owned, facts=False)  # as they were before there was such a field
+    assert call(*words, "--claim", claim)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0.9]},
+        {"std": [0.1]},
+        {"input_size": [1, 64, 64]},
+        {"classes": [*NAMES[1:], NAMES[0]]},
+        {"notes": {"what": "another file, though the facts are the same"}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_config_that_is_not_the_one_committed_to_is_refused_under_the_claim(
+    tmp_path, owned, call, change
+):
+    forged = tmp_path / "forged"
+    shutil.copytree(owned, forged)
+    said = json.loads((forged / "config.json").read_text())
+    (forged / "config.json").write_text(json.dumps(said | change))
+    words = ("verify", owned, "--key", tmp_path / "alice.key", "--black-box")
+    claim = committed(tmp_path, owned)
+    assert call(*words, "--claim", claim, "--like", owned)[0] == 0
+    code, _, err = call(*words, "--claim", claim, "--like", forged)
+    assert code == 2
+    assert "not the one that the claim commits to" in " ".join(err.split())
+    standing = standing_of(read_signed(claim), SIGNING.public_key(), KEY)
+    if "notes" not in change:
+        options = Options(reference=read_config(forged), standing=standing)
+        with pytest.raises(UnsuitableModelError, match="than the claim commits to"):
+            verify_answers(owned, KEY, options=options)
+    alice = tmp_path / "alice"
+    alice.mkdir()
+    hearing.disclose(claim, KEY, alice, reference=owned)
+    (alice / "reference" / "config.json").write_text(json.dumps(said | change))
+    save_model(tmp_path / "suspect", network(), a_config(mean=0.9, std=0.1))
+    heard = hearing.hear(tmp_path / "suspect", [alice], hearing.Bench())
+    assert any("config is not the one" in note for note in heard.claimants[0].notes)
+    assert heard.claimants[0].proves  # by what was committed to
+
+
+def test_facts_of_a_network_stand_in_the_claim_and_nothing_else_reads_as_them(tmp_path, owned):
+    facts = facts_of(owned)
+    assert not facts.differs_from(OWN)
+    claim = open_claim(read_signed(committed(tmp_path, owned)), SIGNING.public_key())
+    assert claim.network == facts
+    document = json.loads(claim.encode())
+    assert document["network"]["mean"] == ["0.25"]
+    plain = open_claim(read_signed(committed(tmp_path, owned, facts=False)), SIGNING.public_key())
+    assert "network" not in json.loads(plain.encode())
+    known = document["network"]
+    for wrong in (
+        None,
+        {},
+        known | {"mean": [0.25]},
+        known | {"mean": ["0.250"]},
+        known | {"mean": ["nan"]},
+        known | {"mean": ["0.25", "0.25"]},
+        known | {"std": ["0.0"]},
+        known | {"std": ["-1.0"]},
+        known | {"classes": []},
+        known | {"classes": ["cat\n"]},
+        known | {"classes": "cat"},
+        known | {"input_size": [1, 32]},
+        known | {"input_size": [1, 32, 0]},
+        known | {"input_size": [1, 32, True]},
+        known | {"config": "0"},
+        known | {"more": 1},
+    ):
+        payload = canonical_json(document | {"network": wrong})
+        signed = SignedClaim(sign(payload, PAYLOAD_TYPE, SIGNING), None)
+        with pytest.raises(UnreadableClaimError):
+            open_claim(signed, SIGNING.public_key())
+
+
+class Inference(BaseHTTPRequestHandler):
+    """Answers as a server of the Open Inference Protocol does; `model` is what it runs."""
+
+    model = None
+
+    def do_POST(self):
+        (given,) = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["inputs"]
+        images = torch.tensor(given["data"]).view(given["shape"])
+        with torch.no_grad():
+            said = self.model(images)
+        output = {"name": "y", "shape": list(said.shape), "datatype": "FP32"}
+        body = json.dumps({"outputs": [output | {"data": said.flatten().tolist()}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Nothing."""
+
+
+@pytest.fixture
+def inference():
+    handler = type("Handler", (Inference,), {"model": network()})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_probe_takes_what_the_claim_commits_to(tmp_path, owned, call, inference):
+    claim = committed(tmp_path, owned)
+    words = ("probe", inference, "--key", tmp_path / "alice.key", "--protocol", "openinference")
+    words = (*words, "--model", "m")
+    code, out, _ = call(*words, "--claim", claim, "--json")
+    assert (code, json.loads(out)["matches"]) == (0, 100)
+    assert call(*words, "--mean", "0.9", "--std", "0.1")[0] == 1
+    assert call(*words, "--claim", claim, "--mean", "0.9", "--std", "0.1")[0] == 2
+    save_model(tmp_path / "other", network(), a_config(mean=0.9))
+    assert call(*words, "--claim", claim, "--like", tmp_path / "other")[0] == 2
+    save_key(drawn(2, count=100, side=32), tmp_path / "bob.key")
+    assert call(*words[:3], tmp_path / "bob.key", *words[4:], "--claim", claim)[0] == 2
+    plain = committed(tmp_path, owned, facts=False)
+    assert call(*words, "--claim", plain)[0] == 2  # it says no mean and std
+    assert call(*words, "--claim", plain, "--like", owned)[0] == 0
 
 
 def turned(model, order):

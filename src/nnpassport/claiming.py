@@ -99,6 +99,7 @@ def new(
         log10_alpha=alpha,
         fidelity=declared,
         date=date,
+        network=None if reference is None else _facts_of(reference),
     )
     signed = claim.sign_claim(made, owner)
     if authority is not None and authority_root is not None:
@@ -188,6 +189,14 @@ def _digest_of(reference: Path) -> str:
     return tensors_digest(read_weights(reference).tensors)
 
 
+def _facts_of(reference: Path) -> Any:
+    """What the config says, which a file of weights does not have."""
+    from nnpassport.config import CONFIG_FILE  # noqa: PLC0415
+    from nnpassport.evidence.facts import facts_of  # noqa: PLC0415
+
+    return facts_of(reference) if os.path.lexists(reference / CONFIG_FILE) else None
+
+
 def _ppm(share: float) -> int:
     """A share in [0, 1] in parts per million; claims have no floating-point numbers."""
     if not 0 <= share <= 1:
@@ -221,7 +230,11 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
 
 def _words(value: Any) -> str:
     if isinstance(value, dict):
-        return "\n".join(f"{name} {inner}" for name, inner in value.items())
+        return "\n".join(f"{name} {_in_line(inner)}" for name, inner in value.items())
     if isinstance(value, list):
         return "\n".join(value)
     return "none" if value is None else str(value)
+
+
+def _in_line(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

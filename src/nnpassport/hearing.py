@@ -19,7 +19,9 @@ from nnpassport.catalog import scheme_named
 from nnpassport.checkpoint import load_model, own_config
 from nnpassport.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.data.images import ImageSet
+from nnpassport.evidence.claim import open_claim
 from nnpassport.evidence.claimfile import read_signed, write_signed
+from nnpassport.evidence.facts import Facts, check_config
 from nnpassport.evidence.judge import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.keyfile import load_key, save_key
@@ -199,7 +201,10 @@ def networks(suspect: Path, folders: Sequence[Path]) -> list[ModelConfig]:
     And of the suspect by its own, which counts where a claimant handed in no network. None that
     asks for images of more than `LARGEST_SIDE` pixels.
     """
-    found = [own_config(suspect), *(_config_in(folder / REFERENCE) for folder in folders)]
+    own = own_config(suspect)
+    found = [own, *(_config_in(folder / REFERENCE) for folder in folders)]
+    stated = [] if own is None else [_committed_in(folder) for folder in folders]
+    found += [facts.put_into(own) for facts in stated if own is not None and facts is not None]
     return [
         config
         for config in found
@@ -211,6 +216,15 @@ def _config_in(folder: Path) -> ModelConfig | None:
     try:
         return read_config(folder)
     except OwnershipError:  # `read_exhibit` says what is wrong with it
+        return None
+
+
+def _committed_in(folder: Path) -> Facts | None:
+    """What a claim commits to of its owner's network, by its own word, where it does."""
+    try:
+        signed = read_signed(folder / CLAIM_FILE)
+        return open_claim(signed, public_from_hex(signed.envelope.keyid)).network
+    except OwnershipError:  # as above
         return None
 
 
@@ -264,6 +278,11 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
         return Exhibit(standing, key, None, None, note)
     if tensors_digest(read_weights(path).tensors) != committed:
         note = "the reference network is not the one that the claim commits to, so it is not used"
+        return Exhibit(standing, key, None, None, note)
+    try:
+        check_config(path, None if standing.claim is None else standing.claim.network)
+    except UnsuitableModelError:
+        note = "the reference's config is not the one that the claim commits to, so it is not used"
         return Exhibit(standing, key, None, None, note)
     return Exhibit(standing, key, path, load_model(path).config, None)
 
@@ -322,7 +341,7 @@ def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> ImageSet | None:
         return bench.images
     if not bench.images:
         return None
-    config = exhibit.config or config_of(suspect, Options())
+    config = exhibit.config or config_of(suspect, Options(standing=exhibit.standing))
     if config.input_size not in bench.images:
         raise UnreadableDataError(
             f"the network is said to take images of {config.input_size}, and the judge's are of "

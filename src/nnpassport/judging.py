@@ -122,6 +122,7 @@ def verify(
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport import verification  # noqa: PLC0415
     from nnpassport.config import read_config  # noqa: PLC0415
+    from nnpassport.evidence.facts import check_config  # noqa: PLC0415
     from nnpassport.provenance import made_with  # noqa: PLC0415
 
     if alpha is not None and not -MAX_LOG10_ALPHA <= alpha < 0:
@@ -131,6 +132,9 @@ def verify(
     if base is not None and (black_box or align is not None):
         raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
+    standing = None if claim is None else _standing(claim, owner, secret, root, appeared)
+    if like is not None and standing is not None:
+        check_config(like, None if standing.claim is None else standing.claim.network)
     reading = Reading(image_column, label_column, skip_corrupt)
     options = verification.Options(
         reference=None if like is None else read_config(like),
@@ -138,7 +142,7 @@ def verify(
         log10_alpha=alpha,
         alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
         base=base,
-        standing=None if claim is None else _standing(claim, owner, secret, root, appeared),
+        standing=standing,
         every_reading=every_reading,
     )
     if black_box:

@@ -63,6 +63,16 @@ def probe(
             "best is taken, and all that there are paid for in the p-value.",
         ),
     ] = False,
+    claim: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your claim file: mean, std and names of the classes as it commits to them."
+        ),
+    ] = None,
+    owner: Annotated[
+        Path | None,
+        typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
+    ] = None,
     cover: Annotated[
         str | None,
         typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
@@ -110,8 +120,10 @@ def probe(
         raise typer.BadParameter("--resume goes on from the journal beside --out; give --out")
     secret = key_from(key, passphrase)
     shape, config = triggers_of(secret.context), _config(like)
+    if claim is not None:
+        config = _committed(claim, owner, secret, like, config)
     if protocol == "openinference":
-        numbers = _normalisation(mean, std, config)
+        numbers = _normalisation(mean, std, config, committed=claim is not None)
         service = _open_inference(url, model, numbers, input_name, output_name, channels_last)
     else:
         service = _pictures(protocol, url, template, pointer)
@@ -181,15 +193,46 @@ def _config(folder: Path | None) -> Any:
     return None if folder is None else read_config(folder)
 
 
+def _committed(path: Path, owner: Path | None, key: Any, like: Path | None, config: Any) -> Any:
+    """What the claim commits to of the owner's network, or `config` if it commits to nothing.
+
+    Raises:
+        BadSignatureError: the claim does not hold with this key.
+        UnsuitableModelError: the claim commits to another config than that of `like`.
+    """
+    from nnpassport.evidence import signing  # noqa: PLC0415
+    from nnpassport.evidence.claim import check_claim  # noqa: PLC0415
+    from nnpassport.evidence.claimfile import read_signed  # noqa: PLC0415
+    from nnpassport.evidence.facts import check_config  # noqa: PLC0415
+    from nnpassport.scheme import BadSignatureError  # noqa: PLC0415
+
+    signed = read_signed(path)
+    if owner is None:
+        public = signing.public_from_hex(signed.envelope.keyid)
+    else:
+        public = signing.load_public_key(owner)
+    found = check_claim(signed._replace(response=None), public, key=key)
+    if not found.holds or found.claim is None:
+        raise BadSignatureError(f"{path} does not hold with this key: {found.reason}")
+    facts = found.claim.network
+    if like is not None:
+        check_config(like, facts)
+    return config if facts is None else facts
+
+
 def _needed(value: Any, option: str, what: str) -> Any:
     if value is None:
         raise typer.BadParameter(f"this protocol needs {option}: {what}")
     return value
 
 
-def _normalisation(mean: str | None, std: str | None, config: Any) -> Any:
+def _normalisation(
+    mean: str | None, std: str | None, config: Any, *, committed: bool = False
+) -> Any:
     from nnpassport.data.images import Normalisation  # noqa: PLC0415
 
+    if committed and config is not None and (mean, std) != (None, None):
+        raise typer.BadParameter("the claim says what --mean and --std are; leave them out")
     if mean is None and std is None and config is not None:
         return Normalisation(config.mean, config.std)
     if mean is None or std is None:

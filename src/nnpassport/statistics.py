@@ -5,6 +5,7 @@ its weights are. Everything here is in logarithms: a genuine mark of a thousand 
 that no float can hold.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -50,6 +51,11 @@ def log_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
         raise MiscountedError(f"got {trials} trials; needed: at least one, or there is no p-value")
     if not 0 < chance < 1:
         raise ValueError(f"chance must lie strictly between 0 and 1, got {chance}")
+    return _log_tail(matches, trials, chance)
+
+
+@functools.lru_cache(maxsize=4_096)
+def _log_tail(matches: int, trials: int, chance: float) -> float:
     if matches == 0:
         return 0.0
     mode = int((trials + 1) * chance)

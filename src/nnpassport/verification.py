@@ -18,6 +18,7 @@ from nnpassport.checkpoint import PREFIXES, Loaded, load_model, load_suspect, ow
 from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.claim import MILLION
+from nnpassport.evidence.facts import Facts, check_config
 from nnpassport.evidence.judge import DATED_ONLY
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.null import (
@@ -98,6 +99,12 @@ class Options:
         if self.log10_alpha is not None:
             return self.log10_alpha
         return LOG10_ALPHA_UNCOMMITTED if self.standing is None else self.standing.log10_alpha
+
+    @property
+    def facts(self) -> Facts | None:
+        """What the claim commits to of the owner's network, where it does."""
+        claim = None if self.standing is None else self.standing.claim
+        return None if claim is None else claim.network
 
 
 @final
@@ -370,7 +377,8 @@ def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
         mapped += _in_the_best_order(answers, key, options.threshold, len(ways))
     verdict = min([*found, *(mapped if options.every_reading else [])], key=_weight)
     whose = "the owner's" if options.reference is not None else "the suspect's own"
-    reason = f"{verdict.reason}; images became numbers as {whose} config says"
+    whose = f"{whose} config says" if options.facts is None else "the claim commits to"
+    reason = f"{verdict.reason}; images became numbers as {whose}"
     if not verdict.marked and any(each.marked for each in mapped):
         reason += "; in another order of the classes it matches: have every reading looked at"
     return replace(verdict, reason=reason, digests=loaded.digests)
@@ -512,6 +520,7 @@ def _check_committed(reference: Path, standing: Standing | None) -> None:
             "the network to align to is not the one that the claim commits to; needed: the folder "
             "that `claim new --reference` was given, or no claim"
         )
+    check_config(reference, claim.network)
 
 
 def _without_prefixes(weights: Weights, key: Key) -> Weights:
@@ -583,4 +592,12 @@ def _named(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
 
 
 def _load(suspect: Path, options: Options) -> Loaded:
-    return load_suspect(Path(suspect), options.reference, trusted_factory=options.trusted_factory)
+    """The suspect, to be read by the facts that the claim commits to, whatever else says."""
+    facts, reference = options.facts, options.reference
+    if facts is not None and reference is not None and (others := facts.differs_from(reference)):
+        raise UnsuitableModelError(
+            f"the config given as the owner's has another {' and '.join(others)} than the claim "
+            "commits to; needed: the config that `claim new --reference` was given, or none"
+        )
+    loaded = load_suspect(Path(suspect), reference, trusted_factory=options.trusted_factory)
+    return loaded if facts is None else loaded._replace(config=facts.put_into(loaded.config))

@@ -21,6 +21,7 @@ from nnpassport.evidence.claimfile import (
     timestamped_bytes,
 )
 from nnpassport.evidence.context import Context, canonical_json
+from nnpassport.evidence.facts import Facts, facts_from
 from nnpassport.evidence.key import Key
 from nnpassport.evidence.signing import binding_of, open_envelope, public_hex, sign
 from nnpassport.evidence.timestamp import (
@@ -62,6 +63,8 @@ class Claim:
         log10_alpha: the threshold on the p-value, a power of ten.
         fidelity: the declared target and tolerance, or None.
         date: the day by the owner's own clock, ISO 8601. Only a timestamp proves one.
+        network: what the weights of `reference` do not say; None in claims from before there was
+            such a field, and where there is no config.
     """
 
     owner_key: str
@@ -71,6 +74,7 @@ class Claim:
     log10_alpha: int
     fidelity: Declared | None
     date: str
+    network: Facts | None = None
 
     def __post_init__(self) -> None:
         digests = [self.owner_key, self.fingerprint]
@@ -93,11 +97,19 @@ class Claim:
             sound = type(share) is int and 0 <= share <= MILLION
             _require(sound, f"the share {share!r:.20}", f"an integer from 0 to {MILLION}")
         _require(_is_date(self.date), f"the date {self.date!a:.20}", "one such as 2026-01-31")
+        if self.network is not None:
+            committed = self.reference is not None
+            _require(committed, "facts of a network, and no reference", "both, or no facts")
+            if (fault := self.network.fault()) is not None:
+                _require(False, *fault)
 
     def encode(self) -> bytes:
         """The one encoding of this claim: sorted keys, ASCII, no whitespace, no floats."""
+        # Absent, not null: claims without it encode as ever.
+        facts = {} if self.network is None else {"network": self.network.as_json()}
         return canonical_json(
             {
+                **facts,
                 "format": _FORMAT,
                 "version": _VERSION,
                 "owner": self.context.owner,
@@ -125,6 +137,7 @@ class Claim:
             "log10_alpha": self.log10_alpha,
             "fidelity": None if self.fidelity is None else self.fidelity._asdict(),
             "date": self.date,
+            "network": None if self.network is None else self.network.as_json(),
         }
 
 
@@ -156,6 +169,7 @@ def claim_of(
     log10_alpha: int = -9,
     fidelity: Declared | None = None,
     date: str | None = None,
+    network: Facts | None = None,
 ) -> Claim:
     """The commitment to `key`; today's date if none is given.
 
@@ -170,6 +184,7 @@ def claim_of(
         log10_alpha=log10_alpha,
         fidelity=fidelity,
         date=Date.today().isoformat() if date is None else date,
+        network=network,
     )
 
 
@@ -282,6 +297,7 @@ def _parsed(payload: bytes, owner: Ed25519PublicKey) -> Claim:
             log10_alpha=document["log10_alpha"],
             fidelity=None if fidelity is None else Declared(**fidelity),
             date=document["date"],
+            network=facts_from(document["network"]) if "network" in document else None,
         )
         # Encoding again also catches unknown fields, another version, and an owner who is not
         # the one of the context.
