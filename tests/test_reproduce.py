@@ -307,10 +307,32 @@ def test_forged_marks_of_a_baseline_are_read_before_and_after_a_transfer(store):
     assert result["test_images"] == len(tasks.images_of(None, "digits-halves").test)
 
 
-def test_a_grid_on_a_cluster(store, monkeypatch):
+def test_a_grid_is_sent_through_a_cluster(store, monkeypatch):
+    """To a worker over a socket, as to another machine; the worker is a thread of this process."""
     distributed = pytest.importorskip("distributed", reason="dask is not installed")
     cells = [Cell(TINY.with_seeds((0, 1)), PLAIN._replace(seed=seed)) for seed in (0, 1)]
-    settings = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": None}
+    plain_run, workers = grid.run, []
+
+    def run(*given):
+        workers.append(distributed.get_worker().address)
+        return plain_run(*given)
+
+    monkeypatch.setattr(grid, "run", run)
+    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+    with distributed.LocalCluster(processes=False, protocol="tcp://", **settings) as cluster:
+        monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
+        assert grid.run_grid(cells, store, jobs=2, backend="dask") == []
+        distributed.get_client().close()
+    assert len(workers) == 2
+    assert all(address.startswith("tcp://") for address in workers)
+    assert all(store.done(cell) for cell in cells)
+
+
+@pytest.mark.slow
+def test_a_grid_on_a_cluster_of_processes(store, monkeypatch):
+    distributed = pytest.importorskip("distributed", reason="dask is not installed")
+    cells = [Cell(TINY.with_seeds((0, 1)), PLAIN._replace(seed=seed)) for seed in (0, 1)]
+    settings = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     monkeypatch.setattr(grid, "run", None)  # so that nothing can be run in this process
     with distributed.LocalCluster(processes=True, **settings) as cluster:
         monkeypatch.setenv("DASK_SCHEDULER_ADDRESS", cluster.scheduler_address)
