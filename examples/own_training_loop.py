@@ -11,17 +11,17 @@ from nnpassport import surgery
 from nnpassport.data.images import Normalisation, batches, read_images
 from nnpassport.fidelity import accuracy
 
-data, test = (read_images("digits", split=s, size=16, channels=1) for s in ("train", "test"))
+data, test = (read_images("digits", split=s, size=8, channels=1) for s in ("train", "test"))
 normalise = Normalisation.measured(data)
 
 torch.manual_seed(0)
 model = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
     nn.Conv2d(32, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Flatten(), nn.Linear(128 * 4 * 4, 10),
+    nn.Flatten(), nn.Linear(128 * 2 * 2, 10),
 )  # fmt: skip
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-example = torch.zeros(2, 1, 16, 16)
+example = torch.zeros(2, 1, 8, 8)
 
 key = nnpassport.V2.draw_key(model, example, owner="Alice", layers=["4"])  # keep it: save_key
 print(f"bits right before {nnpassport.V2.verify(model.state_dict(), key).matches} of 128")

@@ -14,13 +14,13 @@ from nnpassport import surgery
 from nnpassport.data.images import Normalisation, batches, read_images
 from nnpassport.fidelity import accuracy
 
-data, test = (read_images("digits", split=s, size=16, channels=1) for s in ("train", "test"))
+data, test = (read_images("digits", split=s, size=8, channels=1) for s in ("train", "test"))
 normalise = Normalisation.measured(data)
 torch.manual_seed(0)
 model = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
     nn.Conv2d(32, 128, 3, padding=1, bias=False), nn.BatchNorm2d(128), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Flatten(), nn.Linear(128 * 4 * 4, 10),
+    nn.Flatten(), nn.Linear(128 * 2 * 2, 10),
 )  # fmt: skip
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
 for epoch in range(3):  # yours is trained already

@@ -12,11 +12,11 @@ import nnpassport
 from nnpassport import surgery
 from nnpassport.data.images import Normalisation, read_images
 
-train, test = (read_images("digits", split=s, size=16, channels=1) for s in ("train", "test"))
+train, test = (read_images("digits", split=s, size=8, channels=1) for s in ("train", "test"))
 normalise = Normalisation.measured(train)
 training = DataLoader(TensorDataset(normalise(train.images), train.labels), 64, shuffle=True)
 validation = DataLoader(TensorDataset(normalise(test.images), test.labels), 100)
-example = torch.zeros(2, 1, 16, 16)
+example = torch.zeros(2, 1, 8, 8)
 
 
 class Protected(lightning.LightningModule):
@@ -53,7 +53,7 @@ torch.manual_seed(0)
 network = nn.Sequential(
     nn.Conv2d(1, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU(), nn.MaxPool2d(2),
     nn.Conv2d(32, 128, 3, padding=1), nn.GroupNorm(8, 128), nn.ReLU(), nn.MaxPool2d(2),
-    nn.Flatten(), nn.Linear(128 * 4 * 4, 10),
+    nn.Flatten(), nn.Linear(128 * 2 * 2, 10),
 )  # fmt: skip
 key = nnpassport.V2.draw_key(network, example, owner="Alice", layers=["4"])  # keep it: save_key
 print(f"bits right before {nnpassport.V2.verify(network.state_dict(), key).matches} of 128")

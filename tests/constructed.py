@@ -191,3 +191,11 @@ WRITTEN = {
     GREEDY_RESIDUALS.name: write_residuals,
     DEEPSIGNS.name: write_activations,
 }
+
+
+def embed(scheme, model, key, data, _recipe, *, normalise, **_):
+    """In place of a scheme's E, for a harness that does not ask how a mark is learnt."""
+    data = data.at_most(640, seed=0)
+    model.load_state_dict(marked(scheme, model, key, data, normalise).state_dict())
+    if isinstance(scheme, Passport):
+        scheme.insert(model, key, normalise(data.images[:2]))

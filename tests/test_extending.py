@@ -15,19 +15,31 @@ from nnpassport.audit import table
 from nnpassport.audit.acts import ACTS
 from nnpassport.audit.table import REMOVAL, Attack, act
 from nnpassport.catalog import CATALOG, Entry
+from nnpassport.checkpoint import load_model
 from nnpassport.cli import app
+from nnpassport.data.images import Normalisation
+from nnpassport.evidence.keyfile import load_key
+from nnpassport.experiments.cells import Cell, Network
+from nnpassport.experiments.field import NORM
 from nnpassport.experiments.plans import FIELD_PLANS, LEADERBOARD_TRIAL
 from nnpassport.experiments.standings import Outcome, standings
 from nnpassport.experiments.store import Store
-from nnpassport.models import build
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED
-from nnpassport.training import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = ROOT / "examples" / "extending"
-QUICK = replace(LEADERBOARD_TRIAL, embed=replace(LEADERBOARD_TRIAL.embed, epochs=3), fresh_keys=2)
+QUICK = replace(
+    LEADERBOARD_TRIAL,
+    embed=replace(LEADERBOARD_TRIAL.embed, epochs=1),
+    tuning=replace(LEADERBOARD_TRIAL.tuning, epochs=4, batch=16),
+    architectures={"alexnet": {"width": 0.125}},
+    train_images={"alexnet": 256},
+    tuning_images=256,
+    settings={"median-filter": {"strength": 0.2}},
+    fresh_keys=2,
+)
 
 
 def row_on_page(number):
@@ -57,21 +69,32 @@ def test_the_example_is_a_scheme():
     assert isinstance(CATALOG["median-filter"].scheme, Scheme)
 
 
-def test_it_finds_its_key_and_no_other(digits):
-    train, _, normalise = digits
-    data = train.resized(32).subset(torch.arange(640))
-    scheme = CATALOG["median-filter"].scheme
-    torch.manual_seed(0)
-    model = build("alexnet", classes=10, norm="batch", width=0.25, channels=1)
-    example = torch.zeros(2, 1, 32, 32)
-    key = scheme.draw_key(model, example, seed=bytes(32))
-    recipe = Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-    scheme.embed(model, key, data, recipe, normalise=normalise)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, rows):
+    """Both on the leaderboard of the trial, with trainings of a few steps: store and pages."""
+    folder = tmp_path_factory.mktemp("board")
+    words = ["leaderboard", "--recipe", QUICK.name, "--scheme", "median-filter"]
+    words += ["--attack", "clip", "--attack", "forge-projection", "--json"]
+    words += ["--results", str(folder / "results"), "--networks", str(folder / "networks")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    store = Store(folder / "results", folder / "networks", None)
+    return store, [Path(page) for page in json.loads(done.stdout)["pages"]]
+
+
+@pytest.mark.trains
+def test_it_finds_its_key_and_no_other(run):
+    scheme, (store, _) = CATALOG["median-filter"].scheme, run
+    network = Network("alexnet", "digits", "median-filter", NORM, 0, tuned=True)
+    folder = store.folder(Cell(QUICK, network))
+    key, loaded = load_key(folder / "owner.key"), load_model(folder / "released")
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    model = loaded.model.eval()
     found = verification.verify_model(model, normalise, key, log10_alpha=LOG10_ALPHA_COMMITTED)
     assert found.accepted
     assert scheme.verify_as_published(found).accepted
     for number in (1, 2, 3):
-        other = scheme.draw_key(model, example, seed=bytes([number] * 32))
+        other = scheme.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes([number] * 32))
         assert verification.verify_model(model, normalise, other).log10_p_value > -5
 
 
@@ -87,17 +110,13 @@ def test_clipping_clips_as_many_as_it_says():
 
 
 @pytest.mark.trains
-def test_both_are_on_the_leaderboard(tmp_path):
-    words = ["leaderboard", "--recipe", QUICK.name, "--scheme", "median-filter"]
-    words += ["--attack", "clip", "--attack", "forge-projection", "--json"]
-    words += ["--results", str(tmp_path / "results"), "--networks", str(tmp_path / "networks")]
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
-    (line,) = standings(QUICK, Store(tmp_path / "results", tmp_path / "networks", None))
+def test_both_are_on_the_leaderboard(run):
+    store, pages = run
+    (line,) = standings(QUICK, store)
     assert line.label == "median-filter, bits"
     assert line.mark.log10_p < -9
     assert line.removals["clip"].outcome in {Outcome.HELD, Outcome.SPOILT}
     assert line.strangers.exact == 0
-    page = Path(json.loads(done.stdout)["pages"][0]).read_text()
+    page = pages[0].read_text()
     assert "| median-filter, bits |" in page
     assert "| clip |" in page

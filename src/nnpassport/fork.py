@@ -44,7 +44,7 @@ class Fork(NamedTuple):
     step_cost: float
 
 
-def find_fork(model: nn.Module, example: Example) -> Fork:
+def set_fork(model: nn.Module, example: Example) -> None:
     """Set the fork, in place, at the narrowest place that works, and prove it.
 
     Candidates are the first passport layers themselves (the layer and the normalisation before the
@@ -64,8 +64,7 @@ def find_fork(model: nn.Module, example: Example) -> Fork:
     for ancestor in candidates:
         if _forks_well(model, noise, ancestor, expected):
             _split_statistics(model, noise)
-            followers = _hooked(model, PassportNorm.fork_beside)
-            return Fork(forked_at(model), followers, _step_cost(model, noise))
+            return
         unhook(model)
     raise UnsuitableModelError(
         f"the two branches of {type(model).__name__} cannot run in one forward: twice the batch "
@@ -73,6 +72,12 @@ def find_fork(model: nn.Module, example: Example) -> Fork:
         "example whose batch is as long as no other axis of its inputs, or one without labels "
         "where the network computes a loss of its own"
     )
+
+
+def fork_of(model: nn.Module, example: Example) -> Fork:
+    """The fork that was set, and what it costs: two more forwards, with every operation counted."""
+    followers = _hooked(model, PassportNorm.fork_beside)
+    return Fork(forked_at(model), followers, _step_cost(model, _noise_like(model, example)))
 
 
 def _two_passes(model: nn.Module, example: Example) -> tuple[list[Tensor], list[str]]:

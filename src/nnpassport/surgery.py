@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnpassport.fork import Fork, find_fork, unhook
+from nnpassport.fork import Fork, fork_of, set_fork, unhook
 from nnpassport.functional import filters
 from nnpassport.layers import (
     Branch,
@@ -53,6 +53,18 @@ def insert(
         UnsuitableModelError: a layer cannot carry its secret, the model does not run with it
             wrapped, or the two branches cannot run in one forward; the model is as it was.
     """
+    wrap(model, secrets, example, two_branches=two_branches)
+    return fork_of(model, example) if two_branches else None
+
+
+def wrap(
+    model: nn.Module,
+    secrets: Mapping[str, Secret],
+    example: Example,
+    *,
+    two_branches: bool,
+) -> None:
+    """As `insert`, for those who do not ask what the fork costs: to count it takes longer."""
     if passport_norms(model):
         raise UnsuitableModelError(
             f"{type(model).__name__} carries passports already; call remove() before inserting"
@@ -79,7 +91,8 @@ def insert(
         replace_module(model, norm_name, wrapped)
     try:
         _check_runs(model, list(sites), example)
-        return find_fork(model, example) if two_branches else None
+        if two_branches:
+            set_fork(model, example)
     except BaseException:
         remove(model)
         raise

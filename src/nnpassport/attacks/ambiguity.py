@@ -188,7 +188,7 @@ def insider_passport(
     presented = deepcopy(model).requires_grad_(False)
     example = normalise(data.images[:2])
     two_branches = bool(getattr(scheme, "two_branches", False))
-    surgery.insert(presented, secrets_of(key), example, two_branches=two_branches)
+    surgery.wrap(presented, secrets_of(key), example, two_branches=two_branches)
     surgery.present(presented)
     forger = _Forger(presented, key, rng)
 

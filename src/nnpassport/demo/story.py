@@ -27,6 +27,7 @@ from nnpassport.ownership import Sets, divide, embed, release, train
 from nnpassport.provenance import provenance
 from nnpassport.scheme import UnwritableOutputError
 from nnpassport.schemes.passport import V2
+from nnpassport.schemes.signature import secrets_of
 from nnpassport.training import Recipe
 from nnpassport.verification import Trial, verify
 
@@ -201,7 +202,7 @@ def present_each(
     reached: list[float] = []
     for key in keys:
         show(len(reached) / len(keys))
-        V2.insert(suspect, key, images[:2])
+        surgery.wrap(suspect, secrets_of(key), images[:2], two_branches=V2.two_branches)
         surgery.present(suspect)
         logits = suspect.classifier(suspect.features[_FIRST:](trunk).flatten(1))
         surgery.remove(suspect)

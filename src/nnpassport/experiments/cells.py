@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, final
 
 from nnpassport.audit.subject import Budget
@@ -72,7 +73,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Name of its file: the slug, and eight digits of the SHA-256 of all inputs."""
-        return f"{self.slug}-{digest(self.inputs)[:8]}"
+        return _name(self)
 
     @property
     def trains(self) -> "Cell":
@@ -166,6 +167,11 @@ def embed_recipe(plan: Plan, network: Network) -> Recipe:
 def settings_of(plan: Plan, scheme: str) -> Mapping[str, float]:
     """The plan's settings for this scheme, beside the catalog's."""
     return plan.settings.get(scheme, {})
+
+
+@lru_cache(maxsize=1 << 14)  # a page asks for each of its cells dozens of times
+def _name(cell: Cell) -> str:
+    return f"{cell.slug}-{digest(cell.inputs)[:8]}"
 
 
 def digest(inputs: Mapping[str, Any]) -> str:

@@ -170,7 +170,7 @@ def presented_accuracy(
     """
     copy = deepcopy(model).eval()
     example = normalise(data.images[:2]).to(next(copy.parameters()))
-    surgery.insert(copy, secrets_of(key), example, two_branches=two_branches)
+    surgery.wrap(copy, secrets_of(key), example, two_branches=two_branches)
     if encoded:
         encode_norms(copy)
     surgery.present(copy)
