@@ -45,7 +45,7 @@ from nnpassport.verification import (
     declared_trial,
     verify,
 )
-from nnpassport.weights import MAX_MODEL_BYTES, read_weights, tensors_digest
+from nnpassport.weights import MAX_MODEL_BYTES, read_suspect, read_weights, tensors_digest
 
 LARGEST_SIDE = 1_024
 """Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""
@@ -144,7 +144,7 @@ def hear(
     Raises:
         UnreadableModelError: the suspect cannot be read at all.
     """
-    digests = read_weights(suspect).digests
+    digests = read_suspect(suspect).digests
     names = _distinct([folder.resolve().name for folder in folders])
     claimants: dict[str, Claimant] = {}
     exhibits: dict[str, Exhibit] = {}
@@ -294,14 +294,16 @@ def _on_suspect(
     suspect: Path, exhibit: Exhibit, bench: Bench, claimants: int, digests: Mapping[str, str]
 ) -> _Readings:
     """The suspect's readings, with p-values for all claimants and both readings together."""
+    trial, unmeasured = None, None
     try:
         images = _images(suspect, exhibit, bench)
+        trial = None if images is None else declared_trial(images, standing=exhibit.standing)
     except Exception as error:  # as above: what a network takes is its claimant's to say
-        return _Readings({}, {AS_IT_STANDS: _said(error)})
-    trial = None if images is None else declared_trial(images, standing=exhibit.standing)
+        unmeasured = _said(error)
     base = Options(standing=exhibit.standing, reference=exhibit.config, every_reading=True)
     found = _readings(suspect, exhibit, base, bench.unrelated, trial)
-    for how, verdict in found.verdicts.items():
+    for how, read in found.verdicts.items():
+        verdict = read if unmeasured is None else _without_trial(read, unmeasured)
         if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
             raise UnreadableModelError(
                 f"{suspect} changed while it was being read; needed: a file that stays as it is"
@@ -345,10 +347,24 @@ def _readings(
     found = _Readings({}, {})
     for how, each in ways.items():
         try:
-            found.verdicts[how] = verify(network, exhibit.key, trial=trial, options=each)
+            found.verdicts[how] = _read(network, exhibit.key, trial, each)
         except Exception as error:  # as above: what a key or reference does is its claimant's
             found.failures[how] = _said(error)
     return found
+
+
+def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
+    """V, and F if it can be measured: what a thief did to the classes takes no mark away."""
+    if trial is None:
+        return verify(network, key, options=options)
+    try:
+        return verify(network, key, trial=trial, options=options)
+    except Exception as error:  # as above; what is wrong with the reading itself comes again
+        return _without_trial(verify(network, key, options=options), _said(error))
+
+
+def _without_trial(verdict: Verdict, why: str) -> Verdict:
+    return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
 
 
 def _said(error: Exception) -> str:
