@@ -139,7 +139,7 @@ def hear(
 
     Every mark is read as the suspect stands and, where there is a committed reference, aligned; and
     so is every claimant's mark in every other's reference. p-values are corrected for the readings
-    and for the number of claimants.
+    and for the number of claimants whose claims hold.
 
     Raises:
         UnreadableModelError: the suspect cannot be read at all.
@@ -155,12 +155,14 @@ def hear(
         except Exception as error:  # whatever one hands in, it stops nobody else's claim
             claimants[name] = Claimant(name, unchecked=_said(error))
     steps, done = len(exhibits) ** 2, 0
+    # Whose claim cannot be read, or does not hold, can prove nothing: that is no try.
+    holding = sum(claimants[name].refused is None for name in exhibits)
     for name, exhibit in exhibits.items():
         if claimants[name].refused is not None:
             continue
         if show is not None:
             show(done, steps, f"{name}: the suspect")
-        found = _on_suspect(suspect, exhibit, bench, len(folders), digests)
+        found = _on_suspect(suspect, exhibit, bench, holding, digests)
         done += 1
         elsewhere = {}
         for other, theirs in exhibits.items():
