@@ -178,8 +178,8 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
     if not is_index(path):
         source = _source(path)
         _check_total([source], limit, path)
-        places, left_out = _places(source)
-        return Shards(places, (source,), left_out)
+        own, unfit = _places(source)
+        return Shards(own, (source,), unfit)
     index = _source(path)
     homes = _homes(path)
     sources = {name: _beside(path, name) for name in dict.fromkeys(homes.values())}
