@@ -73,7 +73,7 @@ MAY_IMPORT = {
     "evidence.pictures": {"scheme"},
     "evidence.seed": {"scheme", "evidence.context"},
     "evidence.key": {"scheme", *KEYS},
-    "evidence.keyfile": {"scheme", *KEYS},
+    "evidence.keyfile": {"scheme", "files", *KEYS},
     "evidence.curve": set(),
     "evidence.signing": {"scheme", "files", "evidence.context", "evidence.curve"},
     "evidence.timestamp": {"scheme", "files", "evidence.signing"},

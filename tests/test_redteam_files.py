@@ -22,7 +22,12 @@ from nnpassport import cli, terminal, torchfile
 from nnpassport.checkpoint import load_model, load_suspect, load_training, save_model
 from nnpassport.config import ModelConfig, config_bytes, read_config_file
 from nnpassport.evidence import curves, report, verdictpage
-from nnpassport.scheme import UnreadableModelError
+from nnpassport.evidence.context import Context, LayerShape
+from nnpassport.evidence.key import Key
+from nnpassport.evidence.keyfile import save_key
+from nnpassport.files import write_atomically
+from nnpassport.geometry import Geometry
+from nnpassport.scheme import UnreadableModelError, UnwritableOutputError
 from nnpassport.weights import read_weights, tensors_digest
 
 CONFIG = ModelConfig(
@@ -891,3 +896,25 @@ def test_a_page_that_cannot_be_written_is_said_and_the_ruling_stands(monkeypatch
     assert code == 0
     assert "OWNER: alice" in out
     assert "was not written" in err
+
+
+# Where results go
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_no_file_takes_the_place_of_a_device_or_a_pipe(tmp_path):
+    """As the superuser `--report /dev/null` would leave a machine without one."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    context = Context("passport-v2", "Alice", (_LAYER,), None, bytes(16))
+    for write in (
+        lambda: write_atomically(pipe, b"x"),
+        lambda: save_key(Key(bytes(32), context), pipe, overwrite=True),
+    ):
+        with pytest.raises(UnwritableOutputError, match="would take its place"):
+            write()
+        assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+_LAYER = LayerShape("a", (4, 3), (3, 64), Geometry())

@@ -3,6 +3,7 @@
 Each test is a sentence that the judge's page or the threat model promises, and its attack.
 """
 
+import json
 import shutil
 import time
 from copy import deepcopy
@@ -554,3 +555,23 @@ def test_a_mark_in_channels_that_do_nothing_is_nobody_s_proof(court, world, auth
     court.claim("alice", world.alice_key, reference=world.alice)
     court.suspect(whisper(world), 2 * WIDTH)
     assert court.hear(authority, images=world.test).ruling.owner is None
+
+
+def test_claims_that_do_not_hold_are_no_tries(court, world, tmp_path):
+    """A hundred empty folders would take two powers of ten from everybody's p-value."""
+    court.claim("alice", world.alice_key, reference=world.alice)
+    court.suspect(world.alice)
+    (alice,) = hear(court.folder / "suspect", court.exhibits, Bench()).claimants
+    empty = [tmp_path / f"empty{number}" for number in range(3)]
+    for folder in empty:
+        folder.mkdir()
+    forged = tmp_path / "forged"
+    shutil.copytree(court.exhibits[0], forged)
+    claim = json.loads((forged / "claim.json").read_text())
+    claim["envelope"]["signatures"][0]["sig"] = "A" * 86 + "=="
+    (forged / "claim.json").write_text(json.dumps(claim, sort_keys=True, separators=(",", ":")))
+    heard = hear(court.folder / "suspect", [*court.exhibits, *empty, forged], Bench())
+    assert [each.unchecked is not None for each in heard.claimants] == [False, *[True] * 3, False]
+    assert heard.claimants[-1].refused is not None
+    for how, verdict in heard.claimants[0].readings.items():
+        assert verdict.log10_p_value == alice.readings[how].log10_p_value

@@ -10,6 +10,7 @@ from copy import deepcopy
 from datetime import UTC, datetime, timedelta
 from functools import cache, partial
 
+import constructed
 import numpy
 import onnx
 import pytest
@@ -25,19 +26,21 @@ from nnpassport.attacks.obfuscation import combine, flip_signs, permute, rescale
 from nnpassport.channels import channels_of, take
 from nnpassport.checkpoint import load_suspect, save_model
 from nnpassport.config import ModelConfig
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.evidence import byshape
 from nnpassport.evidence.alignment import align
 from nnpassport.evidence.byshape import Search
-from nnpassport.evidence.claim import claim_of, sign_claim
+from nnpassport.evidence.claim import Declared, claim_of, sign_claim
 from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
 from nnpassport.evidence.judge import Outcome
 from nnpassport.hearing import Bench, disclose, hear
 from nnpassport.models import build
-from nnpassport.scheme import UnsuitableModelError
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.schemes.candidates import verify_by_shape
 from nnpassport.schemes.passport import V2
 from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.verification import Alignment, Options, verify, verify_aligned
-from nnpassport.weights import read_weights, tensors_digest
+from nnpassport.verification import Alignment, Options, Trial, verify, verify_aligned
+from nnpassport.weights import read_suspect, read_weights, tensors_digest
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -659,3 +662,200 @@ def test_constants_in_functions_that_are_called_are_read_and_in_others_are_not(t
     read = read_weights(tmp_path / "x.onnx").tensors
     assert "Called.weight" in read
     assert "Idle.weight" not in read
+
+
+# A tensor that nobody can read and nobody runs
+
+
+USELESS = {
+    "NaN": torch.tensor([math.nan]),
+    "Inf": torch.tensor([math.inf]),
+    "float8": torch.zeros(1).to(torch.float8_e4m3fn),
+    "unsigned": torch.zeros(1, dtype=torch.uint16),
+    "complex": torch.zeros(1, dtype=torch.complex64),
+    "nine axes": torch.zeros([1] * 9),
+}
+
+
+@pytest.mark.parametrize("kind", USELESS)
+def test_a_tensor_that_no_layer_can_be_ends_no_reading(kind, tmp_path):
+    model, key = marked()
+    save_model(tmp_path / "own", model, config_of("alexnet"))
+    path = saved({**model.state_dict(), "note": USELESS[kind]}, tmp_path)
+    for found in (verify(path, key), aligned(path, key)):
+        assert (found.accepted, found.matches) == (True, found.bits)
+    assert "1 tensors that no layer can be are left out" in aligned(path, key).reason
+    built = load_suspect(path, config_of("alexnet")).model
+    torch.testing.assert_close(built(IMAGES), model(IMAGES))
+
+
+BESIDE = {
+    **USELESS,
+    "sparse": torch.eye(3).to_sparse(),
+    "without numbers": torch.zeros(3, device="meta"),
+    "of four bytes that poses as more": torch.zeros(1).expand(1000),
+    "in a dictionary": {"a": {"b": torch.zeros(1)}},
+    "in a list": [torch.zeros(1)],
+    "a class": torch.float32,
+}
+
+
+@pytest.mark.parametrize("kind", BESIDE)
+@pytest.mark.parametrize("name", ["note", "n" * 5_000, 7], ids=["short", "long", "number"])
+def test_nor_does_anything_in_a_checkpoint(kind, name, tmp_path):
+    model, key = marked()
+    torch.save({**model.state_dict(), name: BESIDE[kind]}, tmp_path / "suspect.pt")
+    found = verify(tmp_path / "suspect.pt", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["in order", "moved"])
+def test_decoys_of_nan_under_the_owner_s_names_hide_nothing(case, moved):
+    model, key, folder = case
+    thief = combine(model, rng(3), attacks=FREE).model if moved else model
+    decoys = {n: t * math.nan for n, t in thief.state_dict().items() if t.is_floating_point()}
+    path = saved({**decoys, **renamed(thief.state_dict(), model)}, folder)
+    assert aligned(path, key).accepted
+    assert moved or verify(path, key).accepted
+
+
+@pytest.mark.parametrize("other", ["net", "model", "optimizer"])
+def test_which_dictionary_of_a_checkpoint_is_loaded_is_not_guessed(other, tmp_path):
+    """A stranger's network where we would look, the owner's where the thief's program does."""
+    model, key = marked()
+    decoy = network("alexnet", 99).state_dict()
+    path = tmp_path / "suspect.pt"
+    torch.save({"state_dict": decoy, other: {"state": model.state_dict()}}, path)
+    found = verify(path, key)
+    assert found.accepted
+    assert all(n.startswith(f"{other}.state.") for n in found.candidates["taken"].values())
+
+
+def test_the_judge_reads_past_what_nobody_can_read(exhibit, authority, tmp_path):
+    model, _ = marked()
+    thief = combine(model, rng(3), attacks=FREE).model
+    later = datetime.now(UTC) + timedelta(days=1)
+    for kind in ("NaN", "float8"):
+        path = saved({**thief.state_dict(), "note": USELESS[kind]}, tmp_path)
+        heard = hear(path, [exhibit], Bench(roots=[authority.root], appeared=later))
+        assert (heard.ruling.outcome, heard.ruling.owner) == (Outcome.OWNER, "alice")
+
+
+def test_an_owner_s_own_network_is_read_in_full_or_not_at_all(tmp_path):
+    """What a claim commits to are all tensors of the file: of one's own none is left out."""
+    model, _ = marked()
+    for kind, tensor in USELESS.items():
+        path = saved({**model.state_dict(), "note": tensor}, tmp_path)
+        with pytest.raises(UnreadableModelError, match="cannot be used"):
+            read_weights(path)
+        assert set(read_suspect(path).left_out) == {"note"}, kind
+
+
+def test_a_file_of_which_nothing_can_be_used_says_why(tmp_path):
+    with pytest.raises(UnreadableModelError, match="'a' holds NaN"):
+        read_suspect(saved({"a": torch.tensor([math.nan])}, tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_tensor_without_the_prefix_does_not_keep_the_network_from_being_built(prefix, tmp_path):
+    model, _ = marked()
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    built = load_suspect(saved(unused(state, model), tmp_path), config_of("alexnet")).model
+    torch.testing.assert_close(built(IMAGES), model(IMAGES))
+
+
+# Time
+
+
+def test_decoys_do_not_take_the_judge_s_time(monkeypatch):
+    """Of thousands of tensors few choices are followed, and of too many none."""
+    model, key = marked()
+    suspect = the_owner_s_own_in_wrong_orders(model.state_dict(), model, copies=4)
+    compared = []
+    plain = Search._with
+
+    def counted(self, state, layer, candidate):
+        compared.append(candidate)
+        return plain(self, state, layer, candidate)
+
+    monkeypatch.setattr(Search, "_with", counted)
+    Search(suspect, model, V2.forms(key)).best()
+    freely = len(compared)
+    compared.clear()
+    monkeypatch.setattr(byshape, "MOST_PRODUCTS", 2**33)
+    assert Search(suspect, model, V2.forms(key)).best()
+    least = sum(len(each) for each in Search(suspect, model, V2.forms(key)).candidates.values())
+    assert len(compared) <= 2 * least < freely
+    monkeypatch.setattr(byshape, "MOST_PRODUCTS", 2**30)
+    with pytest.raises(UnsuitableModelError, match="would take more than"):
+        Search(suspect, model, V2.forms(key)).best()
+
+
+# F
+
+
+def answering():
+    """A marked network that knows ten pictures, the key, and images of them."""
+    draw = rng(1)
+    labels = torch.arange(60) % 10
+    pictures = torch.randint(0, 256, (10, 3, 32, 32), generator=draw, dtype=torch.uint8)
+    data = ImageSet(pictures[labels], labels, tuple("0123456789"))
+    plain = network("alexnet", 0)
+    key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32))
+    return constructed.marked(V2, plain, key, data, NORMALISE), key, data
+
+
+NORMALISE = Normalisation((0.5,) * 3, (0.2,) * 3)
+
+
+def with_head(state, change):
+    return {**state, **{n: change(state[n]) for n in ("classifier.weight", "classifier.bias")}}
+
+
+def one_more(values):
+    added = torch.zeros_like(values[:1]) if values.dim() > 1 else torch.full((1,), -1e6)
+    return torch.cat([values, added])
+
+
+def test_what_the_suspect_does_without_the_passport_is_not_the_passport_s_fault(tmp_path):
+    """Classes in another order take every answer from the owner, and nothing from the mark."""
+    model, key, data = answering()
+    options, trial = Options(reference=config_of("alexnet")), Trial(data, 0.95, 0.03)
+    plain = verify(saved(model.state_dict(), tmp_path), key, trial=trial, options=options)
+    assert plain.accepted
+    assert (plain.fidelity.accuracy, plain.fidelity.target) == (1, 0.95)
+    moved = with_head(model.state_dict(), lambda each: each.roll(1, 0))
+    found = verify(saved(moved, tmp_path), key, trial=trial, options=options)
+    assert found.accepted
+    assert (found.fidelity.accuracy, found.fidelity.target) == (0, 0)
+    assert "which the network has without it" in found.reason
+
+
+def test_a_passport_that_ruins_a_network_still_fails(tmp_path):
+    model, _, data = answering()
+    other = V2.draw_key(network("alexnet", 0), EXAMPLE, seed=bytes([8] * 32))
+    options, trial = Options(reference=config_of("alexnet")), Trial(data, 0.95, 0.03)
+    found = verify(saved(model.state_dict(), tmp_path), other, trial=trial, options=options)
+    assert not found.fidelity.passed
+    assert found.fidelity.target == 0.95
+
+
+def test_a_class_that_is_never_answered_keeps_no_mark_from_the_judge(tmp_path):
+    """F cannot be measured then: that is said, and takes nothing from what was read."""
+    model, key, data = answering()
+    folder = tmp_path / "owner"
+    save_model(folder / "own", model, config_of("alexnet"))
+    signing = Ed25519PrivateKey.from_private_bytes(bytes([65] * 32))
+    digest = tensors_digest(model.state_dict())
+    claim = claim_of(
+        key, signing.public_key(), reference=digest, fidelity=Declared(950_000, 30_000)
+    )
+    write_signed(sign_claim(claim, signing), folder / "claim.json")
+    disclose(folder / "claim.json", key, folder / "alice", reference=folder / "own")
+    for change in (one_more, lambda each: each.roll(1, 0)):
+        path = saved(with_head(model.state_dict(), change), tmp_path)
+        heard = hear(path, [folder / "alice"], Bench(images=data))
+        assert (heard.ruling.outcome, heard.ruling.owner) == (Outcome.OWNER, "alice")
+    path = saved(with_head(model.state_dict(), one_more), tmp_path)
+    (alice,) = hear(path, [folder / "alice"], Bench(images=data)).claimants
+    assert "F was not measured" in alice.readings["as it stands"].reason

@@ -8,7 +8,7 @@ the caller can vouch for a factory (`trusted_factory`).
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -44,6 +44,7 @@ from nnpassport.weights import (
     WEIGHTS_FILE,
     Weights,
     defect,
+    read_suspect,
     read_weights,
     require_finite,
     unpickle,
@@ -119,7 +120,7 @@ def load_suspect(
     Raises:
         UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
     """
-    weights = read_weights(path)
+    weights = read_suspect(path)
     if reference is None:
         own, digests = _own_config(path)
         if own is None:
@@ -268,7 +269,7 @@ def _fit(
 ) -> dict[str, Tensor]:
     """The tensors under the model's own names, once every one is known to fit."""
     expected = model.state_dict()
-    tensors = chosen(_without_prefixes(tensors, expected), model)
+    tensors = chosen(dict(without_prefixes(tensors, expected)), model)
     if path.suffix.lower() == ONNX:
         tensors = state_from(tensors, model)
     faults = {
@@ -299,16 +300,17 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
 
 
-def _without_prefixes(
-    tensors: dict[str, Tensor], expected: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    def shared() -> str | None:
-        if tensors.keys() == expected.keys():
-            return None
-        return next((p for p in PREFIXES if all(name.startswith(p) for name in tensors)), None)
+def without_prefixes(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
+    """The same tensors, without the prefixes that wrappers for training put before every name.
 
-    while tensors and (prefix := shared()) is not None:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    A stranger's tensor that has none does not keep the others from losing theirs.
+    """
+    wanted = set(wanted)
+    for prefix in PREFIXES * 2:
+        if tensors.keys() >= wanted or not any(name.startswith(prefix) for name in tensors):
+            continue
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        tensors = shorter if len(shorter) == len(tensors) else tensors
     return tensors
 
 
@@ -324,8 +326,8 @@ def _weights_of(folder: Path, digest: str | None) -> Weights:
             return weights
     if interrupted:
         # The save was killed after its config was in place; its weights are whole.
-        tensors, digests = read_weights(pending)
-        weights = Weights(tensors, {WEIGHTS_FILE: digests[pending.name]})
+        found = read_weights(pending)
+        weights = Weights(found.tensors, {WEIGHTS_FILE: found.digests[pending.name]})
         if weights.digests[WEIGHTS_FILE] == digest:
             return weights
     raise UnreadableModelError(

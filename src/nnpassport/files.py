@@ -31,6 +31,7 @@ def write_atomically(
         UnwritableOutputError: the file could not be written; what was at `path` is untouched.
     """
     with writing(path), make_folder(path.parent), staged(path, content, mode) as temporary:
+        refuse_special(path)
         os.replace(temporary, path)
         sync_folder(path.parent)
 
@@ -133,6 +134,23 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written: {error.strerror or error}; what was there before is "
             "untouched; needed: a folder with space and write permission; name another, or free it"
         ) from error
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket, as renaming would.
+
+    Raises:
+        UnwritableOutputError: one of these is there; /dev/null, say.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # nothing is there, or renaming will say what is wrong
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise UnwritableOutputError(
+            f"{path} is a device, a pipe or a socket, and a file would take its place; needed: the "
+            "name of a file"
+        )
 
 
 @contextmanager

@@ -47,7 +47,7 @@ from nnpassport.verification import (
     declared_trial,
     verify,
 )
-from nnpassport.weights import MAX_MODEL_BYTES, read_weights, tensors_digest
+from nnpassport.weights import MAX_MODEL_BYTES, read_suspect, read_weights, tensors_digest
 
 LARGEST_SIDE = 1_024
 """Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""
@@ -141,12 +141,12 @@ def hear(
 
     Every mark is read as the suspect stands and, where there is a committed reference, aligned; and
     so is every claimant's mark in every other's reference. p-values are corrected for the readings
-    and for the number of claimants.
+    and for the number of claimants whose claims hold.
 
     Raises:
         UnreadableModelError: the suspect cannot be read at all.
     """
-    digests = read_weights(suspect).digests
+    digests = read_suspect(suspect).digests
     names = _distinct([folder.resolve().name for folder in folders])
     claimants: dict[str, Claimant] = {}
     exhibits: dict[str, Exhibit] = {}
@@ -157,12 +157,14 @@ def hear(
         except Exception as error:  # whatever one hands in, it stops nobody else's claim
             claimants[name] = Claimant(name, unchecked=_said(error))
     steps, done = len(exhibits) ** 2, 0
+    # Whose claim cannot be read, or does not hold, can prove nothing: that is no try.
+    holding = sum(claimants[name].refused is None for name in exhibits)
     for name, exhibit in exhibits.items():
         if claimants[name].refused is not None:
             continue
         if show is not None:
             show(done, steps, f"{name}: the suspect")
-        found = _on_suspect(suspect, exhibit, bench, len(folders), digests)
+        found = _on_suspect(suspect, exhibit, bench, holding, digests)
         done += 1
         elsewhere = {}
         for other, theirs in exhibits.items():
@@ -313,14 +315,16 @@ def _on_suspect(
     suspect: Path, exhibit: Exhibit, bench: Bench, claimants: int, digests: Mapping[str, str]
 ) -> _Readings:
     """The suspect's readings, with p-values for all claimants and both readings together."""
+    trial, unmeasured = None, None
     try:
         images = _images(suspect, exhibit, bench)
+        trial = None if images is None else declared_trial(images, standing=exhibit.standing)
     except Exception as error:  # as above: what a network takes is its claimant's to say
-        return _Readings({}, {AS_IT_STANDS: _said(error)})
-    trial = None if images is None else declared_trial(images, standing=exhibit.standing)
+        unmeasured = _said(error)
     base = Options(standing=exhibit.standing, reference=exhibit.config, every_reading=True)
     found = _readings(suspect, exhibit, base, bench.unrelated, trial)
-    for how, verdict in found.verdicts.items():
+    for how, read in found.verdicts.items():
+        verdict = read if unmeasured is None else _without_trial(read, unmeasured)
         if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
             raise UnreadableModelError(
                 f"{suspect} changed while it was being read; needed: a file that stays as it is"
@@ -364,10 +368,24 @@ def _readings(
     found = _Readings({}, {})
     for how, each in ways.items():
         try:
-            found.verdicts[how] = verify(network, exhibit.key, trial=trial, options=each)
+            found.verdicts[how] = _read(network, exhibit.key, trial, each)
         except Exception as error:  # as above: what a key or reference does is its claimant's
             found.failures[how] = _said(error)
     return found
+
+
+def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
+    """V, and F if it can be measured: what a thief did to the classes takes no mark away."""
+    if trial is None:
+        return verify(network, key, options=options)
+    try:
+        return verify(network, key, trial=trial, options=options)
+    except Exception as error:  # as above; what is wrong with the reading itself comes again
+        return _without_trial(verify(network, key, options=options), _said(error))
+
+
+def _without_trial(verdict: Verdict, why: str) -> Verdict:
+    return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
 
 
 def _said(error: Exception) -> str:

@@ -12,7 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from nnpassport.checkpoint import PREFIXES, Loaded, load_model
+from nnpassport.checkpoint import Loaded, load_model, without_prefixes
 from nnpassport.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.evidence.judge import Work
@@ -24,7 +24,7 @@ from nnpassport.onnxfile import ONNX
 from nnpassport.scheme import OwnershipError
 from nnpassport.unfold import state_from
 from nnpassport.verification import given, of_its_own
-from nnpassport.weights import read_weights
+from nnpassport.weights import read_suspect, read_weights
 
 IMAGES = 512
 """How many images a suspect is run on, at most."""
@@ -70,7 +70,7 @@ def relations_of(
         except Exception as error:  # what a claimant hands in stops no other
             found[name] = Related(notes=(f"its network cannot be compared: {_said(error)}",))
     configs = [*(each.config for each in loaded.values()), *_config_of(suspect)]
-    tensors, onnx = read_weights(suspect).tensors, suspect.suffix.lower() == ONNX
+    tensors, onnx = read_suspect(suspect).tensors, suspect.suffix.lower() == ONNX
     for name, one in loaded.items():
         akin = {
             other: _akin(theirs, one, null) for other, theirs in weights.items() if other != name
@@ -157,11 +157,7 @@ def _on_noise(found: Relation, config: ModelConfig) -> tuple[str, ...]:
 def _under_names_of(tensors: Mapping[str, Tensor], one: Loaded) -> Mapping[str, Tensor]:
     """The same tensors, without the prefixes that wrappers for training put before every name."""
     wanted = {name for name, values in one.model.state_dict().items() if values.dim() > 1}
-    for prefix in PREFIXES * 2:
-        if tensors.keys() >= wanted or not all(name.startswith(prefix) for name in tensors):
-            continue
-        tensors = {name.removeprefix(prefix): values for name, values in tensors.items()}
-    return tensors
+    return without_prefixes(tensors, wanted)
 
 
 def _config_of(suspect: Path) -> list[ModelConfig]:

@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self, final
 
@@ -38,6 +38,7 @@ MAX_SHARD_HEADER_BYTES = 2**25  # a hundred thousand tensors need half of it
 _MOST_TENSORS = 100_000
 _MOST_COMMAS = 2**21  # a value takes two bytes of JSON and a hundred of memory
 _MOST_AXES = 8
+_TORCH_AXES = 64  # that a tensor of PyTorch's can have
 _MOST_NUMBERS = 2**62
 _BLOCK = 2**24
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -85,16 +86,29 @@ class Shards(Mapping[str, Tensor]):
     Attributes:
         places: where each tensor lies.
         files: every file that was looked at, the index first if there is one.
+        left_out: tensors that no layer can be, by name, and why: of another kind of number, say.
     """
 
     places: Mapping[str, Place]
     files: tuple[Source, ...]
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor; the next call reads it again.
 
         Raises:
             UnreadableModelError: it is too large, holds NaN or Inf, or its file has changed.
+        """
+        tensor = self.unchecked(name)
+        if (fault := finite_fault(name, tensor)) is not None:
+            raise UnreadableModelError(f"{self.places[name].source.path} cannot be used: {fault}")
+        return tensor
+
+    def unchecked(self, name: str) -> Tensor:
+        """The same, though it may hold NaN or Inf.
+
+        Raises:
+            UnreadableModelError: it is too large, or its file has changed.
         """
         place = self.places[name]
         size = place.end - place.begin
@@ -109,10 +123,7 @@ class Shards(Mapping[str, Tensor]):
             _fill(file, raw, place.source.path)
         if sys.byteorder == "big":
             raw = raw.view(-1, place.dtype.itemsize).flip(1).reshape(-1)
-        tensor = raw.view(place.dtype).reshape(place.shape)
-        if (fault := finite_fault(name, tensor)) is not None:
-            raise UnreadableModelError(f"{place.source.path} cannot be used: {fault}")
-        return tensor
+        return raw.view(place.dtype).reshape(place.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -137,7 +148,8 @@ class Shards(Mapping[str, Tensor]):
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same tensors under other names: `names` has the present one of each."""
-        return type(self)({new: self.places[old] for new, old in names.items()}, self.files)
+        places = {new: self.places[old] for new, old in names.items()}
+        return type(self)(places, self.files, self.left_out)
 
     def digests(self) -> dict[str, str]:
         """SHA-256 (hex) of every file, in blocks, by its name.
@@ -157,6 +169,8 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
 
     Only headers are read. `limit` is on the bytes of all files together. An index is as the hub has
     it: which shard, a file beside it, each tensor is in. Tensors and index have to agree in full.
+    What the format allows and no layer can be is left out: one such tensor that nobody reads costs
+    a thief four bytes.
 
     Raises:
         UnreadableModelError: missing, corrupt, hostile, or too large.
@@ -164,22 +178,25 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
     if not is_index(path):
         source = _source(path)
         _check_total([source], limit, path)
-        return Shards(_places(source), (source,))
+        own, unfit = _places(source)
+        return Shards(own, (source,), unfit)
     index = _source(path)
     homes = _homes(path)
     sources = {name: _beside(path, name) for name in dict.fromkeys(homes.values())}
     _check_total(list(sources.values()), limit, path)
     places: dict[str, Place] = {}
+    left_out: dict[str, str] = {}
     for shard, source in sources.items():
-        found = _places(source)
-        for name in found:
+        found, others = _places(source)
+        for name in (*found, *others):
             if (home := homes.get(name)) != shard:
                 where = "nowhere" if home is None else f"in {home}"
                 raise _bad_index(path, f"{shard} holds {name[:100]!r}, which it has {where}")
         places |= found
-    if lost := [name for name in homes if name not in places]:
+        left_out |= others
+    if lost := [name for name in homes if name not in places and name not in left_out]:
         raise _bad_index(path, f"{lost[0][:100]!r} is not in {homes[lost[0]]}")
-    return Shards(places, (index, *sources.values()))
+    return Shards(places, (index, *sources.values()), left_out)
 
 
 def is_index(path: Path) -> bool:
@@ -271,9 +288,7 @@ def _homes(path: Path) -> dict[str, str]:
         homes = document.get("weight_map")
         if not isinstance(homes, dict) or not 1 <= len(homes) <= _MOST_TENSORS:
             raise ValueError(f"weight_map is not an object of 1 to {_MOST_TENSORS} names")
-        for name, home in homes.items():
-            if not is_text(name):
-                raise ValueError(f"{name[:100]!r} is no name of a tensor")
+        for home in homes.values():
             if not _is_beside(home):
                 raise ValueError(f"{home!r:.100} is not the name of a {SUFFIX} file in its folder")
     except (ValueError, RecursionError) as error:
@@ -297,7 +312,8 @@ def _bad_index(path: Path, fault: str) -> UnreadableModelError:
     )
 
 
-def _places(source: Source) -> dict[str, Place]:
+def _places(source: Source) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the tensors of a file lie, and which of them are left out, and why."""
     with _opened(source) as file:
         declared = int.from_bytes(file.read(8), "little")
         if declared > min(source.size - 8, MAX_SHARD_HEADER_BYTES):
@@ -323,43 +339,65 @@ def _places(source: Source) -> dict[str, Place]:
         ) from error
 
 
-def _checked(header: dict[str, Any], source: Source, start: int) -> dict[str, Place]:
+def _checked(
+    header: dict[str, Any], source: Source, start: int
+) -> tuple[dict[str, Place], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("__metadata__ is not an object of texts")
-    places = {name: _place(name, entry, source, start) for name, entry in header.items()}
-    reached = start
-    for name, place in sorted(places.items(), key=lambda each: each[1][3:]):
-        if place.begin != reached:
+    stored = {name: _stored(name, entry) for name, entry in header.items()}
+    reached = 0
+    for name, (_, _, begin, end) in sorted(stored.items(), key=lambda each: each[1][2:]):
+        if begin != reached:
             raise ValueError(f"{name[:100]!r} overlaps another tensor, or there is a gap before it")
-        reached = place.end
-    if reached != source.size:
-        raise ValueError(f"its tensors end at byte {reached} of {source.size}")
-    return places
+        reached = end
+    if start + reached != source.size:
+        raise ValueError(f"its tensors end at byte {start + reached} of {source.size}")
+    left_out = {
+        name: fault
+        for name, (kind, shape, _, _) in stored.items()
+        if (fault := _unfit(name, kind, shape)) is not None
+    }
+    places = {
+        name: Place(source, _DTYPES[kind], tuple(shape), start + begin, start + end)
+        for name, (kind, shape, begin, end) in stored.items()
+        if name not in left_out
+    }
+    return places, left_out
 
 
-def _place(name: str, entry: Any, source: Source, start: int) -> Place:
+def _unfit(name: str, kind: str, shape: list[int]) -> str | None:
+    """Why no layer can be this tensor, which the format allows."""
     if not is_text(name):
-        raise ValueError(f"the name {name[:100]!r} is too long or holds control characters")
+        return f"the name {name[:100]!r} is too long or holds control characters"
+    if kind not in _DTYPES:
+        return f"{name[:100]!r} is {kind!r:.40}; needed: one of {', '.join(_DTYPES)}"
+    if len(shape) > _MOST_AXES:
+        return f"{name[:100]!r} has {len(shape)} axes; needed: at most {_MOST_AXES}"
+    return None
+
+
+def _stored(name: str, entry: Any) -> tuple[str, list[int], int, int]:
+    """A tensor's kind of number, shape, and the bytes from and to which it lies."""
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise ValueError(f"{name[:100]!r} does not have the fields {', '.join(sorted(_FIELDS))}")
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(kind, str) or kind not in _DTYPES:
+    if not isinstance(kind, str):
         raise ValueError(f"{name[:100]!r} is {kind!r:.40}; needed: one of {', '.join(_DTYPES)}")
-    if not _are_counts(shape) or len(shape) > _MOST_AXES or _numbers(shape) > _MOST_NUMBERS:
-        raise ValueError(
-            f"{name[:100]!r} has shape {shape!r:.100}; needed: at most {_MOST_AXES} integers from 0"
-        )
+    if not _are_counts(shape) or len(shape) > _TORCH_AXES or _numbers(shape) > _MOST_NUMBERS:
+        raise ValueError(f"{name[:100]!r} has shape {shape!r:.100}; needed: integers from 0")
     if not _are_counts(offsets) or len(offsets) != 2:
         raise ValueError(
             f"{name[:100]!r} has offsets {offsets!r:.100}; needed: two integers from 0"
         )
     begin, end = offsets
-    if end - begin != math.prod(shape) * _DTYPES[kind].itemsize:
+    # How many bytes a number takes of a kind that is not known here, nobody asks.
+    known = kind not in _DTYPES or end - begin == math.prod(shape) * _DTYPES[kind].itemsize
+    if end < begin or not known:
         raise ValueError(
             f"{name[:100]!r} has {end - begin} bytes, which {kind} of shape {shape} does not"
         )
-    return Place(source, _DTYPES[kind], tuple(shape), start + begin, start + end)
+    return kind, shape, begin, end
 
 
 def _are_counts(values: Any) -> bool:

@@ -72,13 +72,39 @@ def read_torch(data: bytes, path: Path) -> dict[str, Tensor]:
     """
     try:
         outline = _outline(data)
-        return _tensors(_state_dict(outline.said), outline)
+        tensors, left_out = _tensors(_state_dict(outline.said), outline)
+        if left_out:
+            raise ValueError(next(iter(left_out.values())))
+        return tensors
     except (ValueError, TypeError, LookupError) as error:
-        raise UnreadableModelError(
-            f"{path} cannot be read as a checkpoint ({brief(error)}); needed: a state dict as "
-            "`torch.save(model.state_dict(), FILE)` writes it, alone or under 'state_dict' or "
-            "'model'; a .safetensors file would work"
-        ) from error
+        raise _no_checkpoint(path, error) from error
+
+
+def read_all_torch(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a checkpoint from anybody, and those that cannot be had, by name, and why.
+
+    A file does not say which of its dictionaries is loaded. Those of the state dict, as above, have
+    their own names, and the others those of the dictionaries that they are in before them.
+
+    Raises:
+        UnreadableModelError: damaged, hostile, or without a tensor.
+    """
+    try:
+        outline = _outline(data)
+        names = _everything(outline.said)
+        if not names:
+            _state_dict(outline.said)  # says what it holds
+        return _tensors(names, outline)
+    except (ValueError, TypeError, LookupError) as error:
+        raise _no_checkpoint(path, error) from error
+
+
+def _no_checkpoint(path: Path, error: Exception) -> UnreadableModelError:
+    return UnreadableModelError(
+        f"{path} cannot be read as a checkpoint ({brief(error)}); needed: a state dict as "
+        "`torch.save(model.state_dict(), FILE)` writes it, alone or under 'state_dict' or "
+        "'model'; a .safetensors file would work"
+    )
 
 
 def _outline(data: bytes) -> Outline:
@@ -190,11 +216,7 @@ def _bytes_of(declared: tuple[str, int]) -> int:
 
 
 def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
-    maps = {tuple(found["path"]): found for found in said["maps"]}
-    chosen = maps.get(())
-    wrapped = [maps[name,] for name in _WRAPPERS if (name,) in maps]
-    if len(wrapped) == 1:
-        chosen = wrapped[0]
+    chosen = _chosen(said)
     if chosen is not None and chosen["tensors"] and not chosen["others"]:
         tensors: dict[str, int] = chosen["tensors"]
         return tensors
@@ -205,13 +227,35 @@ def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
     raise ValueError(f"it holds {found}, but a state dict maps names to tensors")
 
 
-def _tensors(names: Mapping[str, int], outline: Outline) -> dict[str, Tensor]:
+def _chosen(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The dictionary that is the state dict, if any is."""
+    maps = {tuple(found["path"]): found for found in said["maps"]}
+    wrapped = [maps[name,] for name in _WRAPPERS if (name,) in maps]
+    return wrapped[0] if len(wrapped) == 1 else maps.get(())
+
+
+def _everything(said: Mapping[str, Any]) -> dict[str, int]:
+    chosen = _chosen(said)
+    names: dict[str, int] = {} if chosen is None else dict(chosen["tensors"])
+    numbers = set(names.values())  # under two names a tensor would be two candidates
+    for found in said["maps"]:
+        for name, number in found["tensors"].items():
+            if number not in numbers:
+                names.setdefault(".".join((*found["path"], name)), number)
+                numbers.add(number)
+    return names
+
+
+def _tensors(
+    names: Mapping[str, int], outline: Outline
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and those that cannot be had, by name, and why."""
     if len(names) > _MOST_TENSORS:
         raise ValueError(f"it has {len(names)} tensors, but at most {_MOST_TENSORS} are read")
     storages: dict[str, Tensor] = {}
     made: dict[int, Tensor] = {}
     copied = 0
-    tensors = {}
+    tensors, left_out = {}, {}
     for name, number in names.items():
         if number not in made:
             try:
@@ -224,9 +268,10 @@ def _tensors(names: Mapping[str, int], outline: Outline) -> dict[str, Tensor]:
                     tensor = tensor.resolve_conj().resolve_neg()
                 made[number] = tensor
             except ValueError as error:
-                raise ValueError(f"{name[:100]!r} {error}") from error
+                left_out[name] = f"{name[:100]!r} {error}"
+                continue
         tensors[name] = made[number].view_as(made[number])
-    return tensors
+    return tensors, left_out
 
 
 def _tensor(place: list[Any], outline: Outline, storages: dict[str, Tensor]) -> Tensor:

@@ -36,7 +36,13 @@ from nnpassport.fidelity import accuracy
 from nnpassport.files import brief
 from nnpassport.outputs import logits_of
 from nnpassport.relabelling import best_map, corrected, log10_injections
-from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
+from nnpassport.scheme import (
+    Fidelity,
+    UnreadableDataError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    Verdict,
+)
 from nnpassport.schemes import candidates
 from nnpassport.schemes.deepmarks import Trace, trace
 from nnpassport.schemes.lora import LORA, added, is_adapter
@@ -44,7 +50,7 @@ from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import host_weight
 from nnpassport.schemes.triggers import answers_to
 from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
-from nnpassport.weights import Weights, read_lazily, read_weights, tensors_digest
+from nnpassport.weights import Weights, read_lazily, read_suspect, read_weights, tensors_digest
 
 TOLERANCE = 0.03
 """ε_f where none is declared: the paper's for AlexNet."""
@@ -114,7 +120,9 @@ class Trial:
 
     Attributes:
         data: labelled images of the network's task.
-        target: accuracy in [0, 1] that the owner declared; None is the suspect's own, as it is.
+        target: accuracy in [0, 1] that the owner declared; None is the suspect's own, as it is. If
+            that is lower, it takes the declared one's place: what the suspect does by itself, a
+            thief's moved classes say, is no fault of the passport.
         tolerance: ε_f, in [0, 1]; the paper takes 0.03 for AlexNet and 0.2 for ResNet-18.
     """
 
@@ -209,7 +217,7 @@ def trace_file(suspect: Path, key: Key) -> Trace:
     Raises:
         OwnershipError: it could not be checked; the key is not one of deepmarks, say.
     """
-    weights = _without_prefixes(read_weights(Path(suspect)), key)
+    weights = _without_prefixes(read_suspect(Path(suspect)), key)
     return trace(weights.tensors, key)
 
 
@@ -327,13 +335,14 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
         return replace(verdict, digests=loaded.digests), None
     if options.base is not None:
-        weights = _without_prefixes(read_weights(suspect), key)
-        return _added(weights, options.base, key, options), None
+        weights = _without_prefixes(read_suspect(suspect), key)
+        verdict = _added(weights, options.base, key, options)
+        return _without(weights.left_out, verdict), None
     if options.alignment is None:
         opened = _opened(suspect, key)
         verdict = _as_it_stands(scheme, opened, key, options.threshold)
-        return replace(verdict, digests=opened.digests()), None
-    weights = _without_prefixes(read_weights(suspect), key)
+        return replace(_without(opened.left_out, verdict), digests=opened.digests()), None
+    weights = _without_prefixes(read_suspect(suspect), key)
     reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
     _check_committed(options.alignment.reference, options.standing)
     unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
@@ -347,7 +356,7 @@ def _verdict(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     digests = {**weights.digests, **_named("reference", reference.digests)}
     for name, each in unrelated.items():
         digests |= _named(name, each.digests)
-    verdict = found.verdict
+    verdict = _without(weights.left_out, found.verdict)
     if options.standing is None:
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
@@ -414,11 +423,15 @@ def _weight(verdict: Verdict) -> float:
 
 
 class _Opened(NamedTuple):
-    """The suspect's tensors under the key's names, their shapes, and their files' digests."""
+    """The suspect's tensors under the key's names, their shapes, and their files' digests.
+
+    `left_out` are those that no layer can be, by name, and why.
+    """
 
     weights: Mapping[str, Tensor]
     described: Mapping[str, Tensor]
     digests: Callable[[], dict[str, str]]
+    left_out: Mapping[str, str]
 
 
 def _opened(suspect: Path, key: Key) -> _Opened:
@@ -428,9 +441,18 @@ def _opened(suspect: Path, key: Key) -> _Opened:
         shards = shards.renamed(_prefixed(shards, key))
         described = shards.described()
         if not is_adapter(described):
-            return _Opened(shards, described, shards.digests)
-    weights = _without_prefixes(read_weights(suspect), key)
-    return _Opened(weights.tensors, weights.tensors, lambda: weights.digests)
+            return _Opened(shards, described, shards.digests, shards.left_out)
+    weights = _without_prefixes(read_suspect(suspect), key)
+    return _Opened(weights.tensors, weights.tensors, lambda: weights.digests, weights.left_out)
+
+
+def _without(left_out: Mapping[str, str], verdict: Verdict) -> Verdict:
+    """The verdict, which says that these tensors were not looked at."""
+    if not left_out:
+        return verdict
+    first = next(iter(left_out.values()))
+    reason = f"{verdict.reason}; {len(left_out)} tensors that no layer can be are left out: {first}"
+    return replace(verdict, reason=reason)
 
 
 def _as_it_stands(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
@@ -438,6 +460,7 @@ def _as_it_stands(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float
 
     Raises:
         UnsuitableModelError: the names are not there, and nothing of their shapes has the mark.
+        UnreadableModelError: what is there under the names holds NaN, and as above.
     """
     if scheme.name == LORA.name:  # its tensors come in pairs, known by their names
         return scheme.verify(suspect.weights, key, log10_alpha=log10_alpha)
@@ -445,7 +468,8 @@ def _as_it_stands(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float
     try:
         # By the headers: a file that names a tensor of any size makes nobody read it.
         _check_names(suspect.described, key)
-    except UnsuitableModelError as error:
+        named = scheme.verify(suspect.weights, key, log10_alpha=log10_alpha)
+    except (UnsuitableModelError, UnreadableModelError) as error:
         found = None
         if rivals and candidates.enough(suspect.described, key):
             found = _by_shape(scheme, suspect, key, log10_alpha)
@@ -459,8 +483,7 @@ def _as_it_stands(scheme: Scheme, suspect: _Opened, key: Key, log10_alpha: float
                 "as they stand none has the mark; --align FOLDER puts channels back in order first"
             )
         )
-        raise UnsuitableModelError(f"{error}{tried}") from None
-    named = scheme.verify(suspect.weights, key, log10_alpha=log10_alpha)
+        raise type(error)(f"{error}{tried}") from None
     if not rivals:
         return named
     named = candidates.by_name(named, rivals)
@@ -568,9 +591,8 @@ def _with_fidelity(
             f"the images have {len(trial.data.classes)} classes and the suspect answers with "
             f"{answers}; needed: images of the suspect's own task"
         )
-    target = trial.target
-    if target is None:
-        target = accuracy(loaded.model, trial.data, normalise)
+    own = accuracy(loaded.model, trial.data, normalise)
+    target = own if trial.target is None else min(own, trial.target)
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}
@@ -583,7 +605,8 @@ def _with_fidelity(
             "images": tensors_digest(images),
         },
         reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
-        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}",
+        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}"
+        f"{'' if target == trial.target else ', which the network has without it'}",
     )
 
 

@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -31,7 +32,7 @@ from nnpassport.shards import (
     is_index,
     open_shards,
 )
-from nnpassport.torchfile import read_torch
+from nnpassport.torchfile import read_all_torch, read_torch
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_MODEL_BYTES = 16 * 2**30
@@ -44,11 +45,19 @@ _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torc
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_INTEGERS)
 
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
 class Weights(NamedTuple):
-    """Checked tensors on the CPU by name, and SHA-256 (hex) of the file they came from."""
+    """Checked tensors on the CPU by name, and SHA-256 (hex) of the file they came from.
+
+    Attributes:
+        left_out: of a suspect's tensors those that no layer can be, by name, and why.
+    """
 
     tensors: dict[str, Tensor]
     digests: dict[str, str]
+    left_out: Mapping[str, str] = _NOTHING
 
 
 def read_weights(path: Path) -> Weights:
@@ -66,6 +75,8 @@ def read_weights(path: Path) -> Weights:
     path = _weights_file(path)
     if is_index(path):
         shards = open_shards(path, limit=MAX_MODEL_BYTES)
+        if shards.left_out:
+            raise _unusable(path, next(iter(shards.left_out.values())))
         return _checked(Weights(dict(shards), shards.digests()), path)
     if path.suffix.lower() == ONNX:
         return _checked(Weights(*read_onnx(path, MAX_MODEL_BYTES)), path)
@@ -73,10 +84,30 @@ def read_weights(path: Path) -> Weights:
     data = read_once(path, MAX_PICKLE_BYTES if pickled else MAX_MODEL_BYTES)
     tensors = read_torch(data, path) if pickled else _parse_safetensors(data, path)
     weights = _checked(Weights(tensors, {path.name: hashlib.sha256(data).hexdigest()}), path)
-    if path.name not in ADAPTER_FILES:
-        return weights
-    signed, digest = with_signed_scale(weights.tensors, path.parent)
-    return Weights(signed, {**weights.digests, **digest})
+    return _with_scale(weights, path)
+
+
+def read_suspect(path: Path) -> Weights:
+    """The same of a file from anybody, without what no layer can be.
+
+    A tensor that holds NaN, or numbers of a kind that is not read, costs a thief four bytes, and
+    nobody runs it. So it ends no reading: it is left out, and `left_out` says so. Of a checkpoint
+    all tensors are read, also those beside its state dict.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, too large, hostile, or nothing of it can be used.
+    """
+    path = _weights_file(path)
+    if is_index(path) or path.suffix.lower() == SUFFIX:
+        shards = open_shards(path, limit=MAX_MODEL_BYTES)
+        tensors = {name: shards.unchecked(name) for name in shards}
+        return _with_scale(_usable(Weights(tensors, shards.digests(), shards.left_out), path), path)
+    if path.suffix.lower() == ONNX:
+        return _usable(Weights(*read_onnx(path, MAX_MODEL_BYTES)), path)
+    data = read_once(path, MAX_PICKLE_BYTES)
+    tensors, left_out = read_all_torch(data, path)
+    digests = {path.name: hashlib.sha256(data).hexdigest()}
+    return _with_scale(_usable(Weights(tensors, digests, left_out), path), path)
 
 
 def read_lazily(path: Path) -> Shards | None:
@@ -149,29 +180,59 @@ def unpickle(data: bytes, path: Path) -> Any:
 
 def defect(tensors: Mapping[str, Tensor]) -> str | None:
     """What is wrong with the first tensor that cannot be used, or None."""
-    total = 0
-    for name, tensor in tensors.items():
-        if not is_text(name):
-            return f"the name {name[:100]!r} is too long or holds control characters"
-        if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
-            supported = ", ".join(sorted(str(dtype) for dtype in _DTYPES))
-            return f"{name!r} is {tensor.layout} {tensor.dtype}; needed: one of {supported}"
-        size = tensor.numel() * tensor.element_size()
-        total += size
-        # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
-        if tensor.device.type != "cpu" or size > tensor.untyped_storage().nbytes():
-            return f"{name!r} of shape {tuple(tensor.shape)} does not hold all its numbers"
-        if tensor.dim() > _MOST_AXES or total > MAX_MODEL_BYTES:
-            return f"{name!r} exceeds {_MOST_AXES} axes or {MAX_MODEL_BYTES} bytes in total"
-        if (fault := finite_fault(name, tensor)) is not None:
-            return fault
-    return None
+    faults = (_fault(name, tensor) for name, tensor in tensors.items())
+    return next((fault for fault in faults if fault is not None), None) or _too_large(tensors)
+
+
+def _fault(name: str, tensor: Tensor) -> str | None:
+    """What is wrong with this tensor, or None."""
+    if not is_text(name):
+        return f"the name {name[:100]!r} is too long or holds control characters"
+    if tensor.layout is not torch.strided or tensor.dtype not in _DTYPES:
+        supported = ", ".join(sorted(str(dtype) for dtype in _DTYPES))
+        return f"{name!r} is {tensor.layout} {tensor.dtype}; needed: one of {supported}"
+    # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
+    if tensor.device.type != "cpu" or tensor.nbytes > tensor.untyped_storage().nbytes():
+        return f"{name!r} of shape {tuple(tensor.shape)} does not hold all its numbers"
+    if tensor.dim() > _MOST_AXES:
+        return f"{name!r} has more than {_MOST_AXES} axes"
+    return finite_fault(name, tensor)
+
+
+def _too_large(tensors: Mapping[str, Tensor]) -> str | None:
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    return f"its tensors exceed {MAX_MODEL_BYTES} bytes" if total > MAX_MODEL_BYTES else None
 
 
 def _checked(weights: Weights, path: Path) -> Weights:
     if (fault := defect(weights.tensors)) is not None:
-        raise UnreadableModelError(f"{path} cannot be used: {fault}")
+        raise _unusable(path, fault)
     return weights
+
+
+def _usable(weights: Weights, path: Path) -> Weights:
+    """The same without the tensors that cannot be used."""
+    faults = {name: _fault(name, tensor) for name, tensor in weights.tensors.items()}
+    found = {name: fault for name, fault in faults.items() if fault is not None}
+    left_out = {**weights.left_out, **found}
+    tensors = {name: each for name, each in weights.tensors.items() if name not in found}
+    if left_out and not tensors:
+        raise _unusable(path, next(iter(left_out.values())))
+    if (fault := _too_large(tensors)) is not None:
+        raise _unusable(path, fault)
+    return Weights(tensors, weights.digests, left_out)
+
+
+def _unusable(path: Path, fault: str) -> UnreadableModelError:
+    return UnreadableModelError(f"{path} cannot be used: {fault}")
+
+
+def _with_scale(weights: Weights, path: Path) -> Weights:
+    """Of an adapter, B has the sign of its scale."""
+    if path.name not in ADAPTER_FILES:
+        return weights
+    signed, digest = with_signed_scale(weights.tensors, path.parent)
+    return weights._replace(tensors=signed, digests={**weights.digests, **digest})
 
 
 def _weights_file(path: Path) -> Path:

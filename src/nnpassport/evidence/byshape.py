@@ -43,10 +43,18 @@ KEPT = 6
 MOST_KEPT = 100
 """As many are followed where they fit alike: the same filters in other orders, say."""
 
+MOST_PRODUCTS = 2**44
+"""Products that the whole search may take, a quarter of an hour of one processor.
+
+Each layer has an equal share. Decoys cost a thief next to nothing, and each is compared once for
+every choice that is followed: where there are too many, fewer choices are.
+"""
+
 _ROUNDS = 3  # of rows to length one and columns to the reference's
 _SMALLEST = 2.0**-60
 _SHORTEST = 1e-12  # filters are divided by this at least
 _ALIKE = 1e-9  # of fits: rounding is far below
+_LEAST_PRODUCTS = 2**27  # what comparing two small tensors takes, in the same time
 
 
 class Candidate(NamedTuple):
@@ -143,7 +151,7 @@ class Search:
             seen: dict[tuple[object, ...], _State | None] = {}
             tried = [
                 found
-                for state in states
+                for state in states[: self._affordable(layer)]
                 for each in self.candidates[layer.name]
                 if each not in state.taken.values()
                 and (found := self._with(state, layer, each, seen)) is not None
@@ -161,6 +169,18 @@ class Search:
     def alike(self, choice: Choice) -> tuple[object, ...]:
         """Equal for choices of tensors that hold the same numbers: they are placed alike."""
         return tuple(self._content(each) for each in choice.taken.values())
+
+    def _affordable(self, layer: _Layer) -> int:
+        """For how many choices so far a layer's candidates can be compared with it."""
+        sizes = [self._weights[each.name].numel() for each in self.candidates[layer.name]]
+        tries = sum(max(_LEAST_PRODUCTS, size * len(layer.rows)) for size in sizes)
+        most = MOST_PRODUCTS // len(self._layers) // tries
+        if most == 0:
+            raise UnsuitableModelError(
+                f"the suspect has {len(sizes)} tensors that could be {layer.name}, and to compare "
+                f"them all would take more than {MOST_PRODUCTS} products; {_NEEDED}"
+            )
+        return most
 
     def matrices(self, choice: Choice) -> dict[str, Tensor]:
         """What was chosen, in float64, each (out channels block)."""

@@ -22,6 +22,7 @@ from nnpassport.evidence.context import (
     parse_canonical,
 )
 from nnpassport.evidence.key import Key
+from nnpassport.files import refuse_special
 from nnpassport.scheme import OwnershipError, UnreadableKeyError, UnwritableOutputError
 
 MAX_FILE_BYTES = 2**28
@@ -212,6 +213,7 @@ def _read(path: Path) -> bytes:
 
 def _write_private(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    refuse_special(path)
     try:
         # Not `open` and `chmod`: for a moment everybody could read the file.
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

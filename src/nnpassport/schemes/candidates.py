@@ -21,7 +21,7 @@ from torch import Tensor
 from nnpassport.evidence.context import LayerShape
 from nnpassport.evidence.key import Key
 from nnpassport.functional import filters, read_bits
-from nnpassport.scheme import Verdict
+from nnpassport.scheme import UnreadableModelError, Verdict
 from nnpassport.schemes.protocol import Scheme
 from nnpassport.schemes.signature import host_weight, secret_of
 from nnpassport.statistics import LOG10_BY_NAME, LOG10_BY_SHAPE
@@ -92,6 +92,7 @@ def verify_by_shape(
 
     Raises:
         UnsuitableModelError: a layer has no candidate.
+        UnreadableModelError: none of its candidates can be read.
     """
     found = {layer.name: candidates_for(described, layer) for layer in key.context.layers}
     for layer in key.context.layers:
@@ -142,7 +143,10 @@ def _best(
     found: Mapping[str, list[Candidate]],
     log10_alpha: float,
 ) -> dict[str, Candidate]:
-    """By layer, the candidate that matches best; the first of several that do."""
+    """By layer, the candidate that matches best; the first of several that do.
+
+    One that cannot be read, as it holds NaN, matches nothing.
+    """
     layers = {layer.name: layer for layer in key.context.layers}
     if len(layers) == 1:
         ((name, each),) = found.items()
@@ -150,19 +154,29 @@ def _best(
 
         def matches(candidate: Candidate) -> int:
             chosen = _Chosen(weights, {name: candidate}, shapes)
-            return scheme.verify(chosen, key, log10_alpha=log10_alpha).matches
+            try:
+                return scheme.verify(chosen, key, log10_alpha=log10_alpha).matches
+            except UnreadableModelError:
+                return -1
 
         return {name: max(each, key=matches)}
     secrets = {name: secret_of(key, layer) for name, layer in layers.items()}
     best: dict[str, tuple[int, Candidate]] = {}
+    unreadable: UnreadableModelError | None = None
     for candidate in dict.fromkeys(each for several in found.values() for each in several):
-        tensor = weights[candidate.name]
+        try:
+            tensor = weights[candidate.name]
+        except UnreadableModelError as error:
+            unreadable = unreadable or error
+            continue
         for name in (name for name, several in found.items() if candidate in several):
             rows = filters(_as(tensor, candidate, _shape(layers[name])), layers[name].geometry)
             read = read_bits(rows.cpu(), secrets[name].mean_patch)
             count = int((read == secrets[name].signs).sum())
             if name not in best or count > best[name][0]:
                 best[name] = (count, candidate)
+    if unreadable is not None and len(best) < len(found):
+        raise unreadable
     return {name: candidate for name, (_, candidate) in best.items()}
 
 
