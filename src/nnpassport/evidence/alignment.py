@@ -152,7 +152,8 @@ def _as_wide(
                 f"{MOST_CHANNELS}; verify without "
                 "it, or give the reference that the suspect is a copy of"
             )
-        take(suspect, axis, torch.arange(count) % most)
+        if count != most:
+            take(suspect, axis, torch.arange(count) % most)
     expected = suspect.state_dict()
     faults = [
         name
@@ -249,21 +250,23 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     size = torch.cat([_effect(model, producer) for producer in axis.producers], dim=1)
     angles = [unit @ unit.T for unit in (*directions, _unit(size))]
     first = first_of_each(torch.stack(angles).amin(0))
-    scale = size.norm(dim=1) / size.norm(dim=1)[first]
+    own = first == torch.arange(len(first))
+    scale = _ratio(size.norm(dim=1), size.norm(dim=1)[first])
     read = torch.zeros(len(first), dtype=torch.float64)
     for name in axis.consumers:
         weight = model.get_submodule(name).get_parameter("weight")
-        columns = weight.unflatten(1, (len(first), -1))
-        scaled = columns.double() * scale.view(-1, *[1] * (columns.dim() - 2))
-        gathered = torch.zeros_like(scaled).index_add_(1, first, scaled)
-        weight.copy_(gathered.flatten(1, 2))
-        read += gathered.transpose(0, 1).flatten(1).square().sum(1)
-    own = first == torch.arange(len(first))
+        columns = weight.unflatten(1, (len(first), -1)).double()
+        if not own.all():
+            scaled = columns * scale.view(-1, *[1] * (columns.dim() - 2))
+            columns = torch.zeros_like(scaled).index_add_(1, first, scaled)
+            weight.copy_(columns.flatten(1, 2))
+        read += columns.transpose(0, 1).flatten(1).square().sum(1)
     heard = read.sqrt() * size.norm(dim=1)  # small columns may read what is loud
     kept = own & (heard > _UNREAD * heard[own].median())
     if kept.sum() < enough:  # a network that was pruned: whatever is there may still be read
         kept = own
-    take(model, axis, kept.nonzero().flatten())
+    if not kept.all():
+        take(model, axis, kept.nonzero().flatten())
     return len(kept) - int(kept.sum())
 
 
@@ -274,7 +277,7 @@ def first_of_each(cosines: Float[Tensor, "channels channels"]) -> Int64[Tensor, 
     """
     twins = cosines > 1 - _TWINS**2 / 2
     first = torch.arange(len(twins))
-    for index in range(1, len(twins)):
+    for index in twins.tril(-1).any(1).nonzero().flatten().tolist():
         before = twins[index, :index] & (first[:index] == torch.arange(index))
         if before.any():
             first[index] = before.int().argmax()
