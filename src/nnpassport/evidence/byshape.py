@@ -87,6 +87,7 @@ class _Layer(NamedTuple):
     shape: tuple[int, ...]
     rows: Float[Tensor, "out channels block"]
     basis: Float[Tensor, "forms columns"] | None
+    own: Float[Tensor, "out channels block"]  # the rows without what V reads, of length one
 
 
 class _State(NamedTuple):
@@ -308,6 +309,7 @@ def _layers(reference: nn.Module, axes: Sequence[Channels], forms: Forms) -> lis
         weight = reference.get_submodule(name).get_parameter("weight").detach()
         read = reads.get(name)
         inputs = weight.shape[1] if read is None else width(reference, axes[read])
+        rows = weight.double().reshape(len(weight), inputs, -1)
         layers.append(
             _Layer(
                 name,
@@ -315,8 +317,9 @@ def _layers(reference: nn.Module, axes: Sequence[Channels], forms: Forms) -> lis
                 reads.get(name),
                 turns.get(name, False),
                 tuple(weight.shape),
-                weight.double().reshape(len(weight), inputs, -1),
+                rows,
                 bases.get(name),
+                _unit(_blind(bases.get(name), rows)),
             )
         )
     return layers
@@ -415,24 +418,24 @@ def _compared(
     Both without what V reads with. Rows have length one, and columns in the mean that which the
     reference's have: over the rows in this order if there is one, or over all.
     """
-    own = _unit(_blind(layer, layer.rows))
+    own = layer.own
     scale = rows.new_ones(rows.shape[1])
     if layer.reads is not None:
         there = torch.ones(len(own), dtype=torch.bool) if order is None else order >= 0
         matched = rows if order is None else rows[order[there]]
         wanted = own[there].square().sum(2).mean(0)
         for _ in range(_ROUNDS):
-            found = _unit(_blind(layer, matched * scale[:, None])).square().sum(2).mean(0)
+            found = _unit(_blind(layer.basis, matched * scale[:, None])).square().sum(2).mean(0)
             ratio = (wanted / found.clamp_min(_SMALLEST)).sqrt()
             scale = scale * torch.where((found > _SMALLEST) & (wanted > _SMALLEST), ratio, 1.0)
-    theirs = _unit(_blind(layer, rows * scale[:, None]))
+    theirs = _unit(_blind(layer.basis, rows * scale[:, None]))
     return own.flatten(1) @ theirs.flatten(1).T, scale
 
 
-def _blind(layer: _Layer, rows: Tensor) -> Tensor:
-    if layer.basis is None:
+def _blind(basis: Tensor | None, rows: Tensor) -> Tensor:
+    if basis is None:
         return rows
-    flat, basis = rows.flatten(1), layer.basis.to(rows)
+    flat, basis = rows.flatten(1), basis.to(rows)
     return (flat - flat @ basis.T @ basis).view_as(rows)
 
 
