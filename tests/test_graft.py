@@ -252,7 +252,7 @@ def plain(request, digits):
 
     layers = [*block(1), nn.MaxPool2d(2), *block(32), nn.MaxPool2d(2), *block(32)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 10))
-    recipe = Recipe(epochs=12, batch=64, rate=0.05, schedule="one-cycle", augment=False)
+    recipe = Recipe(epochs=6, batch=64, rate=0.05, schedule="one-cycle", augment=False)
     fit(model, classification, train, recipe, normalise=normalise)
     return request.param, model, accuracy(model.eval(), test, normalise)
 
@@ -262,17 +262,21 @@ def plain(request, digits):
 def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, scheme):
     norm, model, reached = plain
     train, test, normalise = digits
+    images = normalise(test.images)
+    with torch.no_grad():
+        before = model(images)
     model = deepcopy(model)
-    key = scheme.draw_key(model, normalise(test.images[:2]), seed=bytes(32), layers=["4", "8"])
+    key = scheme.draw_key(model, images[:2], seed=bytes(32), layers=["4", "8"])
     scheme.embed(model, key, train, Recipe(epochs=0), normalise=normalise, trained=True)
     numbers = scheme.evaluation(test, normalise)(model)
     assert reached > 0.93
     assert numbers["sign_match"] == 1
     assert scheme.verify(scheme.released(model).state_dict(), key).matches == 64
-    if norm == "batch" or scheme is V2:
-        assert numbers["accuracy"] >= reached - 0.01
-    if norm == "batch" and scheme is V2:
-        assert numbers["private_accuracy"] >= reached - 0.01
+    # Not accuracies: one of 256 images more or less, and an image on the edge turns either way.
+    if scheme is V2:
+        assert felt(outputs(model, images, Branch.PUBLIC), before) < 0.15  # about 0.05
+    if norm == "batch":
+        assert felt(outputs(model, images, Branch.PRIVATE), before) < 0.2  # about 0.05
 
 
 @pytest.mark.trains

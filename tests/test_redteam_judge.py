@@ -8,6 +8,7 @@ import shutil
 import time
 from copy import deepcopy
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,14 +25,14 @@ from nnpassport.attacks.obfuscation import (
     split_channels,
 )
 from nnpassport.channels import channels_of, negate
-from nnpassport.checkpoint import save_model
+from nnpassport.checkpoint import load_model, save_model
 from nnpassport.config import ModelConfig
 from nnpassport.evidence.claim import claim_of, sign_claim
 from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
-from nnpassport.evidence.judge import Outcome
+from nnpassport.evidence.judge import ALIGNED, Outcome
 from nnpassport.evidence.timestamp import Timestamp
 from nnpassport.functional import read_bits
-from nnpassport.hearing import Bench, disclose, hear
+from nnpassport.hearing import REFERENCE, Bench, disclose, hear, read_exhibit
 from nnpassport.schemes.adi import ADI
 from nnpassport.schemes.graft import graft
 from nnpassport.schemes.passport import V2
@@ -151,6 +152,11 @@ class World(NamedTuple):
     bob: torch.nn.Module
     bob_key: object
 
+    @property
+    def shown(self):
+        """Images that the judge brings: each is run through some twenty networks in a hearing."""
+        return self.test.subset(torch.arange(64))
+
     def accuracy(self, model):
         with torch.no_grad():
             answers = model(self.normalise(self.test.images)).argmax(1)
@@ -195,50 +201,94 @@ def stamped(signed, authority):
     return signed._replace(response=authority.answer(query.build().as_bytes()))
 
 
-class Court:
-    """A folder with a suspect and exhibits, and the hearing of them."""
+def exhibit(folder, normalise, name, key, *, reference=None, authority=None, width=WIDTH):
+    """What this claimant hands in, in a folder of his name."""
+    digest = None if reference is None else tensors_digest(reference.state_dict())
+    signed = sign_claim(claim_of(key, SIGNING[name].public_key(), reference=digest), SIGNING[name])
+    signed = signed if authority is None else stamped(signed, authority)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_signed(signed, folder / f"{name}.claim.json")
+    network = None
+    if reference is not None:
+        network = folder / f"{name}-net"
+        save_model(network, reference, config(normalise, width))
+    disclose(folder / f"{name}.claim.json", key, folder / name, reference=network)
+    return folder / name
 
-    def __init__(self, folder, normalise):
-        self.folder, self.normalise, self.exhibits = folder, normalise, []
+
+class Court:
+    """A folder with a suspect, and the hearing of who hands in exhibits.
+
+    The judge brings unrelated networks; by default, because that takes a fourth of the time.
+    """
+
+    def __init__(self, folder, normalise, authority, unrelated=()):
+        self.folder, self.normalise, self.authority = folder, normalise, authority
+        self.unrelated = unrelated
 
     def suspect(self, model, width=WIDTH):
         save_model(self.folder / "suspect", model, config(self.normalise, width))
         return self
 
-    def claim(self, name, key, *, reference=None, authority=None, width=WIDTH):
-        digest = None if reference is None else tensors_digest(reference.state_dict())
-        signed = sign_claim(
-            claim_of(key, SIGNING[name].public_key(), reference=digest), SIGNING[name]
-        )
-        signed = signed if authority is None else stamped(signed, authority)
-        write_signed(signed, self.folder / f"{name}.claim.json")
-        network = None
-        if reference is not None:
-            network = self.folder / f"{name}-net"
-            save_model(network, reference, config(self.normalise, width))
-        disclose(self.folder / f"{name}.claim.json", key, self.folder / name, reference=network)
-        self.exhibits.append(self.folder / name)
-        return self
-
-    def hear(self, authority=None, **bench):
-        if authority is not None:
-            bench = {"roots": [authority.root], "appeared": LATER, **bench}
-        return hear(self.folder / "suspect", self.exhibits, Bench(**bench))
-
-
-@pytest.fixture
-def court(tmp_path, world):
-    return Court(tmp_path, world.normalise)
+    def hear(self, *exhibits, **bench):
+        dates = {"roots": [self.authority.root], "appeared": LATER}
+        bench = {"unrelated": self.unrelated, **dates, **bench}
+        return hear(self.folder / "suspect", exhibits, Bench(**bench))
 
 
 @pytest.fixture(scope="module")
-def old_network(tmp_path_factory, world, authority):
-    """Bob dated his network, which does nothing, and Alice hers, which works, later."""
-    court = Court(tmp_path_factory.mktemp("court"), world.normalise)
-    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
-    time.sleep(2.1)  # tokens count in whole seconds
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
-    return court
+def stranger(tmp_path_factory, world):
+    """A network that has nothing to do with anybody."""
+    folder = tmp_path_factory.mktemp("stranger")
+    model = drawn(world.normalise, world.train.images[:256], 5)
+    save_model(folder, model, config(world.normalise))
+    return folder
+
+
+@pytest.fixture
+def court(tmp_path, world, authority, stranger):
+    return Court(tmp_path, world.normalise, authority, (stranger,))
+
+
+class Exhibits(NamedTuple):
+    """Folders: what was dated first and, seconds later, what was dated after all of that."""
+
+    bob_first: Path
+    bob_key_first: Path
+    bob_wide_key_first: Path
+    bob_answers_first: Path
+    bob_works_first: Path
+    alice_first: Path
+    alice: Path
+    bob: Path
+    bob_stole: Path
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory, world, authority, answers_key):
+    """Tokens count in whole seconds, so the two moments are some apart."""
+    folder = tmp_path_factory.mktemp("exhibits")
+
+    def stamp(place, name, key, reference=None):
+        given = {"reference": reference, "authority": authority}
+        return exhibit(folder / place, world.normalise, name, key, **given)
+
+    works, works_key = working(world.normalise, world.train, 2, "Bob")
+    first = (
+        stamp("1", "bob", world.bob_key, world.bob),
+        stamp("2", "bob", world.bob_key),
+        stamp("3", "bob", wide_key(wide(world))),
+        stamp("4", "bob", answers_key),
+        stamp("5", "bob", works_key, works),
+        stamp("6", "alice", world.alice_key, world.alice),
+    )
+    time.sleep(2.1)
+    return Exhibits(
+        *first,
+        stamp("7", "alice", world.alice_key, world.alice),
+        stamp("8", "bob", world.bob_key, world.bob),
+        stamp("9", "bob", world.bob_key, stolen(world, world.bob_key)),
+    )
 
 
 def proves(heard, name):
@@ -303,93 +353,90 @@ def test_the_world_is_as_the_cases_need_it(world):
 
 @pytest.mark.parametrize("added", ADDED)
 def test_somebody_else_s_old_network_beside_the_owner_s_takes_nothing_from_her(
-    old_network, world, authority, added
+    court, world, dated, added
 ):
-    """Its holder is not the owner; the judge's images show that his part does nothing."""
+    """Its holder is not the owner; the judge's images show that his part does nothing.
+
+    With an unrelated network, and with none: what is in the suspect is of its maker's choosing.
+    """
     model = ADDED[added](world)
     assert world.accuracy(model) > world.accuracy(world.alice) - 0.01
-    old_network.suspect(model, len(model.features[0].weight) // 16 * WIDTH)
-    if added in {"whispers", "is loud on noise"}:  # a hearing takes seconds, and is the same here
-        heard = old_network.hear(authority)
+    court.suspect(model, len(model.features[0].weight) // 16 * WIDTH)
+    exhibits = (dated.bob_first, dated.alice)
+    if added == "is loud on noise":  # without images; see below for what is not heard at all
+        heard = court.hear(*exhibits)
         assert proves(heard, "bob")  # his channels are there, for whoever counts them
         assert proves(heard, "alice")
         assert heard.ruling.owner != "bob"
         assert "alice" in heard.ruling.owners
-    shown = old_network.hear(authority, images=world.test)
+    shown = court.hear(*exhibits, images=world.shown, unrelated=())
     assert shown.ruling.owner == "alice"
     assert shown.ruling.outcome is Outcome.OWNER
-
-
-def test_somebody_else_s_old_network_is_not_the_owner_s_with_unrelated_networks_either(
-    old_network, world, authority, tmp_path
-):
-    strangers = []
-    for seed in (5, 6):
-        strangers.append(tmp_path / str(seed))
-        other = drawn(world.normalise, world.train.images[:256], seed, 2 * WIDTH)
-        save_model(strangers[-1], other, config(world.normalise, 2 * WIDTH))
-    old_network.suspect(whisper(world), 2 * WIDTH)
-    shown = old_network.hear(authority, unrelated=tuple(strangers), images=world.test)
-    assert shown.ruling.owner == "alice"
+    if added == "whispers":
+        assert court.hear(*exhibits, images=world.shown).ruling.owner == "alice"
 
 
 def test_a_network_of_his_own_beside_the_owner_s_does_not_make_a_later_rival_first(
-    tmp_path, world, authority
+    court, world, dated
 ):
     """The same the other way round: Bob dates his after Alice, and before the suspect appears."""
-    court = Court(tmp_path, world.normalise)
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
-    time.sleep(2.1)
-    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
     court.suspect(shout_on_noise(world), 2 * WIDTH)
-    heard = court.hear(authority)
+    heard = court.hear(dated.alice_first, dated.bob)
     assert heard.ruling.owner != "bob"
     assert "alice" in heard.ruling.owners
     assert "give images" in heard.ruling.reasons[-1]
-    assert court.hear(authority, images=world.test).ruling.owner == "alice"
+    shown = court.hear(dated.alice_first, dated.bob, images=world.shown)
+    assert shown.ruling.owner == "alice"
 
 
-def test_two_networks_that_both_work_are_shared_and_neither_takes_the_other_s(
-    tmp_path, world, authority
-):
+def test_two_networks_that_both_work_are_shared_and_neither_takes_the_other_s(court, world, dated):
     """Bob's network works too, and the suspect adds up what both say: it is partly each's."""
-    bob, bob_key = working(world.normalise, world.train, 2, "Bob")
-    court = Court(tmp_path, world.normalise)
-    court.claim("bob", bob_key, reference=bob, authority=authority)
-    time.sleep(2.1)
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    bob = load_model(dated.bob_works_first / REFERENCE).model
     court.suspect(beside(world.normalise, (world.alice, 1.0), (bob, 1.0)), 2 * WIDTH)
-    for images in (None, world.test):
-        heard = court.hear(authority, images=images)
+    for images in (None, world.shown):
+        heard = court.hear(dated.bob_works_first, dated.alice, images=images)
         assert heard.ruling.outcome is Outcome.SHARED
         assert set(heard.ruling.owners) == {"alice", "bob"}
         assert heard.as_dict()["owner"] is None
 
 
-def test_a_shared_suspect_is_somebody_s_on_the_command_line(
-    old_network, world, authority, call, tmp_path
-):
-    old_network.suspect(whisper(world), 2 * WIDTH)
-    (tmp_path / "root.pem").write_bytes(pem(authority.root))
-    words = ("judge", old_network.folder / "suspect", *old_network.exhibits)
-    dated = ("--root", tmp_path / "root.pem", "--appeared", LATER.isoformat())
-    code, out, _ = call(*words, *dated, "--report", tmp_path / "page.html")
-    assert (code, out.splitlines()[0]) == (0, "SHARED: bob, alice, a part each")
+def test_a_shared_suspect_is_somebody_s_on_the_command_line(court, world, dated, call, tmp_path):
+    """Bob's channels whisper, and no images show it."""
+    court.suspect(whisper(world), 2 * WIDTH)
+    (tmp_path / "root.pem").write_bytes(pem(court.authority.root))
+    words = ("judge", tmp_path / "suspect", dated.bob_first, dated.alice)
+    said = ("--root", tmp_path / "root.pem", "--appeared", LATER.isoformat(), "--json")
+    code, out, _ = call(*words, *said, "--report", tmp_path / "page.html")
+    facts = json.loads(out)
+    assert (code, facts["ruling"], facts["owners"]) == (0, "shared", ["bob", "alice"])
+    assert all(each["proves"] for each in facts["claimants"])
     assert "Shared: the network in" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("attacks", [None, (insert_dummies, split_channels, flip_signs, permute)])
-def test_what_keeps_the_function_leaves_the_owner_s_part_at_work(court, world, authority, attacks):
+def test_what_keeps_the_function_leaves_the_owner_s_part_at_work(court, world, dated, attacks):
     """With the images that she is told to give: her part is all that works, whatever is added."""
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
     changed = combine(world.alice, rng(4), attacks=attacks).model
     court.folder.joinpath("suspect").mkdir()
     weights = {name: values.contiguous() for name, values in changed.state_dict().items()}
     save_file(weights, court.folder / "suspect" / "model.safetensors")
-    heard = court.hear(authority, images=world.test)
+    heard = court.hear(dated.alice, images=world.shown)
     assert heard.ruling.owner == "alice"
     assert heard.claimants[0].work.carries > 0.9
     assert heard.claimants[0].work.changes > 0.5
+
+
+def test_a_channel_that_says_nothing_hides_nothing(court, world, dated):
+    """A scale and shift of zero: its size over itself is no number, and stops nothing."""
+    model = deepcopy(world.alice)
+    with torch.no_grad():
+        for values in (model.features[1].weight, model.features[1].bias):
+            values[0] = 0
+        model.features[1].running_mean[0] = 0
+    court.suspect(model)
+    found = court.hear(dated.alice).claimants[0]
+    assert found.readings[ALIGNED].accepted
+    assert found.related
 
 
 def stolen(world, key):
@@ -399,39 +446,32 @@ def stolen(world, key):
     return model
 
 
-def test_an_old_key_without_a_network_takes_nothing_from_a_dated_network(court, world, authority):
-    court.claim("bob", world.bob_key, authority=authority)
-    time.sleep(2.1)
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+def test_old_keys_and_strange_networks_take_nothing_from_a_dated_network(court, world, dated):
+    """A key alone that Bob dated first, and with a network that the suspect was not made from."""
     court.suspect(stolen(world, world.bob_key))
-    heard = court.hear(authority)
-    assert proves(heard, "bob")
-    assert heard.ruling.owner == "alice"
+    for bobs in (dated.bob_key_first, dated.bob_first):
+        heard = court.hear(bobs, dated.alice)
+        assert proves(heard, "bob")
+        assert heard.ruling.owner == "alice"
 
 
-def test_an_old_network_that_the_suspect_was_not_made_from_takes_nothing_either(
-    court, world, authority
-):
-    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
-    time.sleep(2.1)
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
-    court.suspect(stolen(world, world.bob_key))
-    heard = court.hear(authority)
-    assert proves(heard, "bob")
-    assert heard.ruling.owner == "alice"
+def wide(world):
+    """Alice's network, and beside it noise to fill up twice the width."""
+    return beside(world.normalise, (world.alice, 1.0), (world.bob, 1e-6))
 
 
-def test_an_old_key_for_a_wider_network_takes_nothing_either(court, world, authority):
+def wide_key(model):
+    return V2.draw_key(model, EXAMPLE, owner="Bob", seed=bytes([9] * 32))
+
+
+def test_an_old_key_for_a_wider_network_takes_nothing_either(court, world, dated):
     """Bob drew his key for twice the width, and fills the channels up with noise that he dated."""
-    wide = beside(world.normalise, (world.alice, 1.0), (world.bob, 1e-6))
-    key = V2.draw_key(wide, EXAMPLE, owner="Bob", seed=bytes([9] * 32))
-    court.claim("bob", key, authority=authority)
-    time.sleep(2.1)
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
-    turn(wide, key)
-    court.suspect(wide, 2 * WIDTH)
-    for images in (None, world.test):
-        assert court.hear(authority, images=images).ruling.owner == "alice"
+    model = wide(world)
+    turn(model, wide_key(model))
+    court.suspect(model, 2 * WIDTH)
+    for images in (None, world.shown):
+        heard = court.hear(dated.bob_wide_key_first, dated.alice, images=images)
+        assert heard.ruling.owner == "alice"
 
 
 @torch.no_grad()
@@ -448,24 +488,21 @@ def answers_key(world):
     return ADI.draw_key(world.alice, EXAMPLE, owner="Bob", seed=bytes([3] * 32))
 
 
-def test_a_mark_of_answers_on_top_does_not_make_it_undecided(court, world, authority, answers_key):
+def test_a_mark_of_answers_on_top_does_not_make_it_undecided(court, world, answers_key):
     """Such marks are never read aligned, so their absence is known without."""
     model = answering(world, answers_key)
     assert world.accuracy(model) > 0.9
-    court.claim("bob", answers_key, reference=model)
-    court.claim("alice", world.alice_key, reference=world.alice)
     court.suspect(model)
-    heard = court.hear()  # nothing is dated
+    bob = exhibit(court.folder, world.normalise, "bob", answers_key, reference=model)
+    alice = exhibit(court.folder, world.normalise, "alice", world.alice_key, reference=world.alice)
+    heard = court.hear(bob, alice)  # nothing is dated
     assert proves(heard, "bob")
     assert heard.ruling.owner == "alice"
 
 
-def test_an_old_key_of_answers_does_not_make_it_undecided(court, world, authority, answers_key):
-    court.claim("bob", answers_key, authority=authority)
-    time.sleep(2.1)
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+def test_an_old_key_of_answers_does_not_make_it_undecided(court, world, dated, answers_key):
     court.suspect(answering(world, answers_key))
-    heard = court.hear(authority)
+    heard = court.hear(dated.bob_answers_first, dated.alice)
     assert proves(heard, "bob")
     assert heard.ruling.owner == "alice"
 
@@ -475,37 +512,34 @@ def test_an_owner_whose_mark_is_in_answers_can_prove_who_was_first(
 ):
     """Bob's channels are turned on a copy of hers; no reading is aligned, and her network is."""
     mine = answering(world, answers_key)
-    court.claim("alice", answers_key, reference=mine, authority=authority)
-    court.claim("bob", world.bob_key)
+    given = {"reference": mine, "authority": authority}
+    alice = exhibit(court.folder, world.normalise, "alice", answers_key, **given)
+    bob = exhibit(court.folder, world.normalise, "bob", world.bob_key)
     model = deepcopy(mine)
     turn(model, world.bob_key)
     court.suspect(model)
-    heard = court.hear(authority)
+    heard = court.hear(alice, bob)
     assert proves(heard, "alice")
     assert proves(heard, "bob")
     assert heard.ruling.owner == "alice"
 
 
-def test_two_claims_to_one_network_go_to_the_older_one(court, world, authority):
+def test_two_claims_to_one_network_go_to_the_older_one(court, world, dated):
     """Bob dates a copy of hers, with channels turned to his bits, before the suspect appears."""
-    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
-    time.sleep(2.1)
-    model = stolen(world, world.bob_key)
-    court.claim("bob", world.bob_key, reference=model, authority=authority)
-    court.suspect(model)
-    assert proves(court.hear(authority), "bob")
-    for images in (None, world.test):
-        assert court.hear(authority, images=images).ruling.owner == "alice"
+    court.suspect(stolen(world, world.bob_key))
+    for images in (None, world.shown):
+        heard = court.hear(dated.alice_first, dated.bob_stole, images=images)
+        if images is None:  # then nothing but dates speaks against him
+            assert proves(heard, "bob")
+        assert heard.ruling.owner == "alice"
 
 
 # How accurate a token is
 
 
-def token(authority, world, tmp_path, name="alice"):
-    court = Court(tmp_path, world.normalise)
-    court.claim(name, world.alice_key, reference=world.alice, authority=authority)
-    court.suspect(world.alice)
-    return court
+def older(folder, authority, appeared):
+    """Whether what was handed in is proved to be older than what appeared then."""
+    return read_exhibit(folder, Bench(roots=[authority.root], appeared=appeared)).standing.older
 
 
 TEN_YEARS = 10 * 365 * 24 * 3600
@@ -513,26 +547,25 @@ TEN_YEARS = 10 * 365 * 24 * 3600
 
 def test_a_token_that_may_be_ten_years_off_is_not_older_than_the_suspect(world, tmp_path):
     sloppy = authority_of(tmp_path, f"secs:{TEN_YEARS}")
-    heard = token(sloppy, world, tmp_path).hear(sloppy)
-    assert not heard.claimants[0].older
-    eleven = heard.claimants[0].time + timedelta(seconds=1.1 * TEN_YEARS)
-    later = Court(tmp_path, world.normalise)
-    later.exhibits = [tmp_path / "alice"]
-    assert later.hear(sloppy, appeared=eleven).claimants[0].older
+    alice = exhibit(tmp_path, world.normalise, "alice", world.alice_key, authority=sloppy)
+    assert not older(alice, sloppy, LATER)
+    assert older(alice, sloppy, NOW + timedelta(seconds=1.1 * TEN_YEARS))
 
 
 @pytest.mark.parametrize(("accuracy", "seconds"), [("", 1.0), ("secs:2, millisecs:500", 2.5)])
 def test_a_token_proves_its_latest_moment(world, tmp_path, accuracy, seconds):
     """What it states, or a second where it states nothing, and the second that it is cut off to."""
     signer = authority_of(tmp_path, accuracy)
-    court = token(signer, world, tmp_path)
-    claimant = court.hear(signer).claimants[0]
+    alice = exhibit(tmp_path, world.normalise, "alice", world.alice_key, authority=signer)
+    court = Court(tmp_path, world.normalise, signer).suspect(world.alice)
+    claimant = court.hear(alice).claimants[0]
+    assert claimant.older
     earliest, latest = claimant.between
     assert latest - claimant.time == timedelta(seconds=seconds + 1)
     assert claimant.time - earliest == timedelta(seconds=seconds)
-    assert court.hear(signer, appeared=latest + timedelta(seconds=1)).claimants[0].older
-    assert not court.hear(signer, appeared=latest).claimants[0].older
-    assert not court.hear(signer, appeared=claimant.time).claimants[0].older
+    assert older(alice, signer, latest + timedelta(seconds=1))
+    assert not older(alice, signer, latest)
+    assert not older(alice, signer, claimant.time)
 
 
 def test_a_bad_clock_blurs_nobody_else_s_order():
@@ -549,28 +582,27 @@ def test_a_bad_clock_blurs_nobody_else_s_order():
     assert Timestamp(NOW, "a", "1.2", "4", accuracy=1e300).latest.year == 9999
 
 
-def test_a_mark_in_channels_that_do_nothing_is_nobody_s_proof(court, world, authority):
+def test_a_mark_in_channels_that_do_nothing_is_nobody_s_proof(court, world, dated):
     """Alice dated nothing, so hers cannot be read; that makes Bob's no better."""
-    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
-    court.claim("alice", world.alice_key, reference=world.alice)
     court.suspect(whisper(world), 2 * WIDTH)
-    assert court.hear(authority, images=world.test).ruling.owner is None
+    alice = exhibit(court.folder, world.normalise, "alice", world.alice_key, reference=world.alice)
+    assert court.hear(dated.bob_first, alice, images=world.shown).ruling.owner is None
 
 
 def test_claims_that_do_not_hold_are_no_tries(court, world, tmp_path):
     """A hundred empty folders would take two powers of ten from everybody's p-value."""
-    court.claim("alice", world.alice_key, reference=world.alice)
+    first = exhibit(court.folder, world.normalise, "alice", world.alice_key, reference=world.alice)
     court.suspect(world.alice)
-    (alice,) = hear(court.folder / "suspect", court.exhibits, Bench()).claimants
+    (alice,) = hear(court.folder / "suspect", [first], Bench()).claimants
     empty = [tmp_path / f"empty{number}" for number in range(3)]
     for folder in empty:
         folder.mkdir()
     forged = tmp_path / "forged"
-    shutil.copytree(court.exhibits[0], forged)
+    shutil.copytree(first, forged)
     claim = json.loads((forged / "claim.json").read_text())
     claim["envelope"]["signatures"][0]["sig"] = "A" * 86 + "=="
     (forged / "claim.json").write_text(json.dumps(claim, sort_keys=True, separators=(",", ":")))
-    heard = hear(court.folder / "suspect", [*court.exhibits, *empty, forged], Bench())
+    heard = hear(court.folder / "suspect", [first, *empty, forged], Bench())
     assert [each.unchecked is not None for each in heard.claimants] == [False, *[True] * 3, False]
     assert heard.claimants[-1].refused is not None
     for how, verdict in heard.claimants[0].readings.items():

@@ -111,15 +111,17 @@ def pages(tmp_path_factory):
     save_model(folder / "suspect", combine(model, rng).model, config)
     save_key(key, folder / "alice.key")
     verify = ("verify", "suspect", "--key", "alice.key")
-    dated = ("--root", "root.pem", "--appeared", TOMORROW)
+    save_model(folder / "stranger", marked(4, "Nobody")[0], config)
+    dated, early = ("--root", "root.pem", "--appeared", TOMORROW), ("--appeared", "2026-01-31")
+    unrelated = ("--unrelated", "stranger")  # a fourth of the time of mixtures
     aligned = (*verify, "--align", "released", "--claim", claim.name, *dated)
     data = ("--data", "digits", "--split", "test", "--target", "0.05")
     commands = {
         "accepted": (0, (*aligned, *data)),
         "refused": (1, verify),
-        "owner": (0, ("judge", "suspect", "alice", EVIL, *dated)),
-        "nobody": (1, ("judge", "suspect", EVIL, *dated)),
-        "undecided": (3, ("judge", "released", "alice", LONG, "--appeared", "2026-01-31")),
+        "owner": (0, ("judge", "suspect", "alice", EVIL, *dated, *unrelated)),
+        "nobody": (1, ("judge", "suspect", EVIL, *dated, *unrelated)),
+        "undecided": (3, ("judge", "released", "alice", LONG, *unrelated, *early)),
     }
     found = {}
     with pytest.MonkeyPatch.context() as patch:

@@ -130,7 +130,7 @@ def _work(found: Relation, images: ImageSet, configs: list[ModelConfig]) -> _Mea
     """What the part does, on images as the suspect answers them best."""
     count = min(IMAGES, len(images.images))
     some = images.subset(torch.linspace(0, len(images.images) - 1, count).long())
-    ways = [Normalisation(each.mean, each.std) for each in configs]
+    ways = [Normalisation(*way) for way in dict.fromkeys((e.mean, e.std) for e in configs)]
     reached = [accuracy(found.whole, some, each) for each in ways]
     best = max(range(len(ways)), key=reached.__getitem__)
     if reached[best] <= _BETTER_THAN_CHANCE / max(2, len(images.classes)):

@@ -275,16 +275,17 @@ def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
     size = torch.cat([_effect(model, producer) for producer in axis.producers], dim=1)
     angles = [unit @ unit.T for unit in (*directions, _unit(size))]
     first = first_of_each(torch.stack(angles).amin(0))
-    scale = size.norm(dim=1) / size.norm(dim=1)[first]
+    own = first == torch.arange(len(first))
+    scale = _ratio(size.norm(dim=1), size.norm(dim=1)[first])
     read = torch.zeros(len(first), dtype=torch.float64)
     for name in axis.consumers:
         weight = model.get_submodule(name).get_parameter("weight")
-        columns = weight.unflatten(1, (len(first), -1))
-        scaled = columns.double() * scale.view(-1, *[1] * (columns.dim() - 2))
-        gathered = torch.zeros_like(scaled).index_add_(1, first, scaled)
-        weight.copy_(gathered.flatten(1, 2))
-        read += gathered.transpose(0, 1).flatten(1).square().sum(1)
-    own = first == torch.arange(len(first))
+        columns = weight.unflatten(1, (len(first), -1)).double()
+        if not own.all():
+            scaled = columns * scale.view(-1, *[1] * (columns.dim() - 2))
+            columns = torch.zeros_like(scaled).index_add_(1, first, scaled)
+            weight.copy_(columns.flatten(1, 2))
+        read += columns.transpose(0, 1).flatten(1).square().sum(1)
     heard = read.sqrt() * size.norm(dim=1)  # small columns may read what is loud
     kept = own & (heard > _UNREAD * heard[own].median())
     if kept.sum() < enough:  # a network that was pruned: whatever is there may still be read
