@@ -26,7 +26,7 @@ from pathlib import Path
 import alignment_tables as tables
 import torch
 
-from nnpassport import ownership
+from nnpassport.alignment.names import align
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -39,23 +39,23 @@ from nnpassport.attacks.passports import draw_seed, draw_template
 from nnpassport.attacks.perturbation import prune, quantise
 from nnpassport.attacks.removal import fine_tune
 from nnpassport.catalog import scheme_named
-from nnpassport.checkpoint import load_model, save_model
-from nnpassport.config import ModelConfig
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.evidence.alignment import align
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.files import write_atomically
-from nnpassport.functional import mean_patch, read_bits
-from nnpassport.provenance import provenance
-from nnpassport.statistics import (
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.network.equations import mean_patch, read_bits
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.disk import write_atomically
+from nnpassport.files.weights import read_weights
+from nnpassport.keys.chance import (
     LOG10_ALPHA_COMMITTED,
     LOG10_ALPHA_UNCOMMITTED,
     log10_binomial_tail,
     matches_needed,
 )
-from nnpassport.training import Recipe
-from nnpassport.verification import Alignment, Options, verify, verify_aligned
-from nnpassport.weights import read_weights
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.report.provenance import provenance
+from nnpassport.verification.verify import Alignment, Options, verify, verify_aligned
 
 RESULTS = Path(__file__).parent.parent / "results"
 FOLDER = RESULTS / "alignment"
@@ -236,7 +236,15 @@ def time_verification() -> None:
                 seconds.append(time.monotonic() - started)
             entries.append({"reading": what, "seconds": sorted(seconds)})
             print(entries[-1], flush=True)
-        base = [sys.executable, "-m", "nnpassport.cli", "verify", str(folder), "--key", str(key)]
+        base = [
+            sys.executable,
+            "-m",
+            "nnpassport.cli.app",
+            "verify",
+            str(folder),
+            "--key",
+            str(key),
+        ]
         for what, more in (("as it stands", []), ("aligned", ["--align", str(folder)])):
             seconds = []
             for _ in range(7):

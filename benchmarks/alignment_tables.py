@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 
 RESULTS = Path(__file__).parent.parent / "results"
 FOLDER = RESULTS / "alignment"

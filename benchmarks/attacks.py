@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from nnpassport.audit.table import KINDS
-from nnpassport.files import write_atomically
+from nnpassport.attacks.table import KINDS
+from nnpassport.files.disk import write_atomically
 
 RESULTS = Path(__file__).parent.parent / "results" / "attacks-alexnet"
 # What the paper (and [Che23] for substitution) reports for AlexNet on CIFAR-10.

@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from nnpassport import ownership
-from nnpassport.bench import lower_bound
 from nnpassport.catalog import scheme_named, with_settings
-from nnpassport.config import ModelConfig
 from nnpassport.data.images import read_images
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.report import as_text, styled
-from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
-from nnpassport.training import RECIPES, Journal
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.train.loop import RECIPES, Journal
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.lab.bench import lower_bound
+from nnpassport.report.page import as_text, styled
+from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -17,16 +17,16 @@ from typing import NamedTuple
 
 import torch
 
-from nnpassport import ownership
 from nnpassport.catalog import scheme_named
-from nnpassport.checkpoint import load_model
-from nnpassport.config import ModelConfig
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
-from nnpassport.training import RECIPES, Journal
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.train.loop import RECIPES, Journal
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
 

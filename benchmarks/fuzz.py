@@ -38,8 +38,8 @@ from typing import Any
 
 import torch
 
-from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
+from nnpassport.files.disk import write_atomically
+from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "fuzz.json"

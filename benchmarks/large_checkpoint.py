@@ -25,14 +25,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nnpassport.evidence.context import Context, LayerShape
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.files import sha256_of, write_atomically
-from nnpassport.functional import Geometry, read_bits
-from nnpassport.provenance import provenance
-from nnpassport.schemes.signature import secret_of
-from nnpassport.shards import INDEX_FILE, open_shards
+from nnpassport.embedding.network.equations import Geometry, read_bits
+from nnpassport.embedding.schemes.signature import secret_of
+from nnpassport.files.disk import sha256_of, write_atomically
+from nnpassport.files.safetensors import INDEX_FILE, open_shards
+from nnpassport.keys.context import Context, LayerShape
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import save_key
+from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results" / "scaling" / "verification.json"
 WIDTH, INNER, WORDS = 4096, 11008, 32_000
@@ -51,7 +51,7 @@ TURNS = 3
 WATCHED = """
 import json, resource, sys
 from pathlib import Path
-from nnpassport.cli import main
+from nnpassport.cli.app import main
 try:
     main()
 finally:

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nnpassport.bench.cells import CHEAPER, LOOP_STEPS
-from nnpassport.bench.page import precision_of, subject, table, title
-from nnpassport.evidence.report import as_text, styled
-from nnpassport.files import write_atomically
+from nnpassport.files.disk import write_atomically
+from nnpassport.lab.bench.cells import CHEAPER, LOOP_STEPS
+from nnpassport.lab.bench.page import precision_of, subject, table, title
+from nnpassport.report.page import as_text, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,12 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnpassport.evidence.context import Context, LayerShape
-from nnpassport.files import write_atomically
-from nnpassport.functional import HOSTS, Geometry, filters, geometry_of, passport_space
-from nnpassport.models import ARCHITECTURES, build
-from nnpassport.schemes.passport import V3
-from nnpassport.survey import PAPER_LAYERS
+from nnpassport.embedding.network.equations import (
+    HOSTS,
+    Geometry,
+    filters,
+    geometry_of,
+    passport_space,
+)
+from nnpassport.embedding.network.models import ARCHITECTURES, build
+from nnpassport.embedding.network.survey import PAPER_LAYERS
+from nnpassport.embedding.schemes.passport import V3
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.context import Context, LayerShape
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"

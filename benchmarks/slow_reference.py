@@ -1,6 +1,7 @@
 """The paper's schemes run the way its published code runs them: what `nnpassport bench` compares.
 
-Same losses and gradients as `nnpassport.schemes.passport`, and three things done the slow way:
+Same losses and gradients as the passports of `nnpassport.embedding.schemes`, and three things
+done the slow way:
 
 - both passports of a layer are convolved with its weight in every forward that presents them;
 - V2 and V3 run the whole network twice a step, public then private, before one backward;
@@ -18,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.functional import sign_loss
+from nnpassport.embedding.network.equations import sign_loss
+from nnpassport.embedding.network.survey import choose, survey
+from nnpassport.embedding.schemes.passport import Passport
+from nnpassport.embedding.train.loop import Objective, Outcome
+from nnpassport.keys.key import Key
 from nnpassport.scheme import Batch
-from nnpassport.schemes.passport import Passport
-from nnpassport.survey import choose, survey
-from nnpassport.training import Objective, Outcome
 
 
 class SlowPassportNorm(nn.Module):

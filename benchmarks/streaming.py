@@ -29,8 +29,8 @@ from nnpassport.data.decoding import Encoded, Wanted, decode_some
 from nnpassport.data.images import IMAGENET, Augment
 from nnpassport.data.rowgroups import Piece
 from nnpassport.data.stream import ImageStream, open_stream
-from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
+from nnpassport.files.disk import write_atomically
+from nnpassport.report.provenance import provenance
 from nnpassport.scheme import Batch
 
 ROOT = Path(__file__).parent.parent

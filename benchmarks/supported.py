@@ -15,11 +15,11 @@ from torch.nn.utils import parametrizations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from nnpassport.files import write_atomically
-from nnpassport.marked import mark
+from nnpassport.embedding.marked import mark
+from nnpassport.embedding.network.survey import survey
+from nnpassport.embedding.schemes.passport import V1, V2, Passport
+from nnpassport.files.disk import write_atomically
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.passport import V1, V2, Passport
-from nnpassport.survey import survey
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported.md"

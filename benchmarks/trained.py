@@ -18,17 +18,17 @@ from typing import NamedTuple
 
 import torch
 
-from nnpassport import ownership
+from nnpassport.alignment.names import align
 from nnpassport.attacks import perturbation, removal
 from nnpassport.attacks.projection import project
 from nnpassport.catalog import scheme_named
-from nnpassport.checkpoint import load_model
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.evidence.alignment import align
-from nnpassport.fidelity import accuracy
-from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
-from nnpassport.training import RECIPES, Recipe, fit, total_steps
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.loop import RECIPES, Recipe, fit, total_steps
+from nnpassport.files.disk import write_atomically
+from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
 BATCH = 128
@@ -120,7 +120,7 @@ def run(name: str, source: Path, data: Path) -> None:
 
 def _naively(model, scheme, key, shown, recipe, normalise):
     """Passports are inserted and trained, as if the network were new; its teacher is itself."""
-    from nnpassport.schemes.teaching import taught  # noqa: PLC0415
+    from nnpassport.embedding.schemes.teaching import taught  # noqa: PLC0415
 
     teacher = deepcopy(model)
     scheme.insert(model, key, normalise(shown.images[:2]))

@@ -18,17 +18,18 @@ from pathlib import Path
 
 import torch
 
-from nnpassport import ownership, verification
 from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.removal import fine_tune, with_head
 from nnpassport.catalog import scheme_named, with_settings
-from nnpassport.checkpoint import load_model
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.fidelity import accuracy
-from nnpassport.files import write_atomically
-from nnpassport.provenance import provenance
-from nnpassport.training import Journal, Recipe
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.loop import Journal, Recipe
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.report.provenance import provenance
+from nnpassport.verification import verify as verification
 
 RESULTS = Path(__file__).parent.parent / "results" / "transfers-alexnet"
 NETWORKS = ("uchida", "adi", "v1-bn", "v2-gn")

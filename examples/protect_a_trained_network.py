@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import nnpassport
-from nnpassport import surgery
 from nnpassport.data.images import Normalisation, batches, read_images
-from nnpassport.fidelity import accuracy
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.train.fidelity import accuracy
 
 data, test = (read_images("digits", split=s, size=8, channels=1) for s in ("train", "test"))
 normalise = Normalisation.measured(data)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import nnpassport
-from nnpassport import surgery
 from nnpassport.data.images import Normalisation, read_images
+from nnpassport.embedding.network import surgery
 
 train, test = (read_images("digits", split=s, size=8, channels=1) for s in ("train", "test"))
 normalise = Normalisation.measured(train)

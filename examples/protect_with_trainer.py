@@ -12,7 +12,7 @@ from sklearn import datasets
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import nnpassport
-from nnpassport import surgery
+from nnpassport.embedding.network import surgery
 
 LENGTH, VOCABULARY = 24, 500
 SOURCES = ("iris", "wine", "digits", "diabetes", "breast_cancer", "linnerud")

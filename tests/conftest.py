@@ -7,7 +7,12 @@ import jaxtyping
 
 # Before the modules are imported: the hook rewrites them on their way in.
 jaxtyping.install_import_hook(
-    ["nnpassport.functional", "nnpassport.layers", "nnpassport.schemes"], "beartype.beartype"
+    [
+        "nnpassport.embedding.network.equations",
+        "nnpassport.embedding.network.layers",
+        "nnpassport.embedding.schemes",
+    ],
+    "beartype.beartype",
 )
 os.environ["ACCELERATE_USE_CPU"] = "true"
 
@@ -16,11 +21,15 @@ import torch  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 
-from nnpassport import cli  # noqa: E402
+from nnpassport.cli import app as cli  # noqa: E402
 from nnpassport.data.images import ImageSet, Normalisation  # noqa: E402
-from nnpassport.functional import filters, mean_patch, passport_space  # noqa: E402
-from nnpassport.surgery import Secret  # noqa: E402
-from nnpassport.survey import choose, survey  # noqa: E402
+from nnpassport.embedding.network.equations import (  # noqa: E402
+    filters,
+    mean_patch,
+    passport_space,
+)
+from nnpassport.embedding.network.surgery import Secret  # noqa: E402
+from nnpassport.embedding.network.survey import choose, survey  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -10,16 +10,16 @@ from copy import deepcopy
 import torch
 from torch import nn
 
-from nnpassport.evidence.seed import triggers_of
-from nnpassport.layers import Branch, on_branch, passport_norms
-from nnpassport.models import build
-from nnpassport.outputs import call
-from nnpassport.schemes.deepmarks import DEEPMARKS, words_of
-from nnpassport.schemes.deepsigns import DEEPSIGNS, GROUP
-from nnpassport.schemes.passport import V2, Passport
-from nnpassport.schemes.residuals import GREEDY_RESIDUALS, residuals
-from nnpassport.schemes.uchida import UCHIDA, UCHIDA_MSE, read_out
-from nnpassport.training import Recipe
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.network.outputs import call
+from nnpassport.embedding.schemes.deepmarks import DEEPMARKS, words_of
+from nnpassport.embedding.schemes.deepsigns import DEEPSIGNS, GROUP
+from nnpassport.embedding.schemes.passport import V2, Passport
+from nnpassport.embedding.schemes.residuals import GREEDY_RESIDUALS, residuals
+from nnpassport.embedding.schemes.uchida import UCHIDA, UCHIDA_MSE, read_out
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.derive import triggers_of
 
 RIDGE = 1e-4  # of the mean square of the features
 REPEATED = 4  # a trigger counts as so many images: it may look like one of another class

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from nnpassport.catalog import ADAPTERS, CATALOG, scheme_named
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape, canonical_json
-from nnpassport.evidence.key import Key
-from nnpassport.functional import Geometry, filters, geometry_of
+from nnpassport.embedding.network.equations import Geometry, filters, geometry_of
+from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.keys.key import Key
 from nnpassport.scheme import OwnershipError
 
 SCHEMES = (*CATALOG, *ADAPTERS)
@@ -282,7 +282,7 @@ PLAIN = Normalisation((0.5,), (0.5,))
 
 
 def _answered(scheme, key, number):
-    from nnpassport.schemes.triggers import answers_to
+    from nnpassport.embedding.schemes.triggers import answers_to
 
     return scheme.verify_answers(answers_to(key, networks()[number], PLAIN), key)
 

@@ -35,32 +35,32 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from PIL import Image
 from pyarrow import parquet
 
-from nnpassport.checkpoint import load_suspect, load_training
-from nnpassport.config import ModelConfig, config_bytes
-from nnpassport.data.decoding import Encoded, Wanted, decode_all
-from nnpassport.data.images import read_images
-from nnpassport.data.triggers import read_triggers
-from nnpassport.evidence import timestamp
-from nnpassport.evidence.claim import PAYLOAD_TYPE, check_claim, claim_of, sign_claim
-from nnpassport.evidence.claimfile import (
+from nnpassport.claims import timestamp
+from nnpassport.claims.claim import PAYLOAD_TYPE, check_claim, claim_of, sign_claim
+from nnpassport.claims.claimfile import (
     SignedClaim,
     decode_signed,
     encode_signed,
     timestamped_bytes,
 )
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape, canonical_json
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.signing import (
+from nnpassport.claims.signing import (
     load_public_key,
     load_signing_key,
     public_from_hex,
     public_hex,
     sign,
 )
-from nnpassport.functional import Geometry
+from nnpassport.data.decoding import Encoded, Wanted, decode_all
+from nnpassport.data.images import read_images
+from nnpassport.data.triggers import read_triggers
+from nnpassport.embedding.checkpoint import load_suspect, load_training
+from nnpassport.embedding.network.equations import Geometry
+from nnpassport.files.config import ModelConfig, config_bytes
+from nnpassport.files.weights import read_weights
+from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import OwnershipError
-from nnpassport.weights import read_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 PASSPHRASE = "correct horse"

@@ -17,15 +17,15 @@ from constructed import settle
 from sklearn.datasets import load_digits
 from torch import nn
 
+from nnpassport.alignment.channels import channels_of, take, width
 from nnpassport.attacks.obfuscation import flip_signs, insert_dummies, permute, rescale
 from nnpassport.attacks.perturbation import add_noise, prune_layerwise
-from nnpassport.channels import channels_of, take, width
-from nnpassport.config import ModelConfig
+from nnpassport.claims.rules import ALIGNED, Claimant, Work, rule
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.judge import ALIGNED, Claimant, Work, rule
-from nnpassport.evidence.relation import relation, work_of
+from nnpassport.files.config import ModelConfig
 from nnpassport.scheme import Verdict
-from nnpassport.verification import of_its_own
+from nnpassport.verification.relation import relation, work_of
+from nnpassport.verification.verify import of_its_own
 
 SIDE, EACH, STOCK = 32, 0.25, 12
 RIDGE = 1.0

@@ -14,18 +14,19 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nnpassport import fidelity
 from nnpassport.data.images import CIFAR10, ImageSet
-from nnpassport.experiments import contents, plans, runs
-from nnpassport.experiments.cells import Cell, Network
-from nnpassport.experiments.contents import cells_of
-from nnpassport.experiments.store import Store
-from nnpassport.fidelity import accuracy, measuring_on
-from nnpassport.layers import passport_norms
-from nnpassport.models import build
-from nnpassport.provenance import provenance
-from nnpassport.schemes.passport import V1, V2, V3
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.embedding.network.layers import passport_norms
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V1, V2, V3
+from nnpassport.embedding.train import fidelity
+from nnpassport.embedding.train.fidelity import accuracy, measuring_on
+from nnpassport.embedding.train.loop import Recipe, classification, fit
+from nnpassport.lab import plans, runs
+from nnpassport.lab.cells import Cell, Network
+from nnpassport.lab.paper import contents
+from nnpassport.lab.paper.contents import cells_of
+from nnpassport.lab.store import Store
+from nnpassport.report.provenance import provenance
 
 KIT = Path(__file__).parent.parent / "benchmarks" / "accelerator"
 TINY = replace(

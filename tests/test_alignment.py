@@ -10,6 +10,9 @@ from constructed import reader, small_alexnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnpassport.alignment.channels import channels_of, negate, take
+from nnpassport.alignment.names import MOST_TIMES_WIDER, align
+from nnpassport.alignment.null import READINGS, Unrelated, mixtures, with_null
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -20,17 +23,14 @@ from nnpassport.attacks.obfuscation import (
 )
 from nnpassport.attacks.perturbation import prune, quantise
 from nnpassport.attacks.removal import fine_tune
-from nnpassport.channels import channels_of, negate, take
-from nnpassport.evidence.alignment import MOST_TIMES_WIDER, align
-from nnpassport.evidence.null import READINGS, Unrelated, mixtures, with_null
-from nnpassport.models import build
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.uchida import UCHIDA
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.scheme import UnsuitableModelError, Verdict
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.uchida import UCHIDA
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.training import Recipe
-from nnpassport.verification import MIXTURES, verify_aligned
+from nnpassport.verification.verify import MIXTURES, verify_aligned
 
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)

@@ -22,17 +22,17 @@ from nnpassport.attacks.hashbound import forge_hash_bound, hashed_signs
 from nnpassport.attacks.passports import affine_of, passports_for, patch_matrix, solvable
 from nnpassport.attacks.substitution import substitute_across, substitute_individual
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.context import LayerShape
-from nnpassport.evidence.key import Key
-from nnpassport.fidelity import accuracy
-from nnpassport.functional import Geometry, mean_patch, passport_affine
-from nnpassport.models import build
+from nnpassport.embedding.network.equations import Geometry, mean_patch, passport_affine
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.passport import V1, V2, Passport
+from nnpassport.embedding.schemes.uchida import UCHIDA
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.context import LayerShape
+from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.passport import V1, V2, Passport
-from nnpassport.schemes.uchida import UCHIDA
-from nnpassport.training import Recipe
-from nnpassport.verification import verify_model
+from nnpassport.verification.verify import verify_model
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 QUICK = Recipe(epochs=1, batch=64, rate=0.05, schedule="constant", augment=False)

@@ -19,15 +19,23 @@ from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from nnpassport import V2, V3, mark, surgery
+from nnpassport import V2, V3, mark
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape, canonical_json
-from nnpassport.evidence.validity import sliding
-from nnpassport.functional import Geometry, geometry_of
-from nnpassport.layers import Branch, on_branch, passport_norms
-from nnpassport.outputs import call, length_of, logits_of, part_of, tensors_in, with_tensors
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.equations import Geometry, geometry_of
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.network.outputs import (
+    call,
+    length_of,
+    logits_of,
+    part_of,
+    tensors_in,
+    with_tensors,
+)
+from nnpassport.embedding.network.survey import choose, survey
+from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.keys.validity import sliding
 from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError
-from nnpassport.survey import choose, survey
 
 SEED = bytes(32)
 

@@ -11,7 +11,16 @@ from constructed import marked
 from typer.testing import CliRunner
 
 from nnpassport.attacks import ambiguity, removal
-from nnpassport.audit import (
+from nnpassport.attacks.table import KINDS, Family, applies
+from nnpassport.catalog import CATALOG
+from nnpassport.cli.app import app
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.passport import V2, V3
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.files.config import ModelConfig
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.lab.audit import (
     ATTACKS,
     Budget,
     Subject,
@@ -22,13 +31,6 @@ from nnpassport.audit import (
     plan,
     ruling,
 )
-from nnpassport.audit.table import KINDS, Family, applies
-from nnpassport.catalog import CATALOG
-from nnpassport.checkpoint import load_model, save_model
-from nnpassport.cli import app
-from nnpassport.config import ModelConfig
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.fidelity import accuracy
 from nnpassport.scheme import (
     BadRecipeError,
     UnreadableDataError,
@@ -37,8 +39,6 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.passport import V2, V3
 
 CHEAP = ("prune", "quantise", "combine", "insert-dummies", "fake1", "solve", "flip", "grind")
 

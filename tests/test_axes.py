@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from nnpassport.axes import factors
-from nnpassport.axes.canonical import canonical
-from nnpassport.axes.prove import TOLERANCE, prove, reordered, try_all
-from nnpassport.axes.solve import aligner
-from nnpassport.axes.table import Axes, Place
-from nnpassport.axes.trace import trace
-from nnpassport.outputs import call, logits_of
+from nnpassport.alignment.axes import Axes, Place
+from nnpassport.alignment.canonical import canonical
+from nnpassport.alignment.solve import aligner
+from nnpassport.embedding.network import factors
+from nnpassport.embedding.network.outputs import call, logits_of
+from nnpassport.embedding.network.prove import TOLERANCE, prove, reordered, try_all
+from nnpassport.embedding.network.survey import survey
+from nnpassport.embedding.network.trace import trace
 from nnpassport.scheme import UnreadableModelError
-from nnpassport.survey import survey
 
 
 def places(axis):

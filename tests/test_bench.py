@@ -14,8 +14,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnpassport import bench
-from nnpassport.bench import (
+from nnpassport.data.images import CIFAR10
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V1, V2, V3
+from nnpassport.embedding.train.loop import classification
+from nnpassport.lab import bench
+from nnpassport.lab.bench import (
     acts,
     comparisons,
     loop,
@@ -26,12 +30,8 @@ from nnpassport.bench import (
     steps,
     timing,
 )
-from nnpassport.bench.cells import CHEAPER, EVERYWHERE, LOOP_STEPS, TRANSFORMER, Cell, plan
-from nnpassport.data.images import CIFAR10
-from nnpassport.models import build
+from nnpassport.lab.bench.cells import CHEAPER, EVERYWHERE, LOOP_STEPS, TRANSFORMER, Cell, plan
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.schemes.passport import V1, V2, V3
-from nnpassport.training import classification
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 TABLE4 = [
@@ -434,7 +434,7 @@ from functools import partial
 import torch
 
 from nnpassport import bench
-from nnpassport.bench import page
+from nnpassport.lab.bench import page
 
 torch.compile = partial(torch.compile, backend="eager")
 cells = [

@@ -20,12 +20,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nnpassport import models, weights
-from nnpassport.checkpoint import load_model, load_suspect, load_training, save_model, save_training
-from nnpassport.config import ModelConfig, config_bytes, read_config
-from nnpassport.files import sha256_of, write_atomically
-from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, UnwritableOutputError
-from nnpassport.weights import read_weights, require_finite, tensors_digest
+from nnpassport.embedding.checkpoint import (
+    load_model,
+    load_suspect,
+    load_training,
+    save_model,
+    save_training,
+)
+from nnpassport.embedding.network import models
+from nnpassport.files import weights
+from nnpassport.files.config import ModelConfig, config_bytes, read_config
+from nnpassport.files.disk import sha256_of, write_atomically
+from nnpassport.files.weights import read_weights, require_finite, tensors_digest
+from nnpassport.scheme import (
+    UnreadableModelError,
+    UnsuitableModelError,
+    UnwritableOutputError,
+)
 
 CONFIG = ModelConfig(
     architecture="alexnet",

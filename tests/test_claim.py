@@ -23,9 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nnpassport.evidence import claim as claims
-from nnpassport.evidence import timestamp as timestamps
-from nnpassport.evidence.claim import (
+from nnpassport.claims import claim as claims
+from nnpassport.claims import timestamp as timestamps
+from nnpassport.claims.claim import (
     PAYLOAD_TYPE,
     Claim,
     Declared,
@@ -36,7 +36,7 @@ from nnpassport.evidence.claim import (
     sign_claim,
     stamp_claim,
 )
-from nnpassport.evidence.claimfile import (
+from nnpassport.claims.claimfile import (
     SignedClaim,
     decode_signed,
     encode_signed,
@@ -44,19 +44,20 @@ from nnpassport.evidence.claimfile import (
     timestamped_bytes,
     write_signed,
 )
-from nnpassport.evidence.context import Context, LayerShape, canonical_json
-from nnpassport.evidence.facts import Facts
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.evidence.signing import (
+from nnpassport.claims.facts import Facts
+from nnpassport.claims.signing import (
     load_public_key,
     load_signing_key,
     public_hex,
     save_signing_key,
     sign,
 )
-from nnpassport.evidence.timestamp import check_timestamp, load_roots, request_timestamp
-from nnpassport.functional import Geometry
+from nnpassport.claims.timestamp import check_timestamp, load_roots, request_timestamp
+from nnpassport.embedding.network.equations import Geometry
+from nnpassport.files.weights import tensors_digest
+from nnpassport.keys.context import Context, LayerShape, canonical_json
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import (
     BadSignatureError,
     NoTimestampError,
@@ -64,7 +65,6 @@ from nnpassport.scheme import (
     UnreadableKeyError,
     UnwritableOutputError,
 )
-from nnpassport.weights import tensors_digest
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

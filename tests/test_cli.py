@@ -8,10 +8,10 @@ import torch
 from constructed import embed
 from safetensors.torch import load_file, save_file
 
-from nnpassport import cli
-from nnpassport.checkpoint import load_model
-from nnpassport.evidence.keyfile import load_key
-from nnpassport.schemes.passport import Passport
+from nnpassport.cli import app as cli
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.schemes.passport import Passport
+from nnpassport.keys.keyfile import load_key
 
 SHAPE = ["--model", "alexnet", "--set", "width=0.125"]
 DATA = ["--data", "digits", "--split", "train"]
@@ -196,7 +196,7 @@ def test_a_bug_is_never_taken_for_a_refusal(call, house, monkeypatch):
     def broken(*_args, **_more):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("nnpassport.verification.verify", broken)
+    monkeypatch.setattr("nnpassport.verification.verify.verify", broken)
     code, _, err = call("verify", house / "released", "--key", house / "alice.key")
     assert code == 2
     assert "a bug" in err

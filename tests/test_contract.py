@@ -13,22 +13,23 @@ from constructed import marked, reader, small_alexnet
 from PIL import Image
 from torch import nn
 
-from nnpassport import ownership, verification
 from nnpassport.catalog import CATALOG, with_settings
-from nnpassport.checkpoint import save_model
-from nnpassport.config import ModelConfig
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.models import build
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.triggered import TriggerSet, with_published_triggers
+from nnpassport.embedding.schemes.uchida import UCHIDA, Uchida, read_out
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.files.config import ModelConfig
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.triggered import TriggerSet, with_published_triggers
-from nnpassport.schemes.uchida import UCHIDA, Uchida, read_out
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED
-from nnpassport.training import Recipe
+from nnpassport.verification import verify as verification
 
 # A dozen triggers and 64 bits: a tiny network learns them in seconds.
 SMALL = {
@@ -254,7 +255,7 @@ def test_uchida_needs_a_layer_that_holds_the_bits():
 def test_uchida_text_reads_back_from_the_network(digits):
     model = network()
     key = UCHIDA.draw_key(model, EXAMPLE, text="(c) Zoe")
-    from nnpassport.evidence.seed import read_text
+    from nnpassport.keys.derive import read_text
 
     signs = key.layer_signs(key.context.layers[0].name)
     assert read_text(signs, key.seed, key.context, 7) == "(c) Zoe"

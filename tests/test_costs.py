@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from nnpassport.bench import networks, timing
-from nnpassport.bench import report as bench_report
-from nnpassport.experiments import costs, tables
-from nnpassport.provenance import provenance
+from nnpassport.lab.bench import networks, timing
+from nnpassport.lab.bench import report as bench_report
+from nnpassport.lab.paper import costs, tables
+from nnpassport.report.provenance import provenance
 
 TRAINING, SLOW, PAPER, RELEASED, PRESENTED, REPORTED, VERIFIED = range(2, 9)
 SECONDS = {

@@ -15,12 +15,10 @@ from typer.testing import CliRunner
 from nnpassport.attacks.forging import forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.obfuscation import permute, rescale
 from nnpassport.catalog import with_settings
-from nnpassport.cli import app
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.models import build
-from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.deepmarks import (
+from nnpassport.cli.app import app
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.deepmarks import (
     COLLUDERS,
     DEEPMARKS,
     USERS,
@@ -29,9 +27,11 @@ from nnpassport.schemes.deepmarks import (
     trace,
     words_of,
 )
-from nnpassport.schemes.uchida import UCHIDA
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.verification import verify_aligned
+from nnpassport.embedding.schemes.uchida import UCHIDA
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
+from nnpassport.keys.keyfile import save_key
+from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
+from nnpassport.verification.verify import verify_aligned
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 SCHEME = replace(

@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from nnpassport import ownership, verification
 from nnpassport.attacks.forging import forge_activations, forge_triggers
 from nnpassport.catalog import with_settings
-from nnpassport.remote.finding import require_triggers
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.deepsigns import DEEPSIGNS, GROUP, group_means, read_out
+from nnpassport.embedding.schemes.deepsigns_blackbox import DEEPSIGNS_BLACKBOX, SEARCHED
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.embedding.schemes.uchida import UCHIDA
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.scheme import (
     BadRecipeError,
     Batch,
@@ -20,13 +26,8 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.deepsigns import DEEPSIGNS, GROUP, group_means, read_out
-from nnpassport.schemes.deepsigns_blackbox import DEEPSIGNS_BLACKBOX, SEARCHED
-from nnpassport.schemes.triggers import answers_to
-from nnpassport.schemes.uchida import UCHIDA
-from nnpassport.statistics import log10_binomial_tail
-from nnpassport.training import Recipe
+from nnpassport.verification import verify as verification
+from nnpassport.verification.remote.finding import require_triggers
 
 EXAMPLE = torch.zeros(2, 1, 8, 8)
 SMALL = with_settings(DEEPSIGNS, groups=4, bits=8)

@@ -13,18 +13,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nnpassport.checkpoint import load_model
-from nnpassport.cli import app
+from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.demo import COMMANDS, FILES, STAGES, Budget, demo, ruling, table
-from nnpassport.demo.page import KEY_FILE, html
-from nnpassport.demo.story import present_each
-from nnpassport.evidence import report
-from nnpassport.evidence.keyfile import load_key
-from nnpassport.functional import mean_patch
-from nnpassport.models import build
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.network.equations import mean_patch
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.keys.keyfile import load_key
+from nnpassport.lab.demo import COMMANDS, FILES, STAGES, Budget, demo, ruling, table
+from nnpassport.lab.demo.page import KEY_FILE, html
+from nnpassport.lab.demo.story import present_each
+from nnpassport.report import page as report
 from nnpassport.scheme import UnwritableOutputError
-from nnpassport.schemes.passport import V2
 
 TINY = Budget(epochs=1, test_images=60)
 SEEDS = [sha256(b"demo %d" % number).digest() for number in range(1 + TINY.random_keys)]

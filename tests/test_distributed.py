@@ -19,9 +19,9 @@ from PIL import Image
 from pyarrow import parquet
 from typer.testing import CliRunner
 
-from nnpassport import distributed
-from nnpassport.cli import app
-from nnpassport.distributed import Team
+from nnpassport.cli.app import app
+from nnpassport.embedding.train import team as distributed
+from nnpassport.embedding.train.team import Team
 from nnpassport.scheme import BadRecipeError, LostProcessError
 
 ENVIRONMENT = {
@@ -50,8 +50,8 @@ from torch import nn
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.data.stream import open_stream
-from nnpassport.distributed import together
-from nnpassport.training import Journal, Recipe, fit
+from nnpassport.embedding.train.team import together
+from nnpassport.embedding.train.loop import Journal, Recipe, fit
 
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports much, and not in every fork

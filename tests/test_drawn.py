@@ -2,16 +2,16 @@ import pytest
 import torch
 from torch import nn
 
-from nnpassport.models import build
-from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.drawn import (
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.drawn import (
     image_passports,
     layer_inputs,
     random_passports,
     shuffled_passports,
     with_passports,
 )
-from nnpassport.schemes.passport import V2
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.scheme import UnsuitableModelError
 
 LAYERS = ["features.8", "features.11"]
 

@@ -10,22 +10,22 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nnpassport import verification
-from nnpassport.audit import table
-from nnpassport.audit.acts import ACTS
-from nnpassport.audit.table import REMOVAL, Attack, act
+from nnpassport.attacks import table
+from nnpassport.attacks.acts import ACTS
+from nnpassport.attacks.table import REMOVAL, Attack, act
 from nnpassport.catalog import CATALOG, Entry
-from nnpassport.checkpoint import load_model
-from nnpassport.cli import app
+from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.keyfile import load_key
-from nnpassport.experiments.cells import Cell, Network
-from nnpassport.experiments.field import NORM
-from nnpassport.experiments.plans import FIELD_PLANS, LEADERBOARD_TRIAL
-from nnpassport.experiments.standings import Outcome, standings
-from nnpassport.experiments.store import Store
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
+from nnpassport.keys.keyfile import load_key
+from nnpassport.lab.cells import Cell, Network
+from nnpassport.lab.leaderboard.field import NORM
+from nnpassport.lab.leaderboard.standings import Outcome, standings
+from nnpassport.lab.plans import FIELD_PLANS, LEADERBOARD_TRIAL
+from nnpassport.lab.store import Store
+from nnpassport.verification import verify as verification
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -10,11 +10,19 @@ from torch import nn
 
 from nnpassport.attacks.forging import forge_triggers
 from nnpassport.catalog import with_settings
+from nnpassport.embedding.schemes.frontier import (
+    FRONTIER,
+    matches_at_five_percent,
+    with_true_classes,
+)
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.chance import (
+    LOG10_ALPHA_UNCOMMITTED,
+    log10_binomial_tail,
+    matches_needed,
+)
 from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError
-from nnpassport.schemes.frontier import FRONTIER, matches_at_five_percent, with_true_classes
-from nnpassport.schemes.triggers import answers_to
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED, log10_binomial_tail, matches_needed
-from nnpassport.training import Recipe
 
 EXAMPLE = torch.zeros(2, 1, 16, 16)
 RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nnpassport.functional import (
+from nnpassport.embedding.network.equations import (
     Geometry,
     apply_affine,
     collapsed_affine,

@@ -8,26 +8,26 @@ import torch
 from torch import nn
 
 import nnpassport
-from nnpassport import ownership
 from nnpassport.attacks.projection import project
 from nnpassport.attacks.removal import overwrite
 from nnpassport.catalog import scheme_named
-from nnpassport.checkpoint import load_model
-from nnpassport.config import ModelConfig
 from nnpassport.data.images import Normalisation
-from nnpassport.fidelity import accuracy
-from nnpassport.functional import filters, geometry_of
-from nnpassport.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.network.equations import filters, geometry_of
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.network.surgery import present
+from nnpassport.embedding.schemes import graft as grafting
+from nnpassport.embedding.schemes.graft import QUIET, _correction, graft
+from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.embedding.schemes.patches import input_patches
+from nnpassport.embedding.schemes.teaching import taught
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.loop import Journal, Outcome, Recipe, classification, fit
+from nnpassport.files.config import ModelConfig
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.schemes import graft as grafting
-from nnpassport.schemes.graft import QUIET, _correction, graft
-from nnpassport.schemes.passport import V1, V2
-from nnpassport.schemes.patches import input_patches
-from nnpassport.schemes.teaching import taught
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED
-from nnpassport.surgery import present
-from nnpassport.training import Journal, Outcome, Recipe, classification, fit
-from nnpassport.verification import verify_aligned
+from nnpassport.verification.verify import verify_aligned
 
 CHANNELS = 16
 

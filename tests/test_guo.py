@@ -10,10 +10,10 @@ from torch import nn
 from nnpassport.attacks.forging import forge_triggers
 from nnpassport.catalog import with_settings
 from nnpassport.data.images import Normalisation
+from nnpassport.embedding.schemes.guo import GUO, STRENGTH, as_guo, message_mark, signed
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.embedding.train.loop import Recipe
 from nnpassport.scheme import UnreadableDataError
-from nnpassport.schemes.guo import GUO, STRENGTH, as_guo, message_mark, signed
-from nnpassport.schemes.triggers import answers_to
-from nnpassport.training import Recipe
 
 EXAMPLE = torch.zeros(2, 1, 16, 16)
 RECIPE = Recipe(epochs=12, batch=32, rate=0.05, schedule="one-cycle", augment=False)

@@ -15,6 +15,7 @@ from authority import Signer, Website, certificate, new_key, pem
 from constructed import marked, reader, small_alexnet, solve_head, write_over
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from nnpassport.alignment.channels import channels_of, negate
 from nnpassport.attacks.ambiguity import (
     grind,
     insider_passport,
@@ -25,24 +26,32 @@ from nnpassport.attacks.ambiguity import (
 from nnpassport.attacks.hashbound import forge_hash_bound
 from nnpassport.attacks.obfuscation import combine
 from nnpassport.attacks.substitution import substitute_across, substitute_individual
-from nnpassport.channels import channels_of, negate
-from nnpassport.checkpoint import save_model
-from nnpassport.config import ModelConfig
-from nnpassport.evidence import validity
-from nnpassport.evidence.claim import Declared, claim_of, sign_claim
-from nnpassport.evidence.claimfile import read_signed, write_signed
-from nnpassport.evidence.judge import ALIGNED, AS_IT_STANDS, Claimant, Outcome, rule
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.evidence.signing import bound_name, public_hex
-from nnpassport.functional import read_bits
-from nnpassport.hearing import CLAIM_FILE, KEY_FILE, REFERENCE, Bench, disclose, hear
-from nnpassport.layers import Branch
-from nnpassport.scheme import BadSignatureError, UnreadableModelError, UnsuitableModelError, Verdict
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME
-from nnpassport.training import Recipe
-from nnpassport.weights import read_weights, tensors_digest
+from nnpassport.claims.claim import Declared, claim_of, sign_claim
+from nnpassport.claims.claimfile import read_signed, write_signed
+from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Outcome, rule
+from nnpassport.claims.signing import bound_name, public_hex
+from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.network.layers import Branch
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import read_weights, tensors_digest
+from nnpassport.keys import validity
+from nnpassport.keys.chance import (
+    LOG10_ALPHA_COMMITTED,
+    LOG10_ALPHA_UNCOMMITTED,
+    LOG10_BY_NAME,
+)
+from nnpassport.keys.keyfile import save_key
+from nnpassport.scheme import (
+    BadSignatureError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    Verdict,
+)
+from nnpassport.verification.hearing import CLAIM_FILE, KEY_FILE, REFERENCE, Bench, disclose, hear
 
 SHORT = Recipe(epochs=2, batch=64, rate=0.01, schedule="constant", augment=False)
 ARGUMENTS = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}
@@ -115,7 +124,7 @@ def authority(tmp_path_factory):
 def stamped(signed, authority):
     from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
 
-    from nnpassport.evidence.claimfile import timestamped_bytes
+    from nnpassport.claims.claimfile import timestamped_bytes
 
     query = TimestampRequestBuilder(timestamped_bytes(signed.envelope), HashAlgorithm.SHA256)
     return signed._replace(response=authority.answer(query.build().as_bytes()))

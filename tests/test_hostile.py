@@ -22,12 +22,12 @@ from hostile import hostile_input, outcome, parsers
 from pyarrow import parquet
 
 from nnpassport import scheme
+from nnpassport.claims.signing import load_public_key, load_signing_key
+from nnpassport.claims.timestamp import load_roots, request_timestamp
 from nnpassport.data.decoding import Encoded, Wanted, decode_all
 from nnpassport.data.images import read_images
-from nnpassport.evidence.context import Context, LayerShape
-from nnpassport.evidence.signing import load_public_key, load_signing_key
-from nnpassport.evidence.timestamp import load_roots, request_timestamp
-from nnpassport.functional import Geometry
+from nnpassport.embedding.network.equations import Geometry
+from nnpassport.keys.context import Context, LayerShape
 from nnpassport.scheme import (
     NoTimestampError,
     OwnershipError,
@@ -246,9 +246,9 @@ from pathlib import Path
 import torch
 import hostile, nnpassport.data.tables
 from nnpassport.data.images import read_images
-from nnpassport.evidence.keyfile import load_key
+from nnpassport.keys.keyfile import load_key
 from nnpassport.scheme import OwnershipError
-from nnpassport.weights import read_weights
+from nnpassport.files.weights import read_weights
 torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

@@ -23,18 +23,18 @@ from test_claim import KEY, OWNER
 from test_seed import load_example
 from torch import nn
 
-from nnpassport import cli
 from nnpassport.catalog import CATALOG, scheme_named
-from nnpassport.evidence.claim import check_claim
-from nnpassport.evidence.claimfile import document_of, read_signed
-from nnpassport.evidence.context import canonical_json
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.signing import public_hex, sign
-from nnpassport.evidence.timestamp import load_roots
-from nnpassport.functional import collapsed_affine, mean_patch
-from nnpassport.models import build
-from nnpassport.schemes.signature import read_signature
+from nnpassport.claims.claim import check_claim
+from nnpassport.claims.claimfile import document_of, read_signed
+from nnpassport.claims.signing import public_hex, sign
+from nnpassport.claims.timestamp import load_roots
+from nnpassport.cli import app as cli
+from nnpassport.embedding.network.equations import collapsed_affine, mean_patch
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.signature import read_signature
+from nnpassport.keys.context import canonical_json
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = ROOT / "examples" / "check_claim_independently.py"

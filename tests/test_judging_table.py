@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from nnpassport.evidence.judge import ALIGNED, AS_IT_STANDS, Claimant, Outcome, Work, rule
+from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Outcome, Work, rule
 from nnpassport.scheme import Verdict
 
 PAGE = Path(__file__).parents[1] / "docs" / "judging.md"

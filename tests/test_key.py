@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save as save_tensors
 
-from nnpassport.evidence import keyfile
-from nnpassport.evidence.context import (
+from nnpassport.embedding.network.equations import Geometry
+from nnpassport.keys import keyfile
+from nnpassport.keys.context import (
     Context,
     LayerShape,
     TriggerShape,
@@ -27,9 +28,7 @@ from nnpassport.evidence.context import (
     base64_text,
     canonical_json,
 )
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.seed import (
+from nnpassport.keys.derive import (
     derive_labels,
     derive_passport,
     derive_signs,
@@ -37,8 +36,13 @@ from nnpassport.evidence.seed import (
     trigger_stream,
     whiten_text,
 )
-from nnpassport.functional import Geometry
-from nnpassport.scheme import BadSignatureError, UnreadableKeyError, UnwritableOutputError
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.scheme import (
+    BadSignatureError,
+    UnreadableKeyError,
+    UnwritableOutputError,
+)
 
 SEED = hashlib.sha256(b"the seed of the tests").digest()
 TEXT = "Qx7#"
@@ -177,7 +181,7 @@ def test_trigger_images_come_from_their_stream(monkeypatch):
         asked.append((draw(8), count, size))
         return np.zeros((count, *size), np.uint8)
 
-    monkeypatch.setattr("nnpassport.evidence.key.abstract_images", abstract_images)
+    monkeypatch.setattr("nnpassport.keys.key.abstract_images", abstract_images)
     images, labels = KEYS["derived"]().trigger_set()
     assert asked == [(trigger_stream(SEED, CONTEXT)(8), 6, (3, 8, 8))]
     assert images.shape == (6, 3, 8, 8)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nnpassport.functional import geometry_of, mean_patch, passport_affine
-from nnpassport.layers import (
+from nnpassport.embedding.network.equations import geometry_of, mean_patch, passport_affine
+from nnpassport.embedding.network.layers import (
     Branch,
     BranchNorm,
     PassportNorm,
@@ -343,9 +343,9 @@ import sys
 import torch
 from torch import nn
 from nnpassport import surgery
-from nnpassport.fork import forked_at
-from nnpassport.functional import geometry_of, mean_patch
-from nnpassport.layers import Branch, BranchNorm, passport_norms, set_branch
+from nnpassport.embedding.network.fork import forked_at
+from nnpassport.embedding.network.equations import geometry_of, mean_patch
+from nnpassport.embedding.network.layers import Branch, BranchNorm, passport_norms, set_branch
 
 torch.set_num_threads(1)
 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Who may import whom: the package stays in layers, and a new arrow is a decision."""
+"""Who may import whom: floors, one above the other, and a new arrow is a decision."""
 
 import ast
 from pathlib import Path
@@ -8,148 +8,60 @@ import pytest
 import nnpassport
 
 ROOT = Path(nnpassport.__file__).parent
-CORE = {"scheme", "functional", "geometry"}
-FOLDERS = {"files", "config", "weights"}
-KEYS = {
-    *("evidence.context", "evidence.validity", "evidence.pictures", "evidence.seed"),
-    "evidence.key",
-}
-SIGNED = {"evidence.curve", "evidence.signing", "evidence.timestamp", "evidence.claimfile"}
-CLAIMS = {"evidence.claim", *SIGNED}
-EVIDENCE = {"evidence", "evidence.keyfile", *KEYS, *CLAIMS}
-SCHEMES = (
-    CORE
-    | {
-        "outputs",
-        "layers",
-        "survey",
-        "fork",
-        "surgery",
-        "statistics",
-        "training",
-        "fidelity",
-        "distributed",
-    }
-    | {"schemes", "schemes.lora", "data", "data.triggers", *KEYS}
-)
-ALL = {"*"}
 
-# A module or a package that has no row of its own belongs to the package above it.
-MAY_IMPORT = {
-    "scheme": set(),
-    "geometry": set(),
-    "lazy": set(),
-    "functional": {"geometry"},
-    "statistics": {"scheme"},
-    "relabelling": {"scheme", "statistics"},
-    "provenance": {"__init__"},
-    "models": {"models"},
-    "channels": {"scheme"},
-    "outputs": {"scheme"},
-    "axes": {"axes", "scheme", "outputs"},
-    "layers": {"functional", "outputs"},
-    "survey": {"layers", "outputs", *CORE},
-    "fork": {"survey", "layers", "outputs", *CORE},
-    "surgery": {"survey", "fork", "layers", "outputs", *CORE},
-    "data": {"scheme", "data", "data.triggers"},
-    "data.triggers": {"scheme", "data"},
-    "files": {"scheme"},
-    "config": {"scheme", "models", "files"},
-    "onnxfile": {"scheme", "files"},
-    "adapter": {"scheme", "files"},
-    "shards": {"scheme", "files"},
-    "archive": set(),
-    "unpickling": set(),  # runs by itself: nothing of ours is imported there
-    "torchfile": {"scheme", "files", "archive"},
-    "weights": {"scheme", "files", "onnxfile", "adapter", "shards", "archive", "torchfile"},
-    "unfold": {"scheme", "channels"},
-    "checkpoint": {"scheme", "models", "onnxfile", "unfold", *FOLDERS},
-    "processes": set(),
-    "distributed": {"scheme", "outputs", "processes", "layers"},
-    "training": {"scheme", "outputs", "distributed", "data", "checkpoint", "files"},
-    "fidelity": {"scheme", "outputs", "distributed", "data"},
-    "evidence.validity": {"scheme", "evidence.context"},  # its types alone
-    "evidence.context": {"scheme", "geometry", "evidence.validity"},
-    "evidence.pictures": {"scheme"},
-    "evidence.seed": {"scheme", "evidence.context"},
-    "evidence.key": {"scheme", *KEYS},
-    "evidence.keyfile": {"scheme", "files", *KEYS},
-    "evidence.curve": set(),
-    "evidence.signing": {"scheme", "files", "evidence.context", "evidence.curve"},
-    "evidence.timestamp": {"scheme", "files", "evidence.signing"},
-    "evidence.claimfile": {"scheme", "files", "evidence.context", *SIGNED},
-    "evidence.claim": {"scheme", *KEYS, *SIGNED},
-    "evidence": {*CORE, "statistics", "checkpoint", "channels", "unfold", *FOLDERS, *EVIDENCE},
-    "schemes": SCHEMES,
-    "schemes.lora": {*SCHEMES, "weights"},
-    "attacks": {"attacks", "channels", *SCHEMES},
-    "remote": {
-        *("remote", "catalog", "statistics", "relabelling", "data", "scheme", "files"),
-        *EVIDENCE,
-    },
-    "catalog": {"schemes", "schemes.lora", "scheme", "lazy", *KEYS},
-    "verification": {
-        *("catalog", "channels", "checkpoint", "relabelling"),
-        *FOLDERS,
-        *SCHEMES,
-        *EVIDENCE,
-    },
-    "relations": {
-        *("verification", "checkpoint", "onnxfile", "unfold"),
-        *FOLDERS,
-        *SCHEMES,
-        *EVIDENCE,
-    },
-    "hearing": {
-        "relations",
-        "verification",
-        "catalog",
-        "checkpoint",
-        *FOLDERS,
-        *SCHEMES,
-        *EVIDENCE,
-    },
-    "ownership": {"verification", "catalog", "checkpoint", *FOLDERS, *SCHEMES, *EVIDENCE},
-    "marked": {"catalog", *SCHEMES},
-    "interop": {"interop", "layers", "outputs", "onnxfile", "scheme", *FOLDERS, *CLAIMS},
-    "bench": {
-        *("bench", "models", "provenance", "checkpoint", "attacks"),
-        *FOLDERS,
-        *SCHEMES,
-        *EVIDENCE,
-    },
-    "audit": {
-        *(
-            "lazy",
-            "audit",
-            "attacks",
-            "catalog",
-            "ownership",
-            "verification",
-            "checkpoint",
-            "provenance",
-        ),
-        *SCHEMES,
-        *FOLDERS,
-        *EVIDENCE,
-    },
-    "attacking": ALL,
-    "claiming": ALL,
-    "inspecting": ALL,
-    "judging": ALL,
-    "probing": ALL,
-    "publishing": ALL,
-    "ranking": ALL,
-    "reproducing": ALL,
-    "tracing": ALL,
-    "experiments": ALL,  # all but cli, see below
-    "terminal": {"scheme", "processes"},
-    "options": {"terminal", "checkpoint", "config", "training", "ownership", "data", *EVIDENCE},
-    "cli": ALL,
-    "demo": ALL,
-    "__main__": ALL,
-    "__init__": ALL,
+FLOORS = (
+    "scheme lazy",
+    "catalog",
+    "files.disk",
+    "files.arrays",
+    "keys.geometry keys.chance keys.context keys.validity keys.pictures",
+    "keys.patches keys.derive",
+    "keys.key",
+    "keys.keyfile keys.reading",
+    "keys.adapters",
+    "files.pickles",
+    "files",
+    "alignment",
+    "claims.curve claims.signing claims.timestamp claims.claimfile claims.claim",
+    "claims",
+    "report.provenance",
+    "verification",
+    "report",
+    "data",
+    "embedding.network embedding.train.processes",
+    "embedding.checkpoint",
+    "embedding.train",
+    "embedding.schemes",
+    "embedding.measured",
+    "embedding.marked",
+    "embedding.owner",
+    "embedding.publish",
+    "attacks",
+    "lab.audit",
+    "lab",
+    "lab.demo",
+    "cli.terminal",
+    "cli.options",
+    "cli",
+    "__init__ __main__",
+)
+"""From the ground up. A module may import its own floor and all below; packages include theirs."""
+
+JUDGES = {
+    *("data", "embedding.checkpoint", "embedding.measured", "embedding.network"),
+    "embedding.train",
 }
+UPWARDS = {
+    "verification.hearing": JUDGES,
+    "verification.relations": JUDGES,
+    "verification.remote.finding": {"data"},
+    "verification.remote.plan": {"data"},
+    "verification.remote.probe": {"data"},
+    "verification.remote.services": {"data"},
+}
+"""Arrows that run up all the same: from what still runs networks, or has images as tensors."""
+LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor.split()}
+ALONE = {"files.pickles.unpickling"}  # runs by itself: nothing of ours is imported there
 MODULES = sorted(ROOT.rglob("*.py"))
 
 
@@ -158,11 +70,11 @@ def dotted(path):
     return name.removesuffix(".__init__")
 
 
-def row(name):
-    """The longest row of the table that covers this module, or None."""
+def room(name):
+    """The longest name of the floors that covers this module, or None."""
     parts = name.split(".")
     prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in MAY_IMPORT), None)
+    return next((prefix for prefix in prefixes if prefix in LEVEL), None)
 
 
 def imports(source, name, is_package):
@@ -170,7 +82,7 @@ def imports(source, name, is_package):
     package = ["nnpassport", *name.split(".")] if name != "__init__" else ["nnpassport"]
     if not is_package:
         package = package[:-1]
-    for node in ast.walk(ast.parse(source)):
+    for node in _run(ast.parse(source)):
         found = []
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]
@@ -183,61 +95,101 @@ def imports(source, name, is_package):
                 yield target.removeprefix("nnpassport").removeprefix(".")
 
 
+def _run(tree):
+    """All nodes but those that only a type checker looks at."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        yield node
+        yield from _run(node)
+
+
 def forbidden(name, target):
-    """Whether the table lacks the arrow from module `name` to what it imports."""
+    """Whether module `name` stands below what it imports."""
     if target == "__version__":
         return False
-    here, there = row(name), row(target)
-    if there is None or there in {"cli", "__main__"}:
-        return here not in {"cli", "demo", "__main__", "__init__"}
-    return MAY_IMPORT[here] != ALL and there not in MAY_IMPORT[here]
+    here, there = room(name), room(target)
+    if there is None or name in ALONE:
+        return True
+    return LEVEL[there] > LEVEL[here] and there not in UPWARDS.get(name, set())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=dotted)
-def test_a_module_imports_only_what_its_row_allows(path):
+def test_a_module_imports_nothing_that_stands_above_it(path):
     name = dotted(path)
-    assert row(name), f"{name} has no row: decide what it may import, here and in the design"
+    if path.name == "__init__.py" and room(name) is None:
+        assert name in {each.split(".")[0] for each in LEVEL}
+        assert not list(imports(path.read_text(encoding="utf-8"), name, True))
+        return
+    assert room(name), f"{name} stands on no floor: decide on which, here and in the design"
     found = imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
     wrong = sorted({target for target in found if forbidden(name, target)})
     assert not wrong, f"{name} must not import {', '.join(wrong)}"
 
 
-def test_the_walk_sees_every_form_of_import():
+def test_the_walk_sees_every_form_of_import_and_no_types():
     source = """
-import nnpassport.cli
+import nnpassport.cli.app
+from typing import TYPE_CHECKING
 from nnpassport import attacks, __version__
 from nnpassport.data.triggers import abstract_images
-from . import seed
-from ..schemes import passport
+from . import derive
+from ..embedding.schemes import passport
+if TYPE_CHECKING:
+    from nnpassport.lab import cells
 def late():
-    from nnpassport.evidence.judge import judge
+    from nnpassport.claims.rules import judge
     import torch
 """
-    assert sorted(imports(source, "evidence.key", False)) == [
+    assert sorted(imports(source, "keys.key", False)) == [
         "__version__",
         "attacks",
-        "cli",
+        "claims.rules.judge",
+        "cli.app",
         "data.triggers.abstract_images",
-        "evidence.judge.judge",
-        "evidence.seed",
-        "schemes.passport",
+        "embedding.schemes.passport",
+        "keys.derive",
     ]
 
 
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("scheme", "functional"),
-        ("evidence.context", "functional.filters"),
-        ("evidence.key", "data.triggers"),
-        ("models.resnet", "scheme.Batch"),
-        ("checkpoint", "evidence.key.Key"),
-        ("evidence.seed", "evidence.key.Key"),
-        ("evidence.seed", "data.images.ImageSet"),
-        ("schemes.passport", "evidence.claim.Claim"),
-        ("experiments.runs", "cli.main"),
-        ("layers", "unheard_of"),
+        ("scheme", "embedding.network.equations"),
+        ("keys.context", "embedding.network.equations.filters"),
+        ("keys.key", "data.triggers"),
+        ("keys.derive", "keys.key.Key"),
+        ("keys.derive", "data.images.ImageSet"),
+        ("claims.claim", "verification.verify.verify"),
+        ("embedding.checkpoint", "embedding.schemes.passport.V2"),
+        ("embedding.network.models.resnet", "embedding.schemes.mark"),
+        ("lab.runs", "cli.app.main"),
+        ("verification.verify", "embedding.measured"),
+        ("embedding.network.layers", "unheard_of"),
     ],
 )
 def test_a_wrong_arrow_is_found(name, target):
     assert forbidden(name, target)
+
+
+GROUND = ("keys", "files", "claims", "verification.verify", "verification.candidates")
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if dotted(p).startswith(GROUND)], ids=dotted)
+def test_what_reads_a_mark_needs_no_torch(path):
+    """Not even late: `lazy.load` says by name where torch's side begins."""
+    named = {
+        alias.name.split(".")[0]
+        for node in _run(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    } | {
+        (node.module or "").split(".")[0]
+        for node in _run(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert not named & {"torch", "jaxtyping", "torchvision"} or dotted(path) in LATE
+
+
+LATE = {"keys.key"}
+"""Where tensors are given to those who ask for them: torch is imported in that moment."""

@@ -10,22 +10,23 @@ from constructed import embed
 from typer.testing import CliRunner
 
 from nnpassport import catalog
-from nnpassport.audit import table
+from nnpassport.attacks import table
 from nnpassport.catalog import CATALOG, read_settings, with_settings
-from nnpassport.checkpoint import load_model
-from nnpassport.cli import app
+from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation
-from nnpassport.experiments import board, field, plans, tasks
-from nnpassport.experiments.cells import Cell, Network
-from nnpassport.experiments.plans import FIELD_PLANS, LEADERBOARD, LEADERBOARD_TRIAL
-from nnpassport.experiments.standings import Outcome, ambiguity, removal, standings
-from nnpassport.experiments.store import Store
-from nnpassport.fidelity import accuracy
+from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.passport import V3
+from nnpassport.embedding.schemes.triggered import TriggerSet
+from nnpassport.embedding.schemes.uchida import Uchida
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.lab import plans, tasks
+from nnpassport.lab.cells import Cell, Network
+from nnpassport.lab.leaderboard import board, field
+from nnpassport.lab.leaderboard.standings import Outcome, ambiguity, removal, standings
+from nnpassport.lab.plans import FIELD_PLANS, LEADERBOARD, LEADERBOARD_TRIAL
+from nnpassport.lab.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError, UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.passport import V3
-from nnpassport.schemes.triggered import TriggerSet
-from nnpassport.schemes.uchida import Uchida
 
 
 def entry(accuracy, log10_p, strength=0.1, **more):
@@ -221,7 +222,7 @@ def test_what_was_run_is_not_run_again(run):
 @pytest.mark.trains
 def test_no_secret_is_in_the_results(run):
     folder, _, _ = run
-    from nnpassport.evidence.keyfile import load_key
+    from nnpassport.keys.keyfile import load_key
 
     keys = [load_key(path) for path in (folder / "networks").rglob("owner.key")]
     written = "".join(path.read_text() for path in (folder / "results").rglob("*.*"))

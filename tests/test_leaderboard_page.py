@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from nnpassport.catalog import CATALOG
-from nnpassport.experiments import board
-from nnpassport.experiments.plans import LEADERBOARD
-from nnpassport.experiments.standings import Outcome, standings
-from nnpassport.experiments.store import Store
+from nnpassport.lab.leaderboard import board
+from nnpassport.lab.leaderboard.standings import Outcome, standings
+from nnpassport.lab.plans import LEADERBOARD
+from nnpassport.lab.store import Store
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "leaderboard.md"

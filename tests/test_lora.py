@@ -27,17 +27,17 @@ from transformers import (
 
 import nnpassport
 from nnpassport import LORA
-from nnpassport.adapter import CONFIG_FILE, MAX_CONFIG_BYTES
-from nnpassport.evidence.claim import Finding
-from nnpassport.evidence.context import Context
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.standing import Standing
+from nnpassport.claims.claim import Finding
+from nnpassport.claims.standing import Standing
+from nnpassport.embedding.schemes.lora import Pair, adapted, added, base_digest, pairs_in
+from nnpassport.files.adapter import CONFIG_FILE, MAX_CONFIG_BYTES
+from nnpassport.files.weights import read_weights
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.context import Context
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.schemes.lora import Pair, adapted, added, base_digest, pairs_in
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.verification import Options, verify
-from nnpassport.weights import read_weights
+from nnpassport.verification.verify import Options, verify
 
 pytestmark = pytest.mark.filterwarnings(
     # peft asks transformers by its old name; nothing of ours does.

@@ -9,10 +9,10 @@ from torch import nn
 import nnpassport
 from nnpassport.catalog import CATALOG, scheme_named, with_settings
 from nnpassport.data.images import Normalisation
-from nnpassport.layers import passport_norms
-from nnpassport.provenance import provenance
+from nnpassport.embedding.network.layers import passport_norms
+from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.verification import verify_model
+from nnpassport.verification.verify import verify_model
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 NORMALISE = Normalisation((0.5,), (0.5,))
@@ -151,7 +151,7 @@ def test_a_loss_waits_for_no_device_until_its_measures_are_asked_for(model, monk
         read.append(value)
         return float(value.mean())
 
-    monkeypatch.setattr("nnpassport.marked.read_measure", note)
+    monkeypatch.setattr("nnpassport.embedding.marked.read_measure", note)
     marked.loss(*images()).backward()
     assert not read
     assert set(marked.measures) == {"sign_match", "accuracy", "private_accuracy"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnpassport.models import (
+from nnpassport.embedding.network.models import (
     ARCHITECTURES,
     alexnet,
     build,
@@ -12,7 +12,7 @@ from nnpassport.models import (
     resnet18,
     resnet50,
 )
-from nnpassport.models.norms import NORMS, scaled
+from nnpassport.embedding.network.models.norms import NORMS, scaled
 
 
 def count(model):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from nnpassport.alignment.channels import Channels, Producer, channels_of
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -17,12 +18,11 @@ from nnpassport.attacks.obfuscation import (
     rescale,
     split_channels,
 )
-from nnpassport.channels import Channels, Producer, channels_of
-from nnpassport.functional import read_bits
-from nnpassport.models import build
+from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.signature import secrets_of
 
 NORMS = ("batch", "group", "layer", "instance", "none")
 ATTACKS = {

@@ -21,18 +21,20 @@ from hostile import spoil
 from onnx import TensorProto, helper, numpy_helper
 
 import nnpassport
-from nnpassport import models, onnxfile, surgery, verification
-from nnpassport.checkpoint import load_suspect, save_model
-from nnpassport.config import ModelConfig
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.functional import filters, read_bits
-from nnpassport.interop import onnx as export
-from nnpassport.interop.onnx import export_onnx
-from nnpassport.outputs import call, logits_of
+from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.network import models, surgery
+from nnpassport.embedding.network.equations import filters, read_bits
+from nnpassport.embedding.network.outputs import call, logits_of
+from nnpassport.embedding.publish import onnx as export
+from nnpassport.embedding.publish.onnx import export_onnx
+from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.files import onnx as onnxfile
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import read_weights
+from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.schemes.passport import V1, V2
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.weights import read_weights
+from nnpassport.verification import verify as verification
 
 SEED = bytes(range(32))
 PIXELS = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -17,16 +17,19 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from huggingface_hub import HfApi, ModelCard
 from test_readme import commands
 
-from nnpassport.checkpoint import load_model, save_model
-from nnpassport.config import ModelConfig
-from nnpassport.evidence.claim import claim_of, sign_claim
-from nnpassport.evidence.claimfile import write_signed
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.signing import public_hex
-from nnpassport.files import sha256_of
-from nnpassport.functional import read_bits
-from nnpassport.interop.hub import package
-from nnpassport.interop.signed import sign_folder
+from nnpassport.claims.claim import claim_of, sign_claim
+from nnpassport.claims.claimfile import write_signed
+from nnpassport.claims.signing import public_hex
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.publish.hub import package
+from nnpassport.embedding.publish.signed import sign_folder
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.disk import sha256_of
+from nnpassport.files.weights import read_weights, tensors_digest
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import (
     UnreadableClaimError,
     UnreadableKeyError,
@@ -34,9 +37,6 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.weights import read_weights, tensors_digest
 
 ROOT = Path(__file__).parent.parent
 OWNER = "Alice | <b>*Liddell*</b> `rm`"

@@ -11,20 +11,20 @@ from torch import nn
 from torch.nn import functional as F
 
 import nnpassport
-from nnpassport import surgery
 from nnpassport.attacks.ambiguity import random_passport
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.fidelity import accuracy
-from nnpassport.layers import Branch, Encoder, on_branch, passport_norms
-from nnpassport.marked import mark
-from nnpassport.models import build
+from nnpassport.embedding.marked import mark
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.layers import Branch, Encoder, on_branch, passport_norms
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.pan import encode_norms, own_affine, say
+from nnpassport.embedding.schemes.passport import PAN, V1, V2, Passport
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED as ALPHA
+from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, Batch
-from nnpassport.schemes.pan import encode_norms, own_affine, say
-from nnpassport.schemes.passport import PAN, V1, V2, Passport
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED as ALPHA
-from nnpassport.training import Recipe
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=5, batch=32, rate=0.05, schedule="one-cycle", augment=False)

@@ -11,14 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnpassport import layers, surgery
-from nnpassport.checkpoint import ModelConfig, save_model
 from nnpassport.data.images import ImageSet
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.seed import log10_text_choices, read_text
-from nnpassport.fidelity import accuracy, recalibrate
-from nnpassport.functional import mean_patch, read_bits, sign_loss
-from nnpassport.layers import (
+from nnpassport.embedding.checkpoint import ModelConfig, save_model
+from nnpassport.embedding.network import layers, surgery
+from nnpassport.embedding.network.equations import mean_patch, read_bits, sign_loss
+from nnpassport.embedding.network.layers import (
     Branch,
     forked,
     on_branch,
@@ -27,6 +24,14 @@ from nnpassport.layers import (
     private_count,
     public_count,
 )
+from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+from nnpassport.embedding.schemes.signature import as_published, read_signature, secrets_of
+from nnpassport.embedding.train.fidelity import accuracy, recalibrate
+from nnpassport.embedding.train.loop import Journal, Recipe, classification, fit
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED as ALPHA
+from nnpassport.keys.chance import log10_binomial_tail
+from nnpassport.keys.derive import log10_text_choices, read_text
+from nnpassport.keys.key import Key
 from nnpassport.scheme import (
     BadRecipeError,
     BadSignatureError,
@@ -35,11 +40,6 @@ from nnpassport.scheme import (
     UnreadableDataError,
     UnsuitableModelError,
 )
-from nnpassport.schemes.passport import V1, V2, V3, Passport
-from nnpassport.schemes.signature import as_published, read_signature, secrets_of
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED as ALPHA
-from nnpassport.statistics import log10_binomial_tail
-from nnpassport.training import Journal, Recipe, classification, fit
 
 SEED = bytes(range(32))
 TEXT = "Ann"

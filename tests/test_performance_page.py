@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nnpassport.bench import Cell, comparisons, plan, report
+from nnpassport.lab.bench import Cell, comparisons, plan, report
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("performance", ROOT / "benchmarks" / "performance.py")

@@ -22,18 +22,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from nnpassport import cli, ownership
 from nnpassport.catalog import CATALOG, with_settings
-from nnpassport.config import ModelConfig
+from nnpassport.cli import app as cli
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.remote.asking import Clock, Kind, Limits, asking
-from nnpassport.remote.journal import resume as read_journal
-from nnpassport.remote.labels import Labels, read_labels
-from nnpassport.remote.plan import Plan, Terms, settle
-from nnpassport.remote.probe import probe
-from nnpassport.remote.services import HuggingFace, OpenInference, Template
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.schemes.signature import read_answers
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.files.config import ModelConfig
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import (
     BadRecipeError,
     UnreachableServiceError,
@@ -42,8 +39,12 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
-from nnpassport.schemes.signature import read_answers
-from nnpassport.training import Recipe
+from nnpassport.verification.remote.asking import Clock, Kind, Limits, asking
+from nnpassport.verification.remote.journal import resume as read_journal
+from nnpassport.verification.remote.labels import Labels, read_labels
+from nnpassport.verification.remote.plan import Plan, Terms, settle
+from nnpassport.verification.remote.probe import probe
+from nnpassport.verification.remote.services import HuggingFace, OpenInference, Template
 
 ROOT = Path(__file__).parents[1]
 ADI = with_settings(CATALOG["adi"].scheme, triggers=40)

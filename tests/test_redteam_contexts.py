@@ -16,18 +16,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hostile import OWNER, SIGNING
 from safetensors.torch import save_file
 
-from nnpassport import verification
 from nnpassport.catalog import ADAPTERS, CATALOG, scheme_named, with_settings
+from nnpassport.claims import curve, signing
+from nnpassport.claims.claim import PAYLOAD_TYPE, check_claim, claim_of, sign_claim
+from nnpassport.claims.claimfile import SignedClaim, write_signed
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence import curve, signing, validity
-from nnpassport.evidence.claim import PAYLOAD_TYPE, check_claim, claim_of, sign_claim
-from nnpassport.evidence.claimfile import SignedClaim, write_signed
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape, canonical_json
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.validity import MAX_BYTES, RULES, cost_of
-from nnpassport.functional import Geometry
-from nnpassport.hearing import Bench, hear
+from nnpassport.embedding.network.equations import Geometry
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.signature import judged, matching, read_answers
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.keys import validity
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.keys.validity import MAX_BYTES, RULES, cost_of
 from nnpassport.scheme import (
     BadSignatureError,
     MiscountedError,
@@ -36,10 +39,8 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.signature import judged, matching, read_answers
-from nnpassport.schemes.triggers import answers_to
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.verification import verify as verification
+from nnpassport.verification.hearing import Bench, hear
 
 SEED = bytes(range(32))
 CONV = Geometry((1, 1), ((0, 0),) * 2, (1, 1))
@@ -396,8 +397,8 @@ MEASURING = """
 import os, resource, sys
 import torch
 from nnpassport.catalog import scheme_named
-from nnpassport.evidence.context import Context
-from nnpassport.evidence.key import Key
+from nnpassport.keys.context import Context
+from nnpassport.keys.key import Key
 torch.set_num_threads(1)
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -454,7 +455,7 @@ def test_pictures_of_another_size_are_an_error_of_ours():
 
 
 def test_answers_do_not_depend_on_how_many_pictures_are_shown_at_once(monkeypatch):
-    from nnpassport.schemes import triggers
+    from nnpassport.embedding.schemes import triggers
 
     key = Key(SEED, Context("adi", "Eve", (), TriggerShape(30, 10, (1, 5, 5)), bytes(16)))
     model, plain = contexts.networks()[1], Normalisation((0.5,), (0.5,))

@@ -18,17 +18,21 @@ import pytest
 import torch
 from torch import nn
 
-from nnpassport import cli, terminal, torchfile
-from nnpassport.checkpoint import load_model, load_suspect, load_training, save_model
-from nnpassport.config import ModelConfig, config_bytes, read_config_file
-from nnpassport.evidence import curves, report, verdictpage
-from nnpassport.evidence.context import Context, LayerShape
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.files import write_atomically
-from nnpassport.geometry import Geometry
+from nnpassport.cli import app as cli
+from nnpassport.cli import terminal
+from nnpassport.embedding.checkpoint import load_model, load_suspect, load_training, save_model
+from nnpassport.embedding.pickles import torchfile
+from nnpassport.files.config import ModelConfig, config_bytes, read_config_file
+from nnpassport.files.disk import write_atomically
+from nnpassport.files.weights import read_weights, tensors_digest
+from nnpassport.keys.context import Context, LayerShape
+from nnpassport.keys.geometry import Geometry
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import save_key
+from nnpassport.report import curves
+from nnpassport.report import page as report
+from nnpassport.report import verdict as verdictpage
 from nnpassport.scheme import UnreadableModelError, UnwritableOutputError
-from nnpassport.weights import read_weights, tensors_digest
 
 CONFIG = ModelConfig(
     architecture="alexnet",
@@ -48,7 +52,7 @@ from pathlib import Path
 import torch
 from nnpassport import torchfile
 from nnpassport.scheme import OwnershipError
-from nnpassport.weights import read_weights
+from nnpassport.files.weights import read_weights
 torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
 def peak(who):
     return resource.getrusage(who).ru_maxrss // 1024
@@ -609,10 +613,10 @@ import json, os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import torch
-from nnpassport.checkpoint import load_model, save_model
-from nnpassport.config import ModelConfig
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.files.config import ModelConfig
 from nnpassport.scheme import OwnershipError
-from nnpassport.weights import read_weights, tensors_digest
+from nnpassport.files.weights import read_weights, tensors_digest
 import test_redteam_files as cases
 
 torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
@@ -860,7 +864,7 @@ def judged(monkeypatch, capsys, name, folder, failing=None):
     facts = hearing(name)
     outcome = SimpleNamespace(value="owner")
     heard = SimpleNamespace(as_dict=lambda: facts, ruling=SimpleNamespace(outcome=outcome))
-    monkeypatch.setattr("nnpassport.hearing.hear", lambda *_, **__: heard)
+    monkeypatch.setattr("nnpassport.verification.hearing.hear", lambda *_, **__: heard)
     if failing is not None:
         monkeypatch.setattr(verdictpage, "page", failing)
     page = folder / "page.html"

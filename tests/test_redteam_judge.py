@@ -17,6 +17,7 @@ from authority import Signer, certificate, new_key, pem
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.torch import save_file
 
+from nnpassport.alignment.channels import channels_of, negate
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -24,20 +25,19 @@ from nnpassport.attacks.obfuscation import (
     permute,
     split_channels,
 )
-from nnpassport.channels import channels_of, negate
-from nnpassport.checkpoint import load_model, save_model
-from nnpassport.config import ModelConfig
-from nnpassport.evidence.claim import claim_of, sign_claim
-from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
-from nnpassport.evidence.judge import ALIGNED, Outcome
-from nnpassport.evidence.timestamp import Timestamp
-from nnpassport.functional import read_bits
-from nnpassport.hearing import REFERENCE, Bench, disclose, hear, read_exhibit
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.graft import graft
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.weights import tensors_digest
+from nnpassport.claims.claim import claim_of, sign_claim
+from nnpassport.claims.claimfile import timestamped_bytes, write_signed
+from nnpassport.claims.rules import ALIGNED, Outcome
+from nnpassport.claims.timestamp import Timestamp
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.graft import graft
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import tensors_digest
+from nnpassport.verification.hearing import REFERENCE, Bench, disclose, hear, read_exhibit
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 NOW = datetime.now(UTC)

@@ -4,15 +4,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nnpassport.evidence.claim import Finding
-from nnpassport.evidence.context import Context, LayerShape
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.standing import Standing
-from nnpassport.functional import Geometry
+from nnpassport.claims.claim import Finding
+from nnpassport.claims.standing import Standing
+from nnpassport.embedding.network.equations import Geometry
+from nnpassport.embedding.schemes.lora import LORA, added, base_digest
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.context import Context, LayerShape
+from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.lora import LORA, added, base_digest
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.verification import Options, verify
+from nnpassport.verification.verify import Options, verify
 
 NAMES = ("encoder.query", "encoder.value")
 WIDTH, FAN_IN = 256, 64

@@ -17,31 +17,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from nnpassport import hearing, ownership
-from nnpassport.checkpoint import load_suspect, save_model
-from nnpassport.config import ModelConfig, read_config
+from nnpassport.claims.claim import PAYLOAD_TYPE, claim_of, open_claim, sign_claim
+from nnpassport.claims.claimfile import SignedClaim, read_signed, write_signed
+from nnpassport.claims.facts import facts_of
+from nnpassport.claims.signing import sign
+from nnpassport.claims.standing import standing_of
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.claim import PAYLOAD_TYPE, claim_of, open_claim, sign_claim
-from nnpassport.evidence.claimfile import SignedClaim, read_signed, write_signed
-from nnpassport.evidence.context import Context, TriggerShape, canonical_json
-from nnpassport.evidence.facts import facts_of
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import load_key, save_key
-from nnpassport.evidence.signing import sign
-from nnpassport.evidence.standing import standing_of
-from nnpassport.relabelling import (
-    best_map,
-    corrected,
-    log10_injections,
-    log10_maps,
-    log10_partial_injections,
-)
-from nnpassport.remote.asking import CLOCK, Asker, Limits
-from nnpassport.remote.journal import resume as read_journal
-from nnpassport.remote.labels import Labels
-from nnpassport.remote.plan import Terms
-from nnpassport.remote.probe import probe
-from nnpassport.remote.services import HuggingFace
+from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.schemes.signature import read_answers
+from nnpassport.files.config import ModelConfig, read_config
+from nnpassport.files.weights import read_weights, tensors_digest
+from nnpassport.keys.context import Context, TriggerShape, canonical_json
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import (
     BadRecipeError,
     UnreachableServiceError,
@@ -49,9 +38,21 @@ from nnpassport.scheme import (
     UnreadableKeyError,
     UnsuitableModelError,
 )
-from nnpassport.schemes.signature import read_answers
-from nnpassport.verification import Options, verify, verify_answers
-from nnpassport.weights import read_weights, tensors_digest
+from nnpassport.verification import hearing
+from nnpassport.verification.relabelling import (
+    best_map,
+    corrected,
+    log10_injections,
+    log10_maps,
+    log10_partial_injections,
+)
+from nnpassport.verification.remote.asking import CLOCK, Asker, Limits
+from nnpassport.verification.remote.journal import resume as read_journal
+from nnpassport.verification.remote.labels import Labels
+from nnpassport.verification.remote.plan import Terms
+from nnpassport.verification.remote.probe import probe
+from nnpassport.verification.remote.services import HuggingFace
+from nnpassport.verification.verify import Options, verify, verify_answers
 
 SIDE = 8
 NAMES = (

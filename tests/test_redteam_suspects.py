@@ -22,25 +22,25 @@ from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
 from safetensors.torch import save_file
 from scipy import stats
 
+from nnpassport.alignment import shapes as byshape
+from nnpassport.alignment.channels import channels_of, take
+from nnpassport.alignment.names import align
+from nnpassport.alignment.shapes import Search
 from nnpassport.attacks.obfuscation import combine, flip_signs, permute, rescale
-from nnpassport.channels import channels_of, take
-from nnpassport.checkpoint import load_suspect, save_model
-from nnpassport.config import ModelConfig
+from nnpassport.claims.claim import Declared, claim_of, sign_claim
+from nnpassport.claims.claimfile import timestamped_bytes, write_signed
+from nnpassport.claims.rules import Outcome
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence import byshape
-from nnpassport.evidence.alignment import align
-from nnpassport.evidence.byshape import Search
-from nnpassport.evidence.claim import Declared, claim_of, sign_claim
-from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
-from nnpassport.evidence.judge import Outcome
-from nnpassport.hearing import Bench, disclose, hear
-from nnpassport.models import build
+from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import read_suspect, read_weights, tensors_digest
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.schemes.candidates import verify_by_shape
-from nnpassport.schemes.passport import V2
-from nnpassport.statistics import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.verification import Alignment, Options, Trial, verify, verify_aligned
-from nnpassport.weights import read_suspect, read_weights, tensors_digest
+from nnpassport.verification.candidates import verify_by_shape
+from nnpassport.verification.hearing import Bench, disclose, hear
+from nnpassport.verification.verify import Alignment, Options, Trial, verify, verify_aligned
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -29,13 +29,13 @@ from nnpassport.attacks.removal import (
     with_head,
 )
 from nnpassport.data.images import ImageSet
-from nnpassport.evidence.key import Key
-from nnpassport.fidelity import accuracy
-from nnpassport.models import build
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.passport import V2
-from nnpassport.training import Recipe
 
 SEED = bytes(range(32))
 LAYERS = ["3", "7"]

@@ -14,15 +14,16 @@ from constructed import embed
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from nnpassport import training
 from nnpassport.attacks.ambiguity import insider_passport
-from nnpassport.cli import app
-from nnpassport.evidence.keyfile import load_key
-from nnpassport.experiments import contents, estimate, grid, plans, runs, speed, tasks
-from nnpassport.experiments.cells import Cell, Network
-from nnpassport.experiments.store import Store
+from nnpassport.cli.app import app
+from nnpassport.embedding.schemes.passport import Passport
+from nnpassport.embedding.train import loop as training
+from nnpassport.keys.keyfile import load_key
+from nnpassport.lab import estimate, grid, plans, runs, speed, tasks
+from nnpassport.lab.cells import Cell, Network
+from nnpassport.lab.paper import contents
+from nnpassport.lab.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError
-from nnpassport.schemes.passport import Passport
 
 TINY = replace(
     plans.TRIAL,
@@ -344,7 +345,7 @@ def test_a_grid_on_a_cluster_of_processes(store, monkeypatch):
 def test_a_grid_on_ray(store, monkeypatch):
     pytest.importorskip("ray", reason="ray is not installed")
     program = (
-        "import pickle, sys; from nnpassport.experiments import grid; grid.run = None; "
+        "import pickle, sys; from nnpassport.lab import grid; grid.run = None; "
         "print(grid.run_grid(*pickle.loads(sys.stdin.buffer.read()), jobs=2, backend='ray'))"
     )
     cells = [Cell(TINY, PLAIN._replace(seed=seed)) for seed in (0, 1)]

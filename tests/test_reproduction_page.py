@@ -11,13 +11,13 @@ from unittest import mock
 import pytest
 from matplotlib.figure import Figure
 
-from nnpassport.experiments import figures, reported
-from nnpassport.experiments.cells import Cell, Network
-from nnpassport.experiments.contents import PRUNED, cells_of
-from nnpassport.experiments.document import document, render
-from nnpassport.experiments.findings import Findings, Group, Sample
-from nnpassport.experiments.plans import PLANS, TRIAL
-from nnpassport.experiments.store import Store
+from nnpassport.lab.cells import Cell, Network
+from nnpassport.lab.findings import Findings, Group, Sample
+from nnpassport.lab.paper import figures, reported
+from nnpassport.lab.paper.contents import PRUNED, cells_of
+from nnpassport.lab.paper.document import document, render
+from nnpassport.lab.plans import PLANS, TRIAL
+from nnpassport.lab.store import Store
 from nnpassport.scheme import UnreadableDataError
 
 ROOT = Path(__file__).parent.parent

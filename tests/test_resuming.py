@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from nnpassport.checkpoint import load_training
+from nnpassport.embedding.checkpoint import load_training
 
 # Trains where it is told to, in a fork each time: torch is imported once for all runs.
 PROGRAM = """
@@ -21,8 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from torch import nn
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.schemes.passport import V3
-from nnpassport.training import Journal, Recipe
+from nnpassport.embedding.schemes.passport import V3
+from nnpassport.embedding.train.loop import Journal, Recipe
 
 torch.set_num_threads(1)
 torch.optim.SGD([torch.zeros(1)], lr=1.0)  # imports much, and not in every fork

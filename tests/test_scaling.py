@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from nnpassport.evidence.key import Key
-from nnpassport.schemes.signature import secret_of
-from nnpassport.shards import INDEX_FILE, open_shards
-from nnpassport.verification import verify
+from nnpassport.embedding.schemes.signature import secret_of
+from nnpassport.files.safetensors import INDEX_FILE, open_shards
+from nnpassport.keys.key import Key
+from nnpassport.verification.verify import verify
 
 ROOT = Path(__file__).parent.parent
 

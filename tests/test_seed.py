@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from scipy.stats import chi2
 from torch import nn
 
-from nnpassport.evidence import seed as seed_module
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.seed import (
+from nnpassport.embedding.network.equations import Geometry, geometry_of, passport_affine
+from nnpassport.keys import derive as seed_module
+from nnpassport.keys.context import Context, LayerShape, TriggerShape
+from nnpassport.keys.derive import (
     derive_labels,
     derive_passport,
     derive_signs,
@@ -30,7 +30,7 @@ from nnpassport.evidence.seed import (
     trigger_stream,
     whiten_text,
 )
-from nnpassport.functional import Geometry, geometry_of, passport_affine
+from nnpassport.keys.key import Key
 from nnpassport.scheme import BadSignatureError, UnreadableKeyError
 
 ROOT = Path(__file__).parents[1]

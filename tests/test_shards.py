@@ -14,18 +14,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nnpassport import shards, verification, weights
 from nnpassport.catalog import scheme_named
-from nnpassport.evidence.context import Context, LayerShape
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.files import sha256_of
-from nnpassport.functional import Geometry, read_bits
+from nnpassport.embedding.network.equations import Geometry, read_bits
+from nnpassport.embedding.schemes.signature import secret_of
+from nnpassport.files import safetensors as shards
+from nnpassport.files import weights
+from nnpassport.files.disk import sha256_of
+from nnpassport.files.safetensors import INDEX_FILE, open_shards
+from nnpassport.files.weights import read_lazily, read_weights, tensors_digest
+from nnpassport.keys.context import Context, LayerShape
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.schemes.candidates import by_name, rivals
-from nnpassport.schemes.signature import secret_of
-from nnpassport.shards import INDEX_FILE, open_shards
-from nnpassport.weights import read_lazily, read_weights, tensors_digest
+from nnpassport.verification import verify as verification
+from nnpassport.verification.candidates import by_name, rivals
 
 FUZZ = settings(
     max_examples=150,
@@ -210,7 +212,7 @@ def test_large_layers_are_widened_in_parts_and_read_the_same(monkeypatch):
     (layer,) = key.context.layers
     weight = marked(key)["blocks.0.weight"]
     patch, signs = secret_of(key, layer)
-    monkeypatch.setattr("nnpassport.functional._WIDENED", 70)
+    monkeypatch.setattr("nnpassport.embedding.network.equations._WIDENED", 70)
     assert read_bits(weight, patch).tolist() == signs.tolist()
     weight[7] = 0
     assert read_bits(weight, patch)[7] == 0
@@ -539,7 +541,7 @@ def peak():
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) // 1024
 """
 WIDEN = """
-from nnpassport.functional import read_bits
+from nnpassport.embedding.network.equations import read_bits
 layer = torch.ones(11008, 4096, dtype=torch.bfloat16)
 patch = torch.ones(2, 1, 4096, dtype=torch.float64)
 before = peak()
@@ -548,8 +550,8 @@ print(peak() - before)
 """
 VERIFY = """
 from nnpassport import verification
-from nnpassport.evidence.keyfile import load_key
-from nnpassport.shards import Shards
+from nnpassport.keys.keyfile import load_key
+from nnpassport.files.safetensors import Shards
 held, most = [], 0
 def noted(self, name, inner=Shards.__getitem__):
     global most

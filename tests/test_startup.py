@@ -14,19 +14,19 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import nnpassport
-from nnpassport import audit, lazy
-from nnpassport.attacks import perturbation, removal
-from nnpassport.audit import table
-from nnpassport.audit.acts import ACTS
+from nnpassport import lazy
+from nnpassport.attacks import perturbation, removal, table
+from nnpassport.attacks.acts import ACTS
 from nnpassport.catalog import ADAPTERS, CATALOG, Entry
-from nnpassport.evidence.claim import claim_of, sign_claim
-from nnpassport.evidence.claimfile import write_signed
-from nnpassport.evidence.context import Context, LayerShape, TriggerShape
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.evidence.signing import save_signing_key
-from nnpassport.geometry import Geometry
-from nnpassport.schemes.uchida import UCHIDA
+from nnpassport.claims.claim import claim_of, sign_claim
+from nnpassport.claims.claimfile import write_signed
+from nnpassport.claims.signing import save_signing_key
+from nnpassport.embedding.schemes.uchida import UCHIDA
+from nnpassport.keys.context import Context, LayerShape, TriggerShape
+from nnpassport.keys.geometry import Geometry
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import save_key
+from nnpassport.lab import audit
 
 ROOT = Path(__file__).parent.parent
 SLOW = (
@@ -63,7 +63,7 @@ sys.meta_path.insert(0, NoTorch())
 
 WATCHED = """
 import sys
-from nnpassport.cli import main
+from nnpassport.cli.app import main
 sys.argv[0] = "nnpassport"
 try:
     main()
@@ -144,7 +144,7 @@ def test_the_watch_sees_what_a_command_loads(house):
 
 def test_the_commands_say_the_same_where_torch_is_not_installed(house):
     for words in (["key", "show", "alice.key", "--json"], ["schemes", "--json"]):
-        program = "from nnpassport.cli import main; main()"
+        program = "from nnpassport.cli.app import main; main()"
         assert python(program, *words, cwd=house) == python(
             WITHOUT_TORCH + program, *words, cwd=house
         )
@@ -216,7 +216,7 @@ def test_modules_are_attributes_without_an_import_of_their_own():
     """As they were when the package loaded them all."""
     program = """
 import nnpassport
-print(nnpassport.scheme.__name__, nnpassport.catalog.CATALOG["pan"].source, nnpassport.cli.app)
+print(nnpassport.scheme.__name__, nnpassport.catalog.CATALOG["pan"].source, nnpassport.cli.app.app)
 """
     assert python(program)[0].startswith("nnpassport.scheme Zha20 ")
 
@@ -266,7 +266,7 @@ def test_every_attack_has_an_act_and_every_act_is_an_attack():
     for name, attack in table.ATTACKS.items():
         acts = {**ACTS, name: lambda subject, strength: (subject, strength)}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("nnpassport.audit.acts.ACTS", acts)
+            patch.setattr("nnpassport.attacks.acts.ACTS", acts)
             assert attack.run("subject", 0.5) == ("subject", 0.5)
 
 
@@ -284,5 +284,5 @@ def test_the_tables_print_without_the_schemes_and_the_attacks(call):
 
 
 def test_load_finds_what_an_address_names():
-    found = lazy.load("nnpassport.schemes.uchida:UCHIDA")
+    found = lazy.load("nnpassport.embedding.schemes.uchida:UCHIDA")
     assert found is UCHIDA

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnpassport.scheme import MiscountedError
-from nnpassport.statistics import (
+from nnpassport.keys.chance import (
     LOG10_ALPHA_COMMITTED,
     LOG10_ALPHA_UNCOMMITTED,
     log10_binomial_tail,
@@ -16,6 +15,7 @@ from nnpassport.statistics import (
     log_binomial_tail,
     matches_needed,
 )
+from nnpassport.scheme import MiscountedError
 
 HALF, TENTH = Fraction(1, 2), Fraction(1, 10)
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
-from nnpassport import surgery
-from nnpassport.fork import forked_at
-from nnpassport.functional import sign_loss
-from nnpassport.layers import Branch, BranchNorm, on_branch, passport_norms
-from nnpassport.models import alexnet, resnet18
-from nnpassport.outputs import tensors_in
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.equations import sign_loss
+from nnpassport.embedding.network.fork import forked_at
+from nnpassport.embedding.network.layers import Branch, BranchNorm, on_branch, passport_norms
+from nnpassport.embedding.network.models import alexnet, resnet18
+from nnpassport.embedding.network.outputs import tensors_in
+from nnpassport.embedding.network.survey import choose, survey
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.survey import choose, survey
 
 NORMS = {
     "batch": nn.BatchNorm2d,

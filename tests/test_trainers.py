@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import nnpassport
 from nnpassport.data.images import Normalisation
-from nnpassport.layers import passport_norms
+from nnpassport.embedding.network.layers import passport_norms
 
 NORMALISE = Normalisation((0.5,), (0.5,))
 EXAMPLE = torch.zeros(2, 1, 8, 8)

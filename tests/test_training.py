@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from nnpassport import training
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.scheme import BadRecipeError, Batch, UnreadableDataError, UnreadableModelError
-from nnpassport.schemes.passport import V1, V2, V3
-from nnpassport.training import (
+from nnpassport.embedding.schemes.passport import V1, V2, V3
+from nnpassport.embedding.train import loop as training
+from nnpassport.embedding.train.loop import (
     RECIPES,
     SCHEDULES,
     Journal,
@@ -32,6 +31,12 @@ from nnpassport.training import (
     products_in,
     read_measure,
     total_steps,
+)
+from nnpassport.scheme import (
+    BadRecipeError,
+    Batch,
+    UnreadableDataError,
+    UnreadableModelError,
 )
 
 NORMALISE = Normalisation((0.5,), (0.25,))
@@ -263,8 +268,8 @@ from pathlib import Path
 import accelerate
 import torch
 from torch import nn
-from nnpassport.schemes.passport import V1, V2, V3
-from nnpassport.training import Recipe, classification, fit
+from nnpassport.embedding.schemes.passport import V1, V2, V3
+from nnpassport.embedding.train.loop import Recipe, classification, fit
 sys.path.insert(0, sys.argv[1])
 import test_training as tests
 

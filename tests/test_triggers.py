@@ -11,7 +11,7 @@ from pyarrow import parquet
 from scipy.spatial.distance import cdist
 
 from nnpassport.data.triggers import read_triggers
-from nnpassport.evidence.pictures import abstract_images
+from nnpassport.keys.pictures import abstract_images
 from nnpassport.scheme import UnreadableDataError
 
 GOLDEN_SMALL = "c3d9d92338c5fd077f4b13eddd2942495087fa5812c8bdb2607d9f3fd39ac0f5"

@@ -17,23 +17,25 @@ from authority import Signer, certificate, new_key, pem
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
 
-from nnpassport import cli
 from nnpassport.attacks.obfuscation import combine
-from nnpassport.checkpoint import save_model
-from nnpassport.config import ModelConfig
-from nnpassport.evidence import tracks, verdictpage, verdictwords
-from nnpassport.evidence.claim import claim_of, sign_claim
-from nnpassport.evidence.claimfile import timestamped_bytes, write_signed
-from nnpassport.evidence.keyfile import save_key
-from nnpassport.evidence.report import small
-from nnpassport.functional import read_bits
-from nnpassport.hearing import disclose
-from nnpassport.models import build
-from nnpassport.provenance import made_with
+from nnpassport.claims.claim import claim_of, sign_claim
+from nnpassport.claims.claimfile import timestamped_bytes, write_signed
+from nnpassport.cli import app as cli
+from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import tensors_digest
+from nnpassport.keys.keyfile import save_key
+from nnpassport.report import tracks
+from nnpassport.report import verdict as verdictpage
+from nnpassport.report import words as verdictwords
+from nnpassport.report.page import small
+from nnpassport.report.provenance import made_with
 from nnpassport.scheme import UnwritableOutputError
-from nnpassport.schemes.passport import V2
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.weights import tensors_digest
+from nnpassport.verification.hearing import disclose
 
 TOMORROW = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 ARGUMENTS = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}

@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from nnpassport import V1, V2, mark
+from nnpassport.embedding.network.survey import survey
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.survey import survey
 
 EXAMPLE = torch.zeros(2, 1, 6, 6)
 
@@ -150,9 +150,9 @@ def compiled():
             found.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
         torch.testing.assert_close(*found)
         with torch.no_grad():  # one network for each branch, and no stale graph of the other
-            nnpassport.surgery.withhold(model)
+            nnpassport.embedding.network.surgery.withhold(model)
             public = compiled(images)
-            nnpassport.surgery.present(model)
+            nnpassport.embedding.network.surgery.present(model)
             private = compiled(images)
         assert (public - private).abs().max() > 1e-3
         torch.testing.assert_close(private, model(images))

@@ -10,11 +10,10 @@ from torch import nn
 
 from nnpassport.attacks.forging import forge_triggers
 from nnpassport.catalog import with_settings
-from nnpassport.scheme import UnreadableDataError, UnreadableKeyError, UnsuitableModelError
-from nnpassport.schemes.adi import ADI
-from nnpassport.schemes.triggered import TriggerSet
-from nnpassport.schemes.triggers import answers_to
-from nnpassport.schemes.zhang import (
+from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.triggered import TriggerSet
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.embedding.schemes.zhang import (
     ZHANG_CONTENT,
     ZHANG_NOISE,
     ZHANG_UNRELATED,
@@ -22,7 +21,12 @@ from nnpassport.schemes.zhang import (
     noisy,
     stamped,
 )
-from nnpassport.training import Recipe
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.scheme import (
+    UnreadableDataError,
+    UnreadableKeyError,
+    UnsuitableModelError,
+)
 
 EXAMPLE = torch.zeros(2, 1, 16, 16)
 RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)

@@ -13,14 +13,14 @@ from zoo import ZOO, Network
 
 import nnpassport
 from nnpassport.catalog import scheme_named
-from nnpassport.evidence.key import Key
-from nnpassport.layers import Branch, on_branch, passport_norms
-from nnpassport.marked import Marked
-from nnpassport.outputs import call, length_of, part_of, tensors_in
+from nnpassport.embedding.marked import Marked
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.network.outputs import call, length_of, part_of, tensors_in
+from nnpassport.embedding.network.survey import survey
+from nnpassport.embedding.schemes.triggers import plain_loss
+from nnpassport.files.weights import read_weights
+from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.triggers import plain_loss
-from nnpassport.survey import survey
-from nnpassport.weights import read_weights
 
 HELD_OUT = 10**6  # the seed of a batch that no step has
 MOST_STEPS = 200

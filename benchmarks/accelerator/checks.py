@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from nnpassport.attacks.passports import affine_of
 from nnpassport.data.images import CIFAR10, ImageSet
-from nnpassport.distributed import together
-from nnpassport.layers import passport_norms
-from nnpassport.models import build
-from nnpassport.provenance import device_name
+from nnpassport.embedding.network.layers import passport_norms
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+from nnpassport.embedding.train.loop import Evaluation, Journal, Objective, Outcome, Recipe, fit
+from nnpassport.embedding.train.team import together
+from nnpassport.report.provenance import device_name
 from nnpassport.scheme import Batch
-from nnpassport.schemes.passport import V1, V2, V3, Passport
-from nnpassport.training import Evaluation, Journal, Objective, Outcome, Recipe, fit
 
 SCHEMES: Mapping[str, tuple[Passport, str]] = {
     "V1": (V1, "batch"),

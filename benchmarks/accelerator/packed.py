@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from nnpassport.experiments.cells import digest
-from nnpassport.experiments.store import FORMAT
-from nnpassport.files import write_atomically
+from nnpassport.files.disk import write_atomically
+from nnpassport.lab.cells import digest
+from nnpassport.lab.store import FORMAT
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CELLS, FACTS = "cells", "facts"

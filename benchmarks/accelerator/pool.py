@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol, final
 
-from nnpassport.experiments.cells import Cell
-from nnpassport.experiments.grid import queue
-from nnpassport.experiments.store import Store
+from nnpassport.lab.cells import Cell
+from nnpassport.lab.grid import queue
+from nnpassport.lab.store import Store
 
 DIED = "its process ended with exit code {}"
 

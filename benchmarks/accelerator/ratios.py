@@ -11,9 +11,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from nnpassport.bench import collect, plan, render
-from nnpassport.bench.cells import NETWORKS, Cell
-from nnpassport.files import write_atomically
+from nnpassport.files.disk import write_atomically
+from nnpassport.lab.bench import collect, plan, render
+from nnpassport.lab.bench.cells import NETWORKS, Cell
 
 COMPARED = {"plain", "V1", "V2", "V3", "eager"}
 

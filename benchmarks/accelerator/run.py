@@ -34,9 +34,9 @@ if __name__ in {"__main__", "__mp_main__"}:  # the second is a worker's name for
     sys.path[:0] = [str(CHECKOUT / "src"), str(HERE)]
 
 if TYPE_CHECKING:
-    from nnpassport.experiments.cells import Cell
-    from nnpassport.experiments.plans import Plan
-    from nnpassport.experiments.store import Store
+    from nnpassport.lab.cells import Cell
+    from nnpassport.lab.plans import Plan
+    from nnpassport.lab.store import Store
 
 STAGES = ("check", "steps", "ratios", "cells")
 SECONDS = {"check": 60.0, "steps": 60.0, "ratios": 75.0}
@@ -73,7 +73,7 @@ class Places:
 
     def store(self) -> "Store":
         """The cells' store."""
-        from nnpassport.experiments.store import Store  # noqa: PLC0415 - after the path is set
+        from nnpassport.lab.store import Store  # noqa: PLC0415 - after the path is set
 
         return Store(self.results, self.root / "networks", self.root / "data")
 
@@ -91,8 +91,8 @@ def cells_in_order(plan: "Plan", store: "Store") -> "list[Cell]":
     before the minutes are over costs their training once more. Cells whose images are not there are
     left out.
     """
-    from nnpassport.experiments.contents import CONTENTS  # noqa: PLC0415
-    from nnpassport.experiments.tasks import missing  # noqa: PLC0415
+    from nnpassport.lab.paper.contents import CONTENTS  # noqa: PLC0415
+    from nnpassport.lab.tasks import missing  # noqa: PLC0415
 
     made = {cell.name: cell for part in ORDER for cell in CONTENTS[part](plan)}
     lacking = {task for task in (*plan.tasks, *plan.targets) if missing(store.data, task)}
@@ -112,7 +112,7 @@ def take_known(cells: "Sequence[Cell]", store: "Store", known: Path) -> int:
 
     Not those of trainings whose networks are needed once more: the networks are not there.
     """
-    from nnpassport.experiments.store import Store  # noqa: PLC0415
+    from nnpassport.lab.store import Store  # noqa: PLC0415
 
     earlier = Store(known, store.networks, store.data)
     needed = {need.name for cell in cells if not earlier.done(cell) for need in cell.needs}
@@ -125,7 +125,7 @@ def take_known(cells: "Sequence[Cell]", store: "Store", known: Path) -> int:
 
 def run_cell(cell: "Cell", store: "Store") -> None:
     """One cell. A training that is known, and whose network is not there, is done once more."""
-    from nnpassport.experiments.runs import run  # noqa: PLC0415
+    from nnpassport.lab.runs import run  # noqa: PLC0415
 
     if cell.work == "train" and store.done(cell) and not store.ready(cell):
         store = replace(store, results=store.networks / "again")
@@ -144,7 +144,7 @@ def decode_ahead(plan: "Plan", store: "Store") -> "subprocess.Popen[bytes]":
     """Decode the pictures into the cache while the device is checked: workers find them there."""
     code = (
         "import sys; from pathlib import Path\n"
-        "from nnpassport.experiments.tasks import images_of, missing\n"
+        "from nnpassport.lab.tasks import images_of, missing\n"
         "data = Path(sys.argv[1])\n"
         "[images_of(data, task) for task in sys.argv[2:] if not missing(data, task)]\n"
     )
@@ -276,8 +276,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     _settle_in(places.root, options.jobs)
 
-    from nnpassport.experiments.plans import plan_named  # noqa: PLC0415 - after `_settle_in`
-    from nnpassport.reproducing import narrowed  # noqa: PLC0415
+    from nnpassport.cli.reproduce import narrowed  # noqa: PLC0415
+    from nnpassport.lab.plans import plan_named  # noqa: PLC0415 - after `_settle_in`
 
     plan = narrowed(plan_named(options.plan), options.seeds, options.architecture)
     if options.architecture:

@@ -61,7 +61,7 @@ class Piece(NamedTuple):
 
 def files_of(data: Path, tasks: Iterable[str]) -> dict[str, list[Piece]]:
     """The files of each set of images that the folder has."""
-    from nnpassport.experiments.tasks import TASKS, missing  # noqa: PLC0415 - not on the other side
+    from nnpassport.lab.tasks import TASKS, missing  # noqa: PLC0415 - not on the other side
 
     found = {}
     for task in tasks:

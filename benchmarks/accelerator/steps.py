@@ -17,14 +17,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from nnpassport.data.images import CIFAR10, ImageSet
-from nnpassport.distributed import together
-from nnpassport.experiments.plans import GPU
-from nnpassport.experiments.speed import Trained, peak, step_flops
-from nnpassport.models import build
-from nnpassport.provenance import device_name
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+from nnpassport.embedding.train.loop import Outcome, Recipe, classification, fit
+from nnpassport.embedding.train.team import together
+from nnpassport.lab.plans import GPU
+from nnpassport.lab.speed import Trained, peak, step_flops
+from nnpassport.report.provenance import device_name
 from nnpassport.scheme import Batch
-from nnpassport.schemes.passport import V1, V2, V3, Passport
-from nnpassport.training import Outcome, Recipe, classification, fit
 
 SCHEMES: Mapping[str, Passport] = {"passport-v1": V1, "passport-v2": V2, "passport-v3": V3}
 NETWORKS = (

@@ -19,8 +19,8 @@ from PIL import Image
 from pyarrow import parquet
 
 from nnpassport.data.images import read_images
-from nnpassport.experiments.plans import TRIAL
-from nnpassport.experiments.store import Store
+from nnpassport.lab.plans import TRIAL
+from nnpassport.lab.store import Store
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1] / "runs" / "accelerator-trial"

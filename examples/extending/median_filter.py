@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.fidelity import accuracy, plain_evaluation
-from nnpassport.functional import filters
-from nnpassport.outputs import Example, call, logits_of, unwrapped
-from nnpassport.scheme import Batch, Verdict
-from nnpassport.schemes import mark
-from nnpassport.schemes.signature import as_published, host_weight, judged, matching, read_answers
-from nnpassport.schemes.triggers import plain_loss
-from nnpassport.schemes.uchida import mean_filter_of
-from nnpassport.statistics import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.training import (
+from nnpassport.embedding.network.equations import filters
+from nnpassport.embedding.network.outputs import Example, call, logits_of, unwrapped
+from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes.signature import (
+    as_published,
+    host_weight,
+    judged,
+    matching,
+    read_answers,
+)
+from nnpassport.embedding.schemes.triggers import plain_loss
+from nnpassport.embedding.schemes.uchida import mean_filter_of
+from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
+from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
     Journal,
@@ -35,6 +38,9 @@ from nnpassport.training import (
     Task,
     share_right,
 )
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.key import Key
+from nnpassport.scheme import Batch, Verdict
 
 
 @final

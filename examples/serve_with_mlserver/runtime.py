@@ -17,7 +17,7 @@ from mlserver.codecs import NumpyCodec, StringCodec
 from mlserver.types import InferenceRequest, InferenceResponse
 from mlserver.utils import get_model_uri
 
-from nnpassport.checkpoint import load_model
+from nnpassport.embedding.checkpoint import load_model
 
 
 class ReleasedNetwork(MLModel):

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from nnpassport.lazy import lazily
 
 if TYPE_CHECKING:
-    from nnpassport.evidence.key import Key
-    from nnpassport.evidence.keyfile import load_key, save_key
-    from nnpassport.marked import Marked, mark
-    from nnpassport.ownership import embed, release, train
+    from nnpassport.embedding.marked import Marked, mark
+    from nnpassport.embedding.owner import embed, release, train
+    from nnpassport.embedding.schemes.lora import LORA
+    from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+    from nnpassport.keys.key import Key
+    from nnpassport.keys.keyfile import load_key, save_key
     from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
-    from nnpassport.schemes.lora import LORA
-    from nnpassport.schemes.passport import V1, V2, V3, Passport
-    from nnpassport.verification import Trial, verify, verify_answers
+    from nnpassport.verification.verify import Trial, verify, verify_answers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,26 +48,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Key": "nnpassport.evidence.key",
-    "load_key": "nnpassport.evidence.keyfile",
-    "save_key": "nnpassport.evidence.keyfile",
-    "Marked": "nnpassport.marked",
-    "mark": "nnpassport.marked",
-    "embed": "nnpassport.ownership",
-    "release": "nnpassport.ownership",
-    "train": "nnpassport.ownership",
+    "Key": "nnpassport.keys.key",
+    "load_key": "nnpassport.keys.keyfile",
+    "save_key": "nnpassport.keys.keyfile",
+    "Marked": "nnpassport.embedding.marked",
+    "mark": "nnpassport.embedding.marked",
+    "embed": "nnpassport.embedding.owner",
+    "release": "nnpassport.embedding.owner",
+    "train": "nnpassport.embedding.owner",
     "Batch": "nnpassport.scheme",
     "Fidelity": "nnpassport.scheme",
     "OwnershipError": "nnpassport.scheme",
     "Verdict": "nnpassport.scheme",
-    "LORA": "nnpassport.schemes.lora",
-    "V1": "nnpassport.schemes.passport",
-    "V2": "nnpassport.schemes.passport",
-    "V3": "nnpassport.schemes.passport",
-    "Passport": "nnpassport.schemes.passport",
-    "Trial": "nnpassport.verification",
-    "verify": "nnpassport.verification",
-    "verify_answers": "nnpassport.verification",
+    "LORA": "nnpassport.embedding.schemes.lora",
+    "V1": "nnpassport.embedding.schemes.passport",
+    "V2": "nnpassport.embedding.schemes.passport",
+    "V3": "nnpassport.embedding.schemes.passport",
+    "Passport": "nnpassport.embedding.schemes.passport",
+    "Trial": "nnpassport.verification.verify",
+    "verify": "nnpassport.verification.verify",
+    "verify_answers": "nnpassport.verification.verify",
 }
 """Where each name is from: loaded when it is first asked for, with torch if it needs torch."""
 

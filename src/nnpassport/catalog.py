@@ -8,8 +8,8 @@ from nnpassport.lazy import load
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 if TYPE_CHECKING:
-    from nnpassport.evidence.key import Key
-    from nnpassport.schemes.protocol import Scheme
+    from nnpassport.embedding.schemes.protocol import Scheme
+    from nnpassport.keys.key import Key
 
 
 class Entry(NamedTuple):
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
         return load(self.published) if isinstance(self.published, str) else self.published
 
 
-_IN = "nnpassport.schemes"
+_IN = "nnpassport.embedding.schemes"
 
 CATALOG: Mapping[str, Entry] = {
     "passport-v1": Entry(

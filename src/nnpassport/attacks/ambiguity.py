@@ -14,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnpassport import surgery
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import (
     affine_of,
@@ -27,16 +26,17 @@ from nnpassport.attacks.passports import (
 )
 from nnpassport.attacks.stretching import stretch
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.functional import sign_loss
-from nnpassport.layers import passport_norms
-from nnpassport.outputs import logits_of
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.equations import sign_loss
+from nnpassport.embedding.network.layers import passport_norms
+from nnpassport.embedding.network.outputs import logits_of
+from nnpassport.embedding.network.survey import Site, survey
+from nnpassport.embedding.schemes.drawn import random_passports
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.signature import secrets_of
+from nnpassport.embedding.train.loop import Journal, Outcome, Recipe, classification, fit
+from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.schemes.drawn import random_passports
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.signature import secrets_of
-from nnpassport.survey import Site, survey
-from nnpassport.training import Journal, Outcome, Recipe, classification, fit
 
 REVERSE = Recipe(epochs=100, schedule="constant")
 """Of fake2 and fake3: SGD at 0.01, momentum 0.9, weight decay 5e-4, batch 64, 100 epochs."""

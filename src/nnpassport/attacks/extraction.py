@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.removal import train
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.functional import divergence
-from nnpassport.outputs import logits_of
+from nnpassport.embedding.network.equations import divergence
+from nnpassport.embedding.network.outputs import logits_of
+from nnpassport.embedding.train.loop import Outcome, Recipe
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.training import Outcome, Recipe
 
 Imitation = Callable[[Tensor, Tensor], Tensor]
 

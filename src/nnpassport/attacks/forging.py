@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template
 from nnpassport.data.images import Normalisation
-from nnpassport.evidence.key import Key
-from nnpassport.evidence.seed import triggers_of
+from nnpassport.embedding.schemes.deepsigns import read_out as read_activations
+from nnpassport.embedding.schemes.drawn import random_signs
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.signature import host_weight
+from nnpassport.embedding.schemes.uchida import read_out
+from nnpassport.keys.derive import triggers_of
+from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.deepsigns import read_out as read_activations
-from nnpassport.schemes.drawn import random_signs
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.signature import host_weight
-from nnpassport.schemes.uchida import read_out
 
 EPOCHS = 100
 """Most passes that a forger may take."""

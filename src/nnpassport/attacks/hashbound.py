@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template, forged, passports_for, solvable
+from nnpassport.embedding.network.survey import survey
+from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.survey import survey
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 

@@ -24,9 +24,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from nnpassport.attacks.outcome import Attacked, stopwatch
-from nnpassport.attacks.perturbation import check_share
-from nnpassport.channels import (
+from nnpassport.alignment.channels import (
     Channels,
     Producer,
     affine,
@@ -44,6 +42,8 @@ from nnpassport.channels import (
     take,
     width,
 )
+from nnpassport.attacks.outcome import Attacked, stopwatch
+from nnpassport.attacks.perturbation import check_share
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 Obfuscation = Callable[[nn.Module, torch.Generator], Attacked]

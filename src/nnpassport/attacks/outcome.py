@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from nnpassport.evidence.key import Key
+from nnpassport.keys.key import Key
 
 
 class Cost(NamedTuple):

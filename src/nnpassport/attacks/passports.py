@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnpassport.evidence.context import LayerShape
-from nnpassport.evidence.key import Key
-from nnpassport.functional import collapsed_affine, convolve, mean_patch
-from nnpassport.geometry import Geometry
+from nnpassport.embedding.network.equations import collapsed_affine, convolve, mean_patch
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.signature import host_weight, secrets_of
+from nnpassport.keys.context import LayerShape
+from nnpassport.keys.geometry import Geometry
+from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.schemes.signature import host_weight, secrets_of
 
 Affine = Mapping[str, tuple[Tensor, Tensor]]
 """γ and β (out) of each passport layer, by the layer's name."""

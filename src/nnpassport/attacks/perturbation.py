@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.attacks.outcome import Attacked, stopwatch
+from nnpassport.embedding.network.survey import Site, survey
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
-from nnpassport.survey import Site, survey
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.perturbation import check_share
-from nnpassport.functional import filters, own_order
-from nnpassport.schemes.patches import input_patches
-from nnpassport.survey import survey
+from nnpassport.embedding.network.equations import filters, own_order
+from nnpassport.embedding.network.survey import survey
+from nnpassport.embedding.schemes.patches import input_patches
 
 _PATCHES = 4096
 

@@ -21,9 +21,9 @@ from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.perturbation import check_share, convolutions, least, silence
 from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
 from nnpassport.data.imageset import generator_for
-from nnpassport.evidence.key import Key
+from nnpassport.embedding.train.loop import Journal, Objective, Outcome, Recipe, classification, fit
+from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.training import Journal, Objective, Outcome, Recipe, classification, fit
 
 TRANSFER = Recipe(epochs=50, batch=64, rate=0.01, schedule="constant")
 """The paper's transfer to another task: SGD with momentum 0.9 and weight decay 5e-4.

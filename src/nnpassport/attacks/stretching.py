@@ -6,7 +6,7 @@ from scipy.optimize import linprog
 from torch import Tensor, nn
 
 from nnpassport.attacks.passports import system_of
-from nnpassport.evidence.context import LayerShape
+from nnpassport.keys.context import LayerShape
 
 _BATCH_NORMS = nn.modules.batchnorm._BatchNorm
 _LARGEST = 1e3  # of a direction, beside which the smallest γ has to be at least 1

@@ -19,8 +19,8 @@ from nnpassport.attacks.ambiguity import norms_of, with_statistics
 from nnpassport.attacks.outcome import Forged, stopwatch
 from nnpassport.attacks.passports import draw_template, key_with
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.schemes.protocol import Scheme
-from nnpassport.training import Journal, Recipe, classification, fit
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.train.loop import Journal, Recipe, classification, fit
 
 HIDDEN = 10
 """Hidden units for each channel in the individual form."""

@@ -9,14 +9,7 @@ from typing import NamedTuple, final
 import numpy as np
 import numpy.typing as npt
 
-from nnpassport.data.decoding import (
-    Encoded,
-    Pixels,
-    Wanted,
-    decode_some,
-    same_shape,
-    unusable,
-)
+from nnpassport.data.decoding import Encoded, Pixels, Wanted, decode_some, same_shape, unusable
 from nnpassport.data.lanes import Shuffle, Window, order_within
 from nnpassport.data.rowgroups import Cursor, Rows
 

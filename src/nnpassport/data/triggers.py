@@ -1,4 +1,4 @@
-"""Trigger images that were published; those that a seed gives are in `evidence/pictures.py`."""
+"""Trigger images that were published; those that a seed gives are in `keys/pictures.py`."""
 
 from pathlib import Path
 

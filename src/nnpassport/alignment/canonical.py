@@ -1,0 +1,73 @@
+"""One form for all networks that differ in nothing but where their scales are kept.
+
+A batch norm's scale over its deviation belongs into the filters before it, a layer norm's gain into
+what reads it, and a constant that a layer norm takes away is nobody's. What is left of two copies
+of a network differs by reordering, rotating and mixing alone, which `solve` undoes.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnpassport.alignment.axes import Axes, Axis, Place
+
+Weights = dict[str, NDArray[np.float64]]
+
+
+def canonical(axes: Axes, tensors: Mapping[str, NDArray[np.float64]]) -> Weights:
+    """Copies of the tensors in that form; where a norm is missing its layers stay as they are."""
+    found: Weights = {name: np.array(tensor, np.float64) for name, tensor in tensors.items()}
+    _fold_batch_norms(axes, tensors, found)
+    for name, gain in axes.gains.items():
+        if name in found and gain in tensors:
+            _scale(found[name], writing(axes, name), np.ravel(tensors[gain]))
+    for name, (dimension, before) in axes.reads.items():
+        known = before is not None and before in tensors and before in axes.norms
+        if name in found and before is not None and known:
+            _scale(found[name], dimension, np.ravel(tensors[before]))
+            if axes.norms[before].centred:
+                found[name] -= found[name].mean(dimension, keepdims=True)
+    for place in (place for axis in axes.axes if _centred(axes, axis) for place in axis.places):
+        tensor = found.get(place.tensor)
+        if tensor is not None and tensor.ndim > 1 and not reads(axes, place):
+            tensor -= tensor.mean(place.dimension, keepdims=True)
+    return found
+
+
+def _fold_batch_norms(
+    axes: Axes, tensors: Mapping[str, NDArray[np.float64]], found: Weights
+) -> None:
+    for name, norm in axes.batch_norms.items():
+        if name not in found or norm.variance not in tensors:
+            continue
+        scale = 1 / np.sqrt(np.abs(tensors[norm.variance]) + norm.epsilon)
+        if norm.weight is not None and norm.weight in tensors:
+            scale = scale * tensors[norm.weight]
+        _scale(found[name], writing(axes, name), scale)
+
+
+def reads(axes: Axes, place: Place) -> bool:
+    """Whether a place is where a tensor meets what the network computed, and not what it writes."""
+    return place.tensor in axes.reads and axes.reads[place.tensor][0] == place.dimension
+
+
+def writing(axes: Axes, name: str) -> int:
+    """The dimension along which a layer's weight writes its output."""
+    return 1 if name in axes.reads and axes.reads[name][0] == 0 else 0
+
+
+def _centred(axes: Axes, axis: Axis) -> bool:
+    """Whether all that reads an axis has its mean taken away: then what is written has none."""
+    if "layer norm" not in axis.traits:
+        return False
+    readers = [place.tensor for place in axis.places if reads(axes, place)]
+    gains = [axes.reads[name][1] for name in readers]
+    return bool(gains) and all(
+        gain is not None and gain in axes.norms and axes.norms[gain].centred for gain in gains
+    )
+
+
+def _scale(tensor: NDArray[np.float64], dimension: int, factor: NDArray[np.float64]) -> None:
+    if tensor.shape[dimension] == len(factor):
+        tensor *= factor.reshape([-1 if n == dimension else 1 for n in range(tensor.ndim)])

@@ -1,0 +1,508 @@
+"""Bring a suspect's weights into the coordinates of another network, axis by axis.
+
+    permute      Hungarian matching of rows by the sum of their cosines over all tensors of the axis
+    in groups    the same inside every pair of groups, and then of the groups (group norm)
+    orthogonal   Procrustes
+    invertible   Sylvester's equation: writers times G⁻¹, readers times Gᵀ
+    inner        heads by products that nothing inside a head changes, then the same in each head
+
+It begins with axes whose tensors are anchored elsewhere, and goes over all of them again. Which
+network is aligned to decides what a match is worth.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnpassport.alignment.axes import Axes, Axis
+from nnpassport.alignment.canonical import Weights, canonical, reads
+
+Matrix = NDArray[np.float64]
+SWEEPS = 3
+_TINY = 1e-300
+
+
+class Aligned(NamedTuple):
+    """A suspect in the reference's coordinates, in canonical form.
+
+    Attributes:
+        weights: as `canonical` gives them.
+        likeness: by number of the axis, the mean cosine of rows that were matched, in [-1, 1];
+            orthogonal and invertible axes have none.
+    """
+
+    weights: Weights
+    likeness: Mapping[int, float]
+
+
+class Spot(NamedTuple):
+    """Rows of a tensor along an axis: indices into one dimension (size repeats)."""
+
+    tensor: str
+    dimension: int
+    positions: NDArray[np.int64]
+    reads: bool
+
+    def rows(self, tensor: Matrix) -> Matrix:
+        """The tensor's rows (size rest), a copy."""
+        moved = np.moveaxis(tensor, self.dimension, 0)
+        return moved[self.positions.reshape(-1)].reshape(len(self.positions), -1)
+
+    def put(self, tensor: Matrix, rows: Matrix) -> None:
+        """Write such rows back, in place."""
+        moved = np.moveaxis(tensor, self.dimension, 0)
+        moved[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *moved.shape[1:])
+
+
+class _Unit(NamedTuple):
+    """What is solved at once: an axis, or the groups of a group norm with what is inside them.
+
+    Attributes:
+        numbers: of its axes; the outer first.
+        groups: of how many it is; 1 for an axis.
+    """
+
+    numbers: tuple[int, ...]
+    kind: str
+    size: int
+    groups: int
+    either_sign: bool
+    spots: tuple[Spot, ...]
+
+    @property
+    def last(self) -> int:
+        """Number of its inner axis."""
+        return self.numbers[-1]
+
+
+class _Side(NamedTuple):
+    """One of the two matrices that the inside of a head is between.
+
+    Attributes:
+        whole: rows by head and inside.
+        single: the same by head, copy and inside, where heads share what the other side has.
+    """
+
+    whole: Spot
+    single: Spot | None
+
+
+class _Attention(NamedTuple):
+    """The heads of one attention.
+
+    Attributes:
+        heads: number of their axis; `copies` of the axis of queries that share one key and value,
+            if there is one.
+        size: how many heads, and how many copies of each.
+        insides: what they are between.
+    """
+
+    heads: int
+    copies: int | None
+    size: tuple[int, int]
+    insides: tuple[tuple[_Side, _Side], ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, repr=False)
+class Aligner:
+    """Aligns suspects to one reference; made by `aligner`."""
+
+    axes: Axes
+    reference: Weights
+    units: tuple[_Unit, ...]
+    attentions: tuple[_Attention, ...]
+    on: Mapping[str, frozenset[int]]
+
+    def align(self, tensors: Mapping[str, Matrix]) -> Aligned:
+        """The suspect's tensors in the reference's coordinates.
+
+        Tensors of names that the reference does not have are left out. Where an axis is longer than
+        the reference's, its best rows are taken.
+        """
+        known = {name: each for name, each in tensors.items() if name in self.reference}
+        weights, likeness = canonical(self.axes, known), dict[int, float]()
+        waiting, settled = list(self.units), set[int]()
+        while waiting:
+            unit = max(waiting, key=lambda each: self._anchored(each, weights, settled))
+            self._solve(unit, weights, likeness, settled)
+            settled |= set(unit.numbers)
+            waiting.remove(unit)
+        for _ in range(SWEEPS):
+            for unit in self.units:
+                self._solve(unit, weights, likeness, settled)
+        for attention in self.attentions:
+            self._solve_heads(attention, weights, likeness)
+        return Aligned(weights, likeness)
+
+    def _usable(self, unit: _Unit, weights: Weights, known: set[int]) -> list[Spot]:
+        """Spots whose tensors can be compared along this axis, all their other axes being known."""
+        others = set(unit.numbers)
+        return [
+            spot
+            for spot in unit.spots
+            if spot.tensor in weights
+            and weights[spot.tensor].ndim > 1
+            and self.on[spot.tensor] - others <= known
+            and _like_but_for(spot, weights[spot.tensor], self.reference[spot.tensor])
+        ]
+
+    def _anchored(self, unit: _Unit, weights: Weights, settled: set[int]) -> float:
+        there = [spot for spot in unit.spots if spot.tensor in weights]
+        return len(self._usable(unit, weights, settled)) / max(1, len(there))
+
+    def _solve(
+        self, unit: _Unit, weights: Weights, likeness: dict[int, float], known: set[int]
+    ) -> None:
+        spots = self._usable(unit, weights, known)
+        if not spots:
+            return
+        if unit.kind == "permute":
+            self._match(unit, spots, weights, likeness)
+            return
+        pairs = [
+            (spot.rows(weights[spot.tensor]), spot.rows(self.reference[spot.tensor]))
+            for spot in spots
+            if self._fits(spot, weights)
+        ]
+        if not pairs:
+            return
+        if unit.kind == "orthogonal":
+            forward = _procrustes(pairs)
+            back = forward.T
+        else:
+            written = [not spot.reads for spot in spots if self._fits(spot, weights)]
+            back, forward = _mixture(pairs, written)
+        for spot in unit.spots:
+            if (
+                spot.tensor in weights
+                and weights[spot.tensor].ndim > 1
+                and self._fits(spot, weights)
+            ):
+                by = forward.T if spot.reads else back
+                spot.put(weights[spot.tensor], by @ spot.rows(weights[spot.tensor]))
+
+    def _match(
+        self, unit: _Unit, spots: Sequence[Spot], weights: Weights, likeness: dict[int, float]
+    ) -> None:
+        """Put the suspect's rows into the order of the reference's."""
+        longer = _longer(unit, spots, weights, self.reference)
+        cosines = np.zeros((unit.size, longer or unit.size))
+        for spot in spots:
+            mine = weights[spot.tensor]
+            theirs = spot.rows(self.reference[spot.tensor])
+            rows = (
+                np.moveaxis(mine, spot.dimension, 0).reshape(longer, -1)
+                if longer
+                else spot.rows(mine)
+            )
+            found = _unit(theirs) @ _unit(rows).T
+            cosines += np.abs(found) if unit.either_sign else found
+        order = (
+            _assigned(cosines) if unit.groups == 1 else _assigned_in_groups(cosines, unit.groups)
+        )
+        likeness[unit.last] = float(cosines[np.arange(unit.size), order].mean() / len(spots))
+        for spot in unit.spots:
+            tensor = weights.get(spot.tensor)
+            if tensor is None:
+                continue
+            if longer:
+                if tensor.shape[spot.dimension] == longer:
+                    weights[spot.tensor] = np.take(tensor, order, spot.dimension)
+            elif self._fits(spot, weights):
+                spot.put(tensor, spot.rows(tensor)[order])
+
+    def _fits(self, spot: Spot, weights: Weights) -> bool:
+        mine, theirs = weights[spot.tensor], self.reference[spot.tensor]
+        return (
+            mine.ndim == theirs.ndim and mine.shape[spot.dimension] == theirs.shape[spot.dimension]
+        )
+
+    def _solve_heads(
+        self, attention: _Attention, weights: Weights, likeness: dict[int, float]
+    ) -> None:
+        names = {side.whole.tensor for inside in attention.insides for side in inside}
+        if any(
+            name not in weights or weights[name].shape != self.reference[name].shape
+            for name in names
+        ):
+            return
+        heads, copies = attention.size
+        cosines = np.zeros((heads * copies, heads * copies))
+        for inside in attention.insides:
+            theirs, mine = (
+                _unit(_products(inside, source, attention.size))
+                for source in (self.reference, weights)
+            )
+            cosines += theirs @ mine.T
+        order = _assigned_in_groups(cosines, heads) if copies > 1 else _assigned(cosines)
+        rows = np.arange(len(order))
+        likeness[attention.heads] = float(cosines[rows, order].mean() / len(attention.insides))
+        self._reorder_heads(attention, order, weights)
+        for inside in attention.insides:
+            self._solve_inside(inside, weights, heads)
+
+    def _reorder_heads(
+        self, attention: _Attention, order: NDArray[np.int64], weights: Weights
+    ) -> None:
+        """Heads with their copies where a tensor has both, heads alone elsewhere."""
+        axes, (_, copies) = self.axes, attention.size
+        outer = axes.axes[attention.heads]
+        both = (
+            {}
+            if attention.copies is None
+            else {
+                (spot.tensor, spot.dimension): spot
+                for spot in _crossed(axes, outer, axes.axes[attention.copies])
+            }
+        )
+        alone = order[::copies] // copies
+        for spot in _spots(axes, outer):
+            if spot.tensor not in weights or not self._fits(spot, weights):
+                continue
+            finer = both.get((spot.tensor, spot.dimension))
+            chosen, by = (spot, alone) if finer is None else (finer, order)
+            chosen.put(weights[spot.tensor], chosen.rows(weights[spot.tensor])[by])
+
+    def _solve_inside(self, inside: tuple[_Side, _Side], weights: Weights, heads: int) -> None:
+        spots = [side.whole for side in inside]
+        mine = [_blocks(spot, weights, heads) for spot in spots]
+        theirs = [_blocks(spot, self.reference, heads) for spot in spots]
+        for head in range(heads):
+            pairs = [(mine[side][head], theirs[side][head]) for side in (0, 1)]
+            back, forward = _mixture(pairs, [True, False])
+            mine[0][head] = back @ mine[0][head]
+            mine[1][head] = forward.T @ mine[1][head]
+        for spot, blocks in zip(spots, mine, strict=True):
+            spot.put(weights[spot.tensor], blocks.reshape(len(spot.positions), -1))
+
+
+def aligner(axes: Axes, tensors: Mapping[str, Matrix]) -> Aligner:
+    """An aligner to the network that has these tensors and these (proved) axes."""
+    on: dict[str, set[int]] = {}
+    for number, axis in enumerate(axes.axes):
+        for place in axis.places:
+            on.setdefault(place.tensor, set()).add(number)
+    return Aligner(
+        axes,
+        canonical(axes, tensors),
+        tuple(_units(axes)),
+        tuple(_attentions(axes)),
+        {name: frozenset(numbers) for name, numbers in on.items()},
+    )
+
+
+def _units(axes: Axes) -> list[_Unit]:
+    """Axes that are solved on their own, and pairs of groups and their insides."""
+    found, paired = [], set[int]()
+    normed = [n for n, axis in enumerate(axes.axes) if "group norm" in axis.traits]
+    for outer in normed:
+        for inner in normed:
+            if outer == inner or {outer, inner} & paired:
+                continue
+            axis, other = axes.axes[outer], axes.axes[inner]
+            spots = _crossed(axes, axis, other)
+            together = len(spots) == len(axis.places) == len(other.places)
+            if together and _is_outer(spots[0], axis, other):
+                size = axis.size * other.size
+                pair = _Unit((outer, inner), "permute", size, axis.size, False, tuple(spots))
+                found.append(pair)
+                paired |= {outer, inner}
+    for number, axis in enumerate(axes.axes):
+        if number not in paired and axis.kind != "inner":
+            sign = "product" in axis.traits
+            spots = _spots(axes, axis)
+            found.append(_Unit((number,), axis.kind, axis.size, 1, sign, tuple(spots)))
+    return found
+
+
+def _is_outer(spot: Spot, axis: Axis, other: Axis) -> bool:
+    """Whether the channels of one group of a group norm are neighbours, `axis` being the groups."""
+    table = spot.positions[:, 0].reshape(axis.size, other.size)
+    return bool((np.abs(np.diff(table, axis=1)) <= np.abs(np.diff(table, axis=0)).min()).all())
+
+
+def _spots(axes: Axes, axis: Axis) -> list[Spot]:
+    return [
+        Spot(place.tensor, place.dimension, place.positions(axis.size), reads(axes, place))
+        for place in axis.places
+    ]
+
+
+def _crossed(axes: Axes, outer: Axis, inner: Axis) -> list[Spot]:
+    """Where both axes are in one dimension: rows by the outer index, then by the inner one."""
+    found = []
+    for place in inner.places:
+        columns = place.positions(inner.size)
+        for other in outer.places:
+            if (place.tensor, place.dimension) != (other.tensor, other.dimension):
+                continue
+            positions = _meeting(other.positions(outer.size), columns)
+            if positions is not None:
+                found.append(Spot(place.tensor, place.dimension, positions, reads(axes, place)))
+    return found
+
+
+def _meeting(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64] | None:
+    """Positions that row r and column c share, (rows · columns repeats); None: not equally many."""
+    length = int(max(rows.max(), columns.max())) + 1
+    row_of, column_of = np.full(length, -1), np.full(length, -1)
+    row_of[rows] = np.arange(len(rows))[:, None]
+    column_of[columns] = np.arange(len(columns))[:, None]
+    both = np.flatnonzero((row_of >= 0) & (column_of >= 0))
+    cell = row_of[both] * len(columns) + column_of[both]
+    counts = np.bincount(cell, minlength=len(rows) * len(columns))
+    if not counts.min() or counts.min() != counts.max():
+        return None
+    return both[np.argsort(cell, kind="stable")].reshape(len(counts), -1)
+
+
+def _attentions(axes: Axes) -> list[_Attention]:
+    """Heads that are computed side by side, with the insides that they have."""
+    inner = [number for number, axis in enumerate(axes.axes) if axis.kind == "inner"]
+    batched = [number for number in inner if "batched" in axes.axes[number].traits]
+    found: dict[tuple[int, int | None], list[tuple[_Side, _Side]]] = {}
+    for number in inner:
+        if number in batched:
+            continue
+        around = [heads for heads in batched if len(_sides(axes, heads, None, number)) == 2]
+        if not around:
+            continue
+        # Where keys and values are shared, their heads are in more tensors than queries' copies.
+        around.sort(key=lambda heads: -len(axes.axes[heads].places))
+        heads, copies = around[0], _copies(axes, around[0], number, batched)
+        first, second = _sides(axes, heads, copies, number)
+        found.setdefault((heads, copies), []).append((first, second))
+    return [
+        _Attention(
+            heads,
+            copies,
+            (axes.axes[heads].size, 1 if copies is None else axes.axes[copies].size),
+            tuple(insides),
+        )
+        for (heads, copies), insides in found.items()
+    ]
+
+
+def _copies(axes: Axes, heads: int, inner: int, batched: Sequence[int]) -> int | None:
+    """The axis, if any, of the copies of each head, in one of the sides of an inside."""
+    tensors = {side.whole.tensor for side in _sides(axes, heads, None, inner)}
+    for number in batched:
+        if number != heads and tensors & {p.tensor for p in axes.axes[number].places}:
+            return number
+    return None
+
+
+def _sides(axes: Axes, heads: int, copies: int | None, inner: int) -> list[_Side]:
+    """Matrices, not biases, that have heads and their inside in one dimension."""
+    outer, inside = axes.axes[heads], axes.axes[inner]
+    found = []
+    for spot in _crossed(axes, outer, inside):
+        if spot.tensor not in axes.reads:
+            continue
+        single = None
+        if copies is not None:
+            both = _crossed(axes, outer, axes.axes[copies])
+            place = (spot.tensor, spot.dimension)
+            rows = next((each for each in both if (each.tensor, each.dimension) == place), None)
+            column = next((each for each in _spots(axes, inside) if each[:2] == place), None)
+            if rows is not None and column is not None:
+                positions = _meeting(rows.positions, column.positions)
+                single = None if positions is None else spot._replace(positions=positions)
+        found.append(_Side(spot, single))
+    return found
+
+
+def _blocks(spot: Spot, source: Weights, count: int) -> Matrix:
+    rows = spot.rows(source[spot.tensor])
+    return rows.reshape(count, len(rows) // count, -1)
+
+
+def _products(inside: tuple[_Side, _Side], source: Weights, size: tuple[int, int]) -> Matrix:
+    """Of each head and copy, what its two sides make together: nothing inside it changes that."""
+    heads, copies = size
+    blocks = []
+    for side in inside:
+        if side.single is not None:
+            blocks.append(_blocks(side.single, source, heads * copies))
+        else:
+            blocks.append(np.repeat(_blocks(side.whole, source, heads), copies, axis=0))
+    return np.einsum("hdi,hdj->hij", *blocks).reshape(heads * copies, -1)
+
+
+def _like_but_for(spot: Spot, mine: Matrix, theirs: Matrix) -> bool:
+    others = [n for n in range(theirs.ndim) if n != spot.dimension]
+    return mine.ndim == theirs.ndim and all(mine.shape[n] == theirs.shape[n] for n in others)
+
+
+def _longer(unit: _Unit, spots: Sequence[Spot], weights: Weights, reference: Weights) -> int:
+    """How many rows the suspect has where it has more than the reference; else 0."""
+    most = {weights[spot.tensor].shape[spot.dimension] for spot in spots}
+    plain = all(reference[s.tensor].shape[s.dimension] == unit.size for s in spots)
+    return max(most) if plain and len(most) == 1 and max(most) > unit.size else 0
+
+
+def _assigned(cosines: Matrix) -> NDArray[np.int64]:
+    """By row, the column that it is matched with: the largest sum there is."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
+
+    return np.asarray(linear_sum_assignment(np.nan_to_num(cosines), maximize=True)[1])
+
+
+def _assigned_in_groups(cosines: Matrix, groups: int) -> NDArray[np.int64]:
+    """The same where groups stay together: inside each pair of groups, and then of the groups."""
+    inside = len(cosines) // groups
+    orders = np.zeros((groups, groups, inside), np.int64)
+    sums = np.zeros((groups, groups))
+    for a in range(groups):
+        for b in range(groups):
+            block = cosines[a * inside : (a + 1) * inside, b * inside : (b + 1) * inside]
+            orders[a, b] = _assigned(block)
+            sums[a, b] = block[np.arange(inside), orders[a, b]].sum()
+    chosen = _assigned(sums)
+    return np.concatenate([b * inside + orders[a, b] for a, b in enumerate(chosen)])
+
+
+def _unit(rows: Matrix) -> Matrix:
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.maximum(length, _TINY)
+
+
+def _procrustes(pairs: Sequence[tuple[Matrix, Matrix]]) -> Matrix:
+    """The rotation that turns rows of the suspect into the reference's: reference ≈ Rᵀ·suspect."""
+    total = np.zeros((len(pairs[0][0]),) * 2)
+    for mine, theirs in pairs:
+        length = float(np.linalg.norm(mine)) * float(np.linalg.norm(theirs))
+        total += mine @ theirs.T / max(length, _TINY)
+    u, _, v = np.linalg.svd(total)
+    return np.asarray(u @ v)
+
+
+def _mixture(
+    pairs: Sequence[tuple[Matrix, Matrix]], written: Sequence[bool]
+) -> tuple[Matrix, Matrix]:
+    """G⁻¹ and G, where writers are about G·reference and readers G⁻ᵀ·reference.
+
+    Least squares in G over writers (|W - G R|²) and over readers (|Gᵀ W - R|²), each divided by the
+    reference's energy, is Sylvester's equation B·G + G·A = C.
+    """
+    from scipy.linalg import solve_sylvester  # noqa: PLC0415 - slow to import
+
+    size = len(pairs[0][0])
+    a, b, c = (np.zeros((size, size)) for _ in range(3))
+    for (mine, theirs), writes in zip(pairs, written, strict=True):
+        weight = 1 / max(float(np.square(theirs).sum()), _TINY)
+        if writes:
+            a += weight * theirs @ theirs.T
+        else:
+            b += weight * mine @ mine.T
+        c += weight * mine @ theirs.T
+    ridge = 1e-12 * (np.trace(a) + np.trace(b)) / size * np.eye(size)
+    mixed = np.asarray(solve_sylvester(b + ridge, a + ridge, c))
+    try:
+        return np.linalg.inv(mixed), mixed
+    except np.linalg.LinAlgError:
+        return np.eye(size), np.eye(size)

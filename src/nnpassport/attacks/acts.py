@@ -1,0 +1,261 @@
+"""What the rows of `table.py` do: each attack as a function of a subject and a strength."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from nnpassport.attacks import (
+    ambiguity,
+    forging,
+    hashbound,
+    obfuscation,
+    perturbation,
+    removal,
+)
+from nnpassport.attacks import substitution as fully_connected
+from nnpassport.attacks.extraction import distil_soft, extract_hard
+from nnpassport.attacks.outcome import Attacked, Forged
+from nnpassport.attacks.passports import draw_seed
+from nnpassport.attacks.projection import project
+from nnpassport.attacks.subject import Subject
+from nnpassport.attacks.table import KINDS, Act
+from nnpassport.data.images import ImageSet
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.scheme import BadRecipeError
+
+_SEEN = 512  # images that a layer's inputs are measured on
+
+
+def _kind(number: float) -> str:
+    if number not in range(len(KINDS)):
+        raise BadRecipeError(
+            f"grid {number:g} is unknown; there are 0 to {len(KINDS) - 1}: {', '.join(KINDS)}"
+        )
+    return KINDS[int(number)]
+
+
+def _tuned(form: str) -> Callable[[Subject, float], Attacked]:
+    def run(subject: Subject, _: float) -> Attacked:
+        recipe = subject.recipe(0.01)
+        normalise = subject.normalise
+        return removal.fine_tune(
+            subject.model, subject.images(), recipe, normalise=normalise, form=form
+        )
+
+    return run
+
+
+def _transferred(form: str) -> Callable[[Subject, float], Attacked]:
+    def run(subject: Subject, _: float) -> Attacked:
+        data, recipe = subject.other_task().train, subject.recipe(0.01)
+        normalise = subject.normalise
+        return removal.fine_tune(subject.model, data, recipe, normalise=normalise, form=form)
+
+    return run
+
+
+def _overwritten(subject: Subject, _: float) -> Attacked:
+    recipe = subject.recipe(0.01)
+    seed = draw_seed(subject.rng("overwrite"))
+    drawn = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    theirs = subject.scheme.prepared(drawn, subject.model, subject.images(), subject.normalise)
+    return removal.overwrite(
+        subject.model,
+        subject.scheme,
+        theirs,
+        subject.images(),
+        recipe,
+        normalise=subject.normalise,
+    )
+
+
+def _grafted_over(subject: Subject, _: float) -> Attacked:
+    # V2 whatever the owner's scheme is: it is the attacker's choice, and needs no training.
+    seed = draw_seed(subject.rng("graft"))
+    theirs = V2.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    return removal.overwrite(
+        subject.model,
+        V2,
+        theirs,
+        subject.images(),
+        replace(subject.recipe(0.01), epochs=0),
+        normalise=subject.normalise,
+        trained=True,
+    )
+
+
+def _projected(subject: Subject, share: float) -> Attacked:
+    seen = subject.normalise(subject.images().images[:_SEEN]).to(subject.example)
+    return project(subject.model, seen, subject.rng(f"project {share}"), share=share)
+
+
+def _fine_pruned(subject: Subject, share: float) -> Attacked:
+    return removal.fine_prune(
+        subject.model,
+        subject.images(),
+        subject.recipe(0.01),
+        normalise=subject.normalise,
+        share=share,
+    )
+
+
+def _unrelated(subject: Subject) -> ImageSet:
+    """Pictures of another task to ask a network about; their labels are never read."""
+    return subject.other_task().train
+
+
+def _copied(
+    imitate: Callable[..., Attacked], queries: Callable[[Subject], ImageSet]
+) -> Callable[[Subject, float], Attacked]:
+    def run(subject: Subject, _: float) -> Attacked:
+        recipe = subject.recipe(0.05, "one-cycle", nesterov=True)
+        return imitate(
+            subject.model,
+            subject.fresh(),
+            queries(subject),
+            recipe,
+            normalise=subject.normalise,
+        )
+
+    return run
+
+
+def _obfuscated(
+    attack: Callable[..., Attacked], setting: str | None = None
+) -> Callable[[Subject, float], Attacked]:
+    def run(subject: Subject, strength: float) -> Attacked:
+        rng = subject.rng(f"{attack.__name__} {strength}")
+        given = {} if setting is None else {setting: strength}
+        return attack(subject.model, rng, **given)
+
+    return run
+
+
+def _forged(attack: Callable[..., Forged]) -> Callable[[Subject, float], Forged]:
+    def run(subject: Subject, number: float) -> Forged:
+        rng = subject.rng(f"{attack.__name__} {number}")
+        return attack(subject.model, subject.scheme, subject.example, rng)
+
+    return run
+
+
+def _ground(subject: Subject, tries: float) -> Forged:
+    rng = subject.rng(f"grind {tries}")
+    model, scheme, example = subject.model, subject.scheme, subject.example
+    if not 1 <= tries < 1e9:
+        raise BadRecipeError(f"{tries:g} keys cannot be drawn; needed: at least 1")
+    return ambiguity.grind(model, scheme, example, rng, tries=int(tries))
+
+
+def _flipped(subject: Subject, share: float) -> Forged:
+    rng = subject.rng(f"flip {share}")
+    return ambiguity.flip_gamma(subject.model, subject.owner_key(), rng, share=share)
+
+
+def _reversed(subject: Subject, _: float) -> Forged:
+    return ambiguity.reverse_engineer(
+        subject.model,
+        subject.scheme,
+        subject.images(),
+        subject.recipe(0.01),
+        normalise=subject.normalise,
+        rng=subject.rng("fake2"),
+        journal=subject.journal("fake2"),
+    )
+
+
+def _insider(subject: Subject, share: float) -> Forged:
+    # A hundred times the rate of the published code, which takes a hundred times the steps.
+    return ambiguity.insider_passport(
+        subject.model,
+        subject.scheme,
+        subject.owner_key(),
+        subject.images(),
+        subject.recipe(1.0, "constant"),
+        normalise=subject.normalise,
+        rng=subject.rng(f"fake3 {share}"),
+        share=share,
+        journal=subject.journal(f"fake3 {share:g}"),
+    )
+
+
+def _substituted(attack: Callable[..., Forged]) -> Callable[[Subject, float], Forged]:
+    def run(subject: Subject, share: float) -> Forged:
+        part = subject.images().split(share, seed=subject.seed)[1]
+        # As many steps as the other attacks: a tenth of the images is seen ten times as often.
+        epochs = max(1, round(subject.budget.epochs / share))
+        batch = min(subject.budget.batch, len(part))
+        recipe = subject.recipe(0.01, "one-cycle", epochs=epochs, batch=batch)
+        return attack(
+            subject.model,
+            subject.scheme,
+            part,
+            recipe,
+            normalise=subject.normalise,
+            rng=subject.rng(f"{attack.__name__} {share}"),
+            journal=subject.journal(f"{attack.__name__} {share:g}"),
+        )
+
+    return run
+
+
+def _forged_triggers(subject: Subject, _: float) -> Forged:
+    return forging.forge_triggers(
+        subject.model,
+        subject.scheme,
+        subject.example,
+        subject.rng("forge-triggers"),
+        normalise=subject.normalise,
+    )
+
+
+def _forged_activations(subject: Subject, _: float) -> Forged:
+    return forging.forge_activations(
+        subject.model,
+        subject.scheme,
+        subject.example,
+        subject.rng("forge-activations"),
+        normalise=subject.normalise,
+    )
+
+
+def _images(subject: Subject) -> ImageSet:
+    return subject.images()
+
+
+ACTS: Mapping[str, Act] = {
+    "prune": lambda s, share: perturbation.prune(s.model, share=share),
+    "prune-layerwise": lambda s, share: perturbation.prune_layerwise(s.model, share=share),
+    "prune-channels": lambda s, share: perturbation.prune_channels(s.model, s.example, share=share),
+    "quantise": lambda s, kind: perturbation.quantise(s.model, _kind(kind)),
+    "noise": lambda s, strength: perturbation.add_noise(
+        s.model, s.rng(f"noise {strength}"), strength=strength
+    ),
+    **{form: _tuned(form) for form in removal.FORMS},
+    **{f"transfer-{form}": _transferred(form) for form in ("rtal", "rtll")},
+    "overwrite": _overwritten,
+    "graft": _grafted_over,
+    "project": _projected,
+    "fine-prune": _fine_pruned,
+    "distil": _copied(distil_soft, _images),
+    "extract": _copied(extract_hard, _images),
+    "distil-unrelated": _copied(distil_soft, _unrelated),
+    "flip-signs": _obfuscated(obfuscation.flip_signs, "share"),
+    "permute": _obfuscated(obfuscation.permute),
+    "rescale": _obfuscated(obfuscation.rescale, "spread"),
+    "insert-dummies": _obfuscated(obfuscation.insert_dummies, "share"),
+    "split-channels": _obfuscated(obfuscation.split_channels, "share"),
+    "combine": _obfuscated(obfuscation.combine),
+    "fake1": _forged(ambiguity.random_passport),
+    "grind": _ground,
+    "solve": _forged(ambiguity.solve_passport),
+    "hash-bound": _forged(hashbound.forge_hash_bound),
+    "flip": _flipped,
+    "fake2": _reversed,
+    "fake3": _insider,
+    "substitute-ierb": _substituted(fully_connected.substitute_individual),
+    "substitute-cerb": _substituted(fully_connected.substitute_across),
+    "forge-projection": _forged(forging.forge_uchida),
+    "forge-projection-gradient": _forged(forging.forge_uchida_by_gradient),
+    "forge-activations": _forged_activations,
+    "forge-triggers": _forged_triggers,
+}

@@ -1,0 +1,343 @@
+"""Claims: what an owner commits to before any dispute, signed, and timestamped if he likes.
+
+`docs/claim-format.md` is the specification for those who do not read Python. Verify, then parse:
+the only way from bytes to a `Claim` is through a checked signature.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date as Date
+from typing import Any, NamedTuple, final
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from nnpassport.claims.claimfile import (
+    MAX_CLAIM_BYTES,
+    SignedClaim,
+    canonical_object,
+    encode_signed,
+    timestamped_bytes,
+)
+from nnpassport.claims.facts import Facts, facts_from
+from nnpassport.claims.signing import binding_of, open_envelope, public_hex, sign
+from nnpassport.claims.timestamp import (
+    MAX_RESPONSE_BYTES,
+    Timestamp,
+    check_timestamp,
+    request_timestamp,
+)
+from nnpassport.keys.context import Context, canonical_json
+from nnpassport.keys.key import Key
+from nnpassport.scheme import BadSignatureError, NoTimestampError, UnreadableClaimError
+
+PAYLOAD_TYPE = "application/vnd.nnpassport.claim.v1+json"
+MILLION = 1_000_000
+_FORMAT = "nnpassport-claim"
+_VERSION = 1
+_LEAST_ALPHA = -1_000
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+class Declared(NamedTuple):
+    """The fidelity test that the owner declares: accuracy and ε_f, in parts per million."""
+
+    target_ppm: int
+    tolerance_ppm: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What the owner commits to. Nothing in it is secret, and there is no floating-point number.
+
+    The context is there in full and not as a digest: whoever reads the claim can hold its owner to
+    scheme, layers and number of bits before any key is disclosed.
+
+    Attributes:
+        owner_key: the owner's Ed25519 public key, 32 bytes in hexadecimal.
+        fingerprint: of the key, which stays secret; see `Key.fingerprint`.
+        context: what the key was drawn for; its `owner` is the owner's name.
+        reference: digest of the owner's released weights (`weights.tensors_digest`), or None.
+        log10_alpha: the threshold on the p-value, a power of ten.
+        fidelity: the declared target and tolerance, or None.
+        date: the day by the owner's own clock, ISO 8601. Only a timestamp proves one.
+        network: what the weights of `reference` do not say; None in claims from before there was
+            such a field, and where there is no config.
+    """
+
+    owner_key: str
+    fingerprint: str
+    context: Context
+    reference: str | None
+    log10_alpha: int
+    fidelity: Declared | None
+    date: str
+    network: Facts | None = None
+
+    def __post_init__(self) -> None:
+        digests = [self.owner_key, self.fingerprint]
+        digests += [] if self.reference is None else [self.reference]
+        for digest in digests:
+            _require(_is_digest(digest), f"the digest or key {digest!a:.80}", "64 hex digits")
+        names = (self.context.owner, *(layer.name for layer in self.context.layers))
+        for name in names:  # they will be printed, and come from anybody
+            _require(name.isprintable(), f"the name {name!a:.80}", "printable characters")
+        bound = binding_of(self.context.owner)
+        if bound not in (None, self.owner_key):
+            raise BadSignatureError(
+                f"the key was drawn for the owner of the public key {bound}, and the claim is by "
+                f"{self.owner_key!s:.64}; nobody but the first can claim it"
+            )
+        alpha = self.log10_alpha
+        sound = type(alpha) is int and _LEAST_ALPHA <= alpha <= -1
+        _require(sound, f"log10_alpha {alpha!r:.20}", f"an integer from {_LEAST_ALPHA} to -1")
+        for share in self.fidelity or ():
+            sound = type(share) is int and 0 <= share <= MILLION
+            _require(sound, f"the share {share!r:.20}", f"an integer from 0 to {MILLION}")
+        _require(_is_date(self.date), f"the date {self.date!a:.20}", "one such as 2026-01-31")
+        if self.network is not None:
+            committed = self.reference is not None
+            _require(committed, "facts of a network, and no reference", "both, or no facts")
+            if (fault := self.network.fault()) is not None:
+                _require(False, *fault)
+
+    def encode(self) -> bytes:
+        """The one encoding of this claim: sorted keys, ASCII, no whitespace, no floats."""
+        # Absent, not null: claims without it encode as ever.
+        facts = {} if self.network is None else {"network": self.network.as_json()}
+        return canonical_json(
+            {
+                **facts,
+                "format": _FORMAT,
+                "version": _VERSION,
+                "owner": self.context.owner,
+                "owner_key": self.owner_key,
+                "fingerprint": self.fingerprint,
+                "context": self.context.encode().decode("ascii"),
+                "reference": self.reference,
+                "log10_alpha": self.log10_alpha,
+                "fidelity": None if self.fidelity is None else self.fidelity._asdict(),
+                "date": self.date,
+            }
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a reader wants to know, as plain JSON values."""
+        layers = [f"{layer.name} {list(layer.weight)}" for layer in self.context.layers]
+        return {
+            "owner": self.context.owner,
+            "owner_key": self.owner_key,
+            "fingerprint": self.fingerprint,
+            "scheme": self.context.scheme,
+            "bits": self.context.bits,
+            "layers": layers,
+            "reference": self.reference,
+            "log10_alpha": self.log10_alpha,
+            "fidelity": None if self.fidelity is None else self.fidelity._asdict(),
+            "date": self.date,
+            "network": None if self.network is None else self.network.as_json(),
+        }
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Outcome of checking a claim file. `claim` is None where nothing in it may be believed."""
+
+    holds: bool
+    reason: str
+    claim: Claim | None = None
+    timestamp: Timestamp | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return {
+            "holds": self.holds,
+            "reason": self.reason,
+            "claim": None if self.claim is None else self.claim.as_dict(),
+            "timestamp": None if self.timestamp is None else self.timestamp.as_dict(),
+        }
+
+
+def claim_of(
+    key: Key,
+    owner: Ed25519PublicKey,
+    *,
+    reference: str | None = None,
+    log10_alpha: int = -9,
+    fidelity: Declared | None = None,
+    date: str | None = None,
+    network: Facts | None = None,
+) -> Claim:
+    """The commitment to `key`; today's date if none is given.
+
+    Raises:
+        UnreadableClaimError: a part cannot be written into a claim.
+    """
+    return Claim(
+        owner_key=public_hex(owner),
+        fingerprint=key.fingerprint,
+        context=key.context,
+        reference=reference,
+        log10_alpha=log10_alpha,
+        fidelity=fidelity,
+        date=Date.today().isoformat() if date is None else date,
+        network=network,
+    )
+
+
+def sign_claim(claim: Claim, signing: Ed25519PrivateKey) -> SignedClaim:
+    """The claim, signed by its owner; without a timestamp.
+
+    Raises:
+        BadSignatureError: the claim is for another public key.
+        UnreadableClaimError: it is larger than what is read back.
+    """
+    if claim.owner_key != public_hex(signing.public_key()):
+        raise BadSignatureError(
+            f"the claim names the public key {claim.owner_key}, but the signing key is another's; "
+            "sign with the owner's own"
+        )
+    signed = SignedClaim(sign(claim.encode(), PAYLOAD_TYPE, signing), None)
+    size = len(encode_signed(signed)) + 4 * MAX_RESPONSE_BYTES // 3
+    _require(size <= MAX_CLAIM_BYTES, f"{size} bytes", f"at most {MAX_CLAIM_BYTES}")
+    return signed
+
+
+def stamp_claim(signed: SignedClaim, url: str, roots: Sequence[x509.Certificate]) -> SignedClaim:
+    """The same claim with a timestamp by the authority at `url`, checked against `roots`.
+
+    Raises:
+        NoTimestampError: the authority gave no token that holds.
+    """
+    response = request_timestamp(timestamped_bytes(signed.envelope), url, roots)
+    return signed._replace(response=response)
+
+
+def open_claim(signed: SignedClaim, owner: Ed25519PublicKey) -> Claim:
+    """Check the signature, and only then parse. A timestamp is not looked at.
+
+    Raises:
+        BadSignatureError: nothing in the envelope may be believed.
+        UnreadableClaimError: its owner signed what is not a claim of this version.
+    """
+    return _parsed(open_envelope(signed.envelope, PAYLOAD_TYPE, owner), owner)
+
+
+def open_stamped_claim(
+    signed: SignedClaim, owner: Ed25519PublicKey, roots: Sequence[x509.Certificate]
+) -> tuple[Claim, Timestamp]:
+    """Check the signature, then the timestamp, and only then parse.
+
+    Raises:
+        BadSignatureError: signature or timestamp does not hold, or there is no timestamp.
+        UnreadableClaimError: its owner signed what is not a claim of this version.
+    """
+    payload = open_envelope(signed.envelope, PAYLOAD_TYPE, owner)
+    if signed.response is None:
+        raise BadSignatureError(
+            "the claim has no timestamp, so nothing proves its age; to check the signature alone, "
+            "give no root certificate"
+        )
+    timestamp = check_timestamp(signed.response, timestamped_bytes(signed.envelope), roots)
+    return _parsed(payload, owner), timestamp
+
+
+def check_claim(
+    signed: SignedClaim,
+    owner: Ed25519PublicKey,
+    *,
+    roots: Sequence[x509.Certificate] | None = None,
+    key: Key | None = None,
+) -> Finding:
+    """Does the claim hold: signature, timestamp, and does `key`, if disclosed, open it?
+
+    With `roots` a timestamp is required; without, there must be none.
+
+    Raises:
+        NoTimestampError: there is a timestamp and no root to check it against.
+        UnreadableClaimError: its owner signed what is not a claim of this version.
+    """
+    timestamp = None
+    try:
+        if roots is None:
+            claim = open_claim(signed, owner)
+        else:
+            claim, timestamp = open_stamped_claim(signed, owner, roots)
+    except BadSignatureError as error:
+        return Finding(False, str(error))
+    if roots is None and signed.response is not None:
+        raise NoTimestampError(
+            "the signature holds, but the claim has a timestamp and there is no root certificate "
+            "to check it against; needed: the authority's root as PEM, from a source you trust"
+        )
+    if key is not None and (fault := _fault_of(key, claim)) is not None:
+        return Finding(False, fault, claim, timestamp)
+    proved = ["the owner's signature holds"]
+    if timestamp is None:
+        proved += ["there is no timestamp, so nothing proves the claim's age"]
+    else:
+        proved += [f"the timestamp proves that it is from {timestamp.as_dict()['latest']} or older"]
+    if key is not None:
+        proved += ["the disclosed key is the one committed to"]
+    return Finding(True, "; ".join(proved), claim, timestamp)
+
+
+def _parsed(payload: bytes, owner: Ed25519PublicKey) -> Claim:
+    document = canonical_object(payload, "claim")
+    try:
+        fidelity = document["fidelity"]
+        claim = Claim(
+            owner_key=document["owner_key"],
+            fingerprint=document["fingerprint"],
+            context=Context.decode(document["context"].encode("ascii")),
+            reference=document["reference"],
+            log10_alpha=document["log10_alpha"],
+            fidelity=None if fidelity is None else Declared(**fidelity),
+            date=document["date"],
+            network=facts_from(document["network"]) if "network" in document else None,
+        )
+        # Encoding again also catches unknown fields, another version, and an owner who is not
+        # the one of the context.
+        known = claim.encode() == payload
+    except (UnreadableClaimError, BadSignatureError):
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError):
+        known = False
+    _require(known, "fields of another form", f"those of {_FORMAT} version {_VERSION}")
+    if claim.owner_key != public_hex(owner):
+        raise BadSignatureError(
+            f"the claim names the public key {claim.owner_key}, but {public_hex(owner)} signed it; "
+            "an owner signs for himself"
+        )
+    return claim
+
+
+def _fault_of(key: Key, claim: Claim) -> str | None:
+    """Why `key` does not open the commitment, or None."""
+    if key.context != claim.context:
+        return "the disclosed key is for another context than the one committed to"
+    if key.fingerprint != claim.fingerprint:
+        return "the disclosed key has another fingerprint than the one committed to"
+    return None
+
+
+def _require(holds: bool, given: str, needed: str) -> None:
+    if not holds:
+        raise UnreadableClaimError(
+            f"the claim has {given}, but needs {needed}; make it with `claim new`, or use the "
+            "original file"
+        )
+
+
+def _is_digest(text: object) -> bool:
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
+def _is_date(text: object) -> bool:
+    try:
+        return isinstance(text, str) and Date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

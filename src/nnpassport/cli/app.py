@@ -1,0 +1,479 @@
+"""The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted.
+
+`judge` also has 3: it was checked, and the evidence does not tell whose the network is.
+"""
+
+import json
+import math
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnpassport import __version__
+from nnpassport.cli import attack as attacking
+from nnpassport.cli import claim as claiming
+from nnpassport.cli import layers as inspecting
+from nnpassport.cli import leaderboard as ranking
+from nnpassport.cli import probe as probing
+from nnpassport.cli import publish as publishing
+from nnpassport.cli import reproduce as reproducing
+from nnpassport.cli import trace as tracing
+from nnpassport.cli import verify as judging
+from nnpassport.cli.options import (
+    Architecture,
+    Arguments,
+    AsJson,
+    BatchSize,
+    Best,
+    Channels,
+    Compile,
+    Epochs,
+    Factory,
+    Flip,
+    Held,
+    ImageColumn,
+    Images,
+    Initial,
+    KeyFile,
+    LabelColumn,
+    Norm,
+    Out,
+    Passphrase,
+    Precision,
+    Rate,
+    Reading,
+    RecipeName,
+    Resume,
+    Seed,
+    Size,
+    SkipCorrupt,
+    Split,
+    Stream,
+    Tensorboard,
+    Test,
+    TestSplit,
+    base_from,
+    config_from,
+    images_from,
+    journal_in,
+    key_from,
+    new_passphrase,
+    recipe_from,
+    sets_from,
+)
+from nnpassport.cli.terminal import (
+    errors,
+    print_metrics,
+    print_table,
+    print_verdict,
+    progress_bar,
+)
+from nnpassport.embedding.train.processes import world
+from nnpassport.scheme import OwnershipError
+
+app = typer.Typer(
+    name="nnpassport",
+    help="Prove that a neural network is yours, and make sure that nobody else can claim it.",
+    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge: 3 undecided. "
+    "Start with: nnpassport demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+key_app = typer.Typer(help="Draw and inspect secret keys.", no_args_is_help=True)
+app.add_typer(key_app, name="key")
+app.add_typer(claiming.app, name="claim")
+
+
+@app.command()
+def demo(
+    out: Out = Path("nnpassport-demo"),
+    as_json: AsJson = False,
+) -> None:
+    """The whole story on embedded data: embed, release, verify, forge. A minute or two."""
+    from nnpassport.lab.demo import COMMANDS, table
+    from nnpassport.lab.demo import demo as run_demo
+
+    with progress_bar("demo") as show:
+        result = run_demo(out, show=show)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict(), indent=2))
+        raise typer.Exit(0 if result.as_expected else 1)
+    print_table(("what", "result", "what it means"), table(result))
+    errors.print(f"\nThe picture, and what it shows and does not show: {out / 'demo.html'}")
+    errors.print(f"What to try next, in {out}:")
+    for command, outcome in COMMANDS:
+        errors.print(f"  {command}   # {outcome}")
+    raise typer.Exit(0 if result.as_expected else 1)
+
+
+@key_app.command("new")
+def key_new(
+    out: Out,
+    scheme: Annotated[
+        str, typer.Option(help="As in the catalog; `nnpassport schemes` lists them.")
+    ] = "passport-v2",
+    model: Architecture = "alexnet",
+    norm: Norm = "group",
+    arguments: Arguments = None,
+    classes: Annotated[int, typer.Option(help="Classes of the task.")] = 10,
+    size: Size = 32,
+    channels: Channels = 3,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers to protect, such as 'layer4.*'; repeatable (default: the paper's)."
+        ),
+    ] = None,
+    owner: Annotated[str, typer.Option(help="Your name, for the record.")] = "unnamed",
+    signing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your public key, PEM, from `claim keygen`: nobody else can claim this key then."
+        ),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Signature that can be read back, ASCII (default: random bits)."),
+    ] = None,
+    passports: Annotated[
+        str, typer.Option(help="derived, or the paper's random, image or shuffle (no p-value).")
+    ] = "derived",
+    images: Annotated[
+        str | None,
+        typer.Option(help="For image and shuffle: training images; the paper took test images."),
+    ] = None,
+    images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
+    plain: Annotated[
+        Path | None, typer.Option(help="Beside --images: a trained plain model folder.")
+    ] = None,
+    triggers: Annotated[
+        Path | None,
+        typer.Option(
+            help="adi, V3: a published trigger set, Parquet, with its labels (no p-value)."
+        ),
+    ] = None,
+    factory: Factory = None,
+    passphrase: Passphrase = False,
+) -> None:
+    """Draw a secret key for a network of this shape, into a file only you can read."""
+    from nnpassport.embedding import owner as ownership
+    from nnpassport.keys.chance import (
+        LOG10_ALPHA_UNCOMMITTED,
+        log10_binomial_tail,
+    )
+    from nnpassport.keys.keyfile import save_key
+
+    if signing is not None:
+        from nnpassport.claims.signing import bound_name, load_public_key
+
+        owner = bound_name(owner, load_public_key(signing))
+    config = config_from(model, norm, arguments, classes, (channels, size, size), factory)
+    drawn = ownership.draw_key(config, scheme, owner=owner, layers=layer, text=text)
+    if passports != "derived":
+        source = None if images is None else images_from(images, images_split, config)
+        drawn = ownership.redraw_as_published(drawn, passports, plain, source)
+    elif images is not None and plain is not None:
+        source = images_from(images, images_split, config)
+        drawn = ownership.prepare_key(drawn, plain, source)
+    if triggers is not None:
+        drawn = ownership.with_trigger_file(drawn, triggers)
+    ownership.check_pictures(drawn, config)
+    save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
+    bits, pictures = drawn.context.bits, drawn.context.triggers
+    what = [f"{len(drawn.context.layers)} layers, {bits} bits"] if bits else []
+    what += [f"{pictures.count} pictures"] if pictures is not None else []
+    errors.print(f"{out}: {'; '.join(what)}")
+    weakest = log10_binomial_tail(bits, bits, 0.5) if bits and drawn.derived else -math.inf
+    if weakest > LOG10_ALPHA_UNCOMMITTED:
+        errors.print("note:", style="yellow", end=" ")
+        errors.print(
+            f"{bits} bits reach 10^{weakest:.1f} at best, and "
+            f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
+        )
+    errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
+
+
+@app.command()
+def schemes(as_json: AsJson = False) -> None:
+    """List the schemes: what each is, and the paper it is from."""
+    from nnpassport.catalog import CATALOG
+
+    if as_json:
+        found = {n: {"source": e.source, "summary": e.summary} for n, e in CATALOG.items()}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    print_table(
+        ("scheme", "from", "what it is"), [(n, e.source, e.summary) for n, e in CATALOG.items()]
+    )
+
+
+@key_app.command("show")
+def key_show(
+    path: Annotated[Path, typer.Argument(help="Key file.")],
+    as_json: AsJson = False,
+    passphrase: Passphrase = False,
+) -> None:
+    """Print what is not secret about a key: its scheme, owner, layers and fingerprint."""
+    key = key_from(path, passphrase)
+    layers = [f"{layer.name} {list(layer.weight)}" for layer in key.context.layers]
+    facts = {
+        "scheme": key.context.scheme,
+        "owner": key.context.owner,
+        "bits": key.context.bits,
+        "derived": key.derived,
+        "fingerprint": key.fingerprint,
+        "layers": layers,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in facts.items()]
+    print_table(("", ""), rows)
+
+
+@app.command()
+def train(
+    data: Images,
+    out: Out,
+    split: Split = None,
+    test: Test = None,
+    test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    skip_corrupt: SkipCorrupt = False,
+    stream: Stream = False,
+    model: Architecture = "alexnet",
+    norm: Norm = "group",
+    arguments: Arguments = None,
+    size: Size = 32,
+    channels: Channels = 3,
+    recipe: RecipeName = None,
+    epochs: Epochs = None,
+    batch: BatchSize = None,
+    rate: Rate = None,
+    precision: Precision = "float32",
+    compiled: Compile = False,
+    augment: Flip = True,
+    keep_best: Best = False,
+    seed: Seed = 0,
+    validation: Held = 0.05,
+    init: Initial = None,
+    factory: Factory = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a plain network, without any mark: what a marked one is compared with."""
+    from nnpassport.embedding import owner as ownership
+
+    run = recipe_from(
+        recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
+    )
+    base = base_from(init, model, norm, arguments, (channels, size, size), factory)
+    reading = Reading(image_column, label_column, skip_corrupt)
+    sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
+    with journal_in(out, resume, tensorboard) as journal:
+        done = ownership.train(
+            out, base.config_for(sets), sets, run, initial=base.weights, journal=journal
+        )
+    print_metrics(out, done.metrics, as_json)
+
+
+@app.command()
+def embed(
+    data: Images,
+    key: KeyFile,
+    out: Out,
+    split: Split = None,
+    test: Test = None,
+    test_split: TestSplit = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    skip_corrupt: SkipCorrupt = False,
+    stream: Stream = False,
+    model: Architecture = "alexnet",
+    norm: Norm = "group",
+    arguments: Arguments = None,
+    size: Size = 32,
+    channels: Channels = 3,
+    recipe: RecipeName = None,
+    epochs: Epochs = None,
+    batch: BatchSize = None,
+    rate: Rate = None,
+    late: Annotated[
+        float | None,
+        typer.Option(help="V2, V3: share of steps before the private branch joins (default: 0)."),
+    ] = None,
+    triggers_per_step: Annotated[
+        int | None,
+        typer.Option(
+            help="V3, adi: trigger images in each step (default: 2); more if epochs are few."
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--setting",
+            help="Of the scheme, such as user=3 (deepmarks) or strength=0.05; repeatable.",
+        ),
+    ] = None,
+    precision: Precision = "float32",
+    compiled: Compile = False,
+    augment: Flip = True,
+    keep_best: Best = False,
+    seed: Seed = 0,
+    validation: Held = 0.05,
+    init: Initial = None,
+    factory: Factory = None,
+    resume: Resume = False,
+    tensorboard: Tensorboard = False,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a network that carries your key. Interrupt at will; --resume goes on exactly there."""
+    from nnpassport.catalog import read_settings, scheme_named, with_settings
+    from nnpassport.embedding import owner as ownership
+
+    secret = key_from(key, passphrase)
+    named = scheme_named(secret.context.scheme)
+    chosen = with_settings(named, late=late, triggers_per_step=triggers_per_step)
+    scheme = with_settings(chosen, **read_settings(setting or ()))
+    run = recipe_from(
+        recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
+    )
+    base = base_from(init, model, norm, arguments, (channels, size, size), factory)
+    reading = Reading(image_column, label_column, skip_corrupt)
+    sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
+    with journal_in(out, resume, tensorboard) as journal:
+        done = ownership.embed(
+            out,
+            base.config_for(sets),
+            secret,
+            sets,
+            run,
+            scheme=scheme,
+            initial=base.weights,
+            journal=journal,
+        )
+    print_metrics(out, done.metrics, as_json)
+
+
+@app.command()
+def release(
+    source: Annotated[Path, typer.Argument(help="Model folder, from `embed`.")],
+    key: KeyFile,
+    out: Out,
+    factory: Factory = None,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the network that may leave the house: plain, with no trace of the secret."""
+    from nnpassport.embedding import owner as ownership
+
+    verdict = ownership.release(source, key_from(key, passphrase), out, trusted_factory=factory)
+    print_verdict(verdict, as_json)
+    errors.print(f"Released to {out}. The key stays with you.")
+
+
+@app.command()
+def bench(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="All cells, not only the quick ones.")
+    ] = False,
+    minutes: Annotated[float, typer.Option(help="Time budget; what is left over is named.")] = 10.0,
+    architecture: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images a step; repeatable.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Only compiled networks, or none.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="infer, train, memory, acts or loop; repeatable.")
+    ] = None,
+) -> None:
+    """What marks cost: training, inference and acts beside the plain network, as ratios."""
+    from nnpassport.lab.bench import choose, run
+
+    cells = choose(
+        full=full,
+        architectures=architecture or (),
+        batches=batch or (),
+        precisions=precision or (),
+        compiled=compiled,
+        only=only or (),
+    )
+    with progress_bar("bench") as show:
+        typer.echo(run(out, cells=cells, minutes=minutes, show=show))
+
+
+app.command()(inspecting.layers)
+app.command()(judging.verify)
+app.command()(judging.judge)
+app.command()(probing.probe)
+app.command()(publishing.export)
+app.command()(publishing.package)
+app.command()(reproducing.reproduce)
+app.command()(ranking.leaderboard)
+app.command()(tracing.trace)
+app.command()(attacking.attack)
+app.command("attacks")(attacking.list_attacks)
+app.command()(attacking.audit)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nnpassport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ClickException: click's own under older typers, typer's copy of it under newer ones.
+_BadUsage: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def main() -> None:
+    """Run the command line and exit; anything unexpected is "could not be checked", never "no"."""
+    try:
+        code = app(standalone_mode=False)
+    except OwnershipError as error:
+        if _first_to_say(type(error).__name__):
+            errors.print("error:", style="red", end=" ")
+            errors.print(f"{type(error).__name__}: {error}", soft_wrap=True)
+        sys.exit(2)
+    except _BadUsage as error:
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted; an interrupted run continues with --resume")
+        sys.exit(130)
+    except Exception:  # an error of ours must not look like a refusal
+        traceback.print_exc()
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _first_to_say(what: str) -> bool:
+    """Whether no other of several processes that fail alike has said so."""
+    if world() == 1:
+        return True
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all when one has failed
+    from nnpassport.embedding.train.team import first_to_say
+
+    return first_to_say(what)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The commands `claim …`: commit to a key before any dispute, and disclose it in one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnpassport.cli.options import AsJson, KeyFile, Out, Passphrase, key_from
+from nnpassport.cli.terminal import errors, print_table
+
+app = typer.Typer(
+    help="Commit to a key before any dispute: signed, timestamped.", no_args_is_help=True
+)
+
+ClaimFile = Annotated[Path, typer.Argument(help="Claim file, from anybody.")]
+SigningPassphrase = Annotated[
+    bool,
+    typer.Option(
+        "--signing-passphrase",
+        help="Ask for the signing key's passphrase ($NNPASSPORT_SIGNING_PASSPHRASE is used if "
+        "set).",
+    ),
+]
+
+
+@app.command()
+def keygen(
+    out: Out,
+    public: Annotated[
+        Path | None,
+        typer.Option(help="Where to write the public half (default: NAME.pub.pem beside it)."),
+    ] = None,
+    signing_passphrase: SigningPassphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw an Ed25519 key to sign claims with: a secret file and a public one, PEM."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+    )
+
+    from nnpassport.claims.signing import public_hex, save_signing_key
+
+    signing = Ed25519PrivateKey.generate()
+    beside = out.with_suffix(".pub.pem") if public is None else public
+    secret = _signing_passphrase(signing_passphrase, new=True)
+    save_signing_key(signing, out, beside, passphrase=secret)
+    known = public_hex(signing.public_key())
+    if as_json:
+        typer.echo(json.dumps({"public": str(beside), "owner_key": known}, indent=2))
+        return
+    errors.print(f"{out} is secret; give {beside} to everybody: {known}", soft_wrap=True)
+
+
+@app.command()
+def new(
+    key: KeyFile,
+    signing: Annotated[Path, typer.Option(help="Secret signing key, from `claim keygen`.")],
+    out: Out,
+    reference: Annotated[
+        Path | None, typer.Option(help="Your released model folder: its digest is committed to.")
+    ] = None,
+    authority: Annotated[
+        str | None, typer.Option(help="URL of an RFC 3161 timestamp authority.")
+    ] = None,
+    authority_root: Annotated[
+        Path | None, typer.Option(help="Its root certificate, PEM: the token is checked at once.")
+    ] = None,
+    alpha: Annotated[int, typer.Option(help="log10 of the threshold on p, an integer.")] = -9,
+    target: Annotated[
+        float | None, typer.Option(help="Accuracy you declare, 0 to 1 (default: none).")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="ε_f that you declare with --target, 0 to 1.")
+    ] = 0.03,
+    date: Annotated[
+        str | None, typer.Option(help="Only for the record, as 2026-01-31 (default: today).")
+    ] = None,
+    passphrase: Passphrase = False,
+    signing_passphrase: SigningPassphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Commit to a secret key in a file that is safe to publish."""
+    from nnpassport.claims import (
+        claim,
+        timestamp,
+    )
+    from nnpassport.claims import signing as signatures
+    from nnpassport.claims.claimfile import write_signed
+
+    if (authority is None) != (authority_root is None):
+        raise typer.BadParameter("--authority and --authority-root go together; give both")
+    owner = signatures.load_signing_key(
+        signing, passphrase=_signing_passphrase(signing_passphrase, new=False)
+    )
+    declared = None if target is None else claim.Declared(_ppm(target), _ppm(tolerance))
+    made = claim.claim_of(
+        key_from(key, passphrase),
+        owner.public_key(),
+        reference=None if reference is None else _digest_of(reference),
+        log10_alpha=alpha,
+        fidelity=declared,
+        date=date,
+        network=None if reference is None else _facts_of(reference),
+    )
+    signed = claim.sign_claim(made, owner)
+    if authority is not None and authority_root is not None:
+        signed = claim.stamp_claim(signed, authority, timestamp.load_roots(authority_root))
+    write_signed(signed, out)
+    _print(made.as_dict(), as_json)
+    stamped = "timestamped" if authority else "not timestamped: nobody can tell how old it is"
+    errors.print(f"{out}: signed, {stamped}")
+
+
+@app.command()
+def show(
+    path: ClaimFile,
+    owner: Annotated[
+        Path | None,
+        typer.Option(help="Owner's public key, PEM (default: whoever the file says signed)."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a claim, once its signature has been checked; `verify` also checks the timestamp."""
+    from nnpassport.claims import (
+        claim,
+        signing,
+    )
+    from nnpassport.claims.claimfile import read_signed
+
+    signed = read_signed(path)
+    if owner is None:
+        public = signing.public_from_hex(signed.envelope.keyid)
+    else:
+        public = signing.load_public_key(owner)
+    finding = claim.check_claim(signed._replace(response=None), public)
+    facts: dict[str, Any] = finding.as_dict()
+    facts["timestamp"] = None if signed.response is None else "there is one; `verify` checks it"
+    facts["self_asserted"] = owner is None
+    _print_finding(facts, as_json)
+    if owner is None and finding.holds:
+        errors.print("Self-asserted: the signature was checked against the key in the file itself.")
+    raise typer.Exit(0 if finding.holds else 1)
+
+
+@app.command()
+def verify(
+    path: ClaimFile,
+    owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Root certificate of the timestamp authority, PEM; requires a token."),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="A disclosed key: is it the one committed to?")
+    ] = None,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does a claim hold? 0: yes. 1: signature, timestamp or key does not. 2: not checked."""
+    from nnpassport.claims import (
+        claim,
+        signing,
+        timestamp,
+    )
+    from nnpassport.claims.claimfile import read_signed
+
+    finding = claim.check_claim(
+        read_signed(path),
+        signing.load_public_key(owner),
+        roots=None if root is None else timestamp.load_roots(root),
+        key=None if key is None else key_from(key, passphrase),
+    )
+    _print_finding(finding.as_dict(), as_json)
+    raise typer.Exit(0 if finding.holds else 1)
+
+
+@app.command()
+def disclose(
+    path: ClaimFile,
+    key: KeyFile,
+    out: Out,
+    reference: Annotated[
+        Path | None, typer.Option(help="The released model folder that the claim commits to.")
+    ] = None,
+    passphrase: Passphrase = False,
+) -> None:
+    """Put claim, key and reference into a folder for a judge. The key is secret no longer."""
+    from nnpassport.verification import hearing
+
+    hearing.disclose(path, key_from(key, passphrase), out, reference=reference)
+    errors.print(f"{out}: give it to the judge, and to nobody else before.", soft_wrap=True)
+
+
+def _digest_of(reference: Path) -> str:
+    from nnpassport.files.weights import read_weights, tensors_digest
+
+    return tensors_digest(read_weights(reference).tensors)
+
+
+def _facts_of(reference: Path) -> Any:
+    """What the config says, which a file of weights does not have."""
+    from nnpassport.claims.facts import facts_of
+    from nnpassport.files.config import CONFIG_FILE
+
+    return facts_of(reference) if os.path.lexists(reference / CONFIG_FILE) else None
+
+
+def _ppm(share: float) -> int:
+    """A share in [0, 1] in parts per million; claims have no floating-point numbers."""
+    if not 0 <= share <= 1:
+        raise typer.BadParameter(f"--target and --tolerance are from 0 to 1, not {share}")
+    return round(share * 1_000_000)
+
+
+def _signing_passphrase(ask: bool, *, new: bool) -> str | None:
+    given = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
+    if given is not None or not ask:
+        return given
+    words = "New passphrase of the signing key" if new else "Passphrase of the signing key"
+    return str(typer.prompt(words, hide_input=True, confirmation_prompt=new, err=True))
+
+
+def _print_finding(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    claim = facts.pop("claim") or {}
+    typer.echo("HOLDS" if facts.pop("holds") else "DOES NOT HOLD")
+    _print({**facts, **claim}, as_json)
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    print_table(("", ""), [(name, _words(value)) for name, value in facts.items()])
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name} {_in_line(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return "\n".join(value)
+    return "none" if value is None else str(value)
+
+
+def _in_line(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

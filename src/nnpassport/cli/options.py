@@ -1,0 +1,324 @@
+"""Options that several commands share, and what they ask for: keys, images, configs, recipes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from nnpassport.cli.terminal import errors, progress_bar
+
+_NAMED = 10  # classes and pictures that are named, at most
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+KeyFile = Annotated[Path, typer.Option("--key", help="Secret key file, from `key new`.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Passphrase = Annotated[
+    bool,
+    typer.Option(help="Ask for the key's passphrase ($NNPASSPORT_PASSPHRASE is used if set)."),
+]
+Factory = Annotated[
+    str | None,
+    typer.Option(help="Your own architecture, package.module:factory; its code will be run."),
+]
+Images = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder of "
+        "such files or of one folder per class; CIFAR's binary version; .npz; hub:owner/name.",
+    ),
+]
+OptionalImages = Annotated[str | None, typer.Option("--data", help="Images to measure F on.")]
+ImageColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the pictures, where its name is not a usual one (image, img …)."),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the classes, where its name is not a usual one (label, class …)."),
+]
+SkipCorrupt = Annotated[
+    bool,
+    typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read, and say which."),
+]
+Split = Annotated[str | None, typer.Option(help="Split of --data (digits, folders, hub names).")]
+Architecture = Annotated[
+    str, typer.Option("--model", help="alexnet, resnet18, resnet50, or a model folder.")
+]
+Norm = Annotated[str, typer.Option(help="Normalisation: batch, group, layer or none.")]
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="More arguments of the architecture, as name=value."),
+]
+Size = Annotated[int, typer.Option(help="Pixels a side of the network's input.")]
+Channels = Annotated[int, typer.Option(help="Colour channels of the network's input.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="short, paper or tune (default: short; with --init: tune)."),
+]
+Epochs = Annotated[int | None, typer.Option(help="Passes over the images (default: the recipe's).")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch", help="Images a step (default: the recipe's).")
+]
+Rate = Annotated[float | None, typer.Option(help="Highest learning rate (default: the recipe's).")]
+Precision = Annotated[
+    str, typer.Option(help="float32; bfloat16 or tf32 where the hardware has it.")
+]
+Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
+Seed = Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")]
+Held = Annotated[float, typer.Option(help="Share of --data held out to choose checkpoints on.")]
+Test = Annotated[str | None, typer.Option(help="Test images, only ever reported on.")]
+TestSplit = Annotated[str | None, typer.Option(help="Split of --test.")]
+Stream = Annotated[
+    bool,
+    typer.Option("--stream", help="Read Parquet shards as they are needed, not into memory."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
+Initial = Annotated[Path | None, typer.Option("--init", help="Start from this model folder.")]
+Flip = Annotated[
+    bool, typer.Option("--augment/--no-augment", help="Random crops and horizontal flips.")
+]
+Best = Annotated[
+    bool, typer.Option("--keep-best", help="Keep the epoch that is best on held-out images.")
+]
+
+
+class Reading(NamedTuple):
+    """How images are read, where that is not as usual.
+
+    Attributes:
+        image: column of the pictures, or None for a usual name.
+        label: column of the classes, or None for a usual name.
+        skip_corrupt: leave out pictures that cannot be read.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    skip_corrupt: bool = False
+
+
+AS_USUAL = Reading()
+
+
+class Base:
+    """A network before training: its config, and weights if it starts from given ones."""
+
+    def __init__(self, config: Any, weights: Any) -> None:
+        self.config, self.weights = config, weights
+
+    def config_for(self, sets: Any) -> Any:
+        """The config with the images' classes; a new network of ours gets as many outputs."""
+        config, names = self.config, sets.train.classes
+        if self.weights is None and "classes" in config.arguments:
+            config = replace(config, arguments={**config.arguments, "classes": len(names)})
+        return replace(config, classes=names)
+
+
+def base_from(
+    init: Path | None,
+    model: str,
+    norm: str,
+    arguments: list[str] | None,
+    input_size: tuple[int, int, int],
+    factory: str | None,
+) -> Base:
+    """The network to start from: a model folder's (`--init`), or a new one of this shape."""
+    from nnpassport.embedding.checkpoint import load_model
+
+    if init is None:
+        return Base(config_from(model, norm, arguments, None, input_size, factory), None)
+    loaded = load_model(init, trusted_factory=factory)
+    return Base(loaded.config, loaded.model.state_dict())
+
+
+def config_from(
+    model: str,
+    norm: str,
+    arguments: list[str] | None,
+    classes: int | None,
+    input_size: tuple[int, int, int],
+    factory: str | None,
+) -> Any:
+    """The config of a model folder, or of an architecture with these arguments.
+
+    Raises:
+        typer.BadParameter: an argument is no name=value.
+    """
+    from nnpassport.files.config import ModelConfig, read_config
+
+    if Path(model).is_dir():
+        return read_config(Path(model))
+    given: dict[str, Any] = {"norm": norm} if factory is None else {}
+    for pair in arguments or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {pair!r} is no name=value, such as --set width=0.5")
+        given[name] = _value(value)
+    count = 10 if classes is None else classes
+    if factory is None:
+        given |= {"classes": count, "channels": input_size[0]}
+    return ModelConfig(
+        architecture=factory or model,
+        arguments=given,
+        classes=tuple(map(str, range(count))),
+        input_size=input_size,
+        mean=(0.5,) * input_size[0],
+        std=(0.5,) * input_size[0],
+    )
+
+
+def recipe_from(
+    name: str | None,
+    init: Path | None,
+    epochs: int | None,
+    batch: int | None,
+    rate: float | None,
+    precision: str,
+    compiled: bool,
+    augment: bool,
+    keep_best: bool,
+    seed: int,
+) -> Any:
+    """The recipe of this name, with what was given in place of its own; None is the usual one.
+
+    Raises:
+        typer.BadParameter: there is no such recipe, or nothing would be trained.
+    """
+    from nnpassport.embedding.train.loop import RECIPES
+
+    name = name or ("short" if init is None else "tune")
+    if name not in RECIPES:
+        raise typer.BadParameter(f"--recipe {name!r} is unknown; there are: {', '.join(RECIPES)}")
+    if epochs == 0 and init is None:
+        raise typer.BadParameter("--epochs 0 trains nothing; it needs a trained network, --init")
+    given: dict[str, Any] = {"epochs": epochs, "batch": batch, "rate": rate}
+    return replace(
+        RECIPES[name],
+        **{field: value for field, value in given.items() if value is not None},
+        precision=precision,
+        compile=compiled,
+        augment=augment,
+        keep_best=keep_best,
+        seed=seed,
+    )
+
+
+def sets_from(
+    data: str,
+    split: str | None,
+    test: str | None,
+    test_split: str | None,
+    base: Base,
+    validation: float,
+    seed: int,
+    stream: bool = False,
+    reading: Reading = AS_USUAL,
+) -> Any:
+    """Training, held-out and test images, read with a bar on stderr, or to be streamed."""
+    from nnpassport.embedding import owner as ownership
+
+    opened = stream_from if stream else images_from
+    images = opened(data, split, base.config, reading)
+    tested = None if test is None else opened(test, test_split, base.config, reading)
+    return ownership.divide(images, tested, validation=validation, seed=seed)
+
+
+def images_from(source: str, split: str | None, config: Any, reading: Reading = AS_USUAL) -> Any:
+    """The images of one source, at the size and channels of `config`; stderr says what was read."""
+    from nnpassport.data.images import read_images, read_images_skipping
+
+    channels, size, _ = config.input_size
+    named = {"image_column": reading.image, "label_column": reading.label}
+    with progress_bar(f"reading {Path(source).name}") as show:
+        wanted = {"split": split, "size": size, "channels": channels, **named, "progress": show}
+        if reading.skip_corrupt:
+            images, skipped = read_images_skipping(source, **wanted)
+        else:
+            images, skipped = read_images(source, **wanted), ()
+    say_read(images)
+    for each in skipped[:_NAMED]:
+        errors.print(f"left out: {each}", markup=False)
+    if len(skipped) > _NAMED:
+        errors.print(f"left out: {len(skipped) - _NAMED} more", markup=False)
+    return images
+
+
+def stream_from(source: str, split: str | None, config: Any, reading: Reading = AS_USUAL) -> Any:
+    """The images of Parquet shards, at the size and channels of `config`; none is read yet."""
+    from nnpassport.data.stream import open_stream
+
+    channels, size, _ = config.input_size
+    images = open_stream(
+        source,
+        split=split,
+        size=size,
+        channels=channels,
+        image_column=reading.image,
+        label_column=reading.label,
+        skip_corrupt=reading.skip_corrupt,
+    )
+    say_read(images)
+    return images
+
+
+def say_read(images: Any) -> None:
+    """Say on stderr how many images of which classes there are, and where classes have none."""
+    names = images.classes
+    shown = ", ".join(names[:_NAMED]) + (f" … {names[-1]}" if len(names) > _NAMED else "")
+    text = f"{images.name}: {len(images):,} images in {len(names):,} classes: {shown}"
+    labels = getattr(images, "labels", None)  # a stream reads them later
+    empty = 0 if labels is None else len(names) - labels.unique().numel()
+    if empty:
+        text += f"; {empty:,} of these classes have no image"
+    errors.print(text, markup=False)
+
+
+def key_from(path: Path, ask: bool) -> Any:
+    """The key in a file; its passphrase is the environment's, or asked for."""
+    from nnpassport.keys.keyfile import load_key
+
+    passphrase = os.environ.get("NNPASSPORT_PASSPHRASE")
+    if passphrase is None and ask:
+        passphrase = typer.prompt("Passphrase of the key", hide_input=True, err=True)
+    return load_key(path, passphrase=passphrase)
+
+
+def new_passphrase() -> str:
+    """A passphrase to protect a new key with: the environment's, or asked for twice."""
+    given = os.environ.get("NNPASSPORT_PASSPHRASE")
+    if given is not None:
+        return given
+    return str(typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True))
+
+
+@contextmanager
+def journal_in(out: Path, resume: bool, tensorboard: bool) -> Iterator[Any]:
+    """The journal of a run, in `out`/training, with a bar on stderr while it is open."""
+    from nnpassport.embedding.train.loop import Journal
+    from nnpassport.embedding.train.loop import Progress as Step
+
+    with progress_bar("training") as show:
+
+        def step(now: Step) -> None:
+            facts = {"loss": now.loss, **now.measures}
+            text = "  ".join(f"{name} {value:.3f}" for name, value in facts.items())
+            show(now.step, now.steps, f"{text}  {now.images_per_second:.0f} images/s")
+
+        folder = out / "training"
+        yield Journal(folder, resume=resume, show=step, tensorboard=tensorboard)
+
+
+def _value(text: str) -> str | int | float | bool:
+    if text in {"true", "false"}:
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

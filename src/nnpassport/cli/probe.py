@@ -1,0 +1,295 @@
+"""The command `probe`: does a service that returns only predictions run on your network?"""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from nnpassport.cli.options import AsJson, KeyFile, Passphrase, images_from, key_from
+from nnpassport.cli.terminal import after_all, print_table, print_verdict, progress_bar
+
+PROTOCOLS = ("huggingface", "openinference", "template")
+
+MAX_TEMPLATE_BYTES = 2**20
+
+
+def probe(
+    url: Annotated[str, typer.Argument(help="Address of the service, http:// or https://.")],
+    key: KeyFile,
+    protocol: Annotated[str, typer.Option(help=f"{', '.join(PROTOCOLS)}.")] = PROTOCOLS[0],
+    model: Annotated[
+        str | None, typer.Option(help="openinference: the model's name on the server.")
+    ] = None,
+    input_name: Annotated[
+        str, typer.Option("--input", help="openinference: name of the model's input.")
+    ] = "input",
+    output_name: Annotated[
+        str | None, typer.Option("--output", help="openinference: output to read, or the first.")
+    ] = None,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="openinference: input is height width channels.")
+    ] = False,
+    mean: Annotated[
+        str | None,
+        typer.Option(help="openinference: of pixels in 0 to 1, a number a channel, as 0.5,0.4,0.4"),
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="openinference: the same to divide by.")] = None,
+    template: Annotated[
+        Path | None,
+        typer.Option(help="template: file with the JSON to send, $IMAGE for the PNG in base64."),
+    ] = None,
+    pointer: Annotated[
+        str, typer.Option(help="template: where the answer has the label, as /predictions/0/label.")
+    ] = "/label",
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Your model folder: names of the classes (as --labels), mean and std."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON: names in the order of the classes, or {name: index}; where the key has "
+            "none, every map that there was to choose from is paid for."
+        ),
+    ] = None,
+    any_order: Annotated[
+        bool,
+        typer.Option(
+            "--any-order",
+            help="Whatever the service calls its classes, in whatever order: the map that fits "
+            "best is taken, and all that there are paid for in the p-value.",
+        ),
+    ] = False,
+    claim: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your claim file: mean, std and names of the classes as it commits to them."
+        ),
+    ] = None,
+    owner: Annotated[
+        Path | None,
+        typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
+    ] = None,
+    cover: Annotated[
+        str | None,
+        typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
+    ] = None,
+    cover_split: Annotated[str | None, typer.Option(help="Split of --cover.")] = None,
+    covers: Annotated[int, typer.Option(help="Ordinary images for each trigger.")] = 1,
+    budget: Annotated[
+        int | None, typer.Option(help="Most queries, retries apart (default: all triggers).")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Most requests a second (default: as fast as it answers).")
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take in full.")] = 30.0,
+    retries: Annotated[int, typer.Option(help="How often a query that failed is repeated.")] = 4,
+    header: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VARIABLE: send a header whose value, such as 'Bearer hf_…', is in the "
+            "environment; repeatable."
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="log10 of the threshold on p (default: -30.1: 2^-100).")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Write the result here, the journal of answers beside."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal of --out.")] = (
+        False
+    ),
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
+    ] = None,
+    passphrase: Passphrase = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does a remote service run on your network? 0: yes. 1: no. 2: it could not be checked."""
+    from nnpassport.keys.derive import triggers_of
+    from nnpassport.verification.remote.asking import Limits, asking
+    from nnpassport.verification.remote.plan import Terms
+    from nnpassport.verification.remote.probe import probe as ask_all
+
+    if resume and out is None:
+        raise typer.BadParameter("--resume goes on from the journal beside --out; give --out")
+    secret = key_from(key, passphrase)
+    shape, config = triggers_of(secret.context), _config(like)
+    if claim is not None:
+        config = _committed(claim, owner, secret, like, config)
+    if protocol == "openinference":
+        numbers = _normalisation(mean, std, config, committed=claim is not None)
+        service = _open_inference(url, model, numbers, input_name, output_name, channels_last)
+    else:
+        service = _pictures(protocol, url, template, pointer)
+    known = _labels(labels, config, shape.classes)
+    images = None if cover is None else _covers(cover, cover_split, shape.size)
+    chosen = {} if alpha is None else {"log10_alpha": alpha}
+    terms = Terms(budget=budget, covers_per_trigger=covers, any_order=any_order, **chosen)
+    limits = Limits(timeout=timeout, retries=retries, rate=rate)
+    with (
+        asking(service, known, limits, headers=_headers(header or [])) as asker,
+        progress_bar("probe") as show,
+    ):
+        journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
+        found = ask_all(
+            asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
+        )
+    facts = _facts(found, secret)
+    _print(found, facts, out, as_json)
+    if report is not None:
+        from nnpassport.report.verdict import write_probe_page
+
+        after_all(lambda: write_probe_page(facts, report), str(report))
+    raise typer.Exit(0 if found.verdict.accepted else 1)
+
+
+def _facts(found: Any, key: Any) -> dict[str, Any]:
+    from nnpassport.report.provenance import made_with
+
+    # Without the command: an address may have a token in it.
+    made = {name: value for name, value in made_with().items() if name != "command"}
+    known = {"owner": key.context.owner, "fingerprint": key.fingerprint}
+    return {**found.as_dict(), "key": known, "made_with": made}
+
+
+def _print(found: Any, facts: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from nnpassport.files.disk import write_atomically
+
+    text = json.dumps(facts, indent=2)
+    if as_json:
+        typer.echo(text)
+    else:
+        print_verdict(found.verdict, False)
+        print_table(("", ""), _rows(found))
+    if out is not None:
+        after_all(lambda: write_atomically(out, text.encode()), str(out))
+
+
+def _open_inference(url: str, model: str | None, *how: Any) -> Any:
+    from nnpassport.verification.remote.services import OpenInference
+
+    return OpenInference(url, _needed(model, "--model", "the model's name on the server"), *how)
+
+
+def _pictures(protocol: str, url: str, template: Path | None, pointer: str) -> Any:
+    from nnpassport.verification.remote.services import HuggingFace, Template
+
+    if protocol == "template":
+        return Template(url, _template(template), pointer)
+    if protocol != "huggingface":
+        raise typer.BadParameter(f"--protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}")
+    return HuggingFace(url)
+
+
+def _config(folder: Path | None) -> Any:
+    from nnpassport.files.config import read_config
+
+    return None if folder is None else read_config(folder)
+
+
+def _committed(path: Path, owner: Path | None, key: Any, like: Path | None, config: Any) -> Any:
+    """What the claim commits to of the owner's network, or `config` if it commits to nothing.
+
+    Raises:
+        BadSignatureError: the claim does not hold with this key.
+        UnsuitableModelError: the claim commits to another config than that of `like`.
+    """
+    from nnpassport.claims import signing
+    from nnpassport.claims.claim import check_claim
+    from nnpassport.claims.claimfile import read_signed
+    from nnpassport.claims.facts import check_config
+    from nnpassport.scheme import BadSignatureError
+
+    signed = read_signed(path)
+    if owner is None:
+        public = signing.public_from_hex(signed.envelope.keyid)
+    else:
+        public = signing.load_public_key(owner)
+    found = check_claim(signed._replace(response=None), public, key=key)
+    if not found.holds or found.claim is None:
+        raise BadSignatureError(f"{path} does not hold with this key: {found.reason}")
+    facts = found.claim.network
+    if like is not None:
+        check_config(like, facts)
+    return config if facts is None else facts
+
+
+def _needed(value: Any, option: str, what: str) -> Any:
+    if value is None:
+        raise typer.BadParameter(f"this protocol needs {option}: {what}")
+    return value
+
+
+def _normalisation(
+    mean: str | None, std: str | None, config: Any, *, committed: bool = False
+) -> Any:
+    from nnpassport.data.images import Normalisation
+
+    if committed and config is not None and (mean, std) != (None, None):
+        raise typer.BadParameter("the claim says what --mean and --std are; leave them out")
+    if mean is None and std is None and config is not None:
+        return Normalisation(config.mean, config.std)
+    if mean is None or std is None:
+        raise typer.BadParameter(
+            "this protocol takes normalised numbers: give --like, or --mean and --std (0 and 1 for "
+            "a model that normalises by itself)"
+        )
+    try:
+        return Normalisation(*(tuple(map(float, each.split(","))) for each in (mean, std)))
+    except ValueError as error:
+        raise typer.BadParameter(f"--mean and --std: {error}") from error
+
+
+def _template(path: Path | None) -> str:
+    from nnpassport.claims.signing import read_small
+    from nnpassport.scheme import UnreadableDataError
+
+    path = _needed(path, "--template", 'a file with JSON such as {"image": "$IMAGE"}')
+    data = read_small(path, "template", MAX_TEMPLATE_BYTES, UnreadableDataError)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise UnreadableDataError(f"{path} is no UTF-8; needed: a JSON file") from None
+
+
+def _labels(path: Path | None, config: Any, classes: int) -> Any:
+    from nnpassport.verification.remote.labels import Labels, read_labels
+
+    if path is not None:
+        return read_labels(path, classes)
+    return Labels(classes) if config is None else Labels.in_order(config.classes, classes)
+
+
+def _covers(source: str, split: str | None, size: tuple[int, int, int]) -> Any:
+    return images_from(source, split, SimpleNamespace(input_size=size))
+
+
+def _headers(given: list[str]) -> dict[str, str]:
+    headers = {}
+    for pair in given:
+        name, _, variable = pair.partition("=")
+        value = os.environ.get(variable) if variable else None
+        if not name or value is None:
+            raise typer.BadParameter(
+                f"--header {name!r:.80}: needed is NAME=VARIABLE, the name of a variable that is "
+                "set in the environment; a token itself would be seen by everybody on this machine"
+            )
+        headers[name] = value
+    return headers
+
+
+def _rows(found: Any) -> list[tuple[str, str]]:
+    rows = [("service", found.service)]
+    for what, tally in (("triggers", found.triggers), ("covers", found.covers)):
+        counts = (f"{count} {kind}" for kind, count in tally._asdict().items())
+        rows.append((what, ", ".join(counts)))
+    if found.cover_accuracy is not None:
+        rows.append(("accuracy", f"{100 * found.cover_accuracy:.2f} % on the covers"))
+    rows.append(("took", f"{found.seconds:.1f} s, {found.retries} retries"))
+    return rows + [("note", note) for note in found.notes]

@@ -1,0 +1,87 @@
+"""The commands `export` and `package`: a released network for those who have other tools."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nnpassport.cli.options import AsJson, Factory, Out
+from nnpassport.cli.terminal import errors, print_table
+
+Released = Annotated[Path, typer.Argument(help="Model folder, from `release`.")]
+
+
+def export(
+    source: Released,
+    onnx: Annotated[Path, typer.Option("--onnx", help="ONNX file to write, OUT.onnx.")],
+    factory: Factory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a network as ONNX, every weight under its own name. Needs the extra `onnx`."""
+    import torch
+
+    from nnpassport.embedding.checkpoint import load_model
+    from nnpassport.embedding.publish.onnx import export_onnx
+
+    loaded = load_model(source, trusted_factory=factory)
+    done = export_onnx(loaded.model, torch.zeros(2, *loaded.config.input_size), onnx)
+    if as_json:
+        files = [str(path) for path in done.files]
+        typer.echo(json.dumps({"files": files, "left_out": done.left_out}, indent=2))
+        return
+    for path in done.files:
+        errors.print(str(path), markup=False, soft_wrap=True)
+    errors.print(f"{len(done.names)} tensors under their own names, {len(done.left_out)} left out")
+
+
+def package(
+    source: Annotated[
+        Path, typer.Argument(help="Model folder, from `release`, or of a Hugging Face model.")
+    ],
+    claim: Annotated[Path, typer.Option(help="Your claim, from `claim new`.")],
+    out: Out,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Identifier of the hub, such as apache-2.0.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Title of the model card (default: the folder's name).")
+    ] = None,
+    publish_claim: Annotated[
+        bool,
+        typer.Option("--publish-claim", help="Add the claim file, and not only its digest."),
+    ] = False,
+    signing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Private key to sign all files with, PEM, on an elliptic curve such as "
+            "prime256v1: OpenSSF Model Signing. Its passphrase is $NNPASSPORT_SIGNING_PASSPHRASE."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a folder that can be uploaded to a model hub as it is: weights, card, no secret."""
+    from nnpassport.embedding.publish import (
+        hub,
+        signed,
+    )
+
+    passphrase = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
+    if signing is not None:
+        signed.check_signing_key(signing, passphrase)
+
+    def finish(folder: Path) -> None:
+        if signing is not None:
+            signed.sign_folder(folder, signing, passphrase)
+
+    done = hub.package(
+        source, claim, out, licence=licence, name=name, publish_claim=publish_claim, finish=finish
+    )
+    digests = {"folder": str(out), "weights": done.weights, "claim": done.claim}
+    if as_json:
+        typer.echo(json.dumps({**digests, "files": done.files}, indent=2))
+        return
+    print_table(("", ""), [*digests.items(), ("files", "\n".join(done.files))])
+    if licence is None:
+        errors.print("The card names no license; --license says what others may do with it.")

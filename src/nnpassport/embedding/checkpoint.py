@@ -1,0 +1,368 @@
+"""Model folders: `model.safetensors` and `config.json`, written whole or not at all, read warily.
+
+A suspect is hostile: `files`, `config` and `weights` read it, and here the network is put together.
+A `config.json` names one of our architectures and can never make Python import something. Only
+the caller can vouch for a factory (`trusted_factory`).
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nnpassport.alignment.unfold import state_from, without_strangers
+from nnpassport.embedding.network import models
+from nnpassport.files.config import CONFIG_FILE, ModelConfig, config_bytes, read_config_file
+from nnpassport.files.disk import (
+    brief,
+    locked,
+    make_folder,
+    read_once,
+    refuse_leaving,
+    staged,
+    sync_folder,
+    write_atomically,
+    writing,
+)
+from nnpassport.files.onnx import ONNX
+from nnpassport.files.weights import (
+    MAX_PICKLE_BYTES,
+    WEIGHTS_FILE,
+    Weights,
+    defect,
+    read_suspect,
+    read_weights,
+    require_finite,
+    unpickle,
+)
+from nnpassport.scheme import (
+    OwnershipError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    UnwritableOutputError,
+)
+
+PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+
+
+class Loaded(NamedTuple):
+    """A network in evaluation mode, its config, and SHA-256 (hex) of each file read, by name."""
+
+    model: nn.Module
+    config: ModelConfig
+    digests: dict[str, str]
+
+
+def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
+    """Write `model.safetensors` and `config.json`; both are replaced, or neither is.
+
+    Only the state dict is written, so a non-persistent buffer (a passport) never is. Equal content
+    gives equal bytes. The config names the SHA-256 of the weights, so that a process that is killed
+    in the middle leaves the old network or the new one, and never something of both.
+
+    Raises:
+        UnsuitableModelError: the state holds something that could not be read back.
+        UnwritableOutputError: disk full, read-only, not a folder, …; the folder is as it was.
+    """
+    tensors = {}
+    for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, Tensor):
+            raise UnsuitableModelError(
+                f"state {name!r} is {type(value).__name__}, but a model file holds tensors only; "
+                "keep extra state out of the state dict"
+            )
+        # clone: safetensors refuses tensors that share memory, as tied weights do
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if (fault := defect(tensors)) is not None:
+        raise UnsuitableModelError(f"model cannot be saved: {fault}")
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    digest = hashlib.sha256(weights).hexdigest()
+    with writing(folder), make_folder(folder):
+        _replace_both(folder, config_bytes(config, weights=digest), weights, _pending(digest))
+
+
+def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
+    """The network in a model folder, in evaluation mode and in its architecture's own dtype.
+
+    `trusted_factory` is the caller's own "package.module:factory"; see `ModelConfig.build`.
+
+    Raises:
+        UnreadableModelError: a file is missing, corrupt, hostile or of another architecture, or
+            the weights are not those that the config was saved with.
+    """
+    if os.path.lexists(folder / CONFIG_FILE):
+        refuse_leaving(folder, folder / CONFIG_FILE)
+    read = read_config_file(folder / CONFIG_FILE)
+    weights = _weights_of(folder, read.weights)
+    model = _assemble(weights.tensors, read.config, trusted_factory, folder, _all_of)
+    return Loaded(model, read.config, {CONFIG_FILE: read.digest, **weights.digests})
+
+
+def load_suspect(
+    path: Path, reference: ModelConfig | None = None, *, trusted_factory: str | None = None
+) -> Loaded:
+    """The network of a folder or file that somebody else made.
+
+    `reference`, the owner's, says how it is read: it is built as that if its weights fit, and takes
+    what that takes. Only if they do not fit is it built as the folder's own `config.json` says, if
+    that names an architecture of ours, and even then images become numbers as `reference` has it.
+    Without a `reference` there is nothing but the suspect's own word. The config returned says
+    which. `trusted_factory` vouches for the reference's factory only.
+
+    Raises:
+        UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
+    """
+    weights = read_suspect(path)
+    if reference is None:
+        own, digests = _own_config(path)
+        if own is None:
+            raise UnreadableModelError(
+                f"{path} does not say which architecture it is; needed: a {CONFIG_FILE} that names "
+                f"one of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like "
+                "FOLDER)"
+            )
+        model = _assemble(weights.tensors, own, None, path, without_strangers)
+        return Loaded(model, own, {**digests, **weights.digests})
+    own, digests = _stated(path)
+    try:
+        model = _assemble(weights.tensors, reference, trusted_factory, path, without_strangers)
+        return Loaded(model, reference, {**digests, **weights.digests})
+    except UnreadableModelError:
+        if own is None:
+            raise
+    facts = replace(reference, architecture=own.architecture, arguments=own.arguments)
+    model = _assemble(weights.tensors, facts, None, path, without_strangers)
+    return Loaded(model, facts, {**digests, **weights.digests})
+
+
+def own_config(path: Path) -> ModelConfig | None:
+    """What a suspect says about itself, if it is one of our architectures and can be read at all.
+
+    It is the suspect's word: nothing that is known otherwise is to be taken from it.
+    """
+    return _stated(path)[0]
+
+
+def _own_config(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
+    """The folder's config, if it has one of an architecture of ours, and its digest.
+
+    Raises:
+        UnreadableModelError: it has one that cannot be read.
+    """
+    if not os.path.lexists(path / CONFIG_FILE):
+        return None, {}
+    refuse_leaving(path, path / CONFIG_FILE)
+    # Which weights it says it belongs to is not asked: a thief might say anything.
+    own, digest, _ = read_config_file(path / CONFIG_FILE)
+    return own if own.architecture in models.ARCHITECTURES else None, {CONFIG_FILE: digest}
+
+
+def _stated(path: Path) -> tuple[ModelConfig | None, dict[str, str]]:
+    """The same; one that cannot be read says nothing: who is not asked cannot hinder."""
+    try:
+        return _own_config(path)
+    except UnreadableModelError:
+        return None, {}
+
+
+def save_training(path: Path, state: Mapping[str, Any]) -> None:
+    """Write what resuming needs (tensors and plain values), whole or not at all.
+
+    Raises:
+        UnwritableOutputError: not writable, or the state holds what could not be loaded again.
+    """
+    buffer = io.BytesIO()
+    try:
+        torch.save(dict(state), buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise UnwritableOutputError(
+            f"training state for {path} holds what cannot be loaded again ({brief(error)}); "
+            "needed: tensors, numbers, texts, lists and dicts of them; convert the rest to these"
+        ) from error
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def load_training(path: Path) -> dict[str, Any]:
+    """What `save_training` wrote, with every tensor on the CPU.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, or not a training state.
+    """
+    try:
+        state = unpickle(read_once(path, MAX_PICKLE_BYTES), path)
+    except UnreadableModelError as error:
+        raise UnreadableModelError(
+            f"{error}; resume from an older training state, or remove this one to start again"
+        ) from error
+    if not isinstance(state, dict):
+        raise UnreadableModelError(
+            f"{path} holds {type(state).__name__}, but a training state is a dict; "
+            "give the file that an interrupted training left"
+        )
+    return state
+
+
+_Chosen = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+"""Which of a file's tensors have to fit a network."""
+
+
+def _all_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Of a network of one's own: one that differs is another file than was meant."""
+    return dict(tensors)
+
+
+def _assemble(
+    tensors: dict[str, Tensor],
+    config: ModelConfig,
+    trusted_factory: str | None,
+    path: Path,
+    chosen: _Chosen,
+) -> nn.Module:
+    try:
+        # fork_rng: reading a file must not change what the caller draws next
+        with torch.random.fork_rng(devices=[]):
+            if config.architecture in models.ARCHITECTURES:
+                # Shapes only and first, so that a config cannot exhaust the memory.
+                with torch.device("meta"), _WithoutDrawing():
+                    skeleton = config.build()
+                _fit(tensors, skeleton, config, path, chosen)
+            model = config.build(trusted_factory=trusted_factory)
+    except UnreadableModelError:
+        raise
+    except (OwnershipError, RuntimeError, ArithmeticError) as error:
+        raise UnreadableModelError(f"{path} cannot be built: {brief(error)}") from error
+    model.load_state_dict(_fit(tensors, model, config, path, chosen))
+    # A finite float64 may be infinite in the model's own dtype.
+    require_finite(model.state_dict())
+    return model.eval()
+
+
+@final
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves random initial values out: on the meta device they cost two seconds of imports."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in {"kaiming_uniform_", "normal_", "uniform_"}:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _fit(
+    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path, chosen: _Chosen
+) -> dict[str, Tensor]:
+    """The tensors under the model's own names, once every one is known to fit."""
+    expected = model.state_dict()
+    tensors = chosen(dict(without_prefixes(tensors, expected)), model)
+    if path.suffix.lower() == ONNX:
+        tensors = state_from(tensors, model)
+    faults = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": [repr(name[:100]) for name in tensors if name not in expected],
+        "of another shape": [
+            f"{name} {_kind(tensors[name])} instead of {_kind(wanted)}"
+            for name, wanted in expected.items()
+            if name in tensors and _kind(tensors[name]) != _kind(wanted)
+        ],
+    }
+    if any(faults.values()):
+        lists = "; ".join(
+            f"{len(names)} {fault}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''}"
+            for fault, names in faults.items()
+            if names
+        )
+        raise UnreadableModelError(
+            f"{path} does not fit {config.architecture!r} with {dict(config.arguments)}: {lists}; "
+            f"needed: exactly its {len(expected)} tensors; give the config of the architecture "
+            "that these weights were made for"
+        )
+    return tensors
+
+
+def _kind(tensor: Tensor) -> str:
+    # Any float may stand for any float (half precision is common), but no integer for a float.
+    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
+
+
+def without_prefixes(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
+    """The same tensors, without the prefixes that wrappers for training put before every name.
+
+    A stranger's tensor that has none does not keep the others from losing theirs.
+    """
+    wanted = set(wanted)
+    for prefix in PREFIXES * 2:
+        if tensors.keys() >= wanted or not any(name.startswith(prefix) for name in tensors):
+            continue
+        shorter = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        tensors = shorter if len(shorter) == len(tensors) else tensors
+    return tensors
+
+
+def _weights_of(folder: Path, digest: str | None) -> Weights:
+    """The weights that a config with this digest was saved with; any, if it has none."""
+    if digest is None:
+        return read_weights(folder)
+    pending = folder / _pending(digest)
+    interrupted = os.path.lexists(pending)
+    if not interrupted or os.path.lexists(folder / WEIGHTS_FILE):
+        weights = read_weights(folder)
+        if weights.digests.get(WEIGHTS_FILE) == digest:
+            return weights
+    if interrupted:
+        # The save was killed after its config was in place; its weights are whole.
+        found = read_weights(pending)
+        weights = Weights(found.tensors, {WEIGHTS_FILE: found.digests[pending.name]})
+        if weights.digests[WEIGHTS_FILE] == digest:
+            return weights
+    raise UnreadableModelError(
+        f"{folder} holds other weights than its {CONFIG_FILE} was saved with (SHA-256 "
+        f"{digest[:16]}…); needed: both files of one save; copy them again, or take "
+        "'weights_sha256' out of the config if you exchanged the weights yourself"
+    )
+
+
+def _pending(digest: str) -> str:
+    """The name of weights that are whole and wait for their config."""
+    return f".model.{digest[:16]}.safetensors"
+
+
+def _replace_both(folder: Path, new_config: bytes, new_weights: bytes, pending: str) -> None:
+    config, weights, waiting = folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / pending
+    with staged(config, new_config) as one, staged(weights, new_weights) as other, locked(folder):
+        # The old config is copied before anything is touched: undoing then needs no space.
+        old = config.read_bytes() if config.exists() else None
+        with staged(config, old or b"") as old_config:
+            os.replace(other, waiting)
+            try:
+                sync_folder(folder)
+                os.replace(one, config)  # from here on the folder is the new network
+                try:
+                    os.replace(waiting, weights)
+                except BaseException:
+                    if old is None:
+                        config.unlink()
+                    else:
+                        os.replace(old_config, config)
+                    raise
+            except BaseException:
+                waiting.unlink(missing_ok=True)
+                raise
+        for left in folder.glob(_pending("?" * 16)):  # by a save that was killed
+            left.unlink(missing_ok=True)
+        sync_folder(folder)

@@ -1,0 +1,115 @@
+"""Try every axis: reorder it everywhere, in double precision, and see whether an output moves."""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nnpassport.alignment.axes import Axes, Axis
+from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
+
+TOLERANCE = 1e-6
+"""How far outputs may move, relative to the largest; double precision moves them by some 1e-14."""
+
+Moved = Callable[[Sequence[Axis]], float]
+"""How far the outputs move when these axes are reordered together."""
+
+
+class Tried(NamedTuple):
+    """An axis, and how far reordering it alone moved the outputs."""
+
+    axis: Axis
+    moved: float
+
+
+def prove(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> Axes:
+    """The axes along which the network can be reordered; the others are left out.
+
+    In a copy of it in double precision and evaluation mode. Many axes are reordered at once, in so
+    many rounds that of any two each is somewhere reordered without the other: two that can only be
+    reordered together are no axes. Where a round moves the outputs, its axes are tried one by one.
+    """
+    moved = _mover(model, example, seed)
+    wrong: set[int] = set()
+    numbers = range(len(axes.axes))
+    for bit in range(max(1, (len(axes.axes) - 1).bit_length())):
+        for value in (0, 1):
+            chosen = [n for n in numbers if (n >> bit) & 1 == value and n not in wrong]
+            wrong |= _wrong(chosen, axes.axes, moved)
+    return replace(axes, axes=tuple(axes.axes[n] for n in numbers if n not in wrong))
+
+
+def try_all(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> list[Tried]:
+    """Reorder each axis on its own, and measure how far the outputs move."""
+    moved = _mover(model, example, seed)
+    return [Tried(axis, moved([axis])) for axis in axes.axes]
+
+
+def reordered(state: Mapping[str, Tensor], axis: Axis, order: Tensor) -> dict[str, Tensor]:
+    """A state dict in which index j of the axis is what index `order[j]` was."""
+    changed = dict(state)
+    for place in axis.places:
+        tensor = changed[place.tensor]
+        at = torch.from_numpy(place.positions(axis.size))
+        source = torch.arange(tensor.shape[place.dimension])
+        source[at] = at[order]
+        changed[place.tensor] = tensor.index_select(place.dimension, source.to(tensor.device))
+    return changed
+
+
+def _wrong(chosen: Sequence[int], axes: Sequence[Axis], moved: Moved) -> set[int]:
+    """Those of the chosen axes that move the outputs, found by halves."""
+    if not chosen or moved([axes[number] for number in chosen]) <= TOLERANCE:
+        return set()
+    if len(chosen) == 1:
+        return set(chosen)
+    half = len(chosen) // 2
+    found = _wrong(chosen[:half], axes, moved) | _wrong(chosen[half:], axes, moved)
+    # Each half moves nothing and both do: the two depend on one another, and none is an axis.
+    return found or set(chosen)
+
+
+def _mover(model: nn.Module, example: Example, seed: int) -> Moved:
+    exact = deepcopy(model).double().eval()
+    inputs = with_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
+    state = dict(exact.state_dict(keep_vars=True))
+    rng = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def moved(axes: Sequence[Axis]) -> float:
+        after = _outputs(exact, _all_reordered(state, axes, rng), inputs)
+        return float((after - before).abs().max() / largest)
+
+    with torch.no_grad():
+        before = _outputs(exact, state, inputs)
+    largest = before.abs().max().clamp(min=torch.finfo(before.dtype).tiny)
+    return moved
+
+
+def _all_reordered(
+    state: Mapping[str, Tensor], axes: Sequence[Axis], rng: torch.Generator
+) -> Mapping[str, Tensor]:
+    for axis in axes:
+        state = reordered(state, axis, _cycle(axis.size, rng))
+    return state
+
+
+def _cycle(size: int, rng: torch.Generator) -> Tensor:
+    """A random order that leaves nothing in its place: a random permutation of two may."""
+    order = torch.randperm(size, generator=rng)
+    found = torch.empty_like(order)
+    found[order] = order.roll(1)
+    return found
+
+
+def _outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Example) -> Tensor:
+    if isinstance(inputs, Mapping):
+        output = functional_call(model, dict(state), (), dict(inputs), tie_weights=False)
+    else:
+        given = inputs if isinstance(inputs, tuple) else (inputs,)
+        output = functional_call(model, dict(state), given, tie_weights=False)
+    return logits_of(output).detach()

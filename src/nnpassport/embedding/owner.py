@@ -1,0 +1,315 @@
+"""The owner's acts on files: draw a key, train or embed into a folder, release it.
+
+What the command line does, for programs: every function reads and writes model folders.
+"""
+
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.catalog import scheme_named
+from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.data.triggers import read_triggers
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.schemes.drawn import (
+    image_passports,
+    random_passports,
+    shuffled_passports,
+    with_passports,
+)
+from nnpassport.embedding.schemes.passport import Passport
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.triggered import with_published_triggers
+from nnpassport.embedding.train.fidelity import plain_evaluation
+from nnpassport.embedding.train.loop import Evaluation, Journal, Recipe, classification, fit
+from nnpassport.embedding.train.team import sharing, together
+from nnpassport.files.config import ModelConfig
+from nnpassport.keys.key import Key
+from nnpassport.scheme import (
+    BadRecipeError,
+    UnreadableDataError,
+    UnreadableKeyError,
+    UnsuitableModelError,
+    Verdict,
+)
+from nnpassport.verification.verify import verify_model
+
+MEASURED_ON = 2_048
+"""Images of a stream whose mean and deviation stand for those of all."""
+# How many images each of γ and β is made of, in the paper's modes.
+PUBLISHED_PASSPORTS: Mapping[str, int] = {"random": 0, "image": 1, "shuffle": 20}
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Sets:
+    """The images of a run, and how they become numbers.
+
+    Attributes:
+        train: what the weights see.
+        validation: held out from training data; checkpoints are chosen on it.
+        test: only ever reported on; None where there is none.
+    """
+
+    train: Images
+    validation: Images
+    test: Images | None
+    normalise: Normalisation
+
+
+def divide(data: Images, test: Images | None, *, validation: float, seed: int) -> Sets:
+    """Hold a share of the training images out for validation, and measure mean and deviation."""
+    if test is not None and len(test.classes) != len(data.classes):
+        raise UnreadableDataError(
+            f"the test images have {len(test.classes)} classes and the training images "
+            f"{len(data.classes)}; needed: two parts of one data set"
+        )
+    train, held_out = data.split(validation, seed=seed)
+    seen = train if isinstance(train, ImageSet) else train.sample(MEASURED_ON, seed=seed)
+    return Sets(train, held_out, test, Normalisation.measured(seen))
+
+
+def draw_key(
+    config: ModelConfig,
+    scheme: str,
+    *,
+    owner: str = "unnamed",
+    layers: Sequence[str] | None = None,
+    text: str | None = None,
+) -> Key:
+    """A key, all of it derived from one seed, for networks that `config` describes."""
+    model = config.build(trusted_factory=config.architecture)
+    example = torch.zeros(1, *config.input_size)
+    key = scheme_named(scheme).draw_key(model, example, owner=owner, layers=layers, text=text)
+    return with_classes(key, config.classes)
+
+
+def with_classes(key: Key, names: Sequence[str]) -> Key:
+    """The key with its classes' names in its context, where they are names; all else drawn anew.
+
+    Numbers in order say nothing that an index does not. A key without triggers stays as it is.
+    """
+    shape = key.context.triggers
+    numbers = list(map(str, range(len(names))))
+    named = shape is not None and len(names) == shape.classes == len(set(names))
+    if not named or list(names) == numbers:
+        return key
+    return replace(key, context=replace(key.context, classes=tuple(names)))
+
+
+def redraw_as_published(key: Key, mode: str, plain: Path | None, images: ImageSet | None) -> Key:
+    """The key with passports as in the paper: "random", "image" or "shuffle" [Fan19, sect. 3.1].
+
+    The last two are activations of `images` in the trained plain network of `plain`: one image for
+    γ and one for β, or 20 and 20 with their channels shuffled. Such a key has no p-value.
+    """
+    if mode not in PUBLISHED_PASSPORTS:
+        raise UnreadableKeyError(
+            f"passports {mode!r} are unknown; there are: derived, {', '.join(PUBLISHED_PASSPORTS)}"
+        )
+    rng = torch.Generator().manual_seed(secrets.randbits(63))
+    if mode == "random":
+        return with_passports(key, random_passports(key, rng), rng)
+    if plain is None or images is None:
+        raise UnreadableKeyError(
+            f"passports of kind {mode!r} are activations of images in a trained plain network; "
+            "needed: --plain MODEL_FOLDER and --images DATA"
+        )
+    loaded = load_model(plain)
+    count = PUBLISHED_PASSPORTS[mode]
+    picked = torch.randperm(len(images), generator=rng)[: 2 * count]
+    inputs = Normalisation(loaded.config.mean, loaded.config.std)(images.images[picked])
+    names = [layer.name for layer in key.context.layers]
+    if mode == "image":
+        passports = image_passports(loaded.model, names, inputs[:1], inputs[1:])
+    else:
+        passports = shuffled_passports(loaded.model, names, inputs[:count], inputs[count:], rng)
+    return with_passports(key, passports, rng)
+
+
+def prepare_key(key: Key, plain: Path, images: ImageSet) -> Key:
+    """The key with the pictures that its scheme makes of `images`, in the network of `plain`.
+
+    Keys of most schemes have none and are returned as they are.
+    """
+    loaded = load_model(plain)
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    return scheme_named(key.context.scheme).prepared(key, loaded.model, images, normalise)
+
+
+def check_pictures(key: Key, config: ModelConfig) -> None:
+    """Refuse a key whose scheme makes pictures, before they were made.
+
+    Raises:
+        UnreadableKeyError: the key has none yet.
+    """
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.reads_weights:  # these insert nothing: they check
+        model = config.build(trusted_factory=config.architecture)
+        scheme.insert(model, key, torch.zeros(1, *config.input_size))
+
+
+def with_trigger_file(key: Key, path: Path) -> Key:
+    """The key with a published trigger set and its labels; such a key has no p-value.
+
+    Raises:
+        UnsuitableModelError: nobody answers the pictures of this scheme.
+    """
+    if not scheme_named(key.context.scheme).triggers:
+        raise UnsuitableModelError(
+            f"a key of {key.context.scheme} has no triggers, and a set of them was given; needed: "
+            "a key of a scheme that has, such as adi; leave the set out"
+        )
+    shape = key.context.triggers
+    images = read_triggers(path, size=32 if shape is None else shape.size[1])
+    return with_published_triggers(key, images)
+
+
+def train(
+    folder: Path,
+    config: ModelConfig,
+    sets: Sets,
+    recipe: Recipe,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    journal: Journal | None = None,
+) -> ModelConfig:
+    """Train a plain network, without any mark, into `folder`; returns its config with metrics."""
+    model = _initial(config, recipe, initial)
+    evaluate = plain_evaluation(sets.validation, sets.normalise)
+    fit(
+        model,
+        classification,
+        sets.train,
+        recipe,
+        normalise=sets.normalise,
+        evaluate=evaluate,
+        journal=journal,
+    )
+    metrics = _reported(model, sets, plain_evaluation)
+    described = _described(config, sets, metrics, {})
+    _write(folder, model, described)
+    return described
+
+
+def embed(
+    folder: Path,
+    config: ModelConfig,
+    key: Key,
+    sets: Sets,
+    recipe: Recipe,
+    *,
+    scheme: Scheme | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    journal: Journal | None = None,
+) -> ModelConfig:
+    """Train a network that carries `key` into `folder`; returns its config with metrics.
+
+    The folder holds the plain architecture's weights and no secret. V2 and V3 can be used as they
+    are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own
+    with other settings; None leaves them as in the catalog. `initial` are the weights of a trained
+    network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
+
+    Raises:
+        BadRecipeError: the recipe has no epochs, and the scheme has something to be learnt.
+    """
+    scheme = scheme or scheme_named(key.context.scheme)
+    _check_learns(scheme, recipe, trained=initial is not None)
+    model = _initial(config, recipe, initial)
+    scheme.embed(
+        model,
+        key,
+        sets.train,
+        recipe,
+        normalise=sets.normalise,
+        validation=sets.validation,
+        journal=journal,
+        trained=initial is not None,
+    )
+    metrics = _reported(model, sets, scheme.evaluation)
+    surgery.remove(model)
+    described = _described(config, sets, metrics, {"scheme": scheme.name})
+    _write(folder, model, described)
+    return described
+
+
+def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None = None) -> Verdict:
+    """Write the network that may leave the house: plain, with no trace of `key`; and prove it.
+
+    Raises:
+        UnsuitableModelError: the network in `source` does not carry the key; nothing is written.
+    """
+    loaded = load_model(source, trusted_factory=trusted_factory)
+    scheme = scheme_named(key.context.scheme)
+    model = loaded.model
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    found = verify_model(model, normalise, key)
+    if not (found.marked or found.matches == found.bits):
+        raise UnsuitableModelError(
+            f"{source} does not carry this key ({found.reason}), so nobody could prove its release "
+            "to be yours; embed for longer, or give the key it was made with"
+        )
+    scheme.insert(model, key, torch.zeros(1, *loaded.config.input_size))
+    plain = scheme.released(model)
+    kept = {
+        name: loaded.config.metrics[name] for name in ("accuracy",) if name in loaded.config.metrics
+    }
+    save_model(folder, plain, replace(loaded.config, metrics=kept, notes={}))
+    return verify_model(load_model(folder, trusted_factory=trusted_factory).model, normalise, key)
+
+
+def _initial(
+    config: ModelConfig, recipe: Recipe, weights: Mapping[str, Tensor] | None
+) -> nn.Module:
+    torch.manual_seed(recipe.seed)
+    model = config.build(trusted_factory=config.architecture)
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:
+    grafts = trained and isinstance(scheme, Passport)
+    if recipe.epochs == 0 and (not grafts or scheme.triggers):
+        raise BadRecipeError(
+            f"the recipe has no epochs, and {scheme.name} puts in by training "
+            f"{'its triggers' if grafts else 'its mark'}; needed: at least one epoch, or a key of "
+            "passport-v1 or passport-v2 and a trained network to start from, which are grafted"
+        )
+
+
+def _write(folder: Path, model: nn.Module, config: ModelConfig) -> None:
+    """Save what was trained; of several processes the leader does, and the others wait for it."""
+    team = together()
+    team.from_leader(lambda: save_model(folder, model.cpu(), config))
+
+
+def _described(
+    config: ModelConfig, sets: Sets, metrics: Mapping[str, float], notes: Mapping[str, str]
+) -> ModelConfig:
+    return replace(
+        config,
+        classes=sets.train.classes,
+        mean=tuple(sets.normalise.mean),
+        std=tuple(sets.normalise.std),
+        metrics=metrics,
+        notes=notes,
+    )
+
+
+def _reported(
+    model: nn.Module, sets: Sets, evaluation: Callable[[Images, Normalisation], Evaluation]
+) -> dict[str, float]:
+    """Final numbers: on the validation images, and on the test images where there are any."""
+    with sharing(together()):
+        held_out = evaluation(sets.validation, sets.normalise)(model)
+        numbers = {f"validation_{name}": value for name, value in held_out.items()}
+        if sets.test is not None:
+            numbers |= evaluation(sets.test, sets.normalise)(model)
+    return {name: value for name, value in numbers.items() if not name.endswith("score")}

@@ -1,0 +1,310 @@
+"""Files of `torch.save` from anybody: the tensors in them, and nothing else of them.
+
+The pickle goes to a process of its own (`unpickling`), which may take little time and memory and
+comes back with where each tensor lies. Whatever happens there, here it is one error. What it says
+is checked against the file, and then the numbers are copied out of it.
+"""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nnpassport.embedding.pickles import archive
+from nnpassport.files.disk import brief
+from nnpassport.scheme import UnreadableModelError
+
+MAX_SECONDS = 20
+"""Of processor time for one pickle; a hundred thousand tensors take one."""
+MAX_WAIT = 120.0
+MAX_MEMORY = 2**30
+MAX_PICKLED_BYTES = 2**27
+_MAX_OUTLINE_BYTES = 2**25
+_MOST_TENSORS = 100_000
+_MOST_AXES = 8
+_LARGEST = 2**62
+_WRAPPERS = ("state_dict", "model")
+_DTYPES: Mapping[str, torch.dtype] = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        *(torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128),
+        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
+    )
+}
+
+Stored = Callable[[str], memoryview]
+
+
+class Outline(NamedTuple):
+    """What a pickle holds, by `unpickling.read`.
+
+    Attributes:
+        stored: the bytes of a storage.
+        swapped: whether they are in the other order than this machine's.
+        size: bytes of the whole file.
+    """
+
+    said: dict[str, Any]
+    stored: Stored
+    swapped: bool
+    size: int
+
+
+def read_torch(data: bytes, path: Path) -> dict[str, Tensor]:
+    """The state dict in the bytes of a checkpoint: alone, or under "state_dict" or "model".
+
+    No code in it is run, nothing that it names is imported, and what else is in it is left alone.
+    Tensors that share memory in the file share it here; none requires a gradient.
+
+    Raises:
+        UnreadableModelError: damaged, hostile, or without a state dict.
+    """
+    try:
+        outline = _outline(data)
+        tensors, left_out = _tensors(_state_dict(outline.said), outline)
+        if left_out:
+            raise ValueError(next(iter(left_out.values())))
+        return tensors
+    except (ValueError, TypeError, LookupError) as error:
+        raise _no_checkpoint(path, error) from error
+
+
+def read_all_torch(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a checkpoint from anybody, and those that cannot be had, by name, and why.
+
+    A file does not say which of its dictionaries is loaded. Those of the state dict, as above, have
+    their own names, and the others those of the dictionaries that they are in before them.
+
+    Raises:
+        UnreadableModelError: damaged, hostile, or without a tensor.
+    """
+    try:
+        outline = _outline(data)
+        names = _everything(outline.said)
+        if not names:
+            _state_dict(outline.said)  # says what it holds
+        return _tensors(names, outline)
+    except (ValueError, TypeError, LookupError) as error:
+        raise _no_checkpoint(path, error) from error
+
+
+def _no_checkpoint(path: Path, error: Exception) -> UnreadableModelError:
+    return UnreadableModelError(
+        f"{path} cannot be read as a checkpoint ({brief(error)}); needed: a state dict as "
+        "`torch.save(model.state_dict(), FILE)` writes it, alone or under 'state_dict' or "
+        "'model'; a .safetensors file would work"
+    )
+
+
+def _outline(data: bytes) -> Outline:
+    if not data.startswith(archive.MAGIC):
+        said = outline_of(memoryview(data)[:MAX_PICKLED_BYTES], "legacy")
+        return Outline(said, _legacy_storages(data, said), sys.byteorder == "big", len(data))
+    directory = archive.read_directory(data)
+    if f"{directory.folder}/constants.pkl" in directory.parts:
+        raise ValueError("it is a TorchScript archive, whose code would have to be run")
+    pickled = archive.content(data, directory, "data.pkl")
+    if len(pickled) > MAX_PICKLED_BYTES:
+        raise ValueError(f"its pickle takes more than {MAX_PICKLED_BYTES} bytes")
+    order = "little"
+    if f"{directory.folder}/byteorder" in directory.parts:
+        order = bytes(archive.content(data, directory, "byteorder")[:7]).decode("ascii", "replace")
+    if order not in ("little", "big"):
+        raise ValueError(f"its byte order is {order!r}")
+    said = outline_of(pickled, "archive")
+    declared = said["storages"]
+
+    def stored(key: str) -> memoryview:
+        found, needed = archive.content(data, directory, f"data/{key}"), _bytes_of(declared[key])
+        if len(found) != needed:
+            raise ValueError(f"storage {key[:100]!r} has {len(found)} bytes instead of {needed}")
+        return found
+
+    return Outline(said, stored, order != sys.byteorder, len(data))
+
+
+def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
+    """What `unpickling.read` says of these bytes, from a process that may take little.
+
+    Raises:
+        ValueError: it is no pickle, or took too much time or memory, or could not be started.
+    """
+    program = str(Path(__file__).with_name("unpickling.py"))
+    command = [sys.executable, "-I", "-S", "-B", program, form, str(MAX_SECONDS), str(MAX_MEMORY)]
+    pipe = subprocess.PIPE
+    try:
+        child = subprocess.Popen(  # noqa: S603 - our own program
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+        )
+    except OSError as error:
+        raise ValueError(f"no process could be started to read it: {error.strerror}") from error
+    assert child.stdin is not None  # noqa: S101 - both are pipes
+    assert child.stdout is not None  # noqa: S101
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.kill()
+
+    watch = threading.Timer(MAX_WAIT, end)
+    feeding = threading.Thread(target=_feed, args=(child.stdin, pickled), daemon=True)
+    try:
+        watch.start()
+        feeding.start()
+        said = child.stdout.read(_MAX_OUTLINE_BYTES + 2)
+        if len(said) > _MAX_OUTLINE_BYTES + 1:
+            child.kill()
+        child.wait()
+    finally:
+        watch.cancel()
+        child.kill()
+        child.wait()
+        feeding.join()
+        child.stdout.close()
+    if late.is_set() or child.returncode == -getattr(signal, "SIGXCPU", 0):
+        raise ValueError(f"its pickle takes more than {MAX_SECONDS} s to read")
+    if child.returncode != 0 or not said.endswith(b"\n"):
+        raise ValueError(f"reading its pickle ended with {child.returncode}")
+    outline: dict[str, Any] = json.loads(said)
+    if "fault" in outline:
+        raise ValueError(outline["fault"])
+    return outline
+
+
+def _feed(file: IO[bytes], data: memoryview) -> None:
+    with suppress(OSError, ValueError):  # whoever reads may have left
+        file.write(data)
+    with suppress(OSError, ValueError):
+        file.close()
+
+
+def _legacy_storages(data: bytes, said: Mapping[str, Any]) -> Stored:
+    """Of an old file: its storages follow the pickles, each after its count of numbers."""
+    places, at = {}, said["end"]
+    for key in said["keys"]:
+        if key not in said["storages"] or key in places:
+            raise ValueError(f"storage {key[:100]!r} is in it twice or is nobody's")
+        needed = _bytes_of(said["storages"][key])
+        count = int.from_bytes(data[at : at + 8], "little")
+        if count != said["storages"][key][1] or at + 8 + needed > len(data):
+            raise ValueError(f"storage {key[:100]!r} is cut short or not as large as it says")
+        places[key] = memoryview(data)[at + 8 : at + 8 + needed]
+        at += 8 + needed
+
+    def stored(key: str) -> memoryview:
+        if key not in places:
+            raise ValueError(f"it has no storage {key[:100]!r}")
+        return places[key]
+
+    return stored
+
+
+def _bytes_of(declared: tuple[str, int]) -> int:
+    kind, count = declared
+    return count * (_DTYPES[kind].itemsize if kind in _DTYPES else 1)
+
+
+def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
+    chosen = _chosen(said)
+    if chosen is not None and chosen["tensors"] and not chosen["others"]:
+        tensors: dict[str, int] = chosen["tensors"]
+        return tensors
+    if chosen is None:
+        found = said["root"]
+    else:
+        found = "an empty dict" if chosen["empty"] else ", ".join(chosen["others"])
+    raise ValueError(f"it holds {found}, but a state dict maps names to tensors")
+
+
+def _chosen(said: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The dictionary that is the state dict, if any is."""
+    maps = {tuple(found["path"]): found for found in said["maps"]}
+    wrapped = [maps[name,] for name in _WRAPPERS if (name,) in maps]
+    return wrapped[0] if len(wrapped) == 1 else maps.get(())
+
+
+def _everything(said: Mapping[str, Any]) -> dict[str, int]:
+    chosen = _chosen(said)
+    names: dict[str, int] = {} if chosen is None else dict(chosen["tensors"])
+    numbers = set(names.values())  # under two names a tensor would be two candidates
+    for found in said["maps"]:
+        for name, number in found["tensors"].items():
+            if number not in numbers:
+                names.setdefault(".".join((*found["path"], name)), number)
+                numbers.add(number)
+    return names
+
+
+def _tensors(
+    names: Mapping[str, int], outline: Outline
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, and those that cannot be had, by name, and why."""
+    if len(names) > _MOST_TENSORS:
+        raise ValueError(f"it has {len(names)} tensors, but at most {_MOST_TENSORS} are read")
+    storages: dict[str, Tensor] = {}
+    made: dict[int, Tensor] = {}
+    copied = 0
+    tensors, left_out = {}, {}
+    for name, number in names.items():
+        if number not in made:
+            try:
+                tensor = _tensor(outline.said["tensors"][number], outline, storages)
+                if tensor.is_conj() or tensor.is_neg():
+                    # One storage may be in a hundred thousand tensors, and each would be a copy.
+                    copied += tensor.nbytes
+                    if copied > outline.size:
+                        raise ValueError("and others would take more memory than the file")
+                    tensor = tensor.resolve_conj().resolve_neg()
+                made[number] = tensor
+            except ValueError as error:
+                left_out[name] = f"{name[:100]!r} {error}"
+                continue
+        tensors[name] = made[number].view_as(made[number])
+    return tensors, left_out
+
+
+def _tensor(place: list[Any], outline: Outline, storages: dict[str, Tensor]) -> Tensor:
+    if place[0] is None:
+        raise ValueError(f"is {place[1]}; needed: a plain tensor, dense and with all its numbers")
+    key, kind, start, offset, size, stride, flags = place
+    declared = outline.said["storages"][key][0]
+    if kind not in _DTYPES or declared not in _DTYPES:
+        raise ValueError(f"has numbers of kind {kind[:100]!r}; needed: one of {', '.join(_DTYPES)}")
+    dtype = _DTYPES[kind]
+    if key not in storages:
+        storages[key] = _storage(outline.stored(key), _DTYPES[declared], outline.swapped)
+    there = storages[key].numel() // dtype.itemsize
+    # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
+    last = sum((side - 1) * step for side, step in zip(size, stride, strict=False))
+    if len(size) != len(stride) or len(size) > _MOST_AXES:
+        raise ValueError(f"has {len(size)} sizes and {len(stride)} strides; at most {_MOST_AXES}")
+    # A side of zero hides no other: PyTorch computes with all of them.
+    largest = max(start + offset, *stride, math.prod(max(1, side) for side in size))
+    if min(start, offset, *size, *stride) < 0 or largest > _LARGEST:
+        raise ValueError("has a shape that no tensor can have")
+    held = start + offset + last < there if all(size) else start + offset <= there
+    if not held or math.prod(size) > there:
+        raise ValueError(f"of shape {tuple(size)} does not hold all its numbers"[:300])
+    flat = storages[key][: there * dtype.itemsize].view(dtype)
+    tensor = torch.as_strided(flat, size, stride, start + offset)
+    tensor = tensor.conj() if "conj" in flags else tensor
+    return torch._neg_view(tensor) if "neg" in flags else tensor
+
+
+def _storage(stored: memoryview, dtype: torch.dtype, swapped: bool) -> Tensor:
+    if not stored:
+        return torch.empty(0, dtype=torch.uint8)
+    raw = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+    unit = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+    return raw.view(-1, unit).flip(1).reshape(-1) if swapped else raw

@@ -1,0 +1,396 @@
+"""The program that reads a stranger's pickle: what its tensors are called and where they lie.
+
+It runs by itself, with the standard library alone, within limits on memory and processor time:
+
+    python -I -S embedding/pickles/unpickling.py archive|legacy SECONDS BYTES < pickle > outline
+
+Nothing that a pickle names is imported or called. Every global is a placeholder, but for the few
+that say how a tensor lies in its storage, and no numbers are read: the outline, in JSON, has the
+dictionaries that hold tensors, by path, and of each tensor storage, offset, sizes and strides.
+"""
+
+import io
+import json
+import os
+import pickle
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, ClassVar
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+MAX_OUTLINE_BYTES = 2**25
+_MOST_TENSORS = 300_000  # of a network and its optimizer
+_DEEPEST = 32
+_MOST_OTHERS = 5
+_PLAIN = (int, float, str, bytes, type(None))
+_STORAGES = {
+    "Float": "float32",
+    "Double": "float64",
+    "Half": "float16",
+    "BFloat16": "bfloat16",
+    "Byte": "uint8",
+    "Char": "int8",
+    "Short": "int16",
+    "Int": "int32",
+    "Long": "int64",
+    "Bool": "bool",
+    "ComplexFloat": "complex64",
+    "ComplexDouble": "complex128",
+    "Untyped": "uint8",
+    "QInt8": "qint8",
+    "QUInt8": "quint8",
+    "QInt32": "qint32",
+}
+
+
+class Inert:
+    """What stands for anything that is no tensor, number, text or plain container."""
+
+    said: ClassVar[str] = "object"
+    __slots__ = ()
+
+    def __new__(cls, *_: Any, **__: Any) -> "Inert":
+        """Of whatever it is made, nothing is kept."""
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Nothing is kept."""
+
+    def __call__(self, *_: Any) -> "Inert":
+        """What a function gives that is none of ours."""
+        return Inert()
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept."""
+
+    def append(self, item: Any) -> None:
+        """What a list does."""
+
+    def extend(self, items: Any) -> None:
+        """What a list does."""
+
+    def add(self, item: Any) -> None:
+        """What a set does."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """What a dictionary does."""
+
+
+class Mapping(dict):  # type: ignore[type-arg]
+    """What stands for the dictionaries of `collections`."""
+
+    said: ClassVar[str] = "dict"
+
+    def __new__(cls, *_: Any) -> "Mapping":
+        """Empty; a default's factory is not kept."""
+        return dict.__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        if args and isinstance(args[0], list | dict):  # as Python 2 wrote them
+            self.update(args[0])
+
+    def __setstate__(self, state: Any) -> None:
+        """Nothing is kept."""
+
+
+class Storage:
+    """Numbers in one piece: their name in the file, and from which to which they are meant."""
+
+    __slots__ = ("count", "dtype", "key", "offset")
+
+    def __init__(self, key: str, dtype: str, count: int, offset: int = 0) -> None:
+        self.key, self.dtype, self.count, self.offset = key, dtype, count, offset
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes what a storage is")
+
+
+class Tensor:
+    """A tensor's place as it stands in JSON, or None and why it has none."""
+
+    __slots__ = ("place",)
+
+    def __init__(self, *place: Any) -> None:
+        self.place = place
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes where a tensor lies")
+
+
+class _Maker:
+    """A function that a pickle may call; nothing of it can be set."""
+
+    __slots__ = ("_make",)
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self._make = make
+
+    def __call__(self, *args: Any) -> Any:
+        return self._make(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("it changes how tensors are made")
+
+
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _grad: Any = None,
+    _hooks: Any = None,
+    metadata: Any = None,
+) -> Tensor:
+    return _laid(storage, "", offset, size, stride, metadata)
+
+
+def _typed_tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    _grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Tensor:
+    return _laid(storage, _said(dtype).removeprefix("torch."), offset, size, stride, metadata)
+
+
+def _laid(storage: Any, dtype: str, offset: Any, size: Any, stride: Any, metadata: Any) -> Tensor:
+    if not isinstance(storage, Storage):
+        return Tensor(None, "a tensor without a storage")
+    numbers = (offset, *size, *stride) if type(size) is type(stride) is tuple else (None,)
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return Tensor(None, "a tensor whose place is no numbers")
+    flags = ",".join(
+        flag for flag in ("conj", "neg") if isinstance(metadata, dict) and metadata.get(flag)
+    )
+    kind = dtype or storage.dtype
+    return Tensor(storage.key, kind, storage.offset, offset, size, stride, flags)
+
+
+def _parameter(data: Any, *_: Any) -> Any:
+    return data if isinstance(data, Tensor) else Inert()
+
+
+def _of_type(make: Any, kind: Any, args: Any, _state: Any = None) -> Any:
+    made = make(*args) if callable(make) and type(args) is tuple else None
+    if not isinstance(made, Tensor):
+        return Tensor(None, "a tensor of an unknown kind")
+    if _said(kind) in ("torch._tensor.Tensor", "torch.Tensor", "torch.nn.parameter.Parameter"):
+        return made
+    return Tensor(None, f"a {_said(kind)[:100]}")
+
+
+def _size(sides: Any) -> Any:
+    return tuple(sides) if type(sides) in (list, tuple) else Inert()
+
+
+def _strange(what: str) -> Callable[..., Tensor]:
+    return lambda *_: Tensor(None, what)
+
+
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "_rebuild_tensor": _tensor,
+    "_rebuild_tensor_v2": _tensor,
+    "_rebuild_tensor_v3": _typed_tensor,
+    "_rebuild_parameter": _parameter,
+    "_rebuild_parameter_with_state": _parameter,
+    "_rebuild_qtensor": _strange("a quantised tensor"),
+    "_rebuild_sparse_tensor": _strange("a sparse tensor"),
+    "_rebuild_sparse_csr_tensor": _strange("a sparse tensor"),
+    "_rebuild_nested_tensor": _strange("a nested tensor"),
+    "_rebuild_meta_tensor_no_storage": _strange("a meta tensor, which has no numbers,"),
+    "_rebuild_wrapper_subclass": _strange("a wrapper of a tensor"),
+    "_rebuild_device_tensor_from_numpy": _strange("a tensor of another device"),
+    "_rebuild_device_tensor_from_cpu_tensor": _strange("a tensor of another device"),
+}
+_MAPPINGS = ("OrderedDict", "defaultdict", "Counter")
+
+
+class Outliner(pickle.Unpickler):
+    """An unpickler that can make nothing but plain values, placeholders and places of tensors."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.storages: dict[str, Storage] = {}
+        self._views: dict[str, Storage] = {}
+        self._known: dict[tuple[str, str], Any] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global; the same for the same name."""
+        if (module, name) not in self._known:
+            self._known[module, name] = _stand_in(module, name)
+        return self._known[module, name]
+
+    def persistent_load(self, saved: Any) -> Any:
+        """The storage that torch wrote beside the pickle, or the module that it wrapped."""
+        match saved:
+            case ("module", inner, *_):
+                return inner
+            case ("storage", kind, str(key), _, int(count), *view) if count >= 0:
+                # The first to name a storage says what it holds: so it is for torch.
+                whole = self.storages.setdefault(key, Storage(key, _dtype(kind), count))
+                return self._view(whole, *view) if view else whole
+        raise pickle.UnpicklingError("it names a storage in an unknown way")
+
+    def _view(self, whole: Storage, view: Any) -> Storage:
+        match view:
+            case None:
+                return whole
+            case (str(key), int(offset), int(count)) if offset >= 0:
+                part = Storage(whole.key, whole.dtype, count, offset)
+                return self._views.setdefault(key, part)
+        raise pickle.UnpicklingError("it names a storage in an unknown way")
+
+
+def _stand_in(module: str, name: str) -> Any:
+    if module in ("torch._utils", "torch._tensor", "torch.tensor"):
+        if name == "_rebuild_from_type_v2":
+            return _Maker(_of_type)
+        if name in _MAKERS:
+            return _Maker(_MAKERS[name])
+    if (module, name) == ("torch", "Size"):
+        return _Maker(_size)
+    if module == "collections" and name in _MAPPINGS:
+        return type("Mapping", (Mapping,), {"said": name})
+    return type("Inert", (Inert,), {"said": f"{module}.{name}"[:200], "__slots__": ()})
+
+
+def _said(value: Any) -> str:
+    """What a value is called: the class that it stands for, or its own."""
+    said = getattr(value, "said", None)
+    return said if isinstance(said, str) else type(value).__name__
+
+
+def _dtype(kind: Any) -> str:
+    name = _said(kind).rpartition(".")[2].removesuffix("Storage")
+    return _STORAGES.get(name, _said(kind)[:100])
+
+
+def read(file: io.BytesIO, form: str) -> dict[str, Any]:
+    """The outline of a pickle ("archive") or of the five that an old file begins with ("legacy").
+
+    Raises:
+        Exception: of whatever kind, if it is none.
+    """
+    keys: Any = None
+    if form == "legacy":
+        if Outliner(file).load() != LEGACY_MAGIC:
+            raise ValueError("it is no file of `torch.save`")
+        Outliner(file).load()
+        about = Outliner(file).load()
+        if not isinstance(about, dict) or about.get("little_endian", True) is not True:
+            raise ValueError("it was written by a machine of another byte order")
+    outliner = Outliner(file)
+    root = outliner.load()
+    if form == "legacy":
+        keys = Outliner(file).load()
+        if type(keys) is not list or not all(type(key) is str for key in keys):
+            raise ValueError("its storages have no names")
+    tensors: dict[int, int] = {}
+    places: list[tuple[Any, ...]] = []
+
+    def number(tensor: Tensor) -> int:
+        if id(tensor) not in tensors:
+            if len(places) == _MOST_TENSORS:
+                raise ValueError(f"it holds more than {_MOST_TENSORS} tensors")
+            tensors[id(tensor)] = len(places)
+            places.append(tensor.place)
+        return tensors[id(tensor)]
+
+    return {
+        "root": _kind(root),
+        "maps": [_map(path, found, number) for path, found in _dictionaries(root)],
+        "tensors": places,
+        "storages": {each.key: [each.dtype, each.count] for each in outliner.storages.values()},
+        "keys": keys,
+        "end": file.tell(),
+    }
+
+
+def _dictionaries(root: Any) -> Iterator[tuple[list[str], dict[Any, Any]]]:
+    """Every dictionary with a tensor, and those at the top; each once, the nearest first."""
+    seen, waiting = {id(root)}, deque[tuple[list[str], Any]]([([], root)])
+    while waiting:
+        path, found = waiting.popleft()
+        if not isinstance(found, dict):
+            continue
+        if len(path) < 2 or any(isinstance(value, Tensor) for value in found.values()):
+            yield path, found
+        if len(path) == _DEEPEST:
+            continue
+        for name, value in found.items():
+            if type(name) in (str, int) and isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(([*path, str(name)], value))
+
+
+def _map(path: list[str], found: dict[Any, Any], number: Callable[[Tensor], int]) -> dict[str, Any]:
+    named = {k: v for k, v in found.items() if type(k) is str and isinstance(v, Tensor)}
+    # A number or a text beside tensors is no network; anything else might hold one.
+    beside = (Tensor, *_PLAIN) if named else Tensor
+    others = {
+        f"{_kind(name)} → {_kind(value)}"
+        for name, value in found.items()
+        if type(name) is not str or not isinstance(value, beside)
+    }
+    return {
+        "path": path,
+        "tensors": {name: number(tensor) for name, tensor in named.items()},
+        "others": sorted(others)[:_MOST_OTHERS],
+        "empty": not found,
+    }
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, _Maker):
+        return "function"
+    if isinstance(value, type):
+        return f"class {_said(value)}"
+    return _said(value).rpartition(".")[2]
+
+
+def limit(seconds: int, memory: int) -> None:
+    """Bound what this process may take, as far as the system can."""
+    try:
+        import resource  # noqa: PLC0415 - there is none on Windows
+    except ImportError:
+        return
+    for kind, most, beyond in (
+        (resource.RLIMIT_CORE, 0, 0),
+        (resource.RLIMIT_FSIZE, 0, 0),
+        (resource.RLIMIT_CPU, seconds, 1),  # the signal of the first limit says why
+        (resource.RLIMIT_AS, memory, 0),
+    ):
+        _, hard = resource.getrlimit(kind)
+        with suppress(ValueError, OSError):
+            end = most + beyond if hard == resource.RLIM_INFINITY else min(most + beyond, hard)
+            resource.setrlimit(kind, (min(most, end), end))
+
+
+def main(form: str, seconds: str, memory: str) -> None:
+    """Read stdin, write the outline or why there is none, and leave without tidying up."""
+    limit(int(seconds), int(memory))
+    try:
+        file = io.BytesIO(sys.stdin.buffer.read())
+        said = json.dumps(read(file, form)).encode("ascii")
+        if len(said) > MAX_OUTLINE_BYTES:
+            raise ValueError(f"its outline takes {len(said)} bytes")
+    except MemoryError:
+        said = json.dumps(
+            {"fault": f"reading it takes more than {memory} bytes of memory"}
+        ).encode()
+    except Exception as error:
+        said = json.dumps({"fault": str(error)[:300] or type(error).__name__}).encode()
+    sys.stdout.buffer.write(said + b"\n")
+    sys.stdout.buffer.flush()
+    os._exit(0)  # taking a deep structure apart could end in a crash
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

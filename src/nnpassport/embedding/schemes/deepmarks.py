@@ -1,0 +1,380 @@
+"""DeepMarks: one owner, many users, and a codeword in each user's copy that says whose it is.
+
+[Che19] Chen, Rouhani, Fu, Zhao, Koushanfar: DeepMarks, ICMR 2019 (arXiv 1804.03648).
+[Tra03] Trappe, Wu, Wang, Liu: Anti-collusion Fingerprinting for Multimedia, 2003; its code.
+
+From the paper: the regulariser MSE(f − X·w̄) on the mean filter w̄ of one layer; fingerprints
+f = U·b with U orthonormal; codewords b, complemented columns of the incidence matrix of a
+(31, 6, 1) design, so that the AND of at most five users' words says whose they are.
+
+An orthonormal U leaves the regulariser as it is, MSE(U·b − X·w̄) = MSE(b − Uᵀ·X·w̄), and X is drawn
+anyway: the rows of our projection are those of Uᵀ·X.
+
+Ours is what makes it evidence. The code is public, so each bit of it is multiplied by a derived
+sign, and it is repeated over rows of their own until there are bits enough. An independent network
+then matches each user's word as Binomial(n, ½), exactly; V takes the best user and corrects for the
+choice. The paper's threshold on what is read is one number; `trace` measures the scale of the mark,
+which training on leaves smaller.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import product
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.embedding.network.outputs import Example
+from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes.signature import (
+    as_published,
+    host_weight,
+    judged,
+    matching,
+    read_answers,
+)
+from nnpassport.embedding.schemes.uchida import Uchida, read_out
+from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
+from nnpassport.embedding.train.loop import Evaluation, History, Journal, Objective, Recipe, Task
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.context import LayerShape
+from nnpassport.keys.key import Key
+from nnpassport.keys.validity import LEAST_REPEATS, USERS
+from nnpassport.scheme import BadRecipeError, UnreadableKeyError, Verdict
+
+ORDER = 5
+"""Of the projective plane whose lines are the `USERS`: a (31, 6, 1) design."""
+
+COLLUDERS = ORDER
+"""How many users, at most, the code tells apart whose copies were averaged."""
+
+LEAST_SHARE = 1 / (2 * COLLUDERS)
+"""Of an average of copies that a user is named for: half of what one of five has."""
+
+LEAST_SCORE = 5.0
+"""Standard errors that a share has to be above zero for its user to be named."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Whose copies a network was made of.
+
+    Attributes:
+        verdict: whether the owner's mark is there at all, exactly. If not, nobody is named.
+        users: who is named, by share and score.
+        published: who is named by the paper's rule: each position of the user's line reads as zero.
+        shares: each user's part in an average of copies: 0 is none, 1/c that of one of c users.
+            They sum to one.
+        scores: each share over its standard error, as the repeats of the code show it. No p-value:
+            the network was trained on the key's signs.
+    """
+
+    verdict: Verdict
+    users: tuple[int, ...]
+    published: tuple[int, ...]
+    shares: tuple[float, ...]
+    scores: tuple[float, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class DeepMarks:
+    """Users' words in an anti-collusion code, read off one layer's mean filter.       [Che19]
+
+    One key serves all users, and V and `trace` need no more than that.
+
+    Attributes:
+        name: as in keys and on the command line.
+        user: whose word E embeds, from 0 to 30.
+        repeats: how often the 31 bits of the code are there, each time through rows of its own.
+            An average of two users' copies reads ten of the 31 as zero, of either sign: with 12 it
+            is still the owner's at α = 2⁻¹⁰⁰, with 8 only for a claim that is dated.
+        strength: λ_r, factor on the mean of squares over the bits.
+        threshold: share of the bits that must match by the published rule.
+    """
+
+    name: str
+    user: int = 0
+    repeats: int = 12
+    strength: float = 10.0
+    threshold: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.user not in range(USERS):
+            raise BadRecipeError(
+                f"user {self.user} has no codeword; needed: a number from 0 to {USERS - 1}"
+            )
+        if self.repeats < LEAST_REPEATS:
+            raise BadRecipeError(
+                f"{self.repeats} repeats of the code; needed: at least {LEAST_REPEATS}"
+            )
+
+    @property
+    def triggers(self) -> int:
+        """None: there is no black-box verification."""
+        return 0
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether V needs nothing but the weights."""
+        return True
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """A projection is there to be forged."""
+        return frozenset({"projection"})
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Example,
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network of this shape, for all users; `layers` names one, as for Uchida's.
+
+        Raises:
+            UnsuitableModelError: not one layer, a grouped one, or one with fewer numbers than bits.
+        """
+        return self._bearer.draw_key(
+            model, example, owner=owner, layers=layers, text=text, seed=seed
+        )
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key as it is: it takes nothing of a network or of images."""
+        return key
+
+    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Check that `key` fits `model`; nothing is inserted.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or was made for another network.
+        """
+        self._bearer.insert(model, key, example)
+
+    def objective(
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
+    ) -> Objective:
+        """Task loss + λ_r·MSE(b − X·w̄), b the word of `user` under the key's signs."""
+        (layer,) = key.context.layers
+        word = words_of(key, layer)[self.user]
+        bearing = replace(key, text=None, signs={layer.name: word})
+        return self._bearer.objective(bearing, steps=steps, normalise=normalise, task=task)
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: Images,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: Images | None = None,
+        journal: Journal | None = None,
+        trained: bool = False,
+    ) -> History:
+        """E: train `model` in place with the regulariser, into the copy of `user`."""
+        return mark.train_in(
+            self,
+            model,
+            key,
+            data,
+            recipe,
+            normalise=normalise,
+            validation=validation,
+            journal=journal,
+        )
+
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
+        """Accuracy, which is the score too."""
+        return plain_evaluation(data, normalise)
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
+
+        That is what makes it forgeable.                                   [Fan19, prop. 1]
+        """
+        return accuracy(deepcopy(model).eval(), data, normalise)
+
+    def verify(
+        self,
+        weights: Mapping[str, Tensor],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V in white box: the word that matches best, corrected for the choice among all of them.
+
+        Words are the users' and the owner's own, which copies of three or more users read as when
+        they are averaged: most users have a one where few have a zero.
+
+        Raises:
+            UnsuitableModelError: the host layer is missing or has another shape.
+            UnreadableKeyError: the key's bits are no whole number of codewords.
+        """
+        mark.check_scheme(self.name, key)
+        (layer,) = key.context.layers
+        words, read = words_of(key, layer), _read(weights, key, layer).sign()
+        matches = [matching(read, word) for word in words]
+        best = max(range(len(words)), key=matches.__getitem__)
+        verdict = judged(
+            key,
+            "bits of a user's word",
+            bits=layer.length,
+            matches=matches[best],
+            chance=0.5,
+            log10_alpha=log10_alpha,
+            log10_choices=math.log10(len(words)),
+        )
+        whose = f"user {best}" if best < USERS else "no one user, but what users have in common"
+        return replace(verdict, reason=f"{whose}: {verdict.reason}")
+
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its weights all the same."""
+        return mark.read_weights(self, model, key, log10_alpha)
+
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies a flattened filter with: the rows of X."""
+        return self._bearer.forms(key)
+
+    def verify_answers(
+        self,
+        answers: Int64[Tensor, " triggers"],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """There are no triggers, so this always raises.
+
+        Raises:
+            UnsuitableModelError: always.
+        """
+        return read_answers(answers, key, log10_alpha=log10_alpha)
+
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The paper's rule: a word of the codebook is read back, by default without an error."""
+        return as_published(verdict, threshold=self.threshold)
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A copy: the mark is in the weights, and nothing else is there."""
+        return deepcopy(model)
+
+    @property
+    def _bearer(self) -> Uchida:
+        """The scheme whose bits bear the words."""
+        return Uchida(self.name, squared=True, bits=self.repeats * USERS, strength=self.strength)
+
+
+def trace(
+    weights: Mapping[str, Tensor], key: Key, *, log10_alpha: float = LOG10_ALPHA_UNCOMMITTED
+) -> Trace:
+    """Whose copies were averaged into a network with these weights, if up to five users' were.
+
+    A position of the code then reads s·(1 − 2·Σ x_u), x_u the shares of the users on whose line it
+    is and s the mark's scale. Any two lines have one point in common and the shares sum to one, so
+    all positions sum to 19·s and those of user u's line to s·(4 − 10·x_u): linear, solved here.
+
+    Raises:
+        UnsuitableModelError: the host layer is missing or has another shape.
+        UnreadableKeyError: the key's bits are no whole number of codewords.
+    """
+    mark.check_scheme(DEEPMARKS.name, key)
+    (layer,) = key.context.layers
+    verdict = DEEPMARKS.verify(weights, key, log10_alpha=log10_alpha)
+    read = _read(weights, key, layer) * key.layer_signs(layer.name)
+    shares, scores, position = _shares(read.reshape(-1, USERS))
+    named = (shares > LEAST_SHARE) & (scores > LEAST_SCORE)
+    # Midway between what is read where nobody has a zero, and where one of five has.
+    zero = position < 1 - 1 / COLLUDERS
+    return Trace(
+        verdict,
+        _users(named) if verdict.marked else (),
+        _users((zero | ~incidence()).all(1)) if verdict.marked else (),
+        tuple(shares.tolist()),
+        tuple(scores.tolist()),
+    )
+
+
+@lru_cache(maxsize=1)
+def incidence() -> Bool[Tensor, "lines points"]:
+    """Which points are on which lines of PG(2, 5): a (31, 6, 1) design, its own transpose.
+
+    Points and lines are triples over GF(5) up to a factor, incident where their product is zero.
+    """
+    field = range(ORDER)
+    triples = [(1, a, b) for a, b in product(field, field)]
+    triples += [(0, 1, a) for a in field] + [(0, 0, 1)]
+    coordinates = torch.tensor(triples)
+    return coordinates @ coordinates.T % ORDER == 0
+
+
+def codebook() -> Float[Tensor, "words positions"]:
+    """The users' words of ±1, −1 on the points of a user's line, and after them the owner's own."""
+    users = 1 - 2 * incidence().float()
+    return torch.cat([users, torch.ones(1, USERS)])
+
+
+def words_of(key: Key, layer: LayerShape) -> Float[Tensor, "words bits"]:
+    """The code, repeated, each bit of it times the key's sign: uniform bits, whoever's word it is.
+
+    Raises:
+        UnreadableKeyError: the key's bits are no whole number of codewords.
+    """
+    repeats, rest = divmod(layer.length, USERS)
+    if rest or repeats < LEAST_REPEATS:
+        raise UnreadableKeyError(
+            f"the key has {layer.length} bits for codewords of {USERS}; needed: a multiple, and at "
+            f"least {LEAST_REPEATS} repeats; draw a key with draw_key of {key.context.scheme:.80}"
+        )
+    return codebook().repeat(1, repeats) * key.layer_signs(layer.name)
+
+
+def _read(weights: Mapping[str, Tensor], key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
+    weight = host_weight(weights, layer).detach().cpu().double()
+    return read_out(weight, key.layer_projection(layer.name))
+
+
+def _shares(
+    read: Float[Tensor, "repeats positions"],
+) -> tuple[Float[Tensor, " users"], Float[Tensor, " users"], Float[Tensor, " positions"]]:
+    """Shares, their scores, and what each position reads in units of the mark's scale."""
+    line = ORDER + 1
+    position = read.mean(0)
+    scale = position.sum() / (USERS - 2 * line)
+    position = position / scale
+    shares = (line - 2 - incidence().to(position) @ position) / (2 * ORDER)
+    # Of one reading; then of the mean of its repeats, and of the sum over a line.
+    error = read.var(0).mean().sqrt() / scale
+    error = error / len(read) ** 0.5 * line**0.5 / (2 * ORDER)
+    return shares, shares / error, position
+
+
+def _users(named: Bool[Tensor, " users"]) -> tuple[int, ...]:
+    return tuple(named.nonzero()[:, 0].tolist())
+
+
+DEEPMARKS = DeepMarks("deepmarks")

@@ -1,0 +1,556 @@
+"""A mark on a low-rank adapter: V2's signature, read from the product ΔW = (α/r)·B·A.
+
+    γ_i = ⟨ΔW_i, X_i⟩ = (α/r)·B_i·(A X_i),    R = Σ_i max(γ0 − γ_i·b_i, 0)
+
+W is frozen, so passports go through what is trained, ΔW. Why it is made as it is:
+
+**The product, not its factors.** (B·M, M⁻¹·A) is the same adapter for every invertible M. A mark on
+A or on B would be gone at no cost; ΔW does not change, and no γ with it.
+
+**A passport for each channel.** With one X for all channels, as in V2, γ = ΔW·X asks for one
+direction, so the mark becomes one singular component of ΔW, and a thief has but r to try: dropping
+the right one left half of the bits. Where each channel has its own X_i (one position, from the same
+streams as Uchida's projections), the mark needs all r components that the task needs.
+
+**No private branch.** It would run on γ·(ΔW x) + β. Random signs of γ ask the same A and B for two
+contrary updates of a network that is frozen, and a passport that works can be solved for by
+anybody: what an accuracy under the passport proves is not worth a second forward.
+
+**The base is bound.** A merged W is read as W − W0. Whoever chooses W0 afterwards makes that read
+anything, so a key's nonce is a digest of the base's host weights, number for number, and what is
+taken off is what was committed to: not even what lies below its last bit can be chosen.
+
+The bits are uniform and derived apart from X. Given any ΔW, of whatever rank, that was not trained
+on them, each matches with probability ½ independently of all others: that the rows of ΔW depend on
+one another changes nothing, and the p-value is exact.
+"""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, final
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.embedding.network.equations import geometry_of, sign_loss
+from nnpassport.embedding.network.outputs import Example, call, logits_of, unwrapped
+from nnpassport.embedding.network.survey import Site, Survey, choose
+from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes.signature import (
+    as_published,
+    host_weight,
+    judged,
+    matching,
+    read_answers,
+)
+from nnpassport.embedding.schemes.triggers import plain_loss
+from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
+from nnpassport.embedding.train.loop import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    Task,
+    fit,
+    share_right,
+)
+from nnpassport.files.weights import tensors_digest
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.context import NONCE_BYTES, Context, LayerShape
+from nnpassport.keys.geometry import Geometry
+from nnpassport.keys.key import Key
+from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+
+_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_WIDENED = 2**22  # numbers
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+
+
+class Pair(NamedTuple):
+    """A low-rank pair: ΔW is `scale`·B·A, A flattened as a filter of the host layer is."""
+
+    a: Float[Tensor, "rank fan_in"]
+    b: Float[Tensor, "out rank"]
+    scale: float = 1.0
+
+    def read(self, rows: Float[Tensor, "out fan_in"]) -> Float[Tensor, " out"]:
+        """γ_i = ⟨ΔW_i, X_i⟩, without making ΔW: a file from anybody may pose as a huge one."""
+        return self.scale * (self.b * (rows @ self.a.T)).sum(1)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """The mark of an adapter; `LORA` below is the one there is. The module says how it works.
+
+    Attributes:
+        name: as in keys and on the command line.
+        sign_weight: λ_r of equation 1.
+        margin: γ0 of equation 5, in units of γ.
+    """
+
+    name: str = "lora"
+    sign_weight: float = 0.1
+    margin: float = 0.1
+
+    @property
+    def triggers(self) -> int:
+        """None: there is no black-box verification."""
+        return 0
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether V needs nothing but the weights."""
+        return True
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """None that the attacks on networks know."""
+        return frozenset()
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key as it is: it takes nothing of a network or of images."""
+        return key
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Example | None = None,
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network that carries an adapter, every secret derived from one seed.
+
+        `layers` are patterns as in `survey.choose`, on the names that the network has without the
+        adapter; by default the last third of the layers that the adapter changes. `example` is not
+        needed: the network is not run.
+
+        Raises:
+            UnsuitableModelError: peft's adapter is not there, or not on the layers named.
+        """
+        sites = choose(model, _survey(model), layers)
+        shapes = tuple(_shape_of(site) for site in sites)
+        bases = {site.name: _base(site.layer).detach() for site in sites}
+        context = Context(self.name, owner, shapes, None, base_digest(bases))
+        return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+
+    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Check that `key` fits the adapter in `model`; nothing is inserted.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or for another adapter or base.
+        """
+        self._check_key(key)
+        layers = adapted(model)
+        for shape in key.context.layers:
+            if shape.name not in layers:
+                raise UnsuitableModelError(
+                    f"the network has no adapter on {shape.name}, which the key was made for; it "
+                    f"has them on: {', '.join(list(layers)[:40]) or 'no layer'}"
+                )
+            _check_fits(pair_of(layers[shape.name]), shape)
+        _committed({s.name: _base(layers[s.name]).detach() for s in key.context.layers}, key)
+
+    def objective(
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
+    ) -> Objective:
+        """Task loss + λ_r·R; gradients flow to A and B."""
+        names = [layer.name for layer in key.context.layers]
+        secrets = {n: (key.layer_projection(n), key.layer_signs(n)) for n in names}
+
+        def objective(model: nn.Module, batch: Batch) -> Outcome:
+            output = call(model, batch.images)
+            task_loss = (task or plain_loss)(output, batch.labels)
+            gammas, signs = [], []
+            for name, pair in _live_pairs(unwrapped(model), names):
+                secrets[name] = _moved(secrets[name], pair.a)
+                with torch.autocast(pair.a.device.type, enabled=False):
+                    gammas.append(pair.read(secrets[name][0]))
+                signs.append(secrets[name][1])
+            gamma, wanted = torch.cat(gammas), torch.cat(signs)
+            regularisation = sign_loss(gamma, wanted, margin=self.margin)
+            measures = {"sign_match": (gamma.detach().sign() == wanted).float().mean()}
+            if task is None:
+                measures["accuracy"] = share_right(logits_of(output), batch.labels)
+            else:
+                measures["task_loss"] = task_loss.detach()
+            return Outcome(task_loss + self.sign_weight * regularisation, measures)
+
+        return objective
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: Images,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: Images | None = None,
+        journal: Journal | None = None,
+        trained: bool = False,
+    ) -> History:
+        """E: train the adapter in `model`, in place, with the regulariser."""
+        data.require_classes(2)
+        self.insert(model, key, normalise(data.sample(2, seed=0).images))
+        return fit(
+            model,
+            self.objective(key, steps=1),
+            data,
+            recipe,
+            normalise=normalise,
+            evaluate=None if validation is None else self.evaluation(validation, normalise),
+            journal=journal,
+        )
+
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
+        """Accuracy, which is the score too."""
+        return plain_evaluation(data, normalise)
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1], that of the network as it is: there is no private branch."""
+        return accuracy(deepcopy(model).eval(), data, normalise)
+
+    def verify(
+        self,
+        weights: Mapping[str, Tensor],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V: read sign(γ) off an adapter's pairs, as in its file or in a network that has it.
+
+        A layer whose pair was left out has ΔW = 0, which matches no bit. Weights without any pair
+        are read as if they were ΔW: that is right for what `added` returns. Of a merged network W0
+        is noise, and only what is left of the bits is found.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or the weights are another network's.
+        """
+        self._check_key(key)
+        pairs = pairs_in(weights, [layer.name for layer in key.context.layers])
+        if not pairs and is_adapter(weights):
+            raise UnsuitableModelError(
+                "the adapter has no pair on any layer that the key was made for; needed: one of "
+                f"the owner's base, on: {', '.join(s.name for s in key.context.layers[:40])}"
+            )
+        counts = {}
+        for layer in key.context.layers:
+            gamma = _read(pairs, weights, layer, key.layer_projection(layer.name))
+            matches = matching(gamma.sign(), key.layer_signs(layer.name))
+            counts[layer.name] = (matches, layer.length)
+        verdict = judged(
+            key,
+            "adapter bits",
+            bits=sum(bits for _, bits in counts.values()),
+            matches=sum(matches for matches, _ in counts.values()),
+            chance=0.5,
+            log10_alpha=log10_alpha,
+        )
+        return replace(verdict, layers=counts)
+
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its weights all the same."""
+        return mark.read_weights(self, model, key, log10_alpha)
+
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies flattened filters with: the rows of X."""
+        return {layer.name: key.layer_projection(layer.name) for layer in key.context.layers}
+
+    def verify_answers(
+        self,
+        answers: Int64[Tensor, " triggers"],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """There are no triggers, so this always raises.
+
+        Raises:
+            UnsuitableModelError: always.
+        """
+        return read_answers(answers, key, log10_alpha=log10_alpha)
+
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The passports' own rule: all bits match."""
+        return as_published(verdict, threshold=1.0)
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A copy: the mark is in the adapter, and nothing else is there."""
+        return deepcopy(model)
+
+    def _check_key(self, key: Key) -> None:
+        if key.context.scheme != self.name:
+            raise UnsuitableModelError(
+                f"the key is for {key.context.scheme}, and this is {self.name}; "
+                "draw a key with this scheme's draw_key, or use the key's own scheme"
+            )
+
+
+LORA = Lora()
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """LoRA layers (peft's) in a network, by the name that the host layer has without adapter.
+
+    Raises:
+        UnsuitableModelError: peft is not installed.
+    """
+    try:
+        from peft.tuners.lora import LoraLayer  # noqa: PLC0415
+    except ImportError as error:
+        raise UnsuitableModelError(
+            f"marking an adapter needs peft ({error}): pip install peft; to verify one does not"
+        ) from error
+    modules: dict[str, Any] = {_unwrapped(name): m for name, m in model.named_modules()}
+    layers = {name: m for name, m in modules.items() if isinstance(m, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if layer.lora_A}  # no embeddings
+
+
+def pair_of(layer: Any) -> Pair:
+    """The pair of the one adapter that is active in a LoRA layer of peft's.
+
+    Raises:
+        UnsuitableModelError: none or several are active, or its scale is not positive.
+    """
+    a, b = _matrices(layer)
+    scale = float(layer.scaling[_active(layer)])
+    if scale <= 0:
+        raise UnsuitableModelError(
+            f"the adapter's scale α/r is {scale}, and what it adds is its product times that; "
+            "needed: a positive lora_alpha"
+        )
+    return Pair(a.flatten(1), b.flatten(1), scale)
+
+
+def is_adapter(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is half a low-rank pair among them."""
+    return any(map(_PAIR.fullmatch, tensors))
+
+
+def pairs_in(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Pair]:
+    """The pairs of the host layers named, in an adapter's file or a network's state dict.
+
+    Raises:
+        UnsuitableModelError: half a pair, two pairs for one layer, or shapes that do not multiply.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name in tensors:
+        found = _PAIR.fullmatch(name)
+        if found and _unwrapped(found[1]) in layers:
+            half = halves.setdefault(_unwrapped(found[1]), {})
+            if found[2] in half:
+                raise UnsuitableModelError(
+                    f"{found[1]} has several adapters; needed: the file of the one to verify"
+                )
+            half[found[2]] = tensors[name]
+    return {name: _pair(name, half) for name, half in halves.items()}
+
+
+def added(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+    """ΔW = W − W0 of a merged network's host layers, as a state dict, in float64.
+
+    W0 is what the key commits to, and never more precise than that (`_committed`); it is taken off
+    as it would be stored where W is. A copy of the base that was only rounded has added nothing:
+    how it is rounded can be foreseen, and keys could be tried until one fits.
+
+    Raises:
+        UnsuitableModelError: `base` is not the network that the key was drawn for, the suspect is
+            an adapter or of other shapes, or the key is another scheme's.
+    """
+    if key.context.scheme != LORA.name or is_adapter(weights):
+        raise UnsuitableModelError(
+            "a base is taken off merged weights, for a key of scheme lora; verify an adapter's own "
+            "file, or a key of another scheme, without it"
+        )
+    for layer in key.context.layers:
+        host_weight(weights, layer), host_weight(base, layer)
+    given = {layer.name: base[f"{layer.name}.weight"] for layer in key.context.layers}
+    kept = {f"{name}.weight": each for name, each in _committed(given, key).items()}
+    return {name: _difference(weights[name], each) for name, each in kept.items()}
+
+
+def base_digest(weights: Mapping[str, Tensor]) -> bytes:
+    """What a key's nonce says of the base: the exact numbers of its host weights, by layer.
+
+    The first 16 bytes of `weights.tensors_digest`, in float32, which holds what half precisions do
+    to the last bit; in float64 if that loses anything of any of them.
+    """
+    exact = all(torch.equal(_single(w).double(), w.double()) for w in weights.values())
+    return _digest(weights, _single if exact else _double)
+
+
+def _committed(weights: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
+    """The base that a key was drawn for, as precisely as its nonce says it.
+
+    Keys were drawn for a base in float64 by its numbers in float32. Such a base is still theirs, in
+    float32: whatever anybody writes below the last bit of that is not looked at.
+
+    Raises:
+        UnsuitableModelError: the key was drawn for another network.
+    """
+    if base_digest(weights) == key.context.nonce:
+        return dict(weights)
+    if _digest(weights, _single) == key.context.nonce:
+        return {name: _single(w) for name, w in weights.items()}
+    raise UnsuitableModelError(
+        "the base is not the network that the key was drawn for; needed: the same weights, in "
+        "the same precision; any other could be made to fit, so none is taken"
+    )
+
+
+def _digest(weights: Mapping[str, Tensor], form: Callable[[Tensor], Tensor]) -> bytes:
+    formed = {name: form(w) for name, w in weights.items()}
+    return bytes.fromhex(tensors_digest(formed))[:NONCE_BYTES]
+
+
+def _single(weight: Tensor) -> Tensor:
+    return weight.float() if weight.is_floating_point() else weight
+
+
+def _double(weight: Tensor) -> Tensor:
+    return weight.double() if weight.is_floating_point() else weight
+
+
+def _difference(weight: Tensor, base: Tensor) -> Tensor:
+    """What was added to `base`, in float64, once it is as coarse as `weight` is."""
+    whole, plain = weight.double(), base.double()
+    # By its numbers and not by its file's dtype, which may be a finer one than they were made in.
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rounded = plain.to(dtype).double()
+        if torch.equal(whole.to(dtype).double(), whole) and rounded.isfinite().all():
+            return whole - rounded
+    return whole - plain
+
+
+def _check_fits(pair: Pair, layer: LayerShape) -> None:
+    fan_in = math.prod(layer.weight[1:])
+    if pair.a.shape[1] != fan_in or len(pair.b) != layer.weight[0]:
+        raise UnsuitableModelError(
+            f"the adapter on {layer.name} is for {len(pair.b)} channels of {pair.a.shape[1]} "
+            f"numbers, and the key for {layer.weight[0]} of {fan_in}; needed: an adapter of the "
+            "owner's base"
+        )
+
+
+def _survey(model: nn.Module) -> Survey:
+    layers = adapted(model)
+    if not layers:
+        raise UnsuitableModelError(
+            f"{type(model).__name__} carries no LoRA adapter, which this mark goes into; give what "
+            "peft's get_peft_model returns, or take a scheme for whole networks"
+        )
+    sites, refused = {}, {}
+    for name, layer in layers.items():
+        host = layer.get_base_layer()
+        try:
+            geometry = geometry_of(host)
+        except TypeError as error:
+            refused[name] = str(error)
+            continue
+        if geometry.groups != 1:
+            refused[name] = "its convolution is grouped"
+        else:
+            sites[name] = Site(name, layer, None, geometry, (), 1)
+    return Survey(sites, refused)
+
+
+def _shape_of(site: Site) -> LayerShape:
+    a, b = _matrices(site.layer)
+    out, axes, fan_in = len(b), site.geometry.axes, tuple(a.shape[1:])
+    # ΔW_i is read as it is, however its layer slides.
+    geometry = Geometry(
+        (1,) * axes, ((0, 0),) * axes, (1,) * axes, transposed=site.geometry.transposed
+    )
+    return LayerShape(site.name, (out, *fan_in), fan_in if axes else (*fan_in, 1), geometry, out)
+
+
+def _active(layer: Any) -> str:
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1:
+        raise UnsuitableModelError(
+            f"{len(names)} adapters are active on one layer ({', '.join(names)}), and a mark goes "
+            "into one; call set_adapter with the one to mark"
+        )
+    return str(names[0])
+
+
+def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
+    name = _active(layer)
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _base(layer: Any) -> Tensor:
+    return layer.get_base_layer().weight
+
+
+def _live_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Pair]]:
+    layers = adapted(model)
+    for name in names:
+        yield name, pair_of(layers[name])
+
+
+def _moved(secret: tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    return secret[0].to(like), secret[1].to(like)
+
+
+def _read(
+    pairs: Mapping[str, Pair], weights: Mapping[str, Tensor], layer: LayerShape, rows: Tensor
+) -> Float[Tensor, " out"]:
+    """γ in float64, so that every machine reads the same bits."""
+    count = max(1, _WIDENED // rows.shape[1])
+    # One buffer for all parts of a large layer: what is allocated anew the C library scatters.
+    wide = rows.new_empty((min(count, len(rows)), rows.shape[1]), dtype=torch.float64)
+    parts = (wide[: len(part)].copy_(part) for part in rows.split(count))
+    if pairs:
+        if layer.name not in pairs:
+            return torch.zeros(layer.length, dtype=torch.float64)
+        pair = pairs[layer.name]
+        _check_fits(pair, layer)
+        a, halves = pair.a.cpu().double(), pair.b.cpu().double().split(count)
+        read = [Pair(a, b).read(part) for b, part in zip(halves, parts, strict=True)]
+    else:
+        stripes = host_weight(weights, layer).cpu().flatten(1).split(count)
+        read = [part.mul_(w).sum(1) for w, part in zip(stripes, parts, strict=True)]
+    return torch.cat(read)
+
+
+def _pair(name: str, half: Mapping[str, Tensor]) -> Pair:
+    shapes = [tuple(half[which].shape) if which in half else () for which in "AB"]
+    if min(map(len, shapes)) < 2 or math.prod(shapes[1][1:]) != shapes[0][0]:
+        raise UnsuitableModelError(
+            f"the adapter's pair on {name} is not A (rank, in) and B (out, rank); needed: both "
+            "matrices as peft's `save_pretrained` writes them"
+        )
+    return Pair(half["A"].flatten(1), half["B"].flatten(1))
+
+
+def _unwrapped(name: str) -> str:
+    for prefix in _WRAPPERS * 2:
+        name = name.removeprefix(prefix)
+    return name

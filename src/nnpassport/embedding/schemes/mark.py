@@ -1,0 +1,151 @@
+"""What schemes that leave a network's shape as it is have in common: keys, E, F and ways to read.
+
+A scheme of one's own is a frozen dataclass with the members of `protocol.Scheme`; these functions
+are most of their bodies. `docs/extending.md` shows one.
+"""
+
+import os
+from collections.abc import Sequence
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from nnpassport.data.images import Images, Normalisation
+from nnpassport.embedding.network.outputs import Example
+from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.triggers import answers_to, trigger_shape
+from nnpassport.embedding.train.loop import History, Journal, Recipe, fit, total_steps
+from nnpassport.keys.context import Context, LayerShape, TriggerShape
+from nnpassport.keys.key import Key
+from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
+
+
+def new_key(
+    scheme: str,
+    *,
+    owner: str,
+    layers: tuple[LayerShape, ...] = (),
+    triggers: TriggerShape | None = None,
+    text: str | None = None,
+    seed: bytes | None = None,
+) -> Key:
+    """A key of `scheme`, all of it derived; the operating system draws the seed if none is given.
+
+    Raises:
+        BadSignatureError: `text` does not fit the layers.
+    """
+    nonce = os.urandom(16) if seed is None else bytes(16)
+    context = Context(scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce)
+    return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+
+
+def check_scheme(scheme: str, key: Key) -> None:
+    """Refuse a key of another scheme.
+
+    Raises:
+        UnsuitableModelError: it is one.
+    """
+    if key.context.scheme != scheme:
+        raise UnsuitableModelError(
+            f"the key is for {key.context.scheme}, and this is {scheme}; "
+            "draw a key with this scheme's draw_key, or use the key's own scheme"
+        )
+
+
+def check_nothing_chosen(scheme: str, layers: Sequence[str] | None, text: str | None) -> None:
+    """Refuse layers and a text, for a scheme that has neither.
+
+    Raises:
+        UnsuitableModelError: one of them was given.
+    """
+    if layers or text:
+        raise UnsuitableModelError(
+            f"{scheme} has neither layers nor a text signature, and "
+            f"{'layers' if layers else 'a text'} were given; leave them out"
+        )
+
+
+def check_has_pictures(key: Key) -> None:
+    """Refuse a key that still lacks the pictures that its scheme makes or chooses.
+
+    Raises:
+        UnreadableKeyError: it does.
+    """
+    if key.trigger_images is None:
+        raise UnreadableKeyError(
+            f"the key of {key.context.scheme} has no pictures yet: they are made of images, in a "
+            "trained plain network; needed: `prepared` of the scheme, or `key new --images "
+            "DATA --plain MODEL_FOLDER`"
+        )
+
+
+def check_triggers(key: Key, model: nn.Module, example: Example) -> None:
+    """Refuse a key whose triggers are for another network, or that has none.
+
+    Raises:
+        UnsuitableModelError: they are.
+    """
+    shape = key.context.triggers
+    found = None if shape is None else trigger_shape(shape.count, model, example)
+    if shape is None or found is None or found != shape:
+        given = "no triggers" if shape is None else f"{shape.size} and {shape.classes} classes"
+        needed = "triggers" if found is None else f"{found.size} to {found.classes} classes"
+        raise UnsuitableModelError(
+            f"the key of {key.context.scheme} was made for {given}, and the network maps {needed}; "
+            "draw a key for this network"
+        )
+
+
+def train_in(
+    scheme: Scheme,
+    model: nn.Module,
+    key: Key,
+    data: Images,
+    recipe: Recipe,
+    *,
+    normalise: Normalisation,
+    validation: Images | None = None,
+    journal: Journal | None = None,
+) -> History:
+    """E of a scheme that is an objective and nothing else: train `model` in place with it.
+
+    Raises:
+        UnsuitableModelError: the scheme refuses the key; the network is as it was.
+    """
+    data.require_classes(2)
+    example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
+    scheme.insert(model, key, example)
+    return fit(
+        model,
+        scheme.objective(key, steps=total_steps(data, recipe), normalise=normalise),
+        data,
+        recipe,
+        normalise=normalise,
+        evaluate=None if validation is None else scheme.evaluation(validation, normalise),
+        journal=journal,
+    )
+
+
+def read_weights(scheme: Scheme, model: nn.Module, key: Key, log10_alpha: float) -> Verdict:
+    """`verify_network` of a scheme that reads weights."""
+    return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)
+
+
+def read_network(
+    scheme: Scheme, model: nn.Module, key: Key, normalise: Normalisation, log10_alpha: float
+) -> Verdict:
+    """`verify_network` of a scheme that reads answers to triggers."""
+    answers: Int64[Tensor, " triggers"] = answers_to(key, model, normalise)
+    return scheme.verify_answers(answers, key, log10_alpha=log10_alpha)
+
+
+def refuse_weights(scheme: str, what: str = "answers", instead: str = "verify_answers") -> Verdict:
+    """`verify` of a scheme that does not read weights.
+
+    Raises:
+        UnsuitableModelError: always.
+    """
+    raise UnsuitableModelError(
+        f"{scheme} marks a network's {what} and not its weights; "
+        f"give the network itself and its images, and use {instead}"
+    )

@@ -1,0 +1,273 @@
+"""Marks of answers: secret pictures that the network has learnt to answer as its owner decided.
+
+Schemes of this kind differ in the pictures, and in who decides on the labels; the rest is one
+dataclass. Adi's, Zhang's and others are rows of it, each in a file of its own.
+
+What is ours in all of them: labels are derived from the owner's seed, and where pictures are the
+owner's own also from the digest of these (`Key.bound`), so that the test is exact. The published
+rules are bare match rates; `verify_as_published` has them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import final
+
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.embedding.network.outputs import Example, call, logits_of
+from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes.signature import as_published, read_answers
+from nnpassport.embedding.schemes.triggers import (
+    branch_loss,
+    mixing,
+    trigger_batch,
+    trigger_shape,
+    triggers_here,
+)
+from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
+from nnpassport.embedding.train.loop import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    Task,
+    share_right,
+)
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, matches_needed
+from nnpassport.keys.key import Key
+from nnpassport.scheme import Batch, UnreadableKeyError, Verdict
+
+Pictures = Callable[[Key, nn.Module, ImageSet, Normalisation], Key]
+"""The key with the pictures of a scheme, made of images and, maybe, in a trained plain network."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class TriggerSet:
+    """Pictures and labels, mixed into every training step.
+
+    Attributes:
+        name: as in keys and on the command line.
+        triggers: size of the trigger set.
+        triggers_per_step: trigger images that each training step mixes into its batch.
+        threshold: share of the triggers that must match by the published rule.
+        pictures: makes the pictures of images; None leaves those that are derived from the seed.
+        needed: of how many triggers how many must match by the published rule, in its place.
+        level: log₁₀ of the p at which a published rule that is a binomial test, 1/C, accepts.
+    """
+
+    name: str
+    triggers: int = 100
+    triggers_per_step: int = 2
+    threshold: float = 0.9
+    pictures: Pictures | None = None
+    needed: Callable[[int], int] | None = None
+    level: float | None = None
+
+    @property
+    def reads_weights(self) -> bool:
+        """Not: a mark of answers is read from answers."""
+        return False
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """Triggers, and nothing else, are there to be forged."""
+        return frozenset({"triggers"})
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Example,
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network of this shape; without pictures where `prepared` makes them.
+
+        Raises:
+            UnsuitableModelError: layers or a text were given; there are neither.
+        """
+        mark.check_nothing_chosen(self.name, layers, text)
+        shape = trigger_shape(self.triggers, model, example)
+        return mark.new_key(self.name, owner=owner, triggers=shape, seed=seed)
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key with its pictures, if it has none yet and they are not derived."""
+        if self.pictures is None or key.trigger_images is not None:
+            return key
+        return self.pictures(key, model, data, normalise)
+
+    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Check that `key` fits `model`; nothing is inserted.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or was made for another network.
+            UnreadableKeyError: it has no pictures yet.
+        """
+        mark.check_scheme(self.name, key)
+        self._check_pictures(key)
+        mark.check_triggers(key, model, example)
+
+    def objective(
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
+    ) -> Objective:
+        """Cross-entropy of images and triggers together."""
+        self._check_pictures(key)
+        mix = mixing(trigger_batch(key, normalise), self.triggers_per_step)
+
+        def objective(model: nn.Module, batch: Batch) -> Outcome:
+            batch = mix(batch)
+            output = call(model, batch.images)
+            count = self.triggers_per_step
+            loss, _ = branch_loss(output, batch.labels, count, None, task, batch.part)
+            images = len(batch.labels) - triggers_here(count, batch.part)
+            triggers_right = share_right(logits_of(output)[images:], batch.labels[images:])
+            measures = {"trigger_accuracy": triggers_right}
+            if task is None:
+                right = share_right(logits_of(output)[:images], batch.labels[:images])
+                measures = {"accuracy": right, **measures}
+            return Outcome(loss, measures)
+
+        return objective
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: Images,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: Images | None = None,
+        journal: Journal | None = None,
+        trained: bool = False,
+    ) -> History:
+        """E: train `model` in place with the trigger set mixed in."""
+        return mark.train_in(
+            self,
+            model,
+            key,
+            data,
+            recipe,
+            normalise=normalise,
+            validation=validation,
+            journal=journal,
+        )
+
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
+        """Accuracy, which is the score too."""
+        return plain_evaluation(data, normalise)
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
+
+        That is what makes it forgeable.                                   [Fan19, prop. 1]
+        """
+        return accuracy(deepcopy(model).eval(), data, normalise)
+
+    def verify(
+        self,
+        weights: Mapping[str, Tensor],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """Answers cannot be read off a file of weights, so this always raises.
+
+        Raises:
+            UnsuitableModelError: always; `verify_answers` is what works.
+        """
+        return mark.refuse_weights(self.name)
+
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its answers."""
+        return mark.read_network(self, model, key, normalise, log10_alpha)
+
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """None: V reads no weights."""
+        return {}
+
+    def verify_answers(
+        self,
+        answers: Int64[Tensor, " triggers"],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V: derived labels are uniform over K classes, so chance matches exactly 1/K of them."""
+        verdict = read_answers(answers, key, log10_alpha=log10_alpha)
+        return replace(verdict, chance=1 / key.label_choices)
+
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The papers' rule: so many of the triggers are answered as marked.
+
+        A binomial test takes a coin's chance where the verdict does not say what the chance was.
+        """
+        if self.level is not None:
+            chance = 0.5 if verdict.chance is None else verdict.chance
+            needed = matches_needed(verdict.bits, self.level, chance)
+            return as_published(verdict, threshold=needed / verdict.bits)
+        if self.needed is None:
+            return as_published(verdict, threshold=self.threshold)
+        return as_published(verdict, threshold=self.needed(verdict.bits) / verdict.bits)
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A copy: the mark is in the weights, and nothing else is there."""
+        return deepcopy(model)
+
+    def _check_pictures(self, key: Key) -> None:
+        if self.pictures is not None:
+            mark.check_has_pictures(key)
+
+
+def with_published_triggers(key: Key, triggers: ImageSet) -> Key:
+    """The key with pictures and labels that somebody published in place of derived ones.
+
+    Such a key has no p-value: who may choose pictures *and* labels can choose ones the network
+    answers right.
+
+    Raises:
+        UnreadableKeyError: the key has no trigger set, or its pictures have another size.
+    """
+    return replace(with_pictures(key, triggers.images), trigger_labels=triggers.labels)
+
+
+def with_pictures(key: Key, images: Tensor, choices: Tensor | None = None) -> Key:
+    """The key with pictures of the owner's own, to which its labels are bound: see `Key`.
+
+    `images` are uint8 (count channel height width). `choices` are, for each, the classes that its
+    label is drawn from: int64 (count choices), distinct; None is all classes.
+
+    Raises:
+        UnreadableKeyError: the key has no trigger set, or its pictures have another size.
+    """
+    shape = key.context.triggers
+    if shape is None or tuple(images.shape[1:]) != shape.size:
+        raise UnreadableKeyError(
+            f"the triggers are pictures of {tuple(images.shape[1:])}, and the key of "
+            f"{key.context.scheme} has {'none' if shape is None else shape.size}; needed: a key "
+            "with triggers of that size"
+        )
+    context = replace(key.context, triggers=shape._replace(count=len(images)))
+    return replace(key, context=context, trigger_images=images, trigger_choices=choices)

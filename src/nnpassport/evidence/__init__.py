@@ -1,1 +1,0 @@
-"""What a claim rests on: secrets derived from one seed, and the files that hold them."""

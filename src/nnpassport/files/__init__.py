@@ -1,0 +1,1 @@
+"""Files from anybody, read once and within limits, and files of ours, written whole."""

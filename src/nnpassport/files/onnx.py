@@ -1,0 +1,542 @@
+"""Weights out of an ONNX file from anybody. Nothing in it is run, and no ONNX library is needed.
+
+An ONNX file is a protobuf message: ModelProto → GraphProto → TensorProto, NodeProto. Only the
+fields that say something of weights are looked at, straight from the wire format: a parser that
+builds the whole message would let a file of empty nodes take many times its size in memory.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnpassport.files.disk import brief, is_in_hub_cache, is_text, read_once
+from nnpassport.scheme import UnreadableModelError
+
+ONNX = ".onnx"
+MAX_ONNX_BYTES = 2**31  # protobuf's own limit; larger networks keep their numbers in a file beside
+_MOST_FIELDS = 5_000_000
+_MOST_TENSORS = 100_000
+_MOST_AXES = 8
+_MOST_LISTED_BYTES = 2**27  # numbers that are not stored raw take up to thirty times the memory
+
+# What to keep of each message, by the number of the field in `onnx.proto`.
+_MODEL = {7: "graph", 25: "functions"}
+_GRAPH = {1: "nodes", 5: "tensors", 12: "outputs"}
+_FUNCTION = {1: "name", 5: "outputs", 7: "nodes"}
+_VALUE = {1: "name"}
+_NODE = {1: "inputs", 2: "outputs", 3: "name", 4: "kind", 5: "attributes", 9: "metadata"}
+_ATTRIBUTE = {1: "name", 3: "integer", 5: "tensor", 6: "graph", 11: "graphs"}
+_PAIR = {1: "key", 2: "value"}
+_TENSOR = {
+    1: "dims",
+    2: "type",
+    3: "segment",
+    4: "floats",
+    5: "int32s",
+    7: "int64s",
+    8: "name",
+    9: "raw",
+    10: "doubles",
+    13: "outside",
+    14: "location",
+}
+# How each type is stored raw, and the field of those that are not; bfloat16 has no name in numpy.
+_TYPES = {
+    1: ("<f4", "floats"),
+    11: ("<f8", "doubles"),
+    10: ("<f2", "int32s"),
+    16: ("<i2", "int32s"),
+    2: ("|u1", "int32s"),
+    3: ("|i1", "int32s"),
+    6: ("<i4", "int32s"),
+    7: ("<i8", "int64s"),
+    9: ("|b1", "int32s"),
+}
+_BFLOAT16 = 16
+_OUTSIDE = 1
+_DEEPEST = 20  # graphs in nodes of graphs
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger")
+_QUANTISED, _TURNED = "_quantized", "_Transposed"  # what onnxruntime's quantiser adds to names
+
+
+class OnnxWeights(NamedTuple):
+    """Tensors on the CPU by name, and SHA-256 (hex) of each file that they came from, by name."""
+
+    tensors: dict[str, Tensor]
+    digests: dict[str, str]
+
+
+class _Node(NamedTuple):
+    inputs: list[str]
+    outputs: list[str]
+    name: str
+    kind: str
+    transposed: bool
+    scopes: list[str]
+    constant: memoryview | None
+    inner: "list[_Graph]"
+
+
+class _Graph(NamedTuple):
+    """A graph, one in a node, or a function; tensors are initialisers and constants."""
+
+    name: str
+    nodes: list[_Node]
+    tensors: dict[str, Mapping[str, list[Any]]]
+    outputs: list[str]
+
+
+class _Stored(NamedTuple):
+    dims: tuple[int, ...]
+    type: int
+    found: Mapping[str, list[Any]]
+
+
+def read_onnx(path: Path, limit: int) -> OnnxWeights:
+    """The initialisers and constants of an ONNX file that its outputs depend on, by name.
+
+    Numbers in a file beside it are read as well, `limit` bytes of them at most. The exporters of
+    PyTorch lose the names of weights that they fold or transpose: those of a layer whose node still
+    says which module it was are there under the module's name too, as PyTorch stores them, and
+    weights that onnxruntime quantised are there under the name they had, as numbers again.
+    What no node takes on the way to an output is left out: it can have any name and any numbers.
+    (A graph without outputs computes nothing, and is taken for a list of tensors.)
+    Types that no weight has are left out too, and so are constants with Inf in them that no layer
+    multiplies by, such as masks.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, hostile or too large.
+    """
+    data = read_once(path, MAX_ONNX_BYTES)
+    digests = {path.name: hashlib.sha256(data).hexdigest()}
+    try:
+        nodes, stored = _graph(memoryview(data))
+        beside = _read_beside(path, stored.values(), limit)
+        tensors = {name: _tensor(each, beside) for name, each in stored.items()}
+    except (ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        if isinstance(error, UnreadableModelError):
+            raise
+        raise UnreadableModelError(
+            f"{path} is not a sound ONNX file ({brief(error)}); needed: a complete file as "
+            "`torch.onnx.export` or `onnx.save` writes it; copy it again"
+        ) from error
+    digests |= {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
+    tensors |= _dequantised(tensors)
+    tensors |= _by_module(nodes, tensors)
+    tensors |= _biases(nodes, tensors)
+    weights = {node.inputs[1] for node in nodes if node.kind in _LAYERS and len(node.inputs) > 1}
+    kept = {n: t for n, t in tensors.items() if n.endswith(".weight") or n in weights or _finite(t)}
+    return OnnxWeights(kept, digests)
+
+
+# The wire format
+
+
+@final
+class _Walk:
+    """Goes through messages field by field, and gives up on a file of too many."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_FIELDS
+
+    def message(self, message: memoryview | int, wanted: Mapping[int, str]) -> dict[str, list[Any]]:
+        """The values of the wanted fields: an int of a varint, a view of anything else."""
+        if isinstance(message, int):
+            raise ValueError("a number where a message is needed")
+        found: dict[str, list[Any]] = {name: [] for name in wanted.values()}
+        for number, value in self._fields(message):
+            if number in wanted:
+                found[wanted[number]].append(value)
+        return found
+
+    def _fields(self, message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+        place = 0
+        while place < len(message):
+            self._left -= 1
+            if self._left < 0:
+                raise ValueError(f"more than {_MOST_FIELDS} fields")
+            key, place = _varint(message, place)
+            value: int | memoryview
+            if key & 7 == 0:
+                value, place = _varint(message, place)
+            else:
+                size, place = _size(message, place, key & 7)
+                value, place = message[place : place + size], place + size
+                if len(value) != size:
+                    raise ValueError("it ends in the middle of a field")
+            yield key >> 3, value
+
+
+def _size(message: memoryview, place: int, wire: int) -> tuple[int, int]:
+    if wire == 2:
+        return _varint(message, place)
+    if wire in (1, 5):
+        return (8 if wire == 1 else 4), place
+    raise ValueError(f"there is no wire type {wire} in it")
+
+
+def _varint(message: memoryview, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if place >= len(message):
+            raise ValueError("it ends in the middle of a number")
+        byte = message[place]
+        place += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value & 2**64 - 1, place
+    raise ValueError("a number of more than ten bytes")
+
+
+def _only(values: Sequence[Any], default: Any) -> Any:
+    # Protobuf would merge or overwrite: two readers could then see two networks in one file.
+    if len(values) > 1:
+        raise ValueError("a field that may be there once is there twice")
+    return values[0] if values else default
+
+
+def _number(values: Sequence[Any], default: int = 0) -> int:
+    value = _only(values, default)
+    if not isinstance(value, int):
+        raise ValueError("a message where a number is needed")
+    return value
+
+
+def _text(value: memoryview | int) -> str:
+    if isinstance(value, int):
+        raise ValueError("a number where a text is needed")
+    return bytes(value).decode()
+
+
+# The graph
+
+
+def _graph(data: memoryview) -> tuple[list[_Node], dict[str, _Stored]]:
+    """The nodes and tensors that the outputs depend on, in functions and inner graphs too."""
+    walk = _Walk()
+    model = walk.message(data, _MODEL)
+    whole = _parsed(walk, _only(model["graph"], data[:0]), _GRAPH, 0)
+    functions: dict[str, list[_Graph]] = {}
+    for message in model["functions"]:
+        each = _parsed(walk, message, _FUNCTION, 0)
+        functions.setdefault(each.name, []).append(each)
+    every = [whole, *(each for several in functions.values() for each in several)]
+    every += [inner for each in every for inner in _inside(each)]
+    count = sum(len(each.tensors) for each in every)
+    if not 0 < count <= _MOST_TENSORS:
+        raise ValueError(f"{count} tensors; 1 to {_MOST_TENSORS} are read")
+    needed: dict[int, set[str]] = {}
+    _trace(whole, functions, needed)
+    nodes: list[_Node] = []
+    stored: dict[str, _Stored] = {}
+    for graph in every:
+        names = needed.get(id(graph), set())
+        live = [node for node in graph.nodes if names & set(node.outputs)]
+        if not whole.outputs:  # it computes nothing, and is no more than a list of tensors
+            names, live = set(graph.tensors), graph.nodes
+        nodes += live
+        for name, found in graph.tensors.items():
+            if (kind := _number(found["type"])) not in _TYPES or name not in names:
+                continue
+            free = name
+            while free in stored:  # functions and inner graphs have names of their own
+                free = f"{free}'"
+            stored[free] = _Stored(_dims(found["dims"]), kind, found)
+    return nodes, stored
+
+
+def _parsed(walk: _Walk, message: memoryview, fields: Mapping[int, str], depth: int) -> _Graph:
+    """A graph or a function."""
+    if depth > _DEEPEST:
+        raise ValueError(f"graphs in nodes of graphs, more than {_DEEPEST} deep")
+    graph = walk.message(message, fields)
+    outputs = graph["outputs"]
+    if fields is _GRAPH:
+        outputs = [_only(walk.message(each, _VALUE)["name"], memoryview(b"")) for each in outputs]
+    nodes = [_node(walk, each, depth) for each in graph["nodes"]]
+    messages = [("", each) for each in graph.get("tensors", [])]
+    messages += [(n.outputs[0], n.constant) for n in nodes if n.constant is not None and n.outputs]
+    tensors: dict[str, Mapping[str, list[Any]]] = {}
+    for output, each in messages:
+        found = walk.message(each, _TENSOR)
+        name = output or _text(_only(found["name"], memoryview(b"")))
+        if name in tensors or not is_text(name):
+            raise ValueError(f"a tensor's name is there twice, or is no name: {ascii(name)[:100]}")
+        tensors[name] = found
+    name = "" if fields is _GRAPH else _text(_only(graph["name"], memoryview(b"")))
+    return _Graph(name, nodes, tensors, [_text(each) for each in outputs])
+
+
+def _inside(graph: _Graph) -> list[_Graph]:
+    """The graphs in this one's nodes, and in theirs."""
+    found = [inner for node in graph.nodes for inner in node.inner]
+    return found + [each for inner in found for each in _inside(inner)]
+
+
+def _trace(
+    graph: _Graph, functions: Mapping[str, list[_Graph]], needed: dict[int, set[str]]
+) -> set[str]:
+    """The names around it that a graph's outputs depend on; in `needed`, its own, by graph.
+
+    Of a node that calls a function all inputs count, whether the function takes them or not.
+    """
+    names = needed.setdefault(id(graph), set())
+    makers = {output: node for node in graph.nodes for output in node.outputs}
+    reached = list(graph.outputs)
+    while reached:
+        name = reached.pop()
+        if name in names:
+            continue
+        names.add(name)
+        if (node := makers.get(name)) is None:
+            continue
+        reached += node.inputs
+        for inner in node.inner:
+            reached += _trace(inner, functions, needed)
+        for function in functions.get(node.kind, ()):
+            if id(function) not in needed:
+                _trace(function, functions, needed)
+    return names - makers.keys() - graph.tensors.keys()
+
+
+def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
+    found = walk.message(message, _NODE)
+    attributes = {}
+    for each in found["attributes"]:
+        attribute = walk.message(each, _ATTRIBUTE)
+        attributes[_text(_only(attribute["name"], memoryview(b"")))] = attribute
+    metadata = {}
+    for each in found["metadata"]:
+        pair = walk.message(each, _PAIR)
+        key, value = (_text(_only(pair[part], memoryview(b""))) for part in ("key", "value"))
+        metadata[key] = value
+    kind = _text(_only(found["kind"], memoryview(b"")))
+    constant = attributes.get("value") if kind == "Constant" else None
+    return _Node(
+        inputs=[_text(name) for name in found["inputs"]],
+        outputs=[_text(name) for name in found["outputs"]],
+        name=_text(_only(found["name"], memoryview(b""))),
+        kind=kind,
+        transposed=bool(_number(attributes.get("transB", {"integer": []})["integer"])),
+        scopes=re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", "")),
+        constant=None if constant is None else _only(constant["tensor"], None),
+        inner=[
+            _parsed(walk, graph, _GRAPH, depth + 1)
+            for attribute in attributes.values()
+            for graph in (*attribute["graph"], *attribute["graphs"])
+        ],
+    )
+
+
+# Tensors
+
+
+def _dims(values: Iterable[int | memoryview]) -> tuple[int, ...]:
+    dims: list[int] = []
+    for value in values:
+        # No axis takes more than ten bytes; the rest need not be decoded to be too much.
+        dims += [value] if isinstance(value, int) else _varints(value[:100]).tolist()
+        if len(dims) > _MOST_AXES or any(size >= 2**63 for size in dims):
+            raise ValueError(f"a tensor has more than {_MOST_AXES} axes or a negative one")
+    return tuple(dims)
+
+
+def _tensor(stored: _Stored, beside: Mapping[str, bytes]) -> Tensor:
+    form, field = _TYPES[stored.type]
+    kind, found = np.dtype(form), stored.found
+    listed = [name for name in ("floats", "doubles", "int32s", "int64s") if found[name]]
+    if found["segment"] or len(listed) + len(found["raw"]) > 1 or listed not in ([], [field]):
+        raise ValueError("a tensor's numbers are in parts, there twice, or in the wrong field")
+    if math.prod(max(size, 1) for size in stored.dims) >= 2**63:
+        raise ValueError(f"a tensor of shape {stored.dims} is larger than any memory")
+    count = math.prod(stored.dims)
+    if _number(found["location"]) == _OUTSIDE:
+        raw: Any = _slice(_place(found), count * kind.itemsize, beside)
+    elif listed:
+        raw = _listed(found[field], kind, field)
+    else:
+        raw = _only(found["raw"], memoryview(b""))
+    if isinstance(raw, int) or len(raw) != count * kind.itemsize:
+        raise ValueError(f"a tensor of shape {stored.dims} does not hold all its numbers")
+    if kind == np.bool_:
+        numbers = np.frombuffer(raw, np.uint8) != 0  # other bytes than 0 and 1 are no bool
+    else:
+        numbers = np.frombuffer(raw, kind).astype(kind.newbyteorder("="))
+    tensor = torch.from_numpy(numbers).reshape(stored.dims)
+    return tensor.view(torch.bfloat16) if stored.type == _BFLOAT16 else tensor
+
+
+def _listed(values: Sequence[Any], kind: np.dtype[Any], field: str) -> bytes:
+    if field in ("floats", "doubles"):
+        return b"".join(bytes(value) for value in values if not isinstance(value, int))
+    parts = [_varints(v) if isinstance(v, memoryview) else np.array([v], np.uint64) for v in values]
+    low = np.concatenate(parts).astype(f"<u{kind.itemsize}")  # half precision is stored as its bits
+    return low.tobytes()
+
+
+def _varints(packed: memoryview) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    if len(packed) > _MOST_LISTED_BYTES:
+        raise ValueError(
+            f"a tensor lists {len(packed)} bytes of numbers, and at most {_MOST_LISTED_BYTES} are "
+            "read; save it with raw_data"
+        )
+    data = np.frombuffer(packed, np.uint8)
+    ends = np.flatnonzero(data < 128)
+    if len(data) and (not len(ends) or ends[-1] != len(data) - 1):
+        raise ValueError("it ends in the middle of a number")
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)[: len(ends)]
+    sizes = ends - starts + 1
+    if len(sizes) and sizes.max() > 10:
+        raise ValueError("a number of more than ten bytes")
+    values = np.zeros(len(ends), np.uint64)
+    for byte in range(int(sizes.max()) if len(sizes) else 0):
+        there = sizes > byte
+        bits = (data[starts[there] + byte] & 127).astype(np.uint64)
+        values[there] |= bits << np.uint64(7 * byte)
+    return values
+
+
+# Numbers in a file beside it
+
+
+class _Place(NamedTuple):
+    file: str
+    offset: int
+    length: int | None
+
+
+def _place(found: Mapping[str, list[Any]]) -> _Place:
+    walk, entries = _Walk(), {}
+    for each in found["outside"]:
+        pair = walk.message(each, _PAIR)
+        key, value = (_text(_only(pair[part], memoryview(b""))) for part in ("key", "value"))
+        entries[key] = value
+    offset, length = entries.get("offset", "0"), entries.get("length")
+    for number in (offset, length or "0"):
+        if not re.fullmatch("[0-9]{1,18}", number):
+            raise ValueError(f"{ascii(number)[:40]} is no place in a file")
+    file = entries.get("location", "")
+    return _Place(file, int(offset), None if length is None else int(length))
+
+
+def _read_beside(path: Path, stored: Iterable[_Stored], limit: int) -> dict[str, bytes]:
+    outside = [each.found for each in stored if _number(each.found["location"]) == _OUTSIDE]
+    files: dict[str, bytes] = {}
+    for name in sorted({_place(found).file for found in outside}):
+        plain = is_text(name) and name not in ("", ".", "..") and not set(name) & set("/\\:\n\t")
+        beside = path.parent / name
+        if not plain or (beside.is_symlink() and not is_in_hub_cache(beside)):
+            raise UnreadableModelError(
+                f"{path} keeps numbers in {ascii(name)[:200]}, but only a plain file beside it is "
+                "read, and no link; put it there, or save the network in one file"
+            )
+        files[name] = read_once(beside, limit)
+        limit -= len(files[name])
+    return files
+
+
+def _slice(place: _Place, size: int, beside: Mapping[str, bytes]) -> memoryview:
+    if place.length not in (None, size):
+        raise ValueError(f"{place.length} bytes in {place.file} are not the {size} that are needed")
+    return memoryview(beside[place.file])[place.offset : place.offset + size]
+
+
+# Names that were lost
+
+
+def _by_module(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights whose names were lost, under those of the modules that their nodes stand for.
+
+    A module that would get two different weights gets none.
+    """
+    found: dict[str, tuple[str, Tensor]] = {}
+    ambiguous = set()
+    for node in nodes:
+        if node.kind not in _LAYERS or len(node.inputs) < 2:
+            continue
+        source = node.inputs[1].removesuffix(_QUANTISED)
+        weight, name = tensors.get(source), f"{_module_of(node)}.weight"
+        lost = "." not in source or source.startswith("onnx::")
+        if weight is None or not lost or name == ".weight" or name in tensors or weight.dim() < 2:
+            continue
+        if name in found and found[name][0] != source:
+            ambiguous.add(name)
+        found[name] = (source, _as_stored(node, weight))
+    return {name: weight for name, (_, weight) in found.items() if name not in ambiguous}
+
+
+def _biases(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Biases that a layer got when a norm was folded into it, under the layer's name."""
+    found: dict[str, tuple[str, Tensor]] = {}
+    ambiguous = set()
+    for node in nodes:
+        if node.kind not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
+            continue
+        weight, source = node.inputs[1], node.inputs[2]
+        layer = weight.removesuffix(".weight") if "." in weight else _module_of(node)
+        name, bias = f"{layer}.bias", tensors.get(source)
+        if not layer or bias is None or bias.dim() != 1 or name in tensors:
+            continue
+        if name in found and found[name][0] != source:
+            ambiguous.add(name)
+        found[name] = (source, bias)
+    return {name: bias for name, (_, bias) in found.items() if name not in ambiguous}
+
+
+def _module_of(node: _Node) -> str:
+    """Dotted name of the PyTorch module that a node was exported from, or "".
+
+    The newer exporter writes it into the metadata: '', 'layer1', 'layer1.0', …, the operator. The
+    older one into the node's name, "/layer1/layer1.0/conv1/Conv".
+    """
+    if node.scopes:
+        is_layer = node.scopes[-1].startswith(("linear", "conv"))
+        return node.scopes[-2] if is_layer and len(node.scopes) > 1 else ""
+    if not node.name.startswith("/"):
+        return ""
+    parts: list[str] = []
+    for part in node.name.split("/")[1:-1]:
+        # Containers name their children in full, after their own last part.
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
+
+
+def _as_stored(node: _Node, weight: Tensor) -> Tensor:
+    """A weight (in out) of a product as PyTorch stores it, (out in); others as they are."""
+    product = node.kind.startswith("MatMul") or (node.kind == "Gemm" and not node.transposed)
+    return weight.t().contiguous() if product and weight.dim() == 2 else weight
+
+
+def _dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights w = (q − zero point) · scale, which onnxruntime's quantiser has renamed."""
+    found = {}
+    for stored, numbers in tensors.items():
+        name = stored.removesuffix(_QUANTISED)
+        scale, zero = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
+        if name == stored or scale is None or zero is None:
+            continue
+        # One number for the whole tensor, or one for each along the only axis that has so many.
+        axes = [axis for axis, size in enumerate(numbers.shape) if size == scale.numel()]
+        if zero.shape != scale.shape or (scale.numel() > 1 and len(axes) != 1):
+            continue
+        shape = [1] * numbers.dim()
+        if scale.numel() > 1:
+            shape[axes[0]] = -1
+        weight = (numbers.float() - zero.float().reshape(shape)) * scale.float().reshape(shape)
+        turned = name.endswith(_TURNED) and weight.dim() == 2
+        found[name.removesuffix(_TURNED)] = weight.t().contiguous() if turned else weight
+    return {name: weight for name, weight in found.items() if name not in tensors}
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

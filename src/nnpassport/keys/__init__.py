@@ -1,0 +1,1 @@
+"""Secrets and what is derived of them: contexts, seeds, keys, their files, and chance."""

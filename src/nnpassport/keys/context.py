@@ -1,0 +1,366 @@
+"""What a seed is for, in public: the context of a key, and the one encoding of it.
+
+`docs/derivation.md` is the same specification for those who do not read Python.
+"""
+
+import base64
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self, final
+
+from nnpassport.keys import validity
+from nnpassport.keys.geometry import Geometry
+from nnpassport.keys.validity import MAX_NUMBERS, positions
+from nnpassport.scheme import UnreadableKeyError
+
+NONCE_BYTES = 16
+MAX_LAYERS = 10_000
+
+_FORMAT = "nnpassport-context"
+_VERSION = 1
+_MAX_AXIS = 2**24
+_MAX_NAME = 1_000
+_MAX_JSON = 2**24
+_MAX_COMMAS = 2**20
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class LayerShape(NamedTuple):
+    """A host layer.
+
+    Attributes:
+        name: its dotted name.
+        weight: shape of its weight, output channels first (`functional.filters`).
+        passport: shape of one passport (in, *space); of a projection, of the kernel it reads.
+        bits: signature length where a projection reads it; None is a bit for each output channel.
+    """
+
+    name: str
+    weight: tuple[int, ...]
+    passport: tuple[int, ...]
+    geometry: Geometry
+    bits: int | None = None
+
+    @property
+    def length(self) -> int:
+        """How many signature bits the layer carries."""
+        return self.weight[0] if self.bits is None else self.bits
+
+
+class TriggerShape(NamedTuple):
+    """A trigger set: `count` images of `size` (channel height width) in `classes` classes."""
+
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    classes: int
+    size: tuple[int, int, int]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a seed is for. Nothing in it is secret; every derived stream depends on all of it.
+
+    Attributes:
+        scheme: name of the scheme, as in the catalog.
+        owner: who owns the key: a public key or a name.
+        layers: the host layers, in the order in which signatures are laid over them.
+        triggers: shape of the trigger set, or None.
+        nonce: 16 random bytes that tell apart two keys of one owner for one model.
+        classes: names of the classes that triggers are labelled with, in their order; None where
+            they were not known. Every label depends on them, so that choosing names for a
+            network that is there already is drawing seeds.
+    """
+
+    scheme: str
+    owner: str
+    layers: tuple[LayerShape, ...]
+    triggers: TriggerShape | None
+    nonce: bytes
+    classes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.scheme, "scheme")
+        _check_name(self.owner, "owner")
+        nonce = isinstance(self.nonce, bytes) and len(self.nonce) == NONCE_BYTES
+        _require(nonce, "a nonce of another size", f"{NONCE_BYTES} bytes")
+        count = len(self.layers)
+        _require(count <= MAX_LAYERS, f"{count} layers", f"at most {MAX_LAYERS}")
+        for layer in self.layers:
+            _check_layer(layer)
+        distinct = len({layer.name for layer in self.layers})
+        _require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
+        if self.triggers is not None:
+            _check_triggers(self.triggers)
+        if self.classes is not None:
+            _check_classes(self.classes, self.triggers)
+        validity.check(self)
+
+    @property
+    def bits(self) -> int:
+        """Signature bits of all layers together."""
+        return sum(layer.length for layer in self.layers)
+
+    def layer(self, name: str) -> LayerShape:
+        """The layer called `name`.
+
+        Raises:
+            UnreadableKeyError: the context has no such layer.
+        """
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        names = ", ".join(layer.name for layer in self.layers[:20]) or "none"
+        raise UnreadableKeyError(f"the key has no layer {name!r:.80}; its layers are: {names}")
+
+    def encode(self) -> bytes:
+        """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""
+        layers = [_fields_of(layer) for layer in self.layers]
+        # Absent, not null: contexts without names encode as ever.
+        named = {} if self.classes is None else {"classes": self.classes}
+        return canonical_json(
+            {
+                **named,
+                "format": _FORMAT,
+                "version": _VERSION,
+                "scheme": self.scheme,
+                "owner": self.owner,
+                "layers": layers,
+                "triggers": None if self.triggers is None else self.triggers._asdict(),
+                "nonce": self.nonce.hex(),
+            }
+        )
+
+    @classmethod
+    def decode(cls, data: bytes) -> Self:
+        """The context that `data` encodes.
+
+        Raises:
+            UnreadableKeyError: anything but the canonical encoding of a sane context.
+        """
+        document = parse_canonical(data, "context", limit=_MAX_JSON)
+        try:
+            context = cls(
+                scheme=document["scheme"],
+                owner=document["owner"],
+                layers=tuple(_layer_from(layer) for layer in document["layers"]),
+                triggers=_triggers_from(document["triggers"]),
+                nonce=bytes.fromhex(document["nonce"]),
+                classes=_tuples(document.get("classes")),
+            )
+            canonical = context.encode() == data
+        except UnreadableKeyError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+            canonical = False
+        # Encoding again also catches unknown keys, another version, and "true" for 1.
+        if not canonical:
+            raise UnreadableKeyError(
+                f"the bytes given are not the encoding of a {_FORMAT} version {_VERSION}; needed: "
+                "exactly the bytes that Context.encode wrote; use the original file"
+            )
+        return context
+
+
+def canonical_json(value: Any) -> bytes:
+    """The only encoding in use: ASCII JSON, sorted keys, no whitespace."""
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
+    return text.encode("ascii")
+
+
+def parse_canonical(data: bytes, what: str, *, limit: int) -> dict[str, Any]:
+    """The JSON object that `data` is the canonical encoding of.
+
+    Raises:
+        UnreadableKeyError: more than `limit` bytes, no JSON object, or not in canonical form.
+    """
+    if len(data) > limit:
+        raise UnreadableKeyError(
+            f"the {what} has {len(data)} bytes, but at most {limit} are read; use the original file"
+        )
+    # A value takes two bytes of JSON and a hundred of memory. Each but the first of a list or an
+    # object needs a comma, and how deep they nest is limited by the parser.
+    if data.count(b",") > _MAX_COMMAS:
+        raise UnreadableKeyError(
+            f"the {what} has more than {_MAX_COMMAS} commas, too many for one of ours; use the "
+            "original file"
+        )
+    try:
+        document = json.loads(data.decode("ascii"))
+        canonical = isinstance(document, dict) and canonical_json(document) == data
+    except (ValueError, RecursionError):
+        canonical = False
+    # Raised out here because the JSON error would carry the whole document, secrets included.
+    if not canonical:
+        raise UnreadableKeyError(
+            f"the {what} is not a canonical JSON object (sorted keys, ASCII, no whitespace); it is "
+            "corrupt or was edited: use the original file or a backup"
+        )
+    return document
+
+
+def base64_text(data: bytes) -> str:
+    """The bytes in base64, padded, without line breaks."""
+    return base64.b64encode(data).decode("ascii")
+
+
+def base64_bytes(text: str) -> bytes:
+    """The bytes that `text` is the only base64 of.
+
+    Raises:
+        ValueError: `text` is not what `base64_text` writes.
+    """
+    data = base64.b64decode(text.encode("ascii"), validate=True)
+    # The last characters of base64 have spare bits: several texts would give the same bytes.
+    if base64_text(data) != text:
+        raise ValueError("not canonical base64")
+    return data
+
+
+def check_member(context: Context, layer: LayerShape) -> None:
+    """Refuse a layer that `context` does not have, or has in another shape.
+
+    Raises:
+        UnreadableKeyError: naming the layer.
+    """
+    given = f"no layer {layer.name!r:.80} of this shape"
+    _require(layer in context.layers, given, "the layer that bits or passports are derived for")
+
+
+def _fields_of(layer: LayerShape) -> dict[str, Any]:
+    geometry = layer.geometry._asdict()
+    fields = {**layer._asdict(), "geometry": geometry}
+    # Absent, not null: contexts without projections or transposed layers encode as ever.
+    if layer.bits is None:
+        del fields["bits"]
+    for name, usual in Geometry._field_defaults.items():
+        if name in {"transposed", "output_padding"} and geometry[name] == usual:
+            del geometry[name]
+    return fields
+
+
+def _layer_from(fields: Any) -> LayerShape:
+    geometry = {key: _tuples(value) for key, value in fields["geometry"].items()}
+    shape = {key: _tuples(value) for key, value in fields.items()}
+    return LayerShape(**{**shape, "geometry": Geometry(**geometry)})
+
+
+def _triggers_from(fields: Any) -> TriggerShape | None:
+    if fields is None:
+        return None
+    return TriggerShape(**{key: _tuples(value) for key, value in fields.items()})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _require(holds: bool, given: str, needed: str) -> None:
+    if not holds:
+        raise UnreadableKeyError(
+            f"the key's context has {given}, but needs {needed}; draw a new key for this model"
+        )
+
+
+def _check_name(value: Any, what: str) -> None:
+    text = isinstance(value, str) and 1 <= len(value) <= _MAX_NAME
+    whole = text and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    _require(whole, f"an unusable {what}", f"1 to {_MAX_NAME} characters of Unicode text")
+
+
+def _check_layer(layer: LayerShape) -> None:
+    name, weight, passport, geometry, bits = layer
+    _check_name(name, "layer name")
+    where = f"layer {name!r:.80} with"
+    lengths = () if bits is None else (bits,)
+    for sizes in (
+        *(weight, passport, geometry.stride, geometry.dilation, (geometry.groups,)),
+        lengths,
+    ):
+        valid = isinstance(sizes, tuple) and all(_is_count(size, 1) for size in sizes)
+        _require(valid, f"{where} shape {sizes!r:.80}", f"integers from 1 to {_MAX_AXIS}")
+    _require(
+        _is_padding(geometry.padding) and geometry.padding_mode in _PADDING_MODES,
+        f"{where} padding {geometry.padding!r:.80} ({geometry.padding_mode!r:.20})",
+        f"pairs of integers from 0 and a mode of {', '.join(_PADDING_MODES)}",
+    )
+    _require(
+        type(geometry.transposed) is bool and _is_output_padding(geometry),
+        f"{where} output padding {geometry.output_padding!r:.80}",
+        "a number from 0 below the stride or the dilation for each axis of a transposed layer",
+    )
+    _require(
+        _ranks_agree(layer) and positions(layer) is not None,
+        f"{where} weight {weight!r:.80} and passport {passport!r:.80}",
+        "a passport (in, *space) that the layer can be applied to",
+    )
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value <= _MAX_AXIS
+
+
+def _is_padding(padding: Any) -> bool:
+    return isinstance(padding, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(_is_count(side, 0) for side in pair)
+        for pair in padding
+    )
+
+
+def _ranks_agree(layer: LayerShape) -> bool:
+    _, weight, passport, geometry, _ = layer
+    axes = geometry.axes
+    return (
+        axes <= 3
+        and (axes > 0 or geometry.groups == 1)
+        and len(weight) == axes + 2
+        and len(passport) == max(axes, 1) + 1
+        and len(geometry.padding) == len(geometry.dilation) == axes
+        and weight[1] * geometry.groups == passport[0]
+        and weight[0] % geometry.groups == 0
+    )
+
+
+def _is_output_padding(geometry: Geometry) -> bool:
+    extra = geometry.output_padding
+    if not geometry.transposed or geometry.axes == 0:
+        return extra == ()
+    return (
+        isinstance(extra, tuple)
+        and len(extra) == len(geometry.stride) == len(geometry.dilation)
+        and all(_is_count(each, 0) for each in extra)
+        and all(
+            each < max(stride, dilation)
+            for each, stride, dilation in zip(
+                extra, geometry.stride, geometry.dilation, strict=True
+            )
+        )
+        and geometry.padding_mode == "zeros"
+    )
+
+
+def _check_triggers(triggers: TriggerShape) -> None:
+    count, classes, size = triggers
+    valid = isinstance(size, tuple) and len(size) == 3
+    _require(
+        valid
+        and all(_is_count(number, 1) for number in (count, *size))
+        and _is_count(classes, 2)
+        and count * math.prod(size) <= MAX_NUMBERS,
+        f"a trigger set of {count!r:.20} images of {size!r:.80} in {classes!r:.20} classes",
+        f"at least one image (channel, height, width), 2 classes and at most {MAX_NUMBERS} numbers",
+    )
+
+
+def _check_classes(classes: Any, triggers: TriggerShape | None) -> None:
+    count = 0 if triggers is None else triggers.classes
+    _require(
+        isinstance(classes, tuple) and len(classes) == count,
+        f"names of {len(classes) if isinstance(classes, tuple) else 'no'} classes",
+        f"one for each of the {count} that its triggers have",
+    )
+    for name in classes:
+        _check_name(name, "class name")
+    _require(len(set(classes)) == count, "class names that repeat", "distinct ones")

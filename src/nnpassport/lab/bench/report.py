@@ -1,0 +1,226 @@
+"""Measure the cells that there is time for; what there is none for is named."""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nnpassport.files.disk import write_atomically
+from nnpassport.lab.bench.cells import NETWORKS, QUICK, Cell, plan, rows_of
+from nnpassport.lab.bench.comparisons import limits, ratios
+from nnpassport.lab.bench.networks import SLOW_REFERENCE, lower_bound, work
+from nnpassport.lab.bench.page import render
+from nnpassport.lab.bench.timing import Measurement, measure, peak_memory
+from nnpassport.report.provenance import provenance
+from nnpassport.scheme import BadRecipeError
+
+Show = Callable[[float, float, str], None]
+
+
+def run(
+    out: Path | None = None,
+    *,
+    cells: Sequence[Cell] | None = None,
+    minutes: float = float("inf"),
+    show: Show = lambda done, total, text: None,
+) -> str:
+    """Measure these cells or the quick ones, write `out` as JSON if given, return the tables.
+
+    Raises:
+        UnwritableOutputError: `out` cannot be written.
+    """
+    if cells is None:
+        results = collect(QUICK, minutes=minutes, show=show)
+    else:
+        results = collect(cells, minutes=minutes, memory=False, show=show)
+    if out is not None:
+        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    return render(results)
+
+
+def choose(
+    *,
+    full: bool = False,
+    architectures: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    precisions: Sequence[str] = (),
+    compiled: bool | None = None,
+    only: Collection[str] = (),
+) -> tuple[Cell, ...] | None:
+    """The cells that these options name; None are the quick ones, as they are without any.
+
+    What is not named is as in the quick cells, or with `full` all there is.
+
+    Raises:
+        BadRecipeError: one of them is unknown.
+    """
+    if not (full or architectures or batches or precisions or only or compiled):
+        return None
+    both = (False, True) if full else (False,)
+    return plan(
+        architectures or (NETWORKS if full else ("alexnet", "resnet18")),
+        batches or ((64, 256) if full else (64,)),
+        precisions or (("float32", "bfloat16") if full else ("float32",)),
+        compiled=both if compiled is None else (compiled,),
+        tasks=_tasks(only, full=full),
+    )
+
+
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    **{task: (task,) for task in ("infer", "train", "memory", "loop")},
+    "acts": ("act", "long act"),
+}
+
+
+def _tasks(only: Collection[str], *, full: bool) -> tuple[str, ...]:
+    unknown = [name for name in only if name not in _PARTS]
+    if unknown:
+        raise BadRecipeError(
+            f"the benchmark has no part {', '.join(unknown)}; there are: {', '.join(_PARTS)}"
+        )
+    default = _PARTS if full else ("infer", "train", "memory")
+    return tuple(task for name in only or default for task in _PARTS[name])
+
+
+def collect(
+    cells: Sequence[Cell],
+    *,
+    repeats: int = 7,
+    warmup: int = 2,
+    minutes: float = float("inf"),
+    memory: bool = True,
+    show: Show = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Times and memory of the cells, and all ratios there are between them, as plain JSON values.
+
+    With `memory` that of the training cells too. What does not fit into `minutes` is named under
+    "not_run" and nothing is put in its place. Once a group of cells has enough turns, it gets more
+    only within its share of the time by its work: a short budget means few repeats of everything
+    rather than all repeats of a few.
+    """
+    begun = time.monotonic()
+    deadline = begun + 60 * minutes
+    cells = _with_memory(cells) if memory else cells
+    there = [cell for cell in cells if SLOW_REFERENCE.exists() or "slow" not in cell.network]
+    entries = [_left_out(cell, "needs a checkout") for cell in cells if cell not in there]
+    parts = _parts(there, repeats + warmup)
+    for i, part in enumerate(parts):
+        now = time.monotonic()
+        share = part.work / sum(later.work for later in parts[i:])
+
+        def progress(fraction: float, i: int = i, title: str = part.title) -> None:
+            show(i + fraction, len(parts), title)
+
+        entries += (
+            _probed(part.cells, deadline, progress)
+            if part.of_memory
+            else _timed(
+                measure(
+                    part.cells,
+                    repeats=repeats,
+                    warmup=warmup,
+                    until=now + (deadline - now) * share,
+                    deadline=deadline,
+                    show=progress,
+                )
+            )
+        )
+    bounds = {name: lower_bound(name) for name in dict.fromkeys(c.architecture for c in cells)}
+    numbers = [entry for entry in entries if "reason" not in entry]
+    return {
+        "provenance": {
+            **provenance(),
+            "repeats": repeats,
+            "warmup": warmup,
+            "wall_seconds": round(time.monotonic() - begun, 1),
+        },
+        "lower_bounds": bounds,
+        "ratios": ratios(numbers, bounds),
+        "limits": limits(numbers),
+        "numbers": numbers,
+        "not_run": [entry for entry in entries if "reason" in entry],
+    }
+
+
+class _Part(NamedTuple):
+    cells: list[Cell]
+    work: float
+
+    @property
+    def of_memory(self) -> bool:
+        return self.cells[0].task == "memory"
+
+    @property
+    def title(self) -> str:
+        first = self.cells[0]
+        words = (first.architecture, first.batch, first.precision, first.task, first.layers or "")
+        return " ".join([*filter(None, map(str, words)), *["compiled"] * first.compiled])
+
+
+def _parts(cells: Iterable[Cell], turns: int) -> list[_Part]:
+    """Groups of cells to be timed together; memory one cell after the other."""
+    parts = []
+    for _, members in itertools.groupby(cells, key=lambda cell: cell.group):
+        group = list(members)
+        # Three runs, and about as long as two more to start a process.
+        runs = 5 if group[0].task == "memory" else turns
+        parts.append(_Part(group, runs * sum(map(work, group))))
+    return parts
+
+
+def _with_memory(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells, each group of training cells followed by those whose memory is compared."""
+    found = []
+    for _, members in itertools.groupby(cells, key=lambda cell: cell.group):
+        group = list(members)
+        compared = rows_of("memory", group[0].architecture) if group[0].task == "train" else ()
+        probed = [
+            replace(cell, task="memory")
+            for cell in group
+            if (cell.network, cell.norm) in compared and not cell.compiled
+        ]
+        found += group + probed
+    return found
+
+
+def _timed(measured: Iterable[Measurement]) -> list[dict[str, Any]]:
+    return [
+        _entry(m.cell, m.seconds, m.processor_seconds)
+        if m.seconds
+        else _left_out(m.cell, m.refused or "no time left")
+        for m in measured
+    ]
+
+
+def _probed(
+    cells: Sequence[Cell], deadline: float, show: Callable[[float], None]
+) -> list[dict[str, Any]]:
+    entries = []
+    for i, cell in enumerate(cells):
+        show(i / len(cells))
+        if time.monotonic() < deadline:
+            entries.append(_entry(cell, [peak_memory(cell)], []))
+        else:
+            entries.append(_left_out(cell, "no time left"))
+    return entries
+
+
+def _left_out(cell: Cell, reason: str) -> dict[str, Any]:
+    return {**asdict(cell), "reason": reason}
+
+
+def _entry(cell: Cell, values: Sequence[float], processor: Sequence[float]) -> dict[str, Any]:
+    """One cell's numbers: seconds of a step, or bytes where the task is "memory"."""
+    return {
+        **asdict(cell),
+        "n": len(values),
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "values": list(values),
+        "processor_seconds": list(processor),
+    }

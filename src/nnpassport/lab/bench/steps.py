@@ -1,0 +1,111 @@
+"""Each network made ready to run once as often as one likes: a training step, an inference."""
+
+import itertools
+import runpy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.data.images import CIFAR10
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.layers import passport_norms
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.train.loop import Objective, Recipe, classification
+from nnpassport.lab.bench.cells import CHEAPER, SCHEMES, Cell
+from nnpassport.lab.bench.networks import SLOW_REFERENCE, example, images, network, precision
+from nnpassport.scheme import Batch
+
+_PLAIN = {"plain", "eager"}
+
+
+def training_step(cell: Cell, device: str) -> Callable[[], None]:
+    """A function that does `cell.steps` steps on one batch, as `fit` does them."""
+    model = network(cell)
+    descend = objective(cell, model)
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    return bare_steps(cell, model, descend, device)
+
+
+def bare_steps(cell: Cell, model: nn.Module, descend: Objective, device: str) -> Callable[[], None]:
+    """The same of a network that is ready to be trained."""
+    recipe = Recipe()
+    optimizer = torch.optim.SGD(
+        (p for p in model.parameters() if p.requires_grad),
+        lr=recipe.rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    batch, labels = images(cell, device)
+    running, steps = _compiled(cell, model), itertools.count()
+
+    def run() -> None:
+        for _ in range(cell.steps):
+            # Within the cycle, where not all steps are alike.
+            step = next(steps) % cell.steps if cell.network in CHEAPER else next(steps)
+            with precision(cell, device):
+                outcome = descend(running, Batch(batch, labels, step))
+            outcome.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
+def objective(cell: Cell, model: nn.Module) -> Objective:
+    """What the network's steps descend; its passports are inserted into `model`, in place."""
+    if cell.network in _PLAIN:
+        return classification
+    if cell.network == "forked":
+        return forked(model)
+    name = cell.network.removeprefix("slow ")
+    scheme = CHEAPER.get(name) or SCHEMES[name]
+    key = scheme.draw_key(model, example(), seed=bytes(32))
+    if cell.network.startswith("slow "):
+        slow = runpy.run_path(str(SLOW_REFERENCE))["objective"]
+        return slow(scheme, model, key, example(), CIFAR10)
+    scheme.insert(model, key, example())
+    return scheme.objective(key, steps=cell.steps, normalise=CIFAR10)
+
+
+def forked(model: nn.Module) -> Objective:
+    """What two branches cost on this device at least: V2's shapes, and nothing else of it."""
+    fork = V2.insert(model, V2.draw_key(model, example(), seed=bytes(32)), example())
+    behind = {name for name, norm in passport_norms(model).items() if norm.forks}
+    surgery.remove(model)
+    for name in fork.at if fork else ():
+        module = model.get_submodule(name)
+        if name in behind:
+            module.register_forward_hook(lambda _module, _args, output: _twice(output))
+        else:
+            module.register_forward_pre_hook(lambda _module, args: (_twice(args[0]), *args[1:]))
+    return lambda model, batch: classification(model, Batch(batch.images, _twice(batch.labels)))
+
+
+def _twice(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor, tensor])
+
+
+def inference(cell: Cell, device: str) -> Callable[[], Tensor]:
+    """A function that runs one batch through the network, in evaluation mode."""
+    model = network(cell)
+    if cell.network not in _PLAIN:
+        name, state = cell.network.split()
+        scheme = SCHEMES[name]
+        scheme.insert(model, scheme.draw_key(model, example(), seed=bytes(32)), example())
+        model = model if state == "presented" else scheme.released(model)
+    model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    batch, _ = images(cell, device)
+    running = _compiled(cell, model)
+
+    def infer() -> Tensor:
+        with torch.no_grad(), precision(cell, device):
+            return running(batch)
+
+    return infer
+
+
+def _compiled(cell: Cell, model: nn.Module) -> nn.Module:
+    if not cell.compiled or cell.network == "eager":
+        return model
+    return torch.compile(model)  # type: ignore[return-value]

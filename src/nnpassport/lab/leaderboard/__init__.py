@@ -1,0 +1,1 @@
+"""Every scheme against every attack."""

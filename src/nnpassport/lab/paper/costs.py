@@ -1,0 +1,120 @@
+"""Table 4: what passports cost in training, inference and verification."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnpassport.data.images import CIFAR10
+from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.key import Key
+from nnpassport.lab.bench import Cell, cells, collect
+from nnpassport.scheme import Verdict
+
+NAME = "costs.json"
+BATCHES: Mapping[str, int] = {"alexnet": 64, "resnet18": 64, "resnet50": 16}
+"""Images a step; ResNet-50 has fewer so that its many turns fit into minutes on a processor."""
+
+MINUTES = 30.0
+"""For training and inference at most; what does not fit is named as not run."""
+
+VERIFICATIONS = 5
+"""How often V is timed, each time with another key."""
+
+Show = Callable[[float, float, str], None]
+
+
+def measure_costs(
+    results: Path,
+    *,
+    quick: bool = False,
+    minutes: float = MINUTES,
+    show: Show = lambda *_: None,
+) -> dict[str, Any]:
+    """Measure all of Table 4 and write it into the folder of results; not again where it is there.
+
+    Times of training and inference are ratios of networks that run in turns, as `bench` does.
+    Verification is in seconds: V in white box, and for V3 in black box too; every turn is kept,
+    and their median. Where there is no checkout, the published code's cost is in "not_run".
+    `quick` takes narrow networks, to try it out: its file says so and is not taken for the
+    measurement.
+
+    Raises:
+        UnwritableOutputError: the folder of results cannot be written to.
+    """
+    path = results / (f"quick-{NAME}" if quick else NAME)
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    measured = collect(
+        _cells(quick=quick), repeats=2 if quick else 7, minutes=minutes, memory=False, show=show
+    )
+    turns = {
+        name: verifications(name, quick=quick) for name in (("alexnet",) if quick else BATCHES)
+    }
+    report = {
+        **measured,
+        "quick": quick,
+        "verification": {
+            name: {title: statistics.median(seconds) for title, seconds in of.items()}
+            for name, of in turns.items()
+        },
+        "verification_turns": turns,
+    }
+    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def _cells(*, quick: bool) -> list[Cell]:
+    if quick:
+        found = cells(("alexnet",), (8,), ("float32",))
+        return [Cell(**{**_fields(cell), "width": 0.25}) for cell in found]
+    return [
+        cell
+        for architecture, batch in BATCHES.items()
+        for cell in cells((architecture,), (batch,), ("bfloat16",))
+    ]
+
+
+def _fields(cell: Cell) -> dict[str, Any]:
+    return {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
+
+
+def verifications(architecture: str, *, quick: bool) -> dict[str, list[float]]:
+    """Seconds of V, turn by turn: bits off the weights, by scheme; and V3's answers to triggers."""
+    found = {}
+    for title, scheme, norm in (("V1", V1, "batch"), ("V2", V2, "group"), ("V3", V3, "group")):
+        model = build(architecture, norm=norm, width=0.25 if quick else 1.0).eval()
+        found[title] = _seconds(partial(scheme.verify, model.state_dict()), _keys(scheme, model))
+        if scheme.triggers:
+            verify = partial(_by_triggers, scheme, model)
+            found[f"{title} by triggers"] = _seconds(verify, _keys(scheme, model))
+    return found
+
+
+def _keys(scheme: Passport, model: nn.Module) -> list[Key]:
+    """A new key for each turn: a key keeps what it has derived."""
+    example = torch.zeros(2, 3, 32, 32)
+    return [scheme.draw_key(model, example, seed=bytes([i] * 32)) for i in range(VERIFICATIONS)]
+
+
+def _by_triggers(scheme: Passport, model: nn.Module, key: Key) -> Verdict:
+    return scheme.verify_answers(answers_to(key, model, CIFAR10), key)
+
+
+def _seconds(verify: Callable[[Key], Verdict], keys: Sequence[Key]) -> list[float]:
+    times = []
+    for key in keys:
+        begun = time.perf_counter()
+        verify(key)
+        times.append(time.perf_counter() - begun)
+    return times

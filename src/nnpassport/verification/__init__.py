@@ -1,0 +1,1 @@
+"""V and F on files from anybody, and over a network on services."""

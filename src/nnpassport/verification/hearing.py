@@ -1,0 +1,433 @@
+"""Hear a case: one suspect, rival claimants, everything derived again from what they disclose.
+
+An exhibit is a folder that a claimant hands in: `claim.json`, `disclosed.key` (the key, which is
+secret no longer) and, if the claim commits to one, `reference/`, the released network. `nnpassport
+claim disclose` makes it. Nothing in it is believed before it is checked.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+from cryptography import x509
+
+from nnpassport.alignment.null import READINGS
+from nnpassport.catalog import scheme_named
+from nnpassport.claims.claim import open_claim
+from nnpassport.claims.claimfile import read_signed, write_signed
+from nnpassport.claims.facts import Facts, check_config
+from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
+from nnpassport.claims.signing import public_from_hex
+from nnpassport.claims.standing import Standing, standing_of
+from nnpassport.data.images import ImageSet
+from nnpassport.embedding.checkpoint import load_model, own_config
+from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
+from nnpassport.files.disk import brief, make_folder, read_once, write_atomically, writing
+from nnpassport.files.weights import MAX_MODEL_BYTES, read_suspect, read_weights, tensors_digest
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_corrected
+from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.scheme import (
+    BadSignatureError,
+    OwnershipError,
+    UnreadableDataError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    Verdict,
+)
+from nnpassport.verification.relations import relations_of
+from nnpassport.verification.verify import (
+    Alignment,
+    Options,
+    Trial,
+    config_of,
+    declared_trial,
+    verify,
+)
+
+LARGEST_SIDE = 1_024
+"""Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""
+
+CLAIM_FILE, KEY_FILE, REFERENCE = "claim.json", "disclosed.key", "reference"
+
+Show = Callable[[float, float, str], None]
+"""Told how many readings are done, of how many, and which is next."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What the judge brings.
+
+    Attributes:
+        roots: certificates of timestamp authorities that he trusts.
+        appeared: when the suspect is known to have been there first, or None.
+        unrelated: models that have nothing to do with any claimant: the null of aligned readings.
+        images: labelled images to measure F on, against what each claimant declared; or such
+            images by the size (channels height width) that a network takes, see `networks`.
+    """
+
+    roots: Sequence[x509.Certificate] = ()
+    appeared: datetime | None = None
+    unrelated: tuple[Path, ...] = ()
+    images: ImageSet | Mapping[tuple[int, int, int], ImageSet] | None = None
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Hearing:
+    """A ruling and all that it rests on; `standings` are of those whose claims could be read."""
+
+    ruling: Ruling
+    claimants: Sequence[Claimant]
+    standings: Mapping[str, Standing]
+    digests: Mapping[str, str]
+    appeared: datetime | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON values; no key is in it."""
+        return {
+            **self.ruling.as_dict(),
+            "suspect": {
+                "digests": dict(self.digests),
+                "appeared": None if self.appeared is None else self.appeared.isoformat(),
+            },
+            "claimants": [
+                {
+                    "name": each.name,
+                    "owner": each.owner,
+                    "fingerprint": each.fingerprint,
+                    "proves": each.proves,
+                    "older": each.older,
+                    "owner_key": each.owner_key,
+                    "refused": each.refused,
+                    "unchecked": each.unchecked,
+                    "readings": {how: found.as_dict() for how, found in each.readings.items()},
+                    "elsewhere": {
+                        other: {how: found.as_dict() for how, found in readings.items()}
+                        for other, readings in each.elsewhere.items()
+                    },
+                    "related": each.related,
+                    "akin": dict(each.akin),
+                    "work": None if each.work is None else each.work._asdict(),
+                    "notes": list(each.notes),
+                    "standing": None
+                    if each.name not in self.standings
+                    else self.standings[each.name].as_dict(),
+                }
+                for each in self.claimants
+            ],
+        }
+
+
+class Exhibit(NamedTuple):
+    """What a claimant has handed in, checked; `reference` only if it is what he committed to."""
+
+    standing: Standing
+    key: Key
+    reference: Path | None
+    config: ModelConfig | None
+    note: str | None
+
+
+def hear(
+    suspect: Path, folders: Sequence[Path], bench: Bench, *, show: Show | None = None
+) -> Hearing:
+    """Who, of those who handed in these folders, owns the network in `suspect`?
+
+    Every mark is read as the suspect stands and, where there is a committed reference, aligned; and
+    so is every claimant's mark in every other's reference. p-values are corrected for the readings
+    and for the number of claimants whose claims hold.
+
+    Raises:
+        UnreadableModelError: the suspect cannot be read at all.
+    """
+    digests = read_suspect(suspect).digests
+    names = _distinct([folder.resolve().name for folder in folders])
+    claimants: dict[str, Claimant] = {}
+    exhibits: dict[str, Exhibit] = {}
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            exhibits[name] = exhibit = read_exhibit(folder, bench)
+            claimants[name] = _claimant(name, exhibit)
+        except Exception as error:  # whatever one hands in, it stops nobody else's claim
+            claimants[name] = Claimant(name, unchecked=_said(error))
+    steps, done = len(exhibits) ** 2, 0
+    # Whose claim cannot be read, or does not hold, can prove nothing: that is no try.
+    holding = sum(claimants[name].refused is None for name in exhibits)
+    for name, exhibit in exhibits.items():
+        if claimants[name].refused is not None:
+            continue
+        if show is not None:
+            show(done, steps, f"{name}: the suspect")
+        found = _on_suspect(suspect, exhibit, bench, holding, digests)
+        done += 1
+        elsewhere = {}
+        for other, theirs in exhibits.items():
+            if other != name and theirs.reference is not None:
+                done += 1
+                if show is not None:
+                    show(done, steps, f"{name}: {other}'s network")
+                strict = Options(
+                    exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
+                )
+                found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
+                elsewhere[other] = found_there.verdicts
+        claimants[name] = _with_findings(claimants[name], found, elsewhere)
+    dated = {
+        name: exhibit.reference
+        for name, exhibit in exhibits.items()
+        if exhibit.reference is not None and claimants[name].older and claimants[name].proves
+    }
+    compared = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
+    for name, facts in compared.items():
+        claimants[name] = replace(
+            claimants[name],
+            related=facts.related,
+            akin=facts.akin,
+            work=facts.work,
+            notes=(*claimants[name].notes, *(f"{name}: {note}" for note in facts.notes)),
+        )
+    everyone = list(claimants.values())
+    standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
+    return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
+
+
+def networks(suspect: Path, folders: Sequence[Path]) -> list[ModelConfig]:
+    """Configs by which images are to be made: of the claimants' networks, by their own word.
+
+    And of the suspect by its own, which counts where a claimant handed in no network. None that
+    asks for images of more than `LARGEST_SIDE` pixels.
+    """
+    own = own_config(suspect)
+    found = [own, *(_config_in(folder / REFERENCE) for folder in folders)]
+    stated = [] if own is None else [_committed_in(folder) for folder in folders]
+    found += [facts.put_into(own) for facts in stated if own is not None and facts is not None]
+    return [
+        config
+        for config in found
+        if config is not None and max(config.input_size[1:]) <= LARGEST_SIDE
+    ]
+
+
+def _config_in(folder: Path) -> ModelConfig | None:
+    try:
+        return read_config(folder)
+    except OwnershipError:  # `read_exhibit` says what is wrong with it
+        return None
+
+
+def _committed_in(folder: Path) -> Facts | None:
+    """What a claim commits to of its owner's network, by its own word, where it does."""
+    try:
+        signed = read_signed(folder / CLAIM_FILE)
+        return open_claim(signed, public_from_hex(signed.envelope.keyid)).network
+    except OwnershipError:  # as above
+        return None
+
+
+def disclose(claim: Path, key: Key, folder: Path, *, reference: Path | None = None) -> None:
+    """Make the folder that a claimant hands to a judge; the key in it is not encrypted.
+
+    Raises:
+        BadSignatureError: the claim does not hold with this key.
+        UnsuitableModelError: `reference` is not the network that the claim commits to.
+        UnwritableOutputError: the folder cannot be written to, or holds a key already.
+    """
+    signed = read_signed(claim)
+    standing = standing_of(signed, public_from_hex(signed.envelope.keyid), key)
+    if not standing.finding.holds or standing.claim is None:
+        raise BadSignatureError(f"{claim} does not hold with this key: {standing.finding.reason}")
+    files = {}
+    if reference is not None:
+        weights = read_weights(reference)
+        if tensors_digest(weights.tensors) != standing.claim.reference:
+            raise UnsuitableModelError(
+                f"{reference} is not the network that {claim} commits to; needed: the released "
+                "folder that `claim new --reference` was given, or none"
+            )
+        names = (CONFIG_FILE, *weights.digests)
+        files = {name: read_once(reference / name, MAX_MODEL_BYTES) for name in names}
+    with writing(folder), make_folder(folder / REFERENCE if files else folder):
+        save_key(key, folder / KEY_FILE)
+        write_signed(signed, folder / CLAIM_FILE)
+        for name, content in files.items():
+            write_atomically(folder / REFERENCE / name, content)
+
+
+def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
+    """What is in a claimant's folder, checked as far as it can be without the suspect.
+
+    Raises:
+        OwnershipError: something in it cannot be read.
+    """
+    signed = read_signed(folder / CLAIM_FILE)
+    key = load_key(folder / KEY_FILE)
+    scheme_named(key.context.scheme)  # refuses one that there is not
+    owner = public_from_hex(signed.envelope.keyid)
+    standing = standing_of(signed, owner, key, roots=bench.roots, appeared=bench.appeared)
+    committed = None if standing.claim is None else standing.claim.reference
+    path = folder / REFERENCE
+    if committed is None:
+        note = "no reference network was committed to, so nothing can be aligned to one"
+        return Exhibit(standing, key, None, None, note if path.exists() else None)
+    if not path.exists():
+        note = "the network that the claim commits to is not there"
+        return Exhibit(standing, key, None, None, note)
+    if tensors_digest(read_weights(path).tensors) != committed:
+        note = "the reference network is not the one that the claim commits to, so it is not used"
+        return Exhibit(standing, key, None, None, note)
+    try:
+        check_config(path, None if standing.claim is None else standing.claim.network)
+    except UnsuitableModelError:
+        note = "the reference's config is not the one that the claim commits to, so it is not used"
+        return Exhibit(standing, key, None, None, note)
+    return Exhibit(standing, key, path, load_model(path).config, None)
+
+
+class _Readings(NamedTuple):
+    verdicts: dict[str, Verdict]
+    failures: dict[str, str]
+
+
+def _claimant(name: str, exhibit: Exhibit) -> Claimant:
+    finding, token = exhibit.standing.finding, exhibit.standing.timestamp
+    notes = [exhibit.standing.age, *([] if exhibit.note is None else [exhibit.note])]
+    return Claimant(
+        name,
+        owner=exhibit.key.context.owner,
+        fingerprint=exhibit.key.fingerprint,
+        refused=None if finding.holds else finding.reason,
+        time=exhibit.standing.time,
+        between=None if token is None else (token.earliest, token.latest),
+        answers_only=not scheme_named(exhibit.key.context.scheme).reads_weights,
+        older=exhibit.standing.older,
+        owner_key=None if finding.claim is None else finding.claim.owner_key,
+        notes=tuple(f"{name}: {note}" for note in notes),
+    )
+
+
+def _on_suspect(
+    suspect: Path, exhibit: Exhibit, bench: Bench, claimants: int, digests: Mapping[str, str]
+) -> _Readings:
+    """The suspect's readings, with p-values for all claimants and both readings together."""
+    trial, unmeasured = None, None
+    try:
+        images = _images(suspect, exhibit, bench)
+        trial = None if images is None else declared_trial(images, standing=exhibit.standing)
+    except Exception as error:  # as above: what a network takes is its claimant's to say
+        unmeasured = _said(error)
+    base = Options(standing=exhibit.standing, reference=exhibit.config, every_reading=True)
+    found = _readings(suspect, exhibit, base, bench.unrelated, trial)
+    for how, read in found.verdicts.items():
+        verdict = read if unmeasured is None else _without_trial(read, unmeasured)
+        if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
+            raise UnreadableModelError(
+                f"{suspect} changed while it was being read; needed: a file that stays as it is"
+            )
+        # Aligned ones, and those of answers, have been corrected for all readings already.
+        readings = 1 if how == ALIGNED or "readings" in verdict.corrections else READINGS
+        found.verdicts[how] = _corrected(verdict, readings, claimants)
+    return found
+
+
+def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> ImageSet | None:
+    """The judge's images, of the size that the claimant's network takes.
+
+    Raises:
+        UnreadableDataError: there are none of that size.
+    """
+    if not isinstance(bench.images, Mapping):
+        return bench.images
+    if not bench.images:
+        return None
+    config = exhibit.config or config_of(suspect, Options(standing=exhibit.standing))
+    if config.input_size not in bench.images:
+        raise UnreadableDataError(
+            f"the network is said to take images of {config.input_size}, and the judge's are of "
+            f"{', '.join(map(str, bench.images))}; needed: at most {LARGEST_SIDE} pixels a side"
+        )
+    return bench.images[config.input_size]
+
+
+def _readings(
+    network: Path,
+    exhibit: Exhibit,
+    base: Options,
+    unrelated: tuple[Path, ...],
+    trial: Trial | None = None,
+) -> _Readings:
+    """A claimant's mark in a network: as it stands, and aligned to his own reference."""
+    own, ways = exhibit.reference, {AS_IT_STANDS: base}
+    if own is not None and scheme_named(exhibit.key.context.scheme).reads_weights:
+        ways[ALIGNED] = replace(base, alignment=Alignment(own, unrelated))
+    found = _Readings({}, {})
+    for how, each in ways.items():
+        try:
+            found.verdicts[how] = _read(network, exhibit.key, trial, each)
+        except Exception as error:  # as above: what a key or reference does is its claimant's
+            found.failures[how] = _said(error)
+    return found
+
+
+def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
+    """V, and F if it can be measured: what a thief did to the classes takes no mark away."""
+    if trial is None:
+        return verify(network, key, options=options)
+    try:
+        return verify(network, key, trial=trial, options=options)
+    except Exception as error:  # as above; what is wrong with the reading itself comes again
+        return _without_trial(verify(network, key, options=options), _said(error))
+
+
+def _without_trial(verdict: Verdict, why: str) -> Verdict:
+    return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
+
+
+def _said(error: Exception) -> str:
+    """What went wrong; an error that is not ours says its kind, and no more than a line."""
+    if isinstance(error, OwnershipError):
+        return str(error)
+    return f"it is of no kind that can be checked ({type(error).__name__}: {brief(error)})"
+
+
+def _corrected(verdict: Verdict, readings: int, claimants: int) -> Verdict:
+    """The verdict at a p-value for the best of so many readings and claimants."""
+    if verdict.log10_p_value is None:
+        return verdict
+    log10_p = log10_corrected(verdict.log10_p_value, math.log10(readings * claimants))
+    return replace(
+        verdict,
+        log10_p_value=log10_p,
+        marked=verdict.marked and log10_p <= verdict.log10_alpha,
+        reason=f"{verdict.reason}; for {claimants} claimants and {READINGS} readings together "
+        f"p = 10^{log10_p:.1f}",
+    )
+
+
+def _with_findings(
+    claimant: Claimant, found: _Readings, elsewhere: Mapping[str, Mapping[str, Verdict]]
+) -> Claimant:
+    failures = [f"{claimant.name}: {how}: {why}" for how, why in found.failures.items()]
+    accepted = any(verdict.accepted for verdict in found.verdicts.values())
+    return replace(
+        claimant,
+        readings=found.verdicts,
+        elsewhere=elsewhere,
+        # Nothing accepted and something not read: that is no refusal.
+        unchecked="; ".join(found.failures.values()) if failures and not accepted else None,
+        notes=(*claimant.notes, *(failures if accepted else ())),
+    )
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that were there before."""
+    distinct: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in count(2))
+        distinct.append(next(each for each in chain([name], numbered) if each not in distinct))
+    return distinct

@@ -1,0 +1,301 @@
+"""One question to a service from anybody: bounded in time, in bytes and in tries.
+
+Redirects are not followed, cookies are not kept, compressed answers are not unpacked. Nothing that
+is sent names this program: a service that knows it is being probed can answer otherwise.
+"""
+
+import copy
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, NamedTuple, final
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from nnpassport.files.disk import brief
+from nnpassport.scheme import BadRecipeError, UnreachableServiceError
+from nnpassport.verification.remote.labels import Labels, token
+from nnpassport.verification.remote.services import Request, Service
+
+if TYPE_CHECKING:
+    import httpx
+    from anyio.from_thread import BlockingPortal
+
+NO_CLASS = -1
+"""In place of a class where there is no answer."""
+
+_LONGEST_NOTE = 80  # characters
+_WORTH_TRYING_AGAIN = {408, 425, 429, *range(500, 600)}
+
+
+class Kind(StrEnum):
+    """What became of one query."""
+
+    ANSWERED = "answered"  # with a class that the key knows
+    ABSTAINED = "abstained"  # with no label, or one that is none of the key's classes
+    REFUSED = "refused"  # HTTP status 4xx
+    FAILED = "failed"  # no answer of the protocol, after all tries
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What became of one query.
+
+    Attributes:
+        label: the class, or −1 where there is none; where the classes may be in any order, a number
+            that stands for what was answered.
+        note: why there is none; it may quote the service, and is printable and short.
+        retries: how often it was asked again.
+        seconds: how long it took, waiting included.
+        said: a number that stands for what was answered, where it was looked up in names that were
+            given beside the key; else −1.
+    """
+
+    kind: Kind
+    label: int = NO_CLASS
+    note: str = ""
+    retries: int = 0
+    seconds: float = 0.0
+    said: int = NO_CLASS
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much patience there is with a service.
+
+    Attributes:
+        timeout: seconds that one try may take in full, from connecting to the last byte.
+        retries: how often a query that failed is asked again.
+        backoff: seconds before the first retry, doubled before each further one; a random share of
+            up to half is taken off, so that many clients do not come back together.
+        longest_wait: seconds, the most that is waited before a retry, whatever the service asks.
+        rate: most tries a second; None is as fast as it answers.
+        answer_bytes: most bytes of an answer that are read.
+
+    Raises:
+        BadRecipeError: a number makes no sense.
+    """
+
+    timeout: float = 30.0
+    retries: int = 4
+    backoff: float = 0.5
+    longest_wait: float = 60.0
+    rate: float | None = None
+    answer_bytes: int = 2**20
+
+    def __post_init__(self) -> None:
+        positive = (self.timeout, self.rate or 1, self.answer_bytes)
+        others = (self.retries, self.backoff, self.longest_wait)
+        if not (
+            all(0 < each < 1e9 for each in positive) and all(0 <= each < 1e9 for each in others)
+        ):
+            raise BadRecipeError(
+                f"the limits are {self}; needed: finite numbers, and time-out, rate and bytes "
+                "above 0"
+            )
+
+
+class Clock(NamedTuple):
+    """Seconds since some moment, and how to let them pass."""
+
+    now: Callable[[], float]
+    sleep: Callable[[float], None]
+
+
+CLOCK = Clock(time.monotonic, time.sleep)
+
+
+class _Try(NamedTuple):
+    """One try: what came of it, whether to try again, and when the service asks for that."""
+
+    answer: Answer
+    again: bool = False
+    wait: float | None = None
+
+
+@contextmanager
+def asking(
+    service: Service,
+    labels: Labels,
+    limits: Limits | None = None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    clock: Clock = CLOCK,
+) -> Iterator["Asker"]:
+    """Somebody who asks `service`, over one connection where it allows that.
+
+    `headers` go with every try: an API token, say. They are secret and are never shown.
+
+    Raises:
+        BadRecipeError: a header cannot be sent.
+    """
+    import httpx  # noqa: PLC0415
+    from anyio.from_thread import start_blocking_portal  # noqa: PLC0415
+
+    _check_headers(headers or {})
+    # Asynchronous inside: a blocking client bounds each read and so never the whole, and a service
+    # that sends a byte now and then could hold it for ever.
+    client = httpx.AsyncClient(
+        headers={"Accept-Encoding": "identity", **(headers or {})},
+        timeout=None,  # noqa: S113 - `_exchange` bounds the whole
+        follow_redirects=False,
+        limits=httpx.Limits(max_connections=1),
+    )
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
+        hidden = tuple((headers or {}).values())
+        yield Asker(portal, client, service, labels, limits or Limits(), hidden, clock)
+
+
+@final
+class Asker:
+    """Asks one query after the other, no faster than the limits allow."""
+
+    def __init__(
+        self,
+        portal: "BlockingPortal",
+        client: "httpx.AsyncClient",
+        service: Service,
+        labels: Labels,
+        limits: Limits,
+        hidden: tuple[str, ...],
+        clock: Clock,
+    ) -> None:
+        self._portal, self._client = portal, client
+        self.service, self.labels = service, labels
+        self._limits, self._hidden, self._clock = limits, hidden, clock
+        self._next = clock.now()
+        self._any_order = False
+
+    def reading(self, labels: Labels, *, any_order: bool = False) -> "Asker":
+        """The same asker, for whom these are the labels; or whatever is answered is a class."""
+        other = copy.copy(self)
+        other.labels, other._any_order = labels, any_order
+        return other
+
+    def ask(self, pixels: UInt8[Tensor, "channels height width"]) -> Answer:
+        """What the service calls one image, asked again while that is worth it."""
+        started, retries = self._clock.now(), 0
+        request = self.service.request(pixels)
+        done = self._try(request)
+        while done.again and retries < self._limits.retries:
+            self._clock.sleep(self._pause(retries, done.wait))
+            retries += 1
+            done = self._try(request)
+        seconds = round(float(self._clock.now() - started), 3)
+        note = _presentable(done.answer.note, self._hidden)
+        return replace(done.answer, note=note, retries=retries, seconds=seconds)
+
+    def _try(self, request: Request) -> _Try:
+        if self._limits.rate is not None:
+            self._clock.sleep(max(0.0, self._next - self._clock.now()))
+            self._next = self._clock.now() + 1 / self._limits.rate
+        import httpx  # noqa: PLC0415
+
+        try:
+            reply, body = self._portal.call(_exchange, self._client, request, self._limits)
+        except TimeoutError:
+            return _failed(f"no whole answer in {self._limits.timeout:g} seconds", again=True)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            return _failed(f"{type(error).__name__}: {brief(error)}", again=True)
+        if reply.is_success:
+            return self._read(body)
+        return _unsuccessful(reply)
+
+    def _read(self, body: bytes) -> _Try:
+        if len(body) > self._limits.answer_bytes:
+            return _failed(f"an answer of more than {self._limits.answer_bytes} bytes")
+        try:
+            label = self.service.label(body)
+        except UnreachableServiceError as error:
+            return _failed(str(error), again=True)
+        if label is None:
+            return _Try(Answer(Kind.ABSTAINED, note="no label"))
+        if self._any_order:
+            return _Try(Answer(Kind.ANSWERED, token(label)))
+        index, said = self.labels.index(label), NO_CLASS
+        if isinstance(label, str) and self.labels.chosen(label):
+            said = self.labels.meant(label)
+        if index is None:
+            what = f"the label {str(label)[:1000]!r} is unknown"
+            return _Try(Answer(Kind.ABSTAINED, note=what, said=said))
+        return _Try(Answer(Kind.ANSWERED, index, said=said))
+
+    def _pause(self, retries: int, wait: float | None) -> float:
+        # The exponent is bounded, or a patient caller's thousandth retry would overflow a float.
+        backoff = self._limits.backoff * 2 ** min(retries, 64)
+        backoff *= secrets.SystemRandom().uniform(0.5, 1)
+        return min(max(backoff, wait or 0), self._limits.longest_wait)
+
+
+async def _exchange(
+    client: "httpx.AsyncClient", request: Request, limits: Limits
+) -> tuple["httpx.Response", bytes]:
+    """The reply and its body, which is read if it is a success, and no further than allowed."""
+    import anyio  # noqa: PLC0415
+
+    client.cookies.clear()
+    body = bytearray()
+    with anyio.fail_after(limits.timeout):
+        async with client.stream(
+            "POST", request.url, content=request.body, headers=dict(request.headers)
+        ) as reply:
+            if reply.is_success:
+                async for part in reply.aiter_raw():
+                    body += part
+                    if len(body) > limits.answer_bytes:
+                        break
+    return reply, bytes(body)
+
+
+def _unsuccessful(reply: "httpx.Response") -> _Try:
+    status = reply.status_code
+    if status in _WORTH_TRYING_AGAIN:
+        wait = _seconds(reply.headers.get("Retry-After", ""))
+        return _failed(f"HTTP status {status}", again=True, wait=wait)
+    if reply.is_client_error:
+        return _Try(Answer(Kind.REFUSED, note=f"HTTP status {status}"))
+    elsewhere = f", elsewhere: {reply.headers.get('Location', '')}" if reply.is_redirect else ""
+    return _failed(f"HTTP status {status}{elsewhere}")
+
+
+def _failed(note: str, *, again: bool = False, wait: float | None = None) -> _Try:
+    return _Try(Answer(Kind.FAILED, note=note), again, wait)
+
+
+def _seconds(retry_after: str) -> float | None:
+    """Retry-After of RFC 9110, 10.2.3: seconds or a date; None for anything else."""
+    if re.fullmatch("[0-9]{1,9}", retry_after):
+        return float(retry_after)
+    try:
+        date = parsedate_to_datetime(retry_after)
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        return max(0.0, (date - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError, OverflowError, IndexError):
+        return None
+
+
+def _presentable(note: str, hidden: tuple[str, ...]) -> str:
+    """The note without the caller's secrets, which a service could send back; printable, short."""
+    for secret in hidden:
+        note = note.replace(secret, "…") if secret else note
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in note)[:_LONGEST_NOTE]
+
+
+def _check_headers(headers: Mapping[str, str]) -> None:
+    # The client's own message would quote the value.
+    for name, value in headers.items():
+        token = re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,200}", name)
+        if not (token and value.isascii() and value.isprintable() and value == value.strip()):
+            raise BadRecipeError(
+                f"the header {name!r:.80} cannot be sent; needed: a name of letters, digits and "
+                "hyphens, and a value of printable ASCII without blanks around it"
+            )

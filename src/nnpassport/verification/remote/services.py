@@ -1,0 +1,270 @@
+"""Protocols: how an image is sent for classification, and where its label is in the answer.
+
+A protocol is a frozen dataclass of two pure functions. An answer comes from a stranger: whatever
+its bytes are, it is a label, no label (None), or `UnreachableServiceError`.
+
+[OIP] Open Inference Protocol v2, as KServe, Triton and MLServer speak it.
+"""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, final
+from urllib.parse import quote, urlsplit
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from nnpassport.data.images import Normalisation
+from nnpassport.scheme import UnreachableServiceError, UnsuitableModelError
+from nnpassport.verification.remote.answers import (
+    Label,
+    flat,
+    is_number,
+    parsed,
+    plain,
+    step,
+    top,
+    unreadable,
+)
+
+PLACEHOLDER = "$IMAGE"
+"""Stands in a template for the image, a PNG file in base64."""
+
+
+class Request(NamedTuple):
+    """What is sent to ask for one image's label."""
+
+    url: str
+    body: bytes
+    headers: Mapping[str, str]
+
+
+class Service(Protocol):
+    """A service that classifies images; structural, nothing is inherited."""
+
+    @property
+    def description(self) -> str:
+        """The protocol and the address, without what may be secret in it."""
+
+    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+        """What to send for one image."""
+
+    def label(self, body: bytes) -> Label:
+        """The one label in an answer, as the service writes it, or None if it has none.
+
+        Raises:
+            UnreachableServiceError: it is no answer of this protocol.
+        """
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    """Image classification as the Hugging Face hub's endpoints do it: a PNG file for a list.
+
+    The answer is `[{"label": "cat", "score": 0.9}, …]`; the highest score counts, and the first
+    label where there are no scores.
+    """
+
+    url: str
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
+
+    @property
+    def description(self) -> str:
+        """The protocol and the address."""
+        return f"Hugging Face image classification at {shown(self.url)}"
+
+    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+        """The picture itself."""
+        headers = {"Content-Type": "image/png", "Accept": "application/json"}
+        return Request(self.url, png(pixels), headers)
+
+    def label(self, body: bytes) -> Label:
+        """The label with the highest score."""
+        found = parsed(body)
+        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+            raise unreadable("JSON, but no list of labels")
+        if not found:
+            return None
+        scores = [each.get("score", -math.inf) for each in found]
+        if not all(map(is_number, scores)):
+            raise unreadable("a score that is no number")
+        return plain(found[scores.index(max(scores))].get("label"))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class OpenInference:
+    """A model behind the Open Inference Protocol v2.                                     [OIP]
+
+    The answer's output is an index, a text, or a number for each class, of which the highest
+    counts.
+
+    Attributes:
+        url: the server's address, without "/v2/…".
+        model: the model's name there.
+        normalise: what turns pixels into the numbers that the model takes.
+        input_name: name of its input.
+        output_name: name of the output to read; None is the first.
+        channels_last: whether the input is (1 height width channels), not channels first.
+    """
+
+    url: str
+    model: str
+    normalise: Normalisation
+    input_name: str = "input"
+    output_name: str | None = None
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
+
+    @property
+    def description(self) -> str:
+        """The protocol, the model and the address."""
+        return f"Open Inference Protocol v2, model {self.model!r:.80} at {shown(self.url)}"
+
+    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+        """The normalised picture as a batch of one, float32."""
+        numbers = self.normalise(pixels[None])
+        numbers = numbers.permute(0, 2, 3, 1) if self.channels_last else numbers
+        tensor = {
+            "name": self.input_name,
+            "shape": list(numbers.shape),
+            "datatype": "FP32",
+            "data": numbers.flatten().tolist(),
+        }
+        address = f"{self.url.rstrip('/')}/v2/models/{quote(self.model, safe='')}/infer"
+        return Request(address, json.dumps({"inputs": [tensor]}).encode(), _JSON_HEADERS)
+
+    def label(self, body: bytes) -> Label:
+        """The one value of the output, or the index of the highest."""
+        found = parsed(body)
+        outputs = found.get("outputs") if isinstance(found, dict) else None
+        if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
+            raise unreadable("JSON, but without a list of outputs")
+        named = [each for each in outputs if self.output_name in {None, each.get("name")}]
+        if not named:
+            return None
+        data = named[0].get("data")
+        if not isinstance(data, list):
+            raise unreadable("an output without data")
+        return top(flat(data))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Any service that takes JSON with an image in it and answers JSON with a label in it.
+
+    Attributes:
+        url: the address to post to.
+        template: the JSON to send, with "$IMAGE" in a text where the image goes: a PNG file in
+            base64.
+        pointer: where the answer has the label (RFC 6901), such as "/predictions/0/label": a text,
+            an index, or a list of a number for each class, of which the highest counts.
+
+    Raises:
+        UnreachableServiceError: the template or the pointer is none.
+    """
+
+    url: str
+    template: str
+    pointer: str
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
+        try:
+            json.loads(self.template)
+            valid = PLACEHOLDER in self.template
+        except (ValueError, RecursionError):
+            valid = False
+        if not valid:
+            raise UnreachableServiceError(
+                f"the template is no JSON with {PLACEHOLDER} in it; needed: what the service takes,"
+                f' such as {{"image": "{PLACEHOLDER}"}}'
+            )
+        if self.pointer and not self.pointer.startswith("/"):
+            raise UnreachableServiceError(
+                f"the pointer {self.pointer!r:.80} is none of RFC 6901; needed: such as "
+                '"/predictions/0/label"'
+            )
+
+    @property
+    def description(self) -> str:
+        """The address."""
+        return f"JSON service at {shown(self.url)}"
+
+    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+        """The template with the picture in its place; base64 needs no escaping in JSON."""
+        picture = base64.b64encode(png(pixels)).decode("ascii")
+        return Request(
+            self.url, self.template.replace(PLACEHOLDER, picture).encode(), _JSON_HEADERS
+        )
+
+    def label(self, body: bytes) -> Label:
+        """What the pointer points at; nothing there is no label."""
+        found = parsed(body)
+        for token in self.pointer.split("/")[1:]:
+            found = step(found, token.replace("~1", "/").replace("~0", "~"))
+        return top(flat(found)) if isinstance(found, list) else plain(found)
+
+
+_JSON_HEADERS: Mapping[str, str] = {
+    "Content-Type": "application/json",
+    "Accept": "application/json",
+}
+
+
+def check_url(url: str) -> None:
+    """Refuse what is no address of an HTTP service, or has a password in it.
+
+    Raises:
+        UnreachableServiceError: as above.
+    """
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in {"http", "https"} and bool(parts.hostname) and url.isprintable()
+        _ = parts.port
+        named = "@" in parts.netloc
+    except ValueError:
+        valid = named = False
+    if named:
+        raise UnreachableServiceError(
+            "the address has a user name or a password in it, which would end up in journals; "
+            "give credentials as a header"
+        )
+    if not valid:
+        raise UnreachableServiceError(
+            f"{url!r:.200} is no address of a service; needed: http:// or https://, and a host"
+        )
+
+
+def shown(url: str) -> str:
+    """The address without its query, which may hold a token."""
+    return urlsplit(url)._replace(query="", fragment="").geturl()
+
+
+def png(pixels: UInt8[Tensor, "channels height width"]) -> bytes:
+    """The picture as a PNG file, without anything else in it.
+
+    Raises:
+        UnsuitableModelError: it is neither grey nor red, green and blue.
+    """
+    from PIL import Image  # noqa: PLC0415 - slow to import
+
+    if pixels.shape[0] not in {1, 3}:
+        raise UnsuitableModelError(
+            f"the key's trigger images have {pixels.shape[0]} channels, and pictures are sent with "
+            "1 or 3; use the Open Inference Protocol, which takes numbers"
+        )
+    array = pixels[0].numpy() if pixels.shape[0] == 1 else pixels.permute(1, 2, 0).numpy()
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
