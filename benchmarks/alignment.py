@@ -42,11 +42,12 @@ from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.equations import mean_patch, read_bits
+from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.disk import write_atomically
-from nnpassport.files.weights import read_weights
 from nnpassport.keys.chance import (
     LOG10_ALPHA_COMMITTED,
     LOG10_ALPHA_UNCOMMITTED,
@@ -55,7 +56,7 @@ from nnpassport.keys.chance import (
 )
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.report.provenance import provenance
-from nnpassport.verification.verify import Alignment, Options, verify, verify_aligned
+from nnpassport.verification.verify import Alignment, Options, verify
 
 RESULTS = Path(__file__).parent.parent / "results"
 FOLDER = RESULTS / "alignment"

@@ -22,6 +22,7 @@ from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchid
 from nnpassport.attacks.removal import fine_tune, with_head
 from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.data.images import Normalisation, read_images
+from nnpassport.embedding import measured
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.train.fidelity import accuracy
@@ -29,7 +30,6 @@ from nnpassport.embedding.train.loop import Journal, Recipe
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.report.provenance import provenance
-from nnpassport.verification import verify as verification
 
 RESULTS = Path(__file__).parent.parent / "results" / "transfers-alexnet"
 NETWORKS = ("uchida", "adi", "v1-bn", "v2-gn")
@@ -148,7 +148,7 @@ def forgeries(name: str, model, normalise) -> dict:
 
 def marks(model, key, normalise) -> dict:
     """What V reads: matches, and the p-value where the key is derived."""
-    verdict = verification.verify_model(model, normalise, key)
+    verdict = measured.verify_model(model, normalise, key)
     return {
         "bits": verdict.bits,
         "matches": verdict.matches,

@@ -55,8 +55,8 @@ from nnpassport.data.images import read_images
 from nnpassport.data.triggers import read_triggers
 from nnpassport.embedding.checkpoint import load_suspect, load_training
 from nnpassport.embedding.network.equations import Geometry
+from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.files.config import ModelConfig, config_bytes
-from nnpassport.files.weights import read_weights
 from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key

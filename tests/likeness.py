@@ -22,10 +22,10 @@ from nnpassport.attacks.obfuscation import flip_signs, insert_dummies, permute, 
 from nnpassport.attacks.perturbation import add_noise, prune_layerwise
 from nnpassport.claims.rules import ALIGNED, Claimant, Work, rule
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding.measured import of_its_own
 from nnpassport.files.config import ModelConfig
 from nnpassport.scheme import Verdict
 from nnpassport.verification.relation import relation, work_of
-from nnpassport.verification.verify import of_its_own
 
 SIDE, EACH, STOCK = 32, 0.25, 12
 RIDGE = 1.0

@@ -23,6 +23,7 @@ from nnpassport.attacks.obfuscation import (
 )
 from nnpassport.attacks.perturbation import prune, quantise
 from nnpassport.attacks.removal import fine_tune
+from nnpassport.embedding.measured import MIXTURES, verify_aligned
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.passport import V2
@@ -30,7 +31,6 @@ from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.scheme import UnsuitableModelError, Verdict
-from nnpassport.verification.verify import MIXTURES, verify_aligned
 
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)

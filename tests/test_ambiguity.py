@@ -22,6 +22,7 @@ from nnpassport.attacks.hashbound import forge_hash_bound, hashed_signs
 from nnpassport.attacks.passports import affine_of, passports_for, patch_matrix, solvable
 from nnpassport.attacks.substitution import substitute_across, substitute_individual
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network.equations import Geometry, mean_patch, passport_affine
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.adi import ADI
@@ -32,7 +33,6 @@ from nnpassport.embedding.train.loop import Recipe
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.verification.verify import verify_model
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 QUICK = Recipe(epochs=1, batch=64, rate=0.05, schedule="constant", augment=False)

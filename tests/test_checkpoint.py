@@ -28,10 +28,10 @@ from nnpassport.embedding.checkpoint import (
     save_training,
 )
 from nnpassport.embedding.network import models
+from nnpassport.embedding.network.tensors import read_weights, require_finite, tensors_digest
 from nnpassport.files import weights
 from nnpassport.files.config import ModelConfig, config_bytes, read_config
 from nnpassport.files.disk import sha256_of, write_atomically
-from nnpassport.files.weights import read_weights, require_finite, tensors_digest
 from nnpassport.scheme import (
     UnreadableModelError,
     UnsuitableModelError,

@@ -54,7 +54,7 @@ from nnpassport.claims.signing import (
 )
 from nnpassport.claims.timestamp import check_timestamp, load_roots, request_timestamp
 from nnpassport.embedding.network.equations import Geometry
-from nnpassport.files.weights import tensors_digest
+from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.keys.context import Context, LayerShape, canonical_json
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import save_key

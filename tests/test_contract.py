@@ -15,6 +15,7 @@ from torch import nn
 
 from nnpassport.catalog import CATALOG, with_settings
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding import measured
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.network.models import build
@@ -129,11 +130,11 @@ def drawn(owned, seed):
 
 
 def verdict(owned, key, model=None):
-    return verification.verify_model(model or owned.model, owned.normalise, key)
+    return measured.verify_model(model or owned.model, owned.normalise, key)
 
 
 def assert_found(owned):
-    found = verification.verify_model(
+    found = measured.verify_model(
         owned.model, owned.normalise, owned.key, log10_alpha=LOG10_ALPHA_COMMITTED
     )
     assert found.matches == found.bits

@@ -16,6 +16,7 @@ from nnpassport.attacks.forging import forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.obfuscation import permute, rescale
 from nnpassport.catalog import with_settings
 from nnpassport.cli.app import app
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.deepmarks import (
@@ -31,7 +32,6 @@ from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
-from nnpassport.verification.verify import verify_aligned
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 SCHEME = replace(

@@ -9,6 +9,7 @@ from torch import nn
 
 from nnpassport.attacks.forging import forge_activations, forge_triggers
 from nnpassport.catalog import with_settings
+from nnpassport.embedding import measured
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.deepsigns import DEEPSIGNS, GROUP, group_means, read_out
@@ -26,7 +27,6 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.verification import verify as verification
 from nnpassport.verification.remote.finding import require_triggers
 
 EXAMPLE = torch.zeros(2, 1, 8, 8)
@@ -242,7 +242,7 @@ def test_a_loop_of_ones_own_has_its_own_loss_and_its_own_labels(digits):
 def test_a_forged_projection_passes_the_published_rule_and_has_no_p_value(digits, marked):
     model, _ = marked
     outcome = forge_activations(model, DEEPSIGNS, EXAMPLE, rng(), normalise=digits[2])
-    found = verification.verify_model(outcome.model, digits[2], outcome.key)
+    found = measured.verify_model(outcome.model, digits[2], outcome.key)
     assert found.matches == found.bits
     assert (found.log10_p_value, found.accepted) == (None, False)
     assert DEEPSIGNS.verify_as_published(found).accepted
@@ -250,7 +250,7 @@ def test_a_forged_projection_passes_the_published_rule_and_has_no_p_value(digits
     drawn = replace(outcome.key, projections=None, signs=None)
     honest, forged = (each.layer_projection("8") for each in (drawn, outcome.key))
     assert torch.equal(honest.abs(), forged.abs())  # mirrored, and nothing else
-    assert not verification.verify_model(model, digits[2], drawn).accepted
+    assert not measured.verify_model(model, digits[2], drawn).accepted
     with pytest.raises(UnsuitableModelError, match="uchida reads no activations"):
         forge_activations(model, UCHIDA, EXAMPLE, rng(), normalise=digits[2])
 
@@ -263,13 +263,13 @@ def test_nothing_takes_the_pictures_for_triggers(digits, marked, tmp_path):
     with pytest.raises(UnsuitableModelError, match="no trigger set"):
         DEEPSIGNS.verify_answers(torch.zeros(128, dtype=torch.long), key)
     with pytest.raises(UnsuitableModelError, match="has no triggers"):
-        verification.verify_answers(tmp_path, key)
+        measured.verify_answers(tmp_path, key)
     with pytest.raises(UnsuitableModelError, match="has no triggers, and a set"):
         ownership.with_trigger_file(key, tmp_path / "triggers.parquet")
     with pytest.raises(UnsuitableModelError, match="no trigger set to forge"):
         forge_triggers(model, DEEPSIGNS, EXAMPLE, rng(), normalise=digits[2])
     with pytest.raises(UnsuitableModelError, match="not in the weights"):
-        verification.verify_aligned(model.state_dict(), key, model)
+        measured.verify_aligned(model.state_dict(), key, model)
     with pytest.raises(UnsuitableModelError, match="activations and not its weights"):
         DEEPSIGNS.verify(model.state_dict(), key)
 

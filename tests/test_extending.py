@@ -16,6 +16,7 @@ from nnpassport.attacks.table import REMOVAL, Attack, act
 from nnpassport.catalog import CATALOG, Entry
 from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation
+from nnpassport.embedding import measured
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
@@ -25,7 +26,6 @@ from nnpassport.lab.leaderboard.field import NORM
 from nnpassport.lab.leaderboard.standings import Outcome, standings
 from nnpassport.lab.plans import FIELD_PLANS, LEADERBOARD_TRIAL
 from nnpassport.lab.store import Store
-from nnpassport.verification import verify as verification
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -90,12 +90,12 @@ def test_it_finds_its_key_and_no_other(run):
     key, loaded = load_key(folder / "owner.key"), load_model(folder / "released")
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
     model = loaded.model.eval()
-    found = verification.verify_model(model, normalise, key, log10_alpha=LOG10_ALPHA_COMMITTED)
+    found = measured.verify_model(model, normalise, key, log10_alpha=LOG10_ALPHA_COMMITTED)
     assert found.accepted
     assert scheme.verify_as_published(found).accepted
     for number in (1, 2, 3):
         other = scheme.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes([number] * 32))
-        assert verification.verify_model(model, normalise, other).log10_p_value > -5
+        assert measured.verify_model(model, normalise, other).log10_p_value > -5
 
 
 def test_clipping_clips_as_many_as_it_says():

@@ -14,6 +14,7 @@ from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.equations import filters, geometry_of
 from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
 from nnpassport.embedding.network.surgery import present
@@ -27,7 +28,6 @@ from nnpassport.embedding.train.loop import Journal, Outcome, Recipe, classifica
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
-from nnpassport.verification.verify import verify_aligned
 
 CHANNELS = 16
 

@@ -33,11 +33,11 @@ from nnpassport.claims.signing import bound_name, public_hex
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.layers import Branch
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.weights import read_weights, tensors_digest
 from nnpassport.keys import validity
 from nnpassport.keys.chance import (
     LOG10_ALPHA_COMMITTED,

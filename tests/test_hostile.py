@@ -248,7 +248,7 @@ import hostile, nnpassport.data.tables
 from nnpassport.data.images import read_images
 from nnpassport.keys.keyfile import load_key
 from nnpassport.scheme import OwnershipError
-from nnpassport.files.weights import read_weights
+from nnpassport.embedding.network.tensors import read_weights
 torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

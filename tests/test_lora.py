@@ -29,15 +29,31 @@ import nnpassport
 from nnpassport import LORA
 from nnpassport.claims.claim import Finding
 from nnpassport.claims.standing import Standing
-from nnpassport.embedding.schemes.lora import Pair, adapted, added, base_digest, pairs_in
+from nnpassport.embedding.network.tensors import ArraysOf, as_tensor, read_weights
+from nnpassport.embedding.schemes.lora import Pair, adapted
 from nnpassport.files.adapter import CONFIG_FILE, MAX_CONFIG_BYTES
-from nnpassport.files.weights import read_weights
+from nnpassport.keys import adapters, reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification.verify import Options, verify
+
+
+def added(weights, base, key):
+    found = adapters.added(ArraysOf(weights), ArraysOf(base), key)
+    return {name: as_tensor(array) for name, array in found.items()}
+
+
+def base_digest(weights):
+    return adapters.base_digest(ArraysOf(weights))
+
+
+def pairs_in(weights, layers):
+    found = reading.pairs_in(ArraysOf(weights), layers)
+    return {name: Pair(*map(as_tensor, pair)) for name, pair in found.items()}
+
 
 pytestmark = pytest.mark.filterwarnings(
     # peft asks transformers by its old name; nothing of ours does.

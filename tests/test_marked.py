@@ -9,10 +9,10 @@ from torch import nn
 import nnpassport
 from nnpassport.catalog import CATALOG, scheme_named, with_settings
 from nnpassport.data.images import Normalisation
+from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network.layers import passport_norms
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.verification.verify import verify_model
 
 EXAMPLE = torch.zeros(1, 1, 8, 8)
 NORMALISE = Normalisation((0.5,), (0.5,))

@@ -25,13 +25,13 @@ from nnpassport.embedding.checkpoint import load_suspect, save_model
 from nnpassport.embedding.network import models, surgery
 from nnpassport.embedding.network.equations import filters, read_bits
 from nnpassport.embedding.network.outputs import call, logits_of
+from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.embedding.publish import onnx as export
 from nnpassport.embedding.publish.onnx import export_onnx
 from nnpassport.embedding.schemes.passport import V1, V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.files import onnx as onnxfile
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.weights import read_weights
 from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification import verify as verification

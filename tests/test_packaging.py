@@ -22,13 +22,13 @@ from nnpassport.claims.claimfile import write_signed
 from nnpassport.claims.signing import public_hex
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.publish.hub import package
 from nnpassport.embedding.publish.signed import sign_folder
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.disk import sha256_of
-from nnpassport.files.weights import read_weights, tensors_digest
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import (
     UnreadableClaimError,

@@ -21,10 +21,10 @@ from torch import nn
 from nnpassport.cli import app as cli
 from nnpassport.cli import terminal
 from nnpassport.embedding.checkpoint import load_model, load_suspect, load_training, save_model
-from nnpassport.embedding.pickles import torchfile
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.files.config import ModelConfig, config_bytes, read_config_file
 from nnpassport.files.disk import write_atomically
-from nnpassport.files.weights import read_weights, tensors_digest
+from nnpassport.files.pickles import torchfile
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
@@ -52,7 +52,7 @@ from pathlib import Path
 import torch
 from nnpassport import torchfile
 from nnpassport.scheme import OwnershipError
-from nnpassport.files.weights import read_weights
+from nnpassport.embedding.network.tensors import read_weights
 torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it
 def peak(who):
     return resource.getrusage(who).ru_maxrss // 1024
@@ -616,7 +616,7 @@ import torch
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.files.config import ModelConfig
 from nnpassport.scheme import OwnershipError
-from nnpassport.files.weights import read_weights, tensors_digest
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 import test_redteam_files as cases
 
 torch.set_num_threads(1)  # before anything is forked: a pool of threads does not survive it

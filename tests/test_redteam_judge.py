@@ -31,12 +31,12 @@ from nnpassport.claims.rules import ALIGNED, Outcome
 from nnpassport.claims.timestamp import Timestamp
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.network.equations import read_bits
+from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.weights import tensors_digest
 from nnpassport.verification.hearing import REFERENCE, Bench, disclose, hear, read_exhibit
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from nnpassport.claims.claim import Finding
 from nnpassport.claims.standing import Standing
 from nnpassport.embedding.network.equations import Geometry
-from nnpassport.embedding.schemes.lora import LORA, added, base_digest
+from nnpassport.embedding.network.tensors import ArraysOf, as_tensor
+from nnpassport.embedding.schemes.lora import LORA
+from nnpassport.keys import adapters
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.key import Key
@@ -17,6 +19,15 @@ from nnpassport.verification.verify import Options, verify
 NAMES = ("encoder.query", "encoder.value")
 WIDTH, FAN_IN = 256, 64
 DATED = Standing(Finding(True, "it holds"), -9.0, True, "older than the suspect")
+
+
+def added(weights, base, key):
+    found = adapters.added(ArraysOf(weights), ArraysOf(base), key)
+    return {name: as_tensor(array) for name, array in found.items()}
+
+
+def base_digest(weights):
+    return adapters.base_digest(ArraysOf(weights))
 
 
 def public_base(seed=0):

@@ -25,9 +25,10 @@ from nnpassport.claims.standing import standing_of
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.measured import verify_answers
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.schemes.signature import read_answers
 from nnpassport.files.config import ModelConfig, read_config
-from nnpassport.files.weights import read_weights, tensors_digest
 from nnpassport.keys.context import Context, TriggerShape, canonical_json
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
@@ -52,7 +53,7 @@ from nnpassport.verification.remote.labels import Labels
 from nnpassport.verification.remote.plan import Terms
 from nnpassport.verification.remote.probe import probe
 from nnpassport.verification.remote.services import HuggingFace
-from nnpassport.verification.verify import Options, verify, verify_answers
+from nnpassport.verification.verify import Options, verify
 
 SIDE = 8
 NAMES = (

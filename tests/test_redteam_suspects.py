@@ -32,15 +32,16 @@ from nnpassport.claims.claimfile import timestamped_bytes, write_signed
 from nnpassport.claims.rules import Outcome
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.models import build
+from nnpassport.embedding.network.tensors import read_suspect, read_weights, tensors_digest
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.weights import read_suspect, read_weights, tensors_digest
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification.candidates import verify_by_shape
 from nnpassport.verification.hearing import Bench, disclose, hear
-from nnpassport.verification.verify import Alignment, Options, Trial, verify, verify_aligned
+from nnpassport.verification.verify import Alignment, Options, Trial, verify
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -10,12 +10,12 @@ from torch import nn
 
 from nnpassport.attacks.forging import forge_uchida
 from nnpassport.attacks.obfuscation import combine
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.residuals import GREEDY_RESIDUALS, residuals
 from nnpassport.embedding.train.loop import Recipe, classification, fit
 from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.verification.verify import verify_aligned
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 SCHEME = replace(GREEDY_RESIDUALS, bits=64)  # a row for each filter

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from nnpassport.catalog import scheme_named
 from nnpassport.embedding.network.equations import Geometry, read_bits
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.schemes.signature import secret_of
 from nnpassport.files import safetensors as shards
 from nnpassport.files import weights
 from nnpassport.files.disk import sha256_of
 from nnpassport.files.safetensors import INDEX_FILE, open_shards
-from nnpassport.files.weights import read_lazily, read_weights, tensors_digest
+from nnpassport.files.weights import read_lazily
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import save_key

@@ -24,10 +24,10 @@ from nnpassport.cli import app as cli
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.models import build
+from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.weights import tensors_digest
 from nnpassport.keys.keyfile import save_key
 from nnpassport.report import tracks
 from nnpassport.report import verdict as verdictpage

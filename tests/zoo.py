@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.embedding.network.outputs import Example
+from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.embedding.train.loop import Task
-from nnpassport.files.weights import read_weights
 
 LETTERS = 128  # ASCII; letters beyond it are told apart by their remainder
 MASKED = 1  # a letter that no text has

@@ -15,13 +15,14 @@ from nnpassport.lazy import lazily
 
 if TYPE_CHECKING:
     from nnpassport.embedding.marked import Marked, mark
+    from nnpassport.embedding.measured import verify_answers
     from nnpassport.embedding.owner import embed, release, train
     from nnpassport.embedding.schemes.lora import LORA
     from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
     from nnpassport.keys.key import Key
     from nnpassport.keys.keyfile import load_key, save_key
     from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
-    from nnpassport.verification.verify import Trial, verify, verify_answers
+    from nnpassport.verification.verify import Trial, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -67,7 +68,7 @@ _HOMES = {
     "Passport": "nnpassport.embedding.schemes.passport",
     "Trial": "nnpassport.verification.verify",
     "verify": "nnpassport.verification.verify",
-    "verify_answers": "nnpassport.verification.verify",
+    "verify_answers": "nnpassport.embedding.measured",
 }
 """Where each name is from: loaded when it is first asked for, with torch if it needs torch."""
 

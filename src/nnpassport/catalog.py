@@ -109,8 +109,8 @@ ADAPTERS: Mapping[str, Entry] = {
 """Schemes of networks that carry an adapter: a plain one has nothing for them to mark."""
 
 
-def scheme_named(name: str) -> "Scheme":
-    """The scheme that keys and commands call `name`.
+def entry_named(name: str) -> Entry:
+    """The row of the scheme that keys and commands call `name`.
 
     Raises:
         UnsuitableModelError: there is no such scheme.
@@ -120,7 +120,16 @@ def scheme_named(name: str) -> "Scheme":
         raise UnsuitableModelError(
             f"scheme {name!r} is not in the catalog; there are: {', '.join(schemes)}"
         )
-    return schemes[name].scheme
+    return schemes[name]
+
+
+def scheme_named(name: str) -> "Scheme":
+    """The scheme of that row: torch is loaded for it, if it needs torch.
+
+    Raises:
+        UnsuitableModelError: there is no such scheme.
+    """
+    return entry_named(name).scheme
 
 
 def with_settings(scheme: "Scheme", **settings: float | None) -> "Scheme":

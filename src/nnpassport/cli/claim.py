@@ -194,7 +194,7 @@ def disclose(
 
 
 def _digest_of(reference: Path) -> str:
-    from nnpassport.files.weights import read_weights, tensors_digest
+    from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 
     return tensors_digest(read_weights(reference).tensors)
 

@@ -20,7 +20,7 @@ def trace(
 
     Exit code 0 if somebody is named, 1 if nobody is, 2 if it could not be checked.
     """
-    from nnpassport.verification.verify import trace_file
+    from nnpassport.embedding.measured import trace_file
 
     found = trace_file(suspect, key_from(key, passphrase))
     shares = {user: found.shares[user] for user in found.users}

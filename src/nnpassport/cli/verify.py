@@ -127,6 +127,7 @@ def verify(
 ) -> None:
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport.claims.facts import check_config
+    from nnpassport.embedding import measured
     from nnpassport.files.config import read_config
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import verify as verification
@@ -152,13 +153,13 @@ def verify(
         every_reading=every_reading,
     )
     if black_box:
-        verdict = verification.verify_answers(suspect, secret, options=options)
+        verdict = measured.verify_answers(suspect, secret, options=options)
     elif as_published:
         verdict = verification.verify_as_published(suspect, secret, options=options)
     else:
         trial = None
         if data is not None:
-            images = images_from(data, split, verification.config_of(suspect, options), reading)
+            images = images_from(data, split, measured.config_of(suspect, options), reading)
             trial = verification.declared_trial(images, target, tolerance, options.standing)
         verdict = verification.verify(suspect, secret, trial=trial, options=options)
     time = _time(appeared)
@@ -197,6 +198,7 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
+    from nnpassport.embedding import measured
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import hearing
     from nnpassport.verification import verify as verification
@@ -204,7 +206,7 @@ def judge(
     images, reading = {}, Reading(image_column, label_column, skip_corrupt)
     if data is not None:  # read here, as what is wrong with them is no claimant's fault
         configs = hearing.networks(suspect, exhibits)
-        for config in configs or [verification.config_of(suspect, verification.Options())]:
+        for config in configs or [measured.config_of(suspect, verification.Options())]:
             images[config.input_size] = images_from(data, split, config, reading)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:

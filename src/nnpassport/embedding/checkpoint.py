@@ -20,6 +20,14 @@ from torch.overrides import TorchFunctionMode
 
 from nnpassport.alignment.unfold import state_from, without_strangers
 from nnpassport.embedding.network import models
+from nnpassport.embedding.network.tensors import (
+    Weights,
+    defect,
+    read_suspect,
+    read_weights,
+    require_finite,
+    unpickle,
+)
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, config_bytes, read_config_file
 from nnpassport.files.disk import (
     brief,
@@ -33,16 +41,7 @@ from nnpassport.files.disk import (
     writing,
 )
 from nnpassport.files.onnx import ONNX
-from nnpassport.files.weights import (
-    MAX_PICKLE_BYTES,
-    WEIGHTS_FILE,
-    Weights,
-    defect,
-    read_suspect,
-    read_weights,
-    require_finite,
-    unpickle,
-)
+from nnpassport.files.weights import MAX_PICKLE_BYTES, WEIGHTS_FILE
 from nnpassport.scheme import (
     OwnershipError,
     UnreadableModelError,

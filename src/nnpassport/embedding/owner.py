@@ -16,6 +16,7 @@ from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
 from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.schemes.drawn import (
     image_passports,
@@ -38,7 +39,6 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.verification.verify import verify_model
 
 MEASURED_ON = 2_048
 """Images of a stream whose mean and deviation stand for those of all."""

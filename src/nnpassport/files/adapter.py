@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from nnpassport.files.arrays import Array
 from nnpassport.files.disk import brief, read_once
 from nnpassport.scheme import UnreadableModelError
 
@@ -26,8 +25,8 @@ _PLAIN_NAME = re.compile(r"[\w.]+")
 
 
 def with_signed_scale(
-    tensors: Mapping[str, Tensor], folder: Path
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: Mapping[str, Array], folder: Path
+) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors with the sign of α in every B, and SHA-256 (hex) of the config by its name.
 
     α is `lora_alpha`, or what `alpha_pattern` says for a layer. Without a config the scale is taken

@@ -9,13 +9,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, final, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, final, get_origin, get_type_hints
 
-from torch import nn
-
-from nnpassport.embedding.network import models
 from nnpassport.files.disk import brief, is_text, read_once
+from nnpassport.lazy import load
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CONFIG_FILE = "config.json"
 MAX_CONFIG_BYTES = 2**20
@@ -85,7 +86,7 @@ class ModelConfig:
                 given = repr(getattr(self, name))[:100]
                 raise UnsuitableModelError(f"{name} is {given}, but it must be {needed}")
 
-    def build(self, *, trusted_factory: str | None = None) -> nn.Module:
+    def build(self, *, trusted_factory: str | None = None) -> "nn.Module":
         """A new network of this architecture, drawn from torch's global generator.
 
         A factory outside `nnpassport.embedding.network.models` is imported only if
@@ -95,22 +96,9 @@ class ModelConfig:
         Raises:
             UnsuitableModelError: the architecture is unknown, not trusted or refuses its arguments.
         """
-        named = self.architecture in models.ARCHITECTURES
-        if not named and self.architecture != trusted_factory:
-            raise UnsuitableModelError(
-                f"architecture {self.architecture!r} is not one of ours, and the caller vouched "
-                f"for {trusted_factory or 'none'}; needed: one of "
-                f"{', '.join(sorted(models.ARCHITECTURES))}, or "
-                "trusted_factory='package.module:factory' if that code is your own"
-            )
-        try:
-            if named:
-                return models.build(self.architecture, **self.arguments)
-            return models.import_factory(self.architecture)(**self.arguments)
-        except (ValueError, TypeError, ImportError, AttributeError) as error:
-            raise UnsuitableModelError(
-                f"{self.architecture!r} cannot be built from {dict(self.arguments)}: {error}"
-            ) from error
+        build = load("nnpassport.embedding.network.models:build_from")
+        made: nn.Module = build(self.architecture, self.arguments, trusted_factory)
+        return made
 
 
 def read_config(folder: Path) -> ModelConfig:

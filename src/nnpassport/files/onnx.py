@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from nnpassport.files.arrays import BFLOAT16, Array, is_finite
 from nnpassport.files.disk import brief, is_in_hub_cache, is_text, read_once
 from nnpassport.scheme import UnreadableModelError
 
@@ -68,9 +67,9 @@ _QUANTISED, _TURNED = "_quantized", "_Transposed"  # what onnxruntime's quantise
 
 
 class OnnxWeights(NamedTuple):
-    """Tensors on the CPU by name, and SHA-256 (hex) of each file that they came from, by name."""
+    """Arrays by name, and SHA-256 (hex) of each file that they came from, by name."""
 
-    tensors: dict[str, Tensor]
+    arrays: dict[str, Array]
     digests: dict[str, str]
 
 
@@ -133,7 +132,9 @@ def read_onnx(path: Path, limit: int) -> OnnxWeights:
     tensors |= _by_module(nodes, tensors)
     tensors |= _biases(nodes, tensors)
     weights = {node.inputs[1] for node in nodes if node.kind in _LAYERS and len(node.inputs) > 1}
-    kept = {n: t for n, t in tensors.items() if n.endswith(".weight") or n in weights or _finite(t)}
+    kept = {
+        n: t for n, t in tensors.items() if n.endswith(".weight") or n in weights or is_finite(t)
+    }
     return OnnxWeights(kept, digests)
 
 
@@ -349,7 +350,7 @@ def _dims(values: Iterable[int | memoryview]) -> tuple[int, ...]:
     return tuple(dims)
 
 
-def _tensor(stored: _Stored, beside: Mapping[str, bytes]) -> Tensor:
+def _tensor(stored: _Stored, beside: Mapping[str, bytes]) -> Array:
     form, field = _TYPES[stored.type]
     kind, found = np.dtype(form), stored.found
     listed = [name for name in ("floats", "doubles", "int32s", "int64s") if found[name]]
@@ -370,8 +371,7 @@ def _tensor(stored: _Stored, beside: Mapping[str, bytes]) -> Tensor:
         numbers = np.frombuffer(raw, np.uint8) != 0  # other bytes than 0 and 1 are no bool
     else:
         numbers = np.frombuffer(raw, kind).astype(kind.newbyteorder("="))
-    tensor = torch.from_numpy(numbers).reshape(stored.dims)
-    return tensor.view(torch.bfloat16) if stored.type == _BFLOAT16 else tensor
+    return (numbers.view(BFLOAT16) if stored.type == _BFLOAT16 else numbers).reshape(stored.dims)
 
 
 def _listed(values: Sequence[Any], kind: np.dtype[Any], field: str) -> bytes:
@@ -452,12 +452,12 @@ def _slice(place: _Place, size: int, beside: Mapping[str, bytes]) -> memoryview:
 # Names that were lost
 
 
-def _by_module(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _by_module(nodes: Iterable[_Node], tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Weights whose names were lost, under those of the modules that their nodes stand for.
 
     A module that would get two different weights gets none.
     """
-    found: dict[str, tuple[str, Tensor]] = {}
+    found: dict[str, tuple[str, Array]] = {}
     ambiguous = set()
     for node in nodes:
         if node.kind not in _LAYERS or len(node.inputs) < 2:
@@ -465,7 +465,7 @@ def _by_module(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[st
         source = node.inputs[1].removesuffix(_QUANTISED)
         weight, name = tensors.get(source), f"{_module_of(node)}.weight"
         lost = "." not in source or source.startswith("onnx::")
-        if weight is None or not lost or name == ".weight" or name in tensors or weight.dim() < 2:
+        if weight is None or not lost or name == ".weight" or name in tensors or weight.ndim < 2:
             continue
         if name in found and found[name][0] != source:
             ambiguous.add(name)
@@ -473,9 +473,9 @@ def _by_module(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[st
     return {name: weight for name, (_, weight) in found.items() if name not in ambiguous}
 
 
-def _biases(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _biases(nodes: Iterable[_Node], tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Biases that a layer got when a norm was folded into it, under the layer's name."""
-    found: dict[str, tuple[str, Tensor]] = {}
+    found: dict[str, tuple[str, Array]] = {}
     ambiguous = set()
     for node in nodes:
         if node.kind not in ("Conv", "ConvTranspose") or len(node.inputs) < 3:
@@ -483,7 +483,7 @@ def _biases(nodes: Iterable[_Node], tensors: Mapping[str, Tensor]) -> dict[str, 
         weight, source = node.inputs[1], node.inputs[2]
         layer = weight.removesuffix(".weight") if "." in weight else _module_of(node)
         name, bias = f"{layer}.bias", tensors.get(source)
-        if not layer or bias is None or bias.dim() != 1 or name in tensors:
+        if not layer or bias is None or bias.ndim != 1 or name in tensors:
             continue
         if name in found and found[name][0] != source:
             ambiguous.add(name)
@@ -511,13 +511,13 @@ def _module_of(node: _Node) -> str:
     return ".".join(parts)
 
 
-def _as_stored(node: _Node, weight: Tensor) -> Tensor:
+def _as_stored(node: _Node, weight: Array) -> Array:
     """A weight (in out) of a product as PyTorch stores it, (out in); others as they are."""
     product = node.kind.startswith("MatMul") or (node.kind == "Gemm" and not node.transposed)
-    return weight.t().contiguous() if product and weight.dim() == 2 else weight
+    return np.ascontiguousarray(weight.T) if product and weight.ndim == 2 else weight
 
 
-def _dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _dequantised(tensors: Mapping[str, Array]) -> dict[str, Array]:
     """Weights w = (q − zero point) · scale, which onnxruntime's quantiser has renamed."""
     found = {}
     for stored, numbers in tensors.items():
@@ -526,17 +526,15 @@ def _dequantised(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name == stored or scale is None or zero is None:
             continue
         # One number for the whole tensor, or one for each along the only axis that has so many.
-        axes = [axis for axis, size in enumerate(numbers.shape) if size == scale.numel()]
-        if zero.shape != scale.shape or (scale.numel() > 1 and len(axes) != 1):
+        axes = [axis for axis, size in enumerate(numbers.shape) if size == scale.size]
+        if zero.shape != scale.shape or (scale.size > 1 and len(axes) != 1):
             continue
-        shape = [1] * numbers.dim()
-        if scale.numel() > 1:
+        shape = [1] * numbers.ndim
+        if scale.size > 1:
             shape[axes[0]] = -1
-        weight = (numbers.float() - zero.float().reshape(shape)) * scale.float().reshape(shape)
-        turned = name.endswith(_TURNED) and weight.dim() == 2
-        found[name.removesuffix(_TURNED)] = weight.t().contiguous() if turned else weight
+        wide = (each.astype(np.float32) for each in (numbers, zero, scale))
+        values, zeros, scales = wide
+        weight = (values - zeros.reshape(shape)) * scales.reshape(shape)
+        turned = name.endswith(_TURNED) and weight.ndim == 2
+        found[name.removesuffix(_TURNED)] = np.ascontiguousarray(weight.T) if turned else weight
     return {name: weight for name, weight in found.items() if name not in tensors}
-
-
-def _finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self, final
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from nnpassport.files.arrays import BFLOAT16, Array, Described, finite_fault
 from nnpassport.files.disk import brief, is_text, read_once, reading, refuse_leaving
 from nnpassport.scheme import UnreadableModelError
 
@@ -42,17 +42,17 @@ _TORCH_AXES = 64  # that a tensor of PyTorch's can have
 _MOST_NUMBERS = 2**62
 _BLOCK = 2**24
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+_DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BOOL": np.dtype(bool),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "BF16": BFLOAT16,
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
 }
 
 
@@ -72,7 +72,7 @@ class Place(NamedTuple):
     """Where a tensor lies: bytes `begin` to `end` of a file."""
 
     source: Source
-    dtype: torch.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -80,8 +80,8 @@ class Place(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Shards(Mapping[str, Tensor]):
-    """Tensors by name, each read from its file, checked and on the CPU, whenever it is asked for.
+class Shards(Mapping[str, Array]):
+    """Arrays by name, each read from its file and checked whenever it is asked for.
 
     Attributes:
         places: where each tensor lies.
@@ -93,18 +93,18 @@ class Shards(Mapping[str, Tensor]):
     files: tuple[Source, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Array:
         """Read one tensor; the next call reads it again.
 
         Raises:
             UnreadableModelError: it is too large, holds NaN or Inf, or its file has changed.
         """
-        tensor = self.unchecked(name)
-        if (fault := finite_fault(name, tensor)) is not None:
+        array = self.unchecked(name)
+        if (fault := finite_fault(name, array)) is not None:
             raise UnreadableModelError(f"{self.places[name].source.path} cannot be used: {fault}")
-        return tensor
+        return array
 
-    def unchecked(self, name: str) -> Tensor:
+    def unchecked(self, name: str) -> Array:
         """The same, though it may hold NaN or Inf.
 
         Raises:
@@ -117,13 +117,16 @@ class Shards(Mapping[str, Tensor]):
                 f"tensor {name!r} in {place.source.path} has {size} bytes, but at most "
                 f"{MAX_TENSOR_BYTES} are read of one; needed: layers that fit in memory"
             )
-        raw = torch.empty(size, dtype=torch.uint8)
+        raw = np.empty(size, np.uint8)
         with _opened(place.source) as file:
             file.seek(place.begin)
             _fill(file, raw, place.source.path)
+        array = raw.view(place.dtype).reshape(place.shape)
         if sys.byteorder == "big":
-            raw = raw.view(-1, place.dtype.itemsize).flip(1).reshape(-1)
-        return raw.view(place.dtype).reshape(place.shape)
+            array = array.byteswap()
+        if place.dtype == np.bool_:
+            array = raw.reshape(place.shape) != 0  # other bytes than 0 and 1 are no bool
+        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -139,12 +142,9 @@ class Shards(Mapping[str, Tensor]):
         """Of all tensors together."""
         return sum(place.end - place.begin for place in self.places.values())
 
-    def described(self) -> dict[str, Tensor]:
-        """Names, shapes and dtypes, as tensors that have no numbers; nothing is read."""
-        return {
-            name: torch.empty(place.shape, dtype=place.dtype, device="meta")
-            for name, place in self.places.items()
-        }
+    def described(self) -> dict[str, Described]:
+        """Names, shapes and dtypes; nothing is read."""
+        return {name: Described(place.dtype, place.shape) for name, place in self.places.items()}
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same tensors under other names: `names` has the present one of each."""
@@ -204,20 +204,6 @@ def is_index(path: Path) -> bool:
     return path.name.lower().endswith(INDEX_SUFFIX)
 
 
-def finite_fault(name: str, tensor: Tensor) -> str | None:
-    """What is wrong with a tensor that holds NaN or Inf; None with all others."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return None
-    # not isfinite().all(): that allocates several times the tensor; extremes propagate NaN
-    low, high = torch.aminmax(tensor.detach())
-    if math.isfinite(low.item()) and math.isfinite(high.item()):
-        return None
-    return (
-        f"tensor {name!r} holds NaN or Inf, but a model needs finite numbers; "
-        "give a checkpoint from before its training diverged"
-    )
-
-
 def _beside(index: Path, name: str) -> Source:
     """A shard: whoever gives an index names files of its folder, and a link can lead anywhere."""
     source = _source(index.parent / name)
@@ -261,8 +247,8 @@ def _changed(path: Path) -> UnreadableModelError:
     )
 
 
-def _fill(file: io.FileIO, raw: Tensor, path: Path) -> None:
-    view, done = memoryview(raw.numpy().data), 0
+def _fill(file: io.FileIO, raw: Array, path: Path) -> None:
+    view, done = memoryview(raw.data), 0
     while done < len(view):
         count = file.readinto(view[done : done + _BLOCK])
         if not count:
@@ -322,9 +308,9 @@ def _places(source: Source) -> tuple[dict[str, Place], dict[str, str]]:
                 f"but it must lie in the file and have at most {MAX_SHARD_HEADER_BYTES}; it is "
                 "truncated or not a safetensors file: copy it again"
             )
-        raw = torch.empty(declared, dtype=torch.uint8)
+        raw = np.empty(declared, np.uint8)
         _fill(file, raw, source.path)
-    data = raw.numpy().tobytes()
+    data = raw.tobytes()
     if (count := data.count(b"{")) > _MOST_TENSORS:
         raise UnreadableModelError(
             f"{source.path} has a header of {count} entries, but at most {_MOST_TENSORS} tensors "

@@ -24,6 +24,7 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.data.imageset import generator_for
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import Loaded, load_model, save_model
+from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.schemes.drawn import shuffled_passports, with_passports
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
@@ -49,7 +50,6 @@ from nnpassport.lab.store import Store
 from nnpassport.lab.tasks import images_of, published_triggers
 from nnpassport.report.provenance import device_name, provenance
 from nnpassport.scheme import UnreadableDataError, UnreadableModelError, Verdict
-from nnpassport.verification import verify as verification
 
 Show = Callable[[Progress], None]
 _BEGUN = "begun.json"
@@ -418,10 +418,7 @@ def _marks(subject: Subject) -> dict[str, Any]:
 
 
 def _read_all(keys: Mapping[str, Key], subject: Subject, model: nn.Module) -> dict[str, Any]:
-    return {
-        name: _facts(verification.verify_model(model, subject.normalise, key))
-        for name, key in keys.items()
-    }
+    return {name: _facts(verify_model(model, subject.normalise, key)) for name, key in keys.items()}
 
 
 def _facts(verdict: Verdict) -> dict[str, Any]:

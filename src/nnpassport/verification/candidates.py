@@ -11,20 +11,25 @@ with k_l candidates for layer l: so the p-value is exact as before and multiplie
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from nnpassport.embedding.network.equations import filters, read_bits
-from nnpassport.embedding.schemes.protocol import Scheme
-from nnpassport.embedding.schemes.signature import host_weight, secret_of
+from nnpassport.files.arrays import Array, Described, is_floating
 from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
+from nnpassport.keys.patches import filters, mean_patch, own_shape
+from nnpassport.keys.reading import check_host, scales
 from nnpassport.scheme import UnreadableModelError, Verdict
+
+Headers = Mapping[str, Array | Described]
+"""By name, what is known of tensors without their numbers."""
+
+Read = Callable[[Mapping[str, Array]], Verdict]
+"""V on tensors under the names that the key knows."""
 
 MOST_LISTED = 40
 """So many names of tensors are listed, and of the others the number."""
@@ -37,7 +42,7 @@ class Candidate(NamedTuple):
     turned: bool = False
 
 
-def candidates_for(described: Mapping[str, Tensor], layer: LayerShape) -> list[Candidate]:
+def candidates_for(described: Headers, layer: LayerShape) -> list[Candidate]:
     """The tensors that hold as many filters as the layer, of as many numbers each.
 
     A matrix may be a convolution as wide as what it reads, and may be turned.
@@ -45,18 +50,18 @@ def candidates_for(described: Mapping[str, Tensor], layer: LayerShape) -> list[C
     shape = _shape(layer)
     found = []
     for name, tensor in described.items():
-        if not tensor.is_floating_point() or tensor.dim() < 2:
+        if not is_floating(tensor) or len(tensor.shape) < 2:
             continue
-        rows, numbers = len(tensor), math.prod(tensor.shape[1:])
-        alike = tensor.shape == shape or tensor.dim() != len(shape)
+        rows, numbers = tensor.shape[0], math.prod(tensor.shape[1:])
+        alike = tensor.shape == shape or len(tensor.shape) != len(shape)
         if alike and (rows, numbers) == (shape[0], math.prod(shape[1:])):
             found.append(Candidate(name))
-        if tensor.dim() == 2 and (numbers, rows) == (shape[0], math.prod(shape[1:])):
+        if len(tensor.shape) == 2 and (numbers, rows) == (shape[0], math.prod(shape[1:])):
             found.append(Candidate(name, turned=True))
     return found
 
 
-def rivals(described: Mapping[str, Tensor], key: Key) -> list[str]:
+def rivals(described: Headers, key: Key) -> list[str]:
     """Tensors that could be a layer of the key other than the one whose name they have."""
     return sorted(
         {
@@ -68,7 +73,7 @@ def rivals(described: Mapping[str, Tensor], key: Key) -> list[str]:
     )
 
 
-def enough(described: Mapping[str, Tensor], key: Key) -> bool:
+def enough(described: Headers, key: Key) -> bool:
     """Whether there is a tensor for each of the key's layers, and none needed twice."""
     wanted: dict[tuple[Candidate, ...], int] = {}
     for layer in key.context.layers:
@@ -78,12 +83,7 @@ def enough(described: Mapping[str, Tensor], key: Key) -> bool:
 
 
 def verify_by_shape(
-    scheme: Scheme,
-    weights: Mapping[str, Tensor],
-    described: Mapping[str, Tensor],
-    key: Key,
-    *,
-    log10_alpha: float,
+    read: Read, weights: Mapping[str, Array], described: Headers, key: Key
 ) -> Verdict:
     """V on the tensors that match best, of all that have the shapes of the key's layers.
 
@@ -97,11 +97,11 @@ def verify_by_shape(
     found = {layer.name: candidates_for(described, layer) for layer in key.context.layers}
     for layer in key.context.layers:
         if not found[layer.name]:
-            host_weight(described, layer)  # it says what is missing
-    best = _best(scheme, weights, key, found, log10_alpha)
+            check_host(described, layer)  # it says what is missing
+    best = _best(read, weights, key, found)
     shapes = {layer.name: _shape(layer) for layer in key.context.layers}
     chosen = _Chosen(weights, best, shapes)
-    verdict = scheme.verify(chosen, key, log10_alpha=log10_alpha)
+    verdict = read(chosen)
     log10_choices = sum(math.log10(len(each)) for each in found.values())
     facts = by_shape({n: each.name for n, each in best.items()}, described, log10_choices)
     reason = (
@@ -120,7 +120,7 @@ def by_name(verdict: Verdict, unread: list[str]) -> Verdict:
 
 
 def by_shape(
-    taken: Mapping[str, str], weights: Mapping[str, Tensor], log10_choices: float
+    taken: Mapping[str, str], weights: Mapping[str, Any], log10_choices: float
 ) -> dict[str, Any]:
     """What `Verdict.candidates` says of a reading by shape."""
     unread = sorted(weights.keys() - set(taken.values()))
@@ -137,11 +137,7 @@ def _listed(unread: list[str]) -> dict[str, Any]:
 
 
 def _best(
-    scheme: Scheme,
-    weights: Mapping[str, Tensor],
-    key: Key,
-    found: Mapping[str, list[Candidate]],
-    log10_alpha: float,
+    read: Read, weights: Mapping[str, Array], key: Key, found: Mapping[str, list[Candidate]]
 ) -> dict[str, Candidate]:
     """By layer, the candidate that matches best; the first of several that do.
 
@@ -155,12 +151,16 @@ def _best(
         def matches(candidate: Candidate) -> int:
             chosen = _Chosen(weights, {name: candidate}, shapes)
             try:
-                return scheme.verify(chosen, key, log10_alpha=log10_alpha).matches
+                return read(chosen).matches
             except UnreadableModelError:
                 return -1
 
         return {name: max(each, key=matches)}
-    secrets = {name: secret_of(key, layer) for name, layer in layers.items()}
+    patches = {
+        name: mean_patch(key.passport_array(name), layer.weight, layer.geometry)
+        for name, layer in layers.items()
+    }
+    signs = {name: key.signs_array(name) for name in layers}
     best: dict[str, tuple[int, Candidate]] = {}
     unreadable: UnreadableModelError | None = None
     for candidate in dict.fromkeys(each for several in found.values() for each in several):
@@ -171,8 +171,7 @@ def _best(
             continue
         for name in (name for name, several in found.items() if candidate in several):
             rows = filters(_as(tensor, candidate, _shape(layers[name])), layers[name].geometry)
-            read = read_bits(rows.cpu(), secrets[name].mean_patch)
-            count = int((read == secrets[name].signs).sum())
+            count = int((np.sign(scales(rows, patches[name])) == signs[name]).sum())
             if name not in best or count > best[name][0]:
                 best[name] = (count, candidate)
     if unreadable is not None and len(best) < len(found):
@@ -180,19 +179,19 @@ def _best(
     return {name: candidate for name, (_, candidate) in best.items()}
 
 
-class _Chosen(Mapping[str, Tensor]):
+class _Chosen(Mapping[str, Array]):
     """The chosen tensors under the layers' names, each read when it is asked for."""
 
     def __init__(
         self,
-        weights: Mapping[str, Tensor],
+        weights: Mapping[str, Array],
         chosen: Mapping[str, Candidate],
         shapes: Mapping[str, tuple[int, ...]],
     ) -> None:
         self._weights, self._shapes = weights, shapes
         self._chosen = {f"{name}.weight": (name, each) for name, each in chosen.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Array:
         layer, candidate = self._chosen[name]
         return _as(self._weights[candidate.name], candidate, self._shapes[layer])
 
@@ -203,10 +202,10 @@ class _Chosen(Mapping[str, Tensor]):
         return len(self._chosen)
 
 
-def _as(tensor: Tensor, candidate: Candidate, shape: tuple[int, ...]) -> Tensor:
-    return (tensor.t() if candidate.turned else tensor).reshape(shape)
+def _as(tensor: Array, candidate: Candidate, shape: tuple[int, ...]) -> Array:
+    return (tensor.T if candidate.turned else tensor).reshape(shape)
 
 
 def _shape(layer: LayerShape) -> tuple[int, ...]:
     """Of the layer's weight, as a file has it."""
-    return tuple(filters(torch.empty(layer.weight, device="meta"), layer.geometry).shape)
+    return own_shape(layer.weight, layer.geometry)

@@ -25,9 +25,11 @@ from nnpassport.claims.signing import public_from_hex
 from nnpassport.claims.standing import Standing, standing_of
 from nnpassport.data.images import ImageSet
 from nnpassport.embedding.checkpoint import load_model, own_config
+from nnpassport.embedding.measured import config_of
+from nnpassport.embedding.network.tensors import read_suspect, read_weights, tensors_digest
+from nnpassport.files.arrays import MAX_MODEL_BYTES
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.files.disk import brief, make_folder, read_once, write_atomically, writing
-from nnpassport.files.weights import MAX_MODEL_BYTES, read_suspect, read_weights, tensors_digest
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_corrected
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
@@ -40,14 +42,7 @@ from nnpassport.scheme import (
     Verdict,
 )
 from nnpassport.verification.relations import relations_of
-from nnpassport.verification.verify import (
-    Alignment,
-    Options,
-    Trial,
-    config_of,
-    declared_trial,
-    verify,
-)
+from nnpassport.verification.verify import Alignment, Options, Trial, declared_trial, verify
 
 LARGEST_SIDE = 1_024
 """Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""

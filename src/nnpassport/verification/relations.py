@@ -17,14 +17,14 @@ from nnpassport.alignment.unfold import state_from
 from nnpassport.claims.rules import Work
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import Loaded, load_model, without_prefixes
+from nnpassport.embedding.measured import given, of_its_own
+from nnpassport.embedding.network.tensors import read_suspect, read_weights
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.files.disk import brief
 from nnpassport.files.onnx import ONNX
-from nnpassport.files.weights import read_suspect, read_weights
 from nnpassport.scheme import OwnershipError
 from nnpassport.verification.relation import Relation, relation, work_of
-from nnpassport.verification.verify import given, of_its_own
 
 IMAGES = 512
 """How many images a suspect is run on, at most."""

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnpassport.keys import patches
 from nnpassport.keys.geometry import Geometry
 
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -84,14 +85,6 @@ def own_order(
     return filters(rows, geometry)
 
 
-def own_shape(rows: tuple[int, ...], geometry: Geometry) -> tuple[int, ...]:
-    """Shape of a layer's own weight whose filters have this shape; no tensor is made for it."""
-    if not geometry.transposed:
-        return tuple(rows)
-    out, inputs, *kernel = rows
-    return (inputs * geometry.groups, out // geometry.groups, *kernel)
-
-
 def _explicit_padding(conv: nn.modules.conv._ConvNd) -> tuple[tuple[int, int], ...]:
     if conv.padding == "valid":
         return tuple((0, 0) for _ in conv.kernel_size)
@@ -153,21 +146,15 @@ def mean_patch(
     weight_shape: tuple[int, ...],
     geometry: Geometry,
 ) -> Float[Tensor, "2 groups fan_in"]:
-    """m(P), the mean of the input patches that the layer's kernel meets on P.
+    """m(P), the mean of the input patches that the kernel meets on P, as `keys.patches` has it.
 
-    Avg(W ∗ P) is linear in W, so m(P) is its gradient with respect to W: one definition for every
-    layer type, with stride, padding, dilation and groups in it. Computed once, in float64; after
-    that γ and β cost one matrix–vector product (`collapsed_affine`) and no convolution.
+    Computed once, in float64; after that γ and β cost one matrix–vector product
+    (`collapsed_affine`) and no convolution.
     """
-    groups = geometry.groups
-    # All rows of a group see the same patches, so one row a group is enough.
-    rows = torch.zeros(
-        groups, *weight_shape[1:], dtype=torch.float64, device=passport.device, requires_grad=True
+    numbers = patches.mean_patch(
+        passport.detach().cpu().double().numpy(), tuple(weight_shape), geometry
     )
-    with torch.enable_grad():
-        features = convolve(passport.double(), rows, geometry).flatten(2).mean(2).sum(1)
-        patches = [torch.autograd.grad(f, rows, retain_graph=True)[0] for f in features]
-    return torch.stack(patches).flatten(2)
+    return torch.from_numpy(numbers).to(passport.device)
 
 
 def collapsed_affine(

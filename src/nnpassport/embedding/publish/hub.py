@@ -15,10 +15,11 @@ from typing import Any, final
 from nnpassport.claims.claim import Claim, check_claim
 from nnpassport.claims.claimfile import encode_signed, read_signed
 from nnpassport.claims.signing import public_from_hex
+from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.publish.card import CARD_FILE, Facts, model_card
 from nnpassport.files.config import CONFIG_FILE, MAX_CONFIG_BYTES, read_config
 from nnpassport.files.disk import make_folder, read_once, reading, sha256_of, writing
-from nnpassport.files.weights import WEIGHTS_FILE, read_weights, tensors_digest
+from nnpassport.files.weights import WEIGHTS_FILE
 from nnpassport.scheme import (
     UnreadableClaimError,
     UnreadableModelError,

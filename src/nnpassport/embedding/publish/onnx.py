@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nnpassport.embedding.network.layers import passport_norms
 from nnpassport.embedding.network.outputs import Example
+from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.files.disk import brief, make_folder, writing
 from nnpassport.files.onnx import ONNX
-from nnpassport.files.weights import read_weights
 from nnpassport.scheme import UnsuitableModelError
 
 INLINE_BYTES = 2**30

@@ -17,12 +17,9 @@ choice. The paper's threshold on what is read is one number; `trace` measures th
 which training on leaves smaller.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import product
 from typing import final
 
 import torch
@@ -31,25 +28,23 @@ from torch import Tensor, nn
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.outputs import Example
+from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import (
     as_published,
     host_weight,
-    judged,
-    matching,
     read_answers,
 )
 from nnpassport.embedding.schemes.uchida import Uchida, read_out
 from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
 from nnpassport.embedding.train.loop import Evaluation, History, Journal, Objective, Recipe, Task
+from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import ORDER, read_words, verdict_on
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
-from nnpassport.scheme import BadRecipeError, UnreadableKeyError, Verdict
-
-ORDER = 5
-"""Of the projective plane whose lines are the `USERS`: a (31, 6, 1) design."""
+from nnpassport.scheme import BadRecipeError, Verdict
 
 COLLUDERS = ORDER
 """How many users, at most, the code tells apart whose copies were averaged."""
@@ -230,21 +225,8 @@ class DeepMarks:
             UnreadableKeyError: the key's bits are no whole number of codewords.
         """
         mark.check_scheme(self.name, key)
-        (layer,) = key.context.layers
-        words, read = words_of(key, layer), _read(weights, key, layer).sign()
-        matches = [matching(read, word) for word in words]
-        best = max(range(len(words)), key=matches.__getitem__)
-        verdict = judged(
-            key,
-            "bits of a user's word",
-            bits=layer.length,
-            matches=matches[best],
-            chance=0.5,
-            log10_alpha=log10_alpha,
-            log10_choices=math.log10(len(words)),
-        )
-        whose = f"user {best}" if best < USERS else "no one user, but what users have in common"
-        return replace(verdict, reason=f"{whose}: {verdict.reason}")
+        counts = read_words(ArraysOf(weights), key)
+        return verdict_on(counts, key, log10_alpha=log10_alpha)
 
     def verify_network(
         self,
@@ -319,38 +301,19 @@ def trace(
     )
 
 
-@lru_cache(maxsize=1)
 def incidence() -> Bool[Tensor, "lines points"]:
-    """Which points are on which lines of PG(2, 5): a (31, 6, 1) design, its own transpose.
-
-    Points and lines are triples over GF(5) up to a factor, incident where their product is zero.
-    """
-    field = range(ORDER)
-    triples = [(1, a, b) for a, b in product(field, field)]
-    triples += [(0, 1, a) for a in field] + [(0, 0, 1)]
-    coordinates = torch.tensor(triples)
-    return coordinates @ coordinates.T % ORDER == 0
+    """`keys.reading.incidence`, as a tensor."""
+    return torch.from_numpy(reading.incidence())
 
 
 def codebook() -> Float[Tensor, "words positions"]:
-    """The users' words of ±1, −1 on the points of a user's line, and after them the owner's own."""
-    users = 1 - 2 * incidence().float()
-    return torch.cat([users, torch.ones(1, USERS)])
+    """`keys.reading.codebook`, as a tensor."""
+    return torch.from_numpy(reading.codebook())
 
 
 def words_of(key: Key, layer: LayerShape) -> Float[Tensor, "words bits"]:
-    """The code, repeated, each bit of it times the key's sign: uniform bits, whoever's word it is.
-
-    Raises:
-        UnreadableKeyError: the key's bits are no whole number of codewords.
-    """
-    repeats, rest = divmod(layer.length, USERS)
-    if rest or repeats < LEAST_REPEATS:
-        raise UnreadableKeyError(
-            f"the key has {layer.length} bits for codewords of {USERS}; needed: a multiple, and at "
-            f"least {LEAST_REPEATS} repeats; draw a key with draw_key of {key.context.scheme:.80}"
-        )
-    return codebook().repeat(1, repeats) * key.layer_signs(layer.name)
+    """`keys.reading.words_of`, as a tensor."""
+    return torch.from_numpy(reading.words_of(key, layer))
 
 
 def _read(weights: Mapping[str, Tensor], key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:

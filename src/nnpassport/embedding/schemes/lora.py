@@ -25,12 +25,10 @@ on them, each matches with probability ½ independently of all others: that the 
 one another changes nothing, and the p-value is exact.
 """
 
-import math
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
 import torch
@@ -41,14 +39,9 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.equations import geometry_of, sign_loss
 from nnpassport.embedding.network.outputs import Example, call, logits_of, unwrapped
 from nnpassport.embedding.network.survey import Site, Survey, choose
+from nnpassport.embedding.network.tensors import ArraysOf, as_array
 from nnpassport.embedding.schemes import mark
-from nnpassport.embedding.schemes.signature import (
-    as_published,
-    host_weight,
-    judged,
-    matching,
-    read_answers,
-)
+from nnpassport.embedding.schemes.signature import as_published, read_answers
 from nnpassport.embedding.schemes.triggers import plain_loss
 from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
 from nnpassport.embedding.train.loop import (
@@ -62,16 +55,13 @@ from nnpassport.embedding.train.loop import (
     fit,
     share_right,
 )
-from nnpassport.files.weights import tensors_digest
+from nnpassport.keys.adapters import base_digest, committed
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.keys.context import NONCE_BYTES, Context, LayerShape
+from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import check_pair, read_product, unwrapped_name, verdict_on
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
-
-_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
-_WIDENED = 2**22  # numbers
-_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 
 class Pair(NamedTuple):
@@ -141,7 +131,7 @@ class Lora:
         """
         sites = choose(model, _survey(model), layers)
         shapes = tuple(_shape_of(site) for site in sites)
-        bases = {site.name: _base(site.layer).detach() for site in sites}
+        bases = {site.name: as_array(_base(site.layer)) for site in sites}
         context = Context(self.name, owner, shapes, None, base_digest(bases))
         return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
 
@@ -159,8 +149,9 @@ class Lora:
                     f"the network has no adapter on {shape.name}, which the key was made for; it "
                     f"has them on: {', '.join(list(layers)[:40]) or 'no layer'}"
                 )
-            _check_fits(pair_of(layers[shape.name]), shape)
-        _committed({s.name: _base(layers[s.name]).detach() for s in key.context.layers}, key)
+            pair = pair_of(layers[shape.name])
+            check_pair(pair.a.shape, pair.b.shape, shape)
+        committed({s.name: as_array(_base(layers[s.name])) for s in key.context.layers}, key)
 
     def objective(
         self,
@@ -246,26 +237,8 @@ class Lora:
             UnsuitableModelError: the key is another scheme's, or the weights are another network's.
         """
         self._check_key(key)
-        pairs = pairs_in(weights, [layer.name for layer in key.context.layers])
-        if not pairs and is_adapter(weights):
-            raise UnsuitableModelError(
-                "the adapter has no pair on any layer that the key was made for; needed: one of "
-                f"the owner's base, on: {', '.join(s.name for s in key.context.layers[:40])}"
-            )
-        counts = {}
-        for layer in key.context.layers:
-            gamma = _read(pairs, weights, layer, key.layer_projection(layer.name))
-            matches = matching(gamma.sign(), key.layer_signs(layer.name))
-            counts[layer.name] = (matches, layer.length)
-        verdict = judged(
-            key,
-            "adapter bits",
-            bits=sum(bits for _, bits in counts.values()),
-            matches=sum(matches for matches, _ in counts.values()),
-            chance=0.5,
-            log10_alpha=log10_alpha,
-        )
-        return replace(verdict, layers=counts)
+        counts = read_product(ArraysOf(weights), key)
+        return verdict_on(counts, key, log10_alpha=log10_alpha)
 
     def verify_network(
         self,
@@ -327,7 +300,7 @@ def adapted(model: nn.Module) -> dict[str, Any]:
         raise UnsuitableModelError(
             f"marking an adapter needs peft ({error}): pip install peft; to verify one does not"
         ) from error
-    modules: dict[str, Any] = {_unwrapped(name): m for name, m in model.named_modules()}
+    modules: dict[str, Any] = {unwrapped_name(name): m for name, m in model.named_modules()}
     layers = {name: m for name, m in modules.items() if isinstance(m, LoraLayer)}
     return {name: layer for name, layer in layers.items() if layer.lora_A}  # no embeddings
 
@@ -346,116 +319,6 @@ def pair_of(layer: Any) -> Pair:
             "needed: a positive lora_alpha"
         )
     return Pair(a.flatten(1), b.flatten(1), scale)
-
-
-def is_adapter(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether there is half a low-rank pair among them."""
-    return any(map(_PAIR.fullmatch, tensors))
-
-
-def pairs_in(tensors: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Pair]:
-    """The pairs of the host layers named, in an adapter's file or a network's state dict.
-
-    Raises:
-        UnsuitableModelError: half a pair, two pairs for one layer, or shapes that do not multiply.
-    """
-    halves: dict[str, dict[str, Tensor]] = {}
-    for name in tensors:
-        found = _PAIR.fullmatch(name)
-        if found and _unwrapped(found[1]) in layers:
-            half = halves.setdefault(_unwrapped(found[1]), {})
-            if found[2] in half:
-                raise UnsuitableModelError(
-                    f"{found[1]} has several adapters; needed: the file of the one to verify"
-                )
-            half[found[2]] = tensors[name]
-    return {name: _pair(name, half) for name, half in halves.items()}
-
-
-def added(weights: Mapping[str, Tensor], base: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
-    """ΔW = W − W0 of a merged network's host layers, as a state dict, in float64.
-
-    W0 is what the key commits to, and never more precise than that (`_committed`); it is taken off
-    as it would be stored where W is. A copy of the base that was only rounded has added nothing:
-    how it is rounded can be foreseen, and keys could be tried until one fits.
-
-    Raises:
-        UnsuitableModelError: `base` is not the network that the key was drawn for, the suspect is
-            an adapter or of other shapes, or the key is another scheme's.
-    """
-    if key.context.scheme != LORA.name or is_adapter(weights):
-        raise UnsuitableModelError(
-            "a base is taken off merged weights, for a key of scheme lora; verify an adapter's own "
-            "file, or a key of another scheme, without it"
-        )
-    for layer in key.context.layers:
-        host_weight(weights, layer), host_weight(base, layer)
-    given = {layer.name: base[f"{layer.name}.weight"] for layer in key.context.layers}
-    kept = {f"{name}.weight": each for name, each in _committed(given, key).items()}
-    return {name: _difference(weights[name], each) for name, each in kept.items()}
-
-
-def base_digest(weights: Mapping[str, Tensor]) -> bytes:
-    """What a key's nonce says of the base: the exact numbers of its host weights, by layer.
-
-    The first 16 bytes of `weights.tensors_digest`, in float32, which holds what half precisions do
-    to the last bit; in float64 if that loses anything of any of them.
-    """
-    exact = all(torch.equal(_single(w).double(), w.double()) for w in weights.values())
-    return _digest(weights, _single if exact else _double)
-
-
-def _committed(weights: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
-    """The base that a key was drawn for, as precisely as its nonce says it.
-
-    Keys were drawn for a base in float64 by its numbers in float32. Such a base is still theirs, in
-    float32: whatever anybody writes below the last bit of that is not looked at.
-
-    Raises:
-        UnsuitableModelError: the key was drawn for another network.
-    """
-    if base_digest(weights) == key.context.nonce:
-        return dict(weights)
-    if _digest(weights, _single) == key.context.nonce:
-        return {name: _single(w) for name, w in weights.items()}
-    raise UnsuitableModelError(
-        "the base is not the network that the key was drawn for; needed: the same weights, in "
-        "the same precision; any other could be made to fit, so none is taken"
-    )
-
-
-def _digest(weights: Mapping[str, Tensor], form: Callable[[Tensor], Tensor]) -> bytes:
-    formed = {name: form(w) for name, w in weights.items()}
-    return bytes.fromhex(tensors_digest(formed))[:NONCE_BYTES]
-
-
-def _single(weight: Tensor) -> Tensor:
-    return weight.float() if weight.is_floating_point() else weight
-
-
-def _double(weight: Tensor) -> Tensor:
-    return weight.double() if weight.is_floating_point() else weight
-
-
-def _difference(weight: Tensor, base: Tensor) -> Tensor:
-    """What was added to `base`, in float64, once it is as coarse as `weight` is."""
-    whole, plain = weight.double(), base.double()
-    # By its numbers and not by its file's dtype, which may be a finer one than they were made in.
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        rounded = plain.to(dtype).double()
-        if torch.equal(whole.to(dtype).double(), whole) and rounded.isfinite().all():
-            return whole - rounded
-    return whole - plain
-
-
-def _check_fits(pair: Pair, layer: LayerShape) -> None:
-    fan_in = math.prod(layer.weight[1:])
-    if pair.a.shape[1] != fan_in or len(pair.b) != layer.weight[0]:
-        raise UnsuitableModelError(
-            f"the adapter on {layer.name} is for {len(pair.b)} channels of {pair.a.shape[1]} "
-            f"numbers, and the key for {layer.weight[0]} of {fan_in}; needed: an adapter of the "
-            "owner's base"
-        )
 
 
 def _survey(model: nn.Module) -> Survey:
@@ -517,40 +380,3 @@ def _live_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, P
 
 def _moved(secret: tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
     return secret[0].to(like), secret[1].to(like)
-
-
-def _read(
-    pairs: Mapping[str, Pair], weights: Mapping[str, Tensor], layer: LayerShape, rows: Tensor
-) -> Float[Tensor, " out"]:
-    """γ in float64, so that every machine reads the same bits."""
-    count = max(1, _WIDENED // rows.shape[1])
-    # One buffer for all parts of a large layer: what is allocated anew the C library scatters.
-    wide = rows.new_empty((min(count, len(rows)), rows.shape[1]), dtype=torch.float64)
-    parts = (wide[: len(part)].copy_(part) for part in rows.split(count))
-    if pairs:
-        if layer.name not in pairs:
-            return torch.zeros(layer.length, dtype=torch.float64)
-        pair = pairs[layer.name]
-        _check_fits(pair, layer)
-        a, halves = pair.a.cpu().double(), pair.b.cpu().double().split(count)
-        read = [Pair(a, b).read(part) for b, part in zip(halves, parts, strict=True)]
-    else:
-        stripes = host_weight(weights, layer).cpu().flatten(1).split(count)
-        read = [part.mul_(w).sum(1) for w, part in zip(stripes, parts, strict=True)]
-    return torch.cat(read)
-
-
-def _pair(name: str, half: Mapping[str, Tensor]) -> Pair:
-    shapes = [tuple(half[which].shape) if which in half else () for which in "AB"]
-    if min(map(len, shapes)) < 2 or math.prod(shapes[1][1:]) != shapes[0][0]:
-        raise UnsuitableModelError(
-            f"the adapter's pair on {name} is not A (rank, in) and B (out, rank); needed: both "
-            "matrices as peft's `save_pretrained` writes them"
-        )
-    return Pair(half["A"].flatten(1), half["B"].flatten(1))
-
-
-def _unwrapped(name: str) -> str:
-    for prefix in _WRAPPERS * 2:
-        name = name.removeprefix(prefix)
-    return name

@@ -31,12 +31,11 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.equations import filters
 from nnpassport.embedding.network.layers import whole_weight
 from nnpassport.embedding.network.outputs import Example, call, logits_of, unwrapped
+from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import (
     as_published,
     host_weight,
-    judged,
-    matching,
     read_answers,
 )
 from nnpassport.embedding.schemes.triggers import plain_loss
@@ -54,14 +53,9 @@ from nnpassport.embedding.train.loop import (
 )
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import COLUMNS, DROPPED, read_residuals, verdict_on
 from nnpassport.keys.validity import LEAST_ROW
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
-
-COLUMNS = 253
-"""What a row is pooled to where it has more numbers: the published code's."""
-
-DROPPED = 0.1
-"""Share of a pooled row, the smallest, that is set to zero: the published code's."""
 
 
 @final
@@ -219,17 +213,8 @@ class GreedyResiduals:
             UnsuitableModelError: the host layer is missing or has another shape.
         """
         mark.check_scheme(self.name, key)
-        (layer,) = key.context.layers
-        weight = host_weight(weights, layer).detach().cpu().double()
-        read = residuals(weight, layer.length).sign()
-        return judged(
-            key,
-            "signs of residuals",
-            bits=layer.length,
-            matches=matching(read, key.layer_signs(layer.name)),
-            chance=0.5,
-            log10_alpha=log10_alpha,
-        )
+        counts = read_residuals(ArraysOf(weights), key)
+        return verdict_on(counts, key, log10_alpha=log10_alpha)
 
     def verify_network(
         self,

@@ -20,12 +20,11 @@ from nnpassport.embedding.network.equations import filters
 from nnpassport.embedding.network.layers import whole_weight
 from nnpassport.embedding.network.outputs import Example, call, logits_of, unwrapped
 from nnpassport.embedding.network.survey import Site, choose, survey
+from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import (
     as_published,
     host_weight,
-    judged,
-    matching,
     read_answers,
 )
 from nnpassport.embedding.schemes.triggers import plain_loss
@@ -44,6 +43,7 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import read_projection, verdict_on
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 
 _WIDENED = 2**22  # numbers of a projection
@@ -205,17 +205,8 @@ class Uchida:
             UnsuitableModelError: the host layer is missing or has another shape.
         """
         mark.check_scheme(self.name, key)
-        (layer,) = key.context.layers
-        weight = host_weight(weights, layer).detach().cpu().double()
-        read = read_out(weight, key.layer_projection(layer.name)).sign()
-        return judged(
-            key,
-            "projected bits",
-            bits=layer.length,
-            matches=matching(read, key.layer_signs(layer.name)),
-            chance=0.5,
-            log10_alpha=log10_alpha,
-        )
+        counts = read_projection(ArraysOf(weights), key)
+        return verdict_on(counts, key, log10_alpha=log10_alpha)
 
     def verify_network(
         self,

@@ -15,6 +15,7 @@ from nnpassport.attacks.removal import with_head
 from nnpassport.attacks.subject import Subject
 from nnpassport.attacks.table import ATTACKS, Attack, Family, applies, why_not
 from nnpassport.data.images import ImageSet
+from nnpassport.embedding.measured import verify_aligned, verify_model
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.disk import write_atomically
@@ -28,7 +29,6 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.verification import verify as verification
 
 FORMAT = "nnpassport-audit"
 VERSION = 1
@@ -203,7 +203,7 @@ def _aligned(subject: Subject, model: nn.Module) -> dict[str, Any]:
     if key is None or not subject.scheme.reads_weights:
         return {}
     weights, reference = model.state_dict(), subject.model
-    found = _read(lambda: verification.verify_aligned(weights, key, reference).verdict)
+    found = _read(lambda: verify_aligned(weights, key, reference).verdict)
     return {"owner_aligned": found}
 
 
@@ -233,7 +233,7 @@ def _forgery(
         answers = answers_to(key, outcome.model, subject.normalise)
         verdict, reached = scheme.verify_answers(answers, key), shown
     else:
-        verdict = verification.verify_model(outcome.model, subject.normalise, key)
+        verdict = verify_model(outcome.model, subject.normalise, key)
         reached = scheme.fidelity(outcome.model, key, test, subject.normalise)
     published = scheme.verify_as_published(verdict)
     faithful = reached >= target - TOLERANCE

@@ -3,11 +3,13 @@
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
 from nnpassport.embedding.network.models.alexnet import AlexNet, alexnet
 from nnpassport.embedding.network.models.resnet import ResNet, resnet18, resnet50
+from nnpassport.scheme import UnsuitableModelError
 
 __all__ = [
     "ARCHITECTURES",
@@ -75,3 +77,29 @@ def import_factory(name: str) -> Callable[..., nn.Module]:
             "needed: a function that returns the network"
         )
     return factory
+
+
+def build_from(
+    architecture: str, arguments: Mapping[str, Any], trusted_factory: str | None = None
+) -> nn.Module:
+    """As `files.config.ModelConfig.build` says.
+
+    Raises:
+        UnsuitableModelError: the architecture is unknown, not trusted or refuses its arguments.
+    """
+    named = architecture in ARCHITECTURES
+    if not named and architecture != trusted_factory:
+        raise UnsuitableModelError(
+            f"architecture {architecture!r} is not one of ours, and the caller vouched "
+            f"for {trusted_factory or 'none'}; needed: one of "
+            f"{', '.join(sorted(ARCHITECTURES))}, or "
+            "trusted_factory='package.module:factory' if that code is your own"
+        )
+    try:
+        if named:
+            return build(architecture, **arguments)
+        return import_factory(architecture)(**arguments)
+    except (ValueError, TypeError, ImportError, AttributeError) as error:
+        raise UnsuitableModelError(
+            f"{architecture!r} cannot be built from {dict(arguments)}: {error}"
+        ) from error

@@ -2,7 +2,7 @@
 
 It runs by itself, with the standard library alone, within limits on memory and processor time:
 
-    python -I -S embedding/pickles/unpickling.py archive|legacy SECONDS BYTES < pickle > outline
+    python -I -S files/pickles/unpickling.py archive|legacy SECONDS BYTES < pickle > outline
 
 Nothing that a pickle names is imported or called. Every global is a placeholder, but for the few
 that say how a tensor lies in its storage, and no numbers are read: the outline, in JSON, has the

@@ -16,11 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from nnpassport.embedding.pickles import archive
+from nnpassport.files.arrays import DTYPES, Array
 from nnpassport.files.disk import brief
+from nnpassport.files.pickles import archive
 from nnpassport.scheme import UnreadableModelError
 
 MAX_SECONDS = 20
@@ -33,15 +33,6 @@ _MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _LARGEST = 2**62
 _WRAPPERS = ("state_dict", "model")
-_DTYPES: Mapping[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-        *(torch.uint16, torch.uint32, torch.uint64, torch.complex64, torch.complex128),
-        *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz),
-    )
-}
 
 Stored = Callable[[str], memoryview]
 
@@ -61,7 +52,7 @@ class Outline(NamedTuple):
     size: int
 
 
-def read_torch(data: bytes, path: Path) -> dict[str, Tensor]:
+def read_torch(data: bytes, path: Path) -> dict[str, Array]:
     """The state dict in the bytes of a checkpoint: alone, or under "state_dict" or "model".
 
     No code in it is run, nothing that it names is imported, and what else is in it is left alone.
@@ -80,7 +71,7 @@ def read_torch(data: bytes, path: Path) -> dict[str, Tensor]:
         raise _no_checkpoint(path, error) from error
 
 
-def read_all_torch(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_all_torch(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors of a checkpoint from anybody, and those that cannot be had, by name, and why.
 
     A file does not say which of its dictionaries is loaded. Those of the state dict, as above, have
@@ -212,7 +203,7 @@ def _legacy_storages(data: bytes, said: Mapping[str, Any]) -> Stored:
 
 def _bytes_of(declared: tuple[str, int]) -> int:
     kind, count = declared
-    return count * (_DTYPES[kind].itemsize if kind in _DTYPES else 1)
+    return count * (DTYPES[kind].itemsize if kind in DTYPES else 1)
 
 
 def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
@@ -246,45 +237,45 @@ def _everything(said: Mapping[str, Any]) -> dict[str, int]:
     return names
 
 
-def _tensors(
-    names: Mapping[str, int], outline: Outline
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(names: Mapping[str, int], outline: Outline) -> tuple[dict[str, Array], dict[str, str]]:
     """The tensors, and those that cannot be had, by name, and why."""
     if len(names) > _MOST_TENSORS:
         raise ValueError(f"it has {len(names)} tensors, but at most {_MOST_TENSORS} are read")
-    storages: dict[str, Tensor] = {}
-    made: dict[int, Tensor] = {}
+    storages: dict[str, Array] = {}
+    made: dict[int, Array] = {}
     copied = 0
     tensors, left_out = {}, {}
     for name, number in names.items():
         if number not in made:
             try:
-                tensor = _tensor(outline.said["tensors"][number], outline, storages)
-                if tensor.is_conj() or tensor.is_neg():
+                place = outline.said["tensors"][number]
+                array = _array(place, outline, storages)
+                if flags := place[6]:
                     # One storage may be in a hundred thousand tensors, and each would be a copy.
-                    copied += tensor.nbytes
+                    copied += array.nbytes
                     if copied > outline.size:
                         raise ValueError("and others would take more memory than the file")
-                    tensor = tensor.resolve_conj().resolve_neg()
-                made[number] = tensor
+                    array = array.conj() if "conj" in flags else array
+                    array = -array if "neg" in flags else array
+                made[number] = array
             except ValueError as error:
                 left_out[name] = f"{name[:100]!r} {error}"
                 continue
-        tensors[name] = made[number].view_as(made[number])
+        tensors[name] = made[number].view()
     return tensors, left_out
 
 
-def _tensor(place: list[Any], outline: Outline, storages: dict[str, Tensor]) -> Tensor:
+def _array(place: list[Any], outline: Outline, storages: dict[str, Array]) -> Array:
     if place[0] is None:
         raise ValueError(f"is {place[1]}; needed: a plain tensor, dense and with all its numbers")
-    key, kind, start, offset, size, stride, flags = place
+    key, kind, start, offset, size, stride, _ = place
     declared = outline.said["storages"][key][0]
-    if kind not in _DTYPES or declared not in _DTYPES:
-        raise ValueError(f"has numbers of kind {kind[:100]!r}; needed: one of {', '.join(_DTYPES)}")
-    dtype = _DTYPES[kind]
+    if kind not in DTYPES or declared not in DTYPES:
+        raise ValueError(f"has numbers of kind {kind[:100]!r}; needed: one of {', '.join(DTYPES)}")
+    dtype = DTYPES[kind]
     if key not in storages:
-        storages[key] = _storage(outline.stored(key), _DTYPES[declared], outline.swapped)
-    there = storages[key].numel() // dtype.itemsize
+        storages[key] = _storage(outline.stored(key), DTYPES[declared], outline.swapped)
+    there = storages[key].size // dtype.itemsize
     # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
     last = sum((side - 1) * step for side, step in zip(size, stride, strict=False))
     if len(size) != len(stride) or len(size) > _MOST_AXES:
@@ -297,14 +288,13 @@ def _tensor(place: list[Any], outline: Outline, storages: dict[str, Tensor]) -> 
     if not held or math.prod(size) > there:
         raise ValueError(f"of shape {tuple(size)} does not hold all its numbers"[:300])
     flat = storages[key][: there * dtype.itemsize].view(dtype)
-    tensor = torch.as_strided(flat, size, stride, start + offset)
-    tensor = tensor.conj() if "conj" in flags else tensor
-    return torch._neg_view(tensor) if "neg" in flags else tensor
+    steps = [step * dtype.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(flat[start + offset :], size, steps)
 
 
-def _storage(stored: memoryview, dtype: torch.dtype, swapped: bool) -> Tensor:
+def _storage(stored: memoryview, dtype: np.dtype[Any], swapped: bool) -> Array:
     if not stored:
-        return torch.empty(0, dtype=torch.uint8)
-    raw = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
-    unit = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
-    return raw.view(-1, unit).flip(1).reshape(-1) if swapped else raw
+        return np.empty(0, np.uint8)
+    raw = np.frombuffer(bytearray(stored), np.uint8)
+    unit = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+    return np.ascontiguousarray(raw.reshape(-1, unit)[:, ::-1]).reshape(-1) if swapped else raw

@@ -1,0 +1,342 @@
+"""V and F where they take a network that runs, or one that is aligned to the owner's: torch's side.
+
+Every function here either gives a verdict or raises, and then nothing was decided.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.alignment.channels import channels_of
+from nnpassport.alignment.null import (
+    MIXTURES,
+    AlignedVerdict,
+    ShapedVerdict,
+    Unrelated,
+    aligned_verdict,
+    mixtures,
+    verdict_by_shape,
+)
+from nnpassport.catalog import scheme_named
+from nnpassport.claims.facts import check_config
+from nnpassport.claims.standing import Standing
+from nnpassport.data.images import Normalisation
+from nnpassport.embedding.checkpoint import Loaded, load_model, load_suspect, own_config
+from nnpassport.embedding.network.outputs import logits_of
+from nnpassport.embedding.network.tensors import Weights, read_suspect, read_weights, tensors_digest
+from nnpassport.embedding.schemes.deepmarks import Trace, trace
+from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.files.config import ModelConfig
+from nnpassport.files.disk import brief
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
+from nnpassport.keys.derive import triggers_of
+from nnpassport.keys.key import Key
+from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
+from nnpassport.verification import candidates
+from nnpassport.verification.relabelling import best_map, corrected, log10_injections
+from nnpassport.verification.verify import Options, Trial, named, prefixed, under_claim, without
+
+
+def verify_model(
+    model: nn.Module,
+    normalise: Normalisation,
+    key: Key,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+) -> Verdict:
+    """The same question about a network in memory: by its weights, or else by its answers."""
+    scheme = scheme_named(key.context.scheme)
+    return scheme.verify_network(model, key, normalise, log10_alpha=log10_alpha)
+
+
+def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+    """The same question in black box: only the suspect's predictions on the triggers are used.
+
+    Raises:
+        OwnershipError: it could not be checked; the key has no triggers, say.
+    """
+    options = options or Options()
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.triggers:
+        raise UnsuitableModelError(
+            f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
+            "scheme that has; verify this one by the weights"
+        )
+    verdict = _answered(Path(suspect), key, options)
+    return verdict if options.standing is None else under_claim(verdict, options.standing)
+
+
+def trace_file(suspect: Path, key: Key) -> Trace:
+    """Whose copies the network in `suspect` was made of, as `schemes.deepmarks.trace` finds it.
+
+    Raises:
+        OwnershipError: it could not be checked; the key is not one of deepmarks, say.
+    """
+    weights = _without_prefixes(read_suspect(Path(suspect)), key)
+    return trace(weights.tensors, key)
+
+
+def verify_aligned(
+    weights: Mapping[str, Tensor],
+    key: Key,
+    reference: nn.Module,
+    *,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    unrelated: Unrelated | None = None,
+) -> AlignedVerdict:
+    """V on weights that are first brought into the order of `reference`, a released network.
+
+    Without `unrelated` networks the null is `MIXTURES` of the suspect's own filters, drawn from the
+    digest of its weights: whoever repeats it finds the same.
+
+    Raises:
+        UnsuitableModelError: the mark is not one of weights, or the two cannot be aligned.
+    """
+    scheme = scheme_named(key.context.scheme)
+    if not scheme.reads_weights:
+        why = "is not in the weights, and only these can be aligned"
+        if scheme.triggers:
+            why = "is in the answers, which moved channels do not change"
+        raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
+    others = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
+
+    def read(tensors: Mapping[str, Tensor]) -> Verdict:
+        return scheme.verify(tensors, key, log10_alpha=log10_alpha)
+
+    forms, named = scheme.forms(key), None
+    try:
+        null = others or of_its_own(weights, reference)
+        named = aligned_verdict(read, weights, reference, forms, null)
+    except UnsuitableModelError as error:
+        refused = error
+    else:
+        reason = "aligned by the tensors' names"
+        named = named._replace(verdict=named.verdict.paid(LOG10_BY_NAME, reason))
+        if named.verdict.marked:
+            return named
+    try:
+        shaped = verdict_by_shape(read, weights, reference, forms, others, _seeded(weights))
+    except UnsuitableModelError as error:
+        if named is not None:
+            return named
+        raise UnsuitableModelError(f"{refused}; by shape: {error}") from None
+    paid = _shaped(shaped, weights)
+    return AlignedVerdict(paid, None) if named is None or paid.marked else named
+
+
+def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
+    """The verdict by shape, once every choice of tensors is paid for."""
+    reason = f"aligned by the tensors' shapes, 10^{found.log10_choices:.1f} choices being paid for"
+    paid = found.verdict.paid(LOG10_BY_SHAPE + found.log10_choices, reason)
+    facts = candidates.by_shape(found.taken, weights, found.log10_choices)
+    return replace(paid, candidates=facts)
+
+
+def given(unrelated: Mapping[str, Weights]) -> Unrelated:
+    """These networks, as the null."""
+    origin = f"{len(unrelated)} unrelated networks that were given"
+    return Unrelated([each.tensors for each in unrelated.values()], origin)
+
+
+def of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
+    """Mixtures of the filters of the network with these weights, always the same, as the null."""
+    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
+    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
+    rng = _seeded(weights)
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
+
+
+def config_of(suspect: Path, options: Options) -> ModelConfig:
+    """The config by which a suspect is built: what its images have to look like."""
+    if options.alignment is not None:
+        return load_model(
+            options.alignment.reference, trusted_factory=options.trusted_factory
+        ).config
+    return _load(suspect, options).config
+
+
+def asked(suspect: Path, key: Key, options: Options) -> Verdict:
+    """V of a scheme that reads no weights: by the answers of the suspect, once it is built."""
+    scheme = scheme_named(key.context.scheme)
+    if scheme.triggers:
+        return _answered(suspect, key, options)
+    loaded = _load(suspect, options)
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
+    return replace(verdict, digests=loaded.digests)
+
+
+def aligned(suspect: Path, key: Key, options: Options, trial: Trial | None) -> Verdict:
+    """V, and F if there is a trial, of the suspect aligned to the owner's network."""
+    verdict, network = _aligned(suspect, key, options)
+    if trial is None:
+        return verdict
+    if network is None:
+        reason = "F was not measured: what was read stands under names that build no network"
+        return replace(verdict, reason=f"{verdict.reason}; {reason}")
+    return with_fidelity(verdict, suspect, key, trial, options, network)
+
+
+def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
+    """The verdict, the aligned network if there is one, and the config of the reference."""
+    assert options.alignment is not None  # noqa: S101 - the caller has looked
+    weights = _without_prefixes(read_suspect(suspect), key)
+    reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
+    _check_committed(options.alignment.reference, options.standing)
+    unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
+    found = verify_aligned(
+        weights.tensors,
+        key,
+        reference.model,
+        log10_alpha=options.threshold,
+        unrelated=given(unrelated) if unrelated else None,
+    )
+    digests = {**weights.digests, **named("reference", reference.digests)}
+    for name, each in unrelated.items():
+        digests |= named(name, each.digests)
+    verdict = without(weights.left_out, found.verdict)
+    if options.standing is None:
+        reason = "that the network it was aligned to is older than the suspect is your word"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
+    verdict = replace(verdict, digests=digests)
+    if found.aligned is None:
+        return verdict, None
+    return verdict, reference._replace(model=found.aligned.model)
+
+
+def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
+    """V by answers, read as the owner's facts say; or by every reading, the best of them paid for.
+
+    Half of the level of each way to show the pictures is for the classes as they are, half for all
+    their other orders.
+    """
+    scheme, loaded = scheme_named(key.context.scheme), _load(suspect, options)
+    ways = [Normalisation(loaded.config.mean, loaded.config.std)]
+    if options.every_reading and (own := own_config(suspect)) is not None:
+        stated = Normalisation(own.mean, own.std)
+        ways += [stated] if stated != ways[0] and len(own.mean) == len(loaded.config.mean) else []
+    paid = {"readings": math.log10(2 * len(ways))} if options.every_reading else {}
+    found, mapped = [], []
+    for normalise in ways:
+        answers = _answers(key, loaded.model, normalise)
+        verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
+        found.append(corrected(verdict, paid))
+        mapped += _in_the_best_order(answers, key, options.threshold, len(ways))
+    verdict = min([*found, *(mapped if options.every_reading else [])], key=_weight)
+    whose = "the owner's" if options.reference is not None else "the suspect's own"
+    whose = f"{whose} config says" if options.facts is None else "the claim commits to"
+    reason = f"{verdict.reason}; images became numbers as {whose}"
+    if not verdict.marked and any(each.marked for each in mapped):
+        reason += "; in another order of the classes it matches: have every reading looked at"
+    return replace(verdict, reason=reason, digests=loaded.digests)
+
+
+def _answers(key: Key, model: nn.Module, normalise: Normalisation) -> Tensor:
+    try:
+        return answers_to(key, model, normalise)
+    except RuntimeError as error:
+        raise UnsuitableModelError(
+            f"the network does not take the key's pictures ({brief(error)}); needed: one for "
+            f"images of {triggers_of(key.context).size}"
+        ) from error
+
+
+def _in_the_best_order(answers: Tensor, key: Key, log10_alpha: float, ways: int) -> list[Verdict]:
+    """V with the classes in the order that fits best, paid for; none if there are too many."""
+    _, labels = key.trigger_set()
+    order = best_map(answers.tolist(), labels.tolist())
+    if order is None:
+        return []
+    classes = triggers_of(key.context).classes
+    read = torch.tensor([order.get(answer, classes) for answer in answers.tolist()])
+    verdict = scheme_named(key.context.scheme).verify_answers(read, key, log10_alpha=log10_alpha)
+    orders = log10_injections(len(set(answers.tolist())), classes)
+    choices = {"readings": math.log10(2 * ways), "orders of the classes": orders}
+    return [corrected(verdict, choices)]
+
+
+def _weight(verdict: Verdict) -> float:
+    """What the best of several readings is the least of; without p-values the first is."""
+    return 0.0 if verdict.log10_p_value is None else verdict.log10_p_value
+
+
+def _check_committed(reference: Path, standing: Standing | None) -> None:
+    """Under a claim, only the network that it commits to may be aligned to."""
+    claim = None if standing is None else standing.claim
+    if claim is None:
+        return
+    if claim.reference != tensors_digest(read_weights(reference).tensors):
+        raise UnsuitableModelError(
+            "the network to align to is not the one that the claim commits to; needed: the folder "
+            "that `claim new --reference` was given, or no claim"
+        )
+    check_config(reference, claim.network)
+
+
+def _without_prefixes(weights: Weights, key: Key) -> Weights:
+    """Under the names that the key knows."""
+    names = prefixed(weights.tensors, key)
+    return weights._replace(tensors={new: weights.tensors[old] for new, old in names.items()})
+
+
+def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:
+    return torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
+
+
+def with_fidelity(
+    verdict: Verdict,
+    suspect: Path,
+    key: Key,
+    trial: Trial,
+    options: Options,
+    aligned: Loaded | None = None,
+) -> Verdict:
+    """The verdict and F, of the aligned network if there is one."""
+    loaded = _load(suspect, options) if aligned is None else aligned
+    if len(trial.data.classes) != len(loaded.config.classes):
+        raise UnreadableDataError(
+            f"the images have {len(trial.data.classes)} classes and the suspect "
+            f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
+        )
+    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    answers = logits_of(loaded.model(normalise(trial.data.images[:2]))).shape[-1]
+    if answers != len(trial.data.classes):
+        raise UnreadableDataError(
+            f"the images have {len(trial.data.classes)} classes and the suspect answers with "
+            f"{answers}; needed: images of the suspect's own task"
+        )
+    own = accuracy(loaded.model, trial.data, normalise)
+    target = own if trial.target is None else min(own, trial.target)
+    presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
+    fidelity = Fidelity(presented, target, trial.tolerance)
+    images = {"images": trial.data.images, "labels": trial.data.labels}
+    return replace(
+        verdict,
+        fidelity=fidelity,
+        digests={
+            **verdict.digests,
+            **({} if aligned is not None else loaded.digests),
+            "images": tensors_digest(images),
+        },
+        reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
+        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}"
+        f"{'' if target == trial.target else ', which the network has without it'}",
+    )
+
+
+def _load(suspect: Path, options: Options) -> Loaded:
+    """The suspect, to be read by the facts that the claim commits to, whatever else says."""
+    facts, reference = options.facts, options.reference
+    if facts is not None and reference is not None and (others := facts.differs_from(reference)):
+        raise UnsuitableModelError(
+            f"the config given as the owner's has another {' and '.join(others)} than the claim "
+            "commits to; needed: the config that `claim new --reference` was given, or none"
+        )
+    loaded = load_suspect(Path(suspect), reference, trusted_factory=options.trusted_factory)
+    return loaded if facts is None else loaded._replace(config=facts.put_into(loaded.config))

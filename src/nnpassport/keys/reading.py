@@ -1,0 +1,494 @@
+"""What of a key's bits a file of weights holds: one reader for each way to write bits, in numpy.
+
+A reader takes arrays by name and a key, and counts: which bits are as the key has them. How likely
+that is by chance, `verdict_on` says, for all of them alike. Everything is computed in float64, so
+that every machine reads the same bits.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnpassport.files.arrays import Array
+from nnpassport.keys.chance import (
+    LOG10_ALPHA_UNCOMMITTED,
+    log10_binomial_tail,
+    log10_corrected,
+)
+from nnpassport.keys.context import LayerShape
+from nnpassport.keys.derive import log10_text_choices
+from nnpassport.keys.key import Key
+from nnpassport.keys.patches import filters, mean_patch, own_shape
+from nnpassport.keys.validity import LEAST_REPEATS, USERS
+from nnpassport.scheme import MiscountedError, UnreadableKeyError, UnsuitableModelError, Verdict
+
+COLUMNS = 253
+"""Of the pooled weight that greedy residuals are taken of, at most."""
+DROPPED = 0.1
+"""Share of a pooled row whose smallest numbers are left out."""
+ORDER = 5
+"""Of the projective plane whose lines are the `USERS`: a (31, 6, 1) design."""
+
+_WIDENED = 2**20  # numbers that are float64 at a time
+_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+
+Read = NDArray[np.float64]
+Weights = Mapping[str, Array]
+
+
+class Counts(NamedTuple):
+    """What a reader found.
+
+    Attributes:
+        what: which kind of bits these are, in words.
+        layers: by layer, how many bits match and how many there are.
+        chance: with which an independent network has one bit as the key has it, in [0, 1].
+        choices: of how many counts these are the best.
+        whose: said before all else, if it is not nothing.
+        listed: whether the verdict has the counts of each layer.
+    """
+
+    what: str
+    layers: Mapping[str, tuple[int, int]]
+    chance: float = 0.5
+    choices: int = 1
+    whose: str = ""
+    listed: bool = False
+
+
+Reader = Callable[[Weights, Key], Counts]
+
+
+def verdict_on(counts: Counts, key: Key, *, log10_alpha: float) -> Verdict:
+    """The exact verdict on these counts.
+
+    Derived bits are uniform and independent of any network that was not trained on them, so their
+    matches are Binomial(n, ½) whatever the weights. A key whose passports or bits were chosen
+    freely has no p-value, because a linear system finds passports for any bits.
+
+    Raises:
+        MiscountedError: more or fewer bits were compared than the key has, or more matched.
+    """
+    verdict = judged(
+        key,
+        counts.what,
+        bits=sum(bits for _, bits in counts.layers.values()),
+        matches=sum(matches for matches, _ in counts.layers.values()),
+        chance=counts.chance,
+        log10_alpha=log10_alpha,
+        log10_choices=math.log10(counts.choices),
+    )
+    reason = f"{counts.whose}: {verdict.reason}" if counts.whose else verdict.reason
+    return replace(verdict, reason=reason, layers=dict(counts.layers) if counts.listed else {})
+
+
+def judged(
+    key: Key,
+    what: str,
+    *,
+    bits: int,
+    matches: int,
+    chance: float,
+    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    log10_choices: float = 0.0,
+) -> Verdict:
+    """The exact verdict on so many matches, each by chance with probability `chance`.
+
+    `bits` is how many were compared: all that the key has, each once. `log10_choices` is log₁₀ of
+    how many counts of matches V took the best of.
+
+    Raises:
+        MiscountedError: V compared more or fewer bits than the key has, or matched more.
+    """
+    if bits != key.context.bits:
+        raise MiscountedError(
+            f"V compared {bits} bits of a key that has {key.context.bits}; needed: each of them, "
+            "once; draw a key for this network"
+        )
+    return exact_verdict(
+        key,
+        what,
+        bits=bits,
+        matches=matches,
+        chance=chance,
+        log10_alpha=log10_alpha,
+        log10_choices=log10_choices,
+    )
+
+
+def exact_verdict(
+    key: Key,
+    what: str,
+    *,
+    bits: int,
+    matches: int,
+    chance: float,
+    log10_alpha: float,
+    log10_choices: float = 0.0,
+) -> Verdict:
+    """As `judged`, on some of the key's bits or labels: those that were answered, say."""
+    found = f"{matches} of {bits} {what} match"
+    verdict = Verdict(
+        scheme=key.context.scheme,
+        bits=bits,
+        matches=matches,
+        log10_p_value=None,
+        log10_alpha=log10_alpha,
+        marked=False,
+        reason=f"{found}, but parts of the key were chosen and not derived from a seed, "
+        "so they have no p-value: anybody can solve for such a key",
+    )
+    if not key.derived:
+        return verdict
+    log10_p = log10_corrected(log10_binomial_tail(matches, bits, chance), log10_choices)
+    if key.text is not None:
+        # A text that nobody has committed to is the claimant's choice among all of its length.
+        log10_p = log10_corrected(log10_p, log10_text_choices(key.text))
+    marked = log10_p <= log10_alpha
+    relation = "at or below" if marked else "above"
+    return replace(
+        verdict,
+        log10_p_value=log10_p,
+        marked=marked,
+        reason=f"{found}; p = 10^{log10_p:.1f} is {relation} α = 10^{log10_alpha:.1f}",
+    )
+
+
+def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
+    """The verdict by a rule of the kind that papers state: enough of the mark is there.
+
+    `threshold` is the share of it, in [0, 1], that suffices. It says nothing of chance or of forged
+    keys; the exact verdict does.
+    """
+    needed = math.ceil(threshold * verdict.bits - 1e-9)
+    return replace(
+        verdict,
+        log10_p_value=None,
+        marked=verdict.matches >= needed,
+        reason=f"{verdict.matches} of {verdict.bits} match; the published rule needs {needed} "
+        "of them and knows no p-value",
+    )
+
+
+def matching(read: Any, signs: Any) -> int:
+    """How many bits were read as the key has them, each compared with one reading of its own.
+
+    Both are arrays, or both tensors.
+
+    Raises:
+        UnsuitableModelError: there is not one reading for each bit. Comparing them all the same
+            would let one bit of the key decide over several readings.
+    """
+    if tuple(read.shape) != tuple(signs.shape) or len(read.shape) != 1:
+        raise UnsuitableModelError(
+            f"V reads {tuple(read.shape)} where the key has {tuple(signs.shape)} bits; needed: one "
+            "reading for each bit; draw a key for this network"
+        )
+    return int((read == signs).sum())
+
+
+# The layers that a key names
+
+
+def check_host(described: Mapping[str, Any], layer: LayerShape) -> None:
+    """Refuse weights that lack a layer, or have one of another shape.
+
+    `described` has arrays, or what headers say of them.
+
+    Raises:
+        UnsuitableModelError: it is missing or has another shape.
+    """
+    weight = described.get(f"{layer.name}.weight")
+    if weight is None:
+        there = [name for name, each in described.items() if len(each.shape) > 1]
+        raise UnsuitableModelError(
+            f"the network has no {layer.name}.weight, which the key was made for; needed: one "
+            "of the owner's architecture (if the library that saved it renames layers, "
+            "load it with that library and verify the state dict); this one has: "
+            f"{', '.join(there[:40]) or 'no layers'}"
+        )
+    expected = own_shape(layer.weight, layer.geometry)
+    if tuple(weight.shape) != expected:
+        raise UnsuitableModelError(
+            f"{layer.name}.weight has shape {tuple(weight.shape)}; the key was made for "
+            f"{expected}; a network of the owner's architecture is needed"
+        )
+
+
+def host_filters(weights: Weights, layer: LayerShape) -> Array:
+    """Weight of a host layer, its output channels first (out fan_in *kernel).
+
+    Raises:
+        UnsuitableModelError: it is missing or has another shape.
+    """
+    name = f"{layer.name}.weight"
+    if name not in weights:
+        check_host(weights, layer)
+    weight = weights[name]
+    check_host({name: weight}, layer)
+    return filters(weight, layer.geometry)
+
+
+# Passports: sign(γ), γ = ⟨W, m(P_γ)⟩
+
+
+def scales(rows: Array, patch: NDArray[np.float64]) -> Read:
+    """γ (out) of filters (out fan_in *kernel) under m(P) (2 groups fan_in).
+
+    A γ of exactly zero matches neither bit: a zeroed channel never helps a claim. Large layers are
+    widened some rows at a time: in float64 they are four times what a file keeps.
+    """
+    gamma, groups = patch[0], patch.shape[1]
+    flat = rows.reshape(len(rows), -1)
+    if groups > 1:
+        parts = flat.astype(np.float64).reshape(groups, len(rows) // groups, -1)
+        return np.matmul(parts, gamma[:, :, None]).reshape(-1)
+    return np.concatenate([part @ gamma[0] for part in _widened(flat)])
+
+
+def read_passports(weights: Weights, key: Key) -> Counts:
+    """One bit a channel: sign(Avg(W ∗ P_γ)).                                [Fan19, eq. 4]"""
+    layers = {layer.name: _passport(weights, key, layer) for layer in key.context.layers}
+    return Counts("signature bits", layers, listed=True)
+
+
+def _passport(weights: Weights, key: Key, layer: LayerShape) -> tuple[int, int]:
+    rows = host_filters(weights, layer)
+    patch = mean_patch(key.passport_array(layer.name), layer.weight, layer.geometry)
+    read = np.sign(scales(rows, patch))
+    return matching(read, key.signs_array(layer.name)), layer.length
+
+
+# Projections of one layer's mean filter
+
+
+def mean_projection(rows: Array, projection: Array) -> Read:
+    """X·w̄, w̄ the mean filter; its signs are the bits.                        [Uch17, eq. 2]"""
+    mean = np.mean(rows, axis=0, dtype=np.float64).reshape(-1)
+    return np.concatenate([part @ mean for part in _widened(projection)])
+
+
+def read_projection(weights: Weights, key: Key) -> Counts:
+    """Bits of a projected mean filter."""
+    (layer,) = key.context.layers
+    read = mean_projection(host_filters(weights, layer), key.projection_array(layer.name))
+    matches = matching(np.sign(read), key.signs_array(layer.name))
+    return Counts("projected bits", {layer.name: (matches, layer.length)})
+
+
+# Words for users, through a projection                                            [Che19]
+
+
+@lru_cache(maxsize=1)
+def incidence() -> NDArray[np.bool_]:
+    """Which points are on which lines of PG(2, 5): a (31, 6, 1) design, its own transpose.
+
+    Points and lines are triples over GF(5) up to a factor, incident where their product is zero.
+    """
+    field = range(ORDER)
+    triples = [(1, a, b) for a, b in product(field, field)]
+    triples += [(0, 1, a) for a in field] + [(0, 0, 1)]
+    coordinates = np.array(triples)
+    incident: NDArray[np.bool_] = coordinates @ coordinates.T % ORDER == 0
+    return incident
+
+
+def codebook() -> NDArray[np.float32]:
+    """The users' words (words positions) of ±1, −1 on the points of a user's line.
+
+    After them comes the owner's own, of ones.
+    """
+    users = np.where(incidence(), np.float32(-1), np.float32(1))
+    return np.concatenate([users, np.ones((1, USERS), np.float32)])
+
+
+def words_of(key: Key, layer: LayerShape) -> NDArray[np.float32]:
+    """The code, repeated, each bit of it times the key's sign (words bits): uniform bits.
+
+    Raises:
+        UnreadableKeyError: the key's bits are no whole number of codewords.
+    """
+    repeats, rest = divmod(layer.length, USERS)
+    if rest or repeats < LEAST_REPEATS:
+        raise UnreadableKeyError(
+            f"the key has {layer.length} bits for codewords of {USERS}; needed: a multiple, and at "
+            f"least {LEAST_REPEATS} repeats; draw a key with draw_key of {key.context.scheme:.80}"
+        )
+    return np.tile(codebook(), (1, repeats)) * key.signs_array(layer.name)
+
+
+def read_words(weights: Weights, key: Key) -> Counts:
+    """The word that matches best, of the users' and the owner's own.
+
+    Copies of three or more users read as the owner's when they are averaged: most users have a one
+    where few have a zero.
+    """
+    (layer,) = key.context.layers
+    words = words_of(key, layer)
+    read = mean_projection(host_filters(weights, layer), key.projection_array(layer.name))
+    matches = [matching(np.sign(read), word) for word in words]
+    best = max(range(len(words)), key=matches.__getitem__)
+    whose = f"user {best}" if best < USERS else "no one user, but what users have in common"
+    counted = {layer.name: (matches[best], layer.length)}
+    return Counts("bits of a user's word", counted, choices=len(words), whose=whose)
+
+
+# Greedy residuals                                                                 [Liu21]
+
+
+def residuals(rows: Array, bits: int) -> Read:
+    """Mean of each row of the pooled weight (bits) whose smallest absolute values are zero.
+
+    Numbers that do not fill a row are left out.
+    """
+    numbers = rows.size // bits
+    flat = rows.reshape(-1)[: numbers * bits].reshape(bits, numbers).astype(np.float64)
+    columns = min(COLUMNS, numbers)
+    edges = [(at * numbers // columns, -(-(at + 1) * numbers // columns)) for at in range(columns)]
+    pooled = np.stack([flat[:, low:high].mean(1) for low, high in edges], axis=1)
+    kept = np.abs(pooled).argsort(axis=1, kind="stable")[:, round(DROPPED * columns) :]
+    summed: Read = np.take_along_axis(pooled, kept, axis=1).sum(1)
+    return summed / columns
+
+
+def read_residuals(weights: Weights, key: Key) -> Counts:
+    """Signs of a layer's residuals."""
+    (layer,) = key.context.layers
+    read = residuals(host_filters(weights, layer), layer.length)
+    matches = matching(np.sign(read), key.signs_array(layer.name))
+    return Counts("signs of residuals", {layer.name: (matches, layer.length)})
+
+
+# The product of a low-rank pair
+
+
+class Pair(NamedTuple):
+    """A low-rank pair of a file: ΔW is B·A times a positive number.
+
+    A is (rank fan_in), B (out rank).
+    """
+
+    a: Array
+    b: Array
+
+
+def is_adapter(names: Mapping[str, Any]) -> bool:
+    """Whether there is half a low-rank pair among them."""
+    return any(map(_PAIR.fullmatch, names))
+
+
+def pairs_in(weights: Weights, layers: Sequence[str]) -> dict[str, Pair]:
+    """The pairs of the host layers named, in an adapter's file or a network's state dict.
+
+    Raises:
+        UnsuitableModelError: half a pair, two pairs for one layer, or shapes that do not multiply.
+    """
+    halves: dict[str, dict[str, Array]] = {}
+    for name in weights:
+        found = _PAIR.fullmatch(name)
+        if found and unwrapped_name(found[1]) in layers:
+            half = halves.setdefault(unwrapped_name(found[1]), {})
+            if found[2] in half:
+                raise UnsuitableModelError(
+                    f"{found[1]} has several adapters; needed: the file of the one to verify"
+                )
+            half[found[2]] = weights[name]
+    return {name: _pair(name, half) for name, half in halves.items()}
+
+
+def unwrapped_name(name: str) -> str:
+    """The name of a layer without what wrappers put before it."""
+    for prefix in _WRAPPERS * 2:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def read_product(weights: Weights, key: Key) -> Counts:
+    """sign⟨ΔW_i, X_i⟩ off an adapter's pairs, as in its file or in a network that has it.
+
+    A layer whose pair was left out has ΔW = 0, which matches no bit. Weights without any pair are
+    read as if they were ΔW.
+
+    Raises:
+        UnsuitableModelError: the adapter is on none of the key's layers, or of other shapes.
+    """
+    pairs = pairs_in(weights, [layer.name for layer in key.context.layers])
+    if not pairs and is_adapter(weights):
+        raise UnsuitableModelError(
+            "the adapter has no pair on any layer that the key was made for; needed: one of "
+            f"the owner's base, on: {', '.join(s.name for s in key.context.layers[:40])}"
+        )
+    layers = {}
+    for layer in key.context.layers:
+        read = _product(pairs, weights, layer, key.projection_array(layer.name))
+        matches = matching(np.sign(read), key.signs_array(layer.name))
+        layers[layer.name] = (matches, layer.length)
+    return Counts("adapter bits", layers, listed=True)
+
+
+def _product(pairs: Mapping[str, Pair], weights: Weights, layer: LayerShape, rows: Array) -> Read:
+    if not pairs:
+        stripes = host_filters(weights, layer).reshape(len(rows), -1)
+        parts = zip(_widened(stripes), _widened(rows), strict=True)
+        return np.concatenate([(w * x).sum(1) for w, x in parts])
+    if layer.name not in pairs:
+        return np.zeros(layer.length)
+    a, b = pairs[layer.name]
+    check_pair(a.shape, b.shape, layer)
+    # Without making ΔW: a file from anybody may pose as a huge one.
+    wide, at, read = a.astype(np.float64), 0, []
+    for part in _widened(rows):
+        half = b[at : at + len(part)].astype(np.float64)
+        read.append((half * (part @ wide.T)).sum(1))
+        at += len(part)
+    return np.concatenate(read)
+
+
+def check_pair(a: Sequence[int], b: Sequence[int], layer: LayerShape) -> None:
+    """Refuse a pair of these shapes, A (rank fan_in) and B (out rank), that is not the layer's.
+
+    Raises:
+        UnsuitableModelError: it is not.
+    """
+    fan_in = math.prod(layer.weight[1:])
+    if a[1] != fan_in or b[0] != layer.weight[0]:
+        raise UnsuitableModelError(
+            f"the adapter on {layer.name} is for {b[0]} channels of {a[1]} "
+            f"numbers, and the key for {layer.weight[0]} of {fan_in}; needed: an adapter of the "
+            "owner's base"
+        )
+
+
+def _pair(name: str, half: Mapping[str, Array]) -> Pair:
+    shapes = [tuple(half[which].shape) if which in half else () for which in "AB"]
+    if min(map(len, shapes)) < 2 or math.prod(shapes[1][1:]) != shapes[0][0]:
+        raise UnsuitableModelError(
+            f"the adapter's pair on {name} is not A (rank, in) and B (out, rank); needed: both "
+            "matrices as peft's `save_pretrained` writes them"
+        )
+    return Pair(*(half[which].reshape(len(half[which]), -1) for which in "AB"))
+
+
+def _widened(rows: Array) -> Iterator[Read]:
+    """Some rows at a time, in float64."""
+    count = max(1, _WIDENED // max(1, rows.shape[1]))
+    for at in range(0, max(1, len(rows)), count):
+        yield rows[at : at + count].astype(np.float64)
+
+
+READERS: Mapping[str, Reader] = {
+    **dict.fromkeys(("passport-v1", "passport-v2", "passport-v3", "pan"), read_passports),
+    **dict.fromkeys(("uchida", "uchida-mse"), read_projection),
+    "deepmarks": read_words,
+    "greedy-residuals": read_residuals,
+    "lora": read_product,
+}
+"""By scheme, for those whose mark is in the weights alone."""
