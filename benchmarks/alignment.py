@@ -56,7 +56,7 @@ from nnpassport.keys.chance import (
 )
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.report.provenance import provenance
-from nnpassport.verification.verify import Alignment, Options, verify
+from nnpassport.verification.verdicts import Alignment, Options, verify
 
 RESULTS = Path(__file__).parent.parent / "results"
 FOLDER = RESULTS / "alignment"

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 import nnpassport
-from nnpassport.verification.verify import Options
+from nnpassport.verification.verdicts import Options
 
 table = load_digits()
 upright = torch.tensor(table.images, dtype=torch.float32)[:, None] / 8 - 1

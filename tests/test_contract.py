@@ -30,7 +30,7 @@ from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
-from nnpassport.verification import verify as verification
+from nnpassport.verification import verdicts as verification
 
 # A dozen triggers and 64 bits: a tiny network learns them in seconds.
 SMALL = {

@@ -22,7 +22,7 @@ FLOORS = (
     "files.pickles",
     "files",
     "alignment",
-    "claims.curve claims.signing claims.timestamp claims.claimfile claims.claim",
+    "claims.curve claims.signing claims.timestamp claims.claimfile claims.facts claims.claim",
     "claims",
     "report.provenance",
     "verification",
@@ -164,7 +164,7 @@ def late():
         ("embedding.checkpoint", "embedding.schemes.passport.V2"),
         ("embedding.network.models.resnet", "embedding.schemes.mark"),
         ("lab.runs", "cli.app.main"),
-        ("verification.verify", "embedding.measured"),
+        ("verification.verdicts", "embedding.measured"),
         ("embedding.network.layers", "unheard_of"),
     ],
 )
@@ -172,7 +172,7 @@ def test_a_wrong_arrow_is_found(name, target):
     assert forbidden(name, target)
 
 
-GROUND = ("keys", "files", "claims", "verification.verify", "verification.candidates")
+GROUND = ("keys", "files", "claims", "verification.verdicts", "verification.candidates")
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if dotted(p).startswith(GROUND)], ids=dotted)

@@ -38,7 +38,7 @@ from nnpassport.keys.context import Context
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.verification.verify import Options, verify
+from nnpassport.verification.verdicts import Options, verify
 
 
 def added(weights, base, key):

@@ -34,7 +34,7 @@ from nnpassport.files import onnx as onnxfile
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.verification import verify as verification
+from nnpassport.verification import verdicts as verification
 
 SEED = bytes(range(32))
 PIXELS = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -39,7 +39,7 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.verification import verify as verification
+from nnpassport.verification import verdicts as verification
 from nnpassport.verification.hearing import Bench, hear
 
 SEED = bytes(range(32))

@@ -14,7 +14,7 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
-from nnpassport.verification.verify import Options, verify
+from nnpassport.verification.verdicts import Options, verify
 
 NAMES = ("encoder.query", "encoder.value")
 WIDTH, FAN_IN = 256, 64

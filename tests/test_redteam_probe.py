@@ -53,7 +53,7 @@ from nnpassport.verification.remote.labels import Labels
 from nnpassport.verification.remote.plan import Terms
 from nnpassport.verification.remote.probe import probe
 from nnpassport.verification.remote.services import HuggingFace
-from nnpassport.verification.verify import Options, verify
+from nnpassport.verification.verdicts import Options, verify
 
 SIDE = 8
 NAMES = (

@@ -41,7 +41,7 @@ from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification.candidates import verify_by_shape
 from nnpassport.verification.hearing import Bench, disclose, hear
-from nnpassport.verification.verify import Alignment, Options, Trial, verify
+from nnpassport.verification.verdicts import Alignment, Options, Trial, verify
 
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 IMAGES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import pytest
 from nnpassport.embedding.schemes.signature import secret_of
 from nnpassport.files.safetensors import INDEX_FILE, open_shards
 from nnpassport.keys.key import Key
-from nnpassport.verification.verify import verify
+from nnpassport.verification.verdicts import verify
 
 ROOT = Path(__file__).parent.parent
 

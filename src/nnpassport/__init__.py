@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from nnpassport.keys.key import Key
     from nnpassport.keys.keyfile import load_key, save_key
     from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
-    from nnpassport.verification.verify import Trial, verify
+    from nnpassport.verification.verdicts import Trial, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,8 +66,8 @@ _HOMES = {
     "V2": "nnpassport.embedding.schemes.passport",
     "V3": "nnpassport.embedding.schemes.passport",
     "Passport": "nnpassport.embedding.schemes.passport",
-    "Trial": "nnpassport.verification.verify",
-    "verify": "nnpassport.verification.verify",
+    "Trial": "nnpassport.verification.verdicts",
+    "verify": "nnpassport.verification.verdicts",
     "verify_answers": "nnpassport.embedding.measured",
 }
 """Where each name is from: loaded when it is first asked for, with torch if it needs torch."""

@@ -130,7 +130,7 @@ def verify(
     from nnpassport.embedding import measured
     from nnpassport.files.config import read_config
     from nnpassport.report.provenance import made_with
-    from nnpassport.verification import verify as verification
+    from nnpassport.verification import verdicts as verification
 
     if alpha is not None and not -MAX_LOG10_ALPHA <= alpha < 0:
         raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
@@ -201,7 +201,7 @@ def judge(
     from nnpassport.embedding import measured
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import hearing
-    from nnpassport.verification import verify as verification
+    from nnpassport.verification import verdicts as verification
 
     images, reading = {}, Reading(image_column, label_column, skip_corrupt)
     if data is not None:  # read here, as what is wrong with them is no claimant's fault

@@ -39,7 +39,7 @@ from nnpassport.keys.key import Key
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
 from nnpassport.verification import candidates
 from nnpassport.verification.relabelling import best_map, corrected, log10_injections
-from nnpassport.verification.verify import Options, Trial, named, prefixed, under_claim, without
+from nnpassport.verification.verdicts import Options, Trial, named, prefixed, under_claim, without
 
 
 def verify_model(

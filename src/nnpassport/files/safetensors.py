@@ -124,8 +124,6 @@ class Shards(Mapping[str, Array]):
         array = raw.view(place.dtype).reshape(place.shape)
         if sys.byteorder == "big":
             array = array.byteswap()
-        if place.dtype == np.bool_:
-            array = raw.reshape(place.shape) != 0  # other bytes than 0 and 1 are no bool
         return array
 
     def __iter__(self) -> Iterator[str]:

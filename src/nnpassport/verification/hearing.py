@@ -42,7 +42,7 @@ from nnpassport.scheme import (
     Verdict,
 )
 from nnpassport.verification.relations import relations_of
-from nnpassport.verification.verify import Alignment, Options, Trial, declared_trial, verify
+from nnpassport.verification.verdicts import Alignment, Options, Trial, declared_trial, verify
 
 LARGEST_SIDE = 1_024
 """Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""

@@ -29,7 +29,7 @@ from nnpassport.lab.demo.stages import Clock, Show
 from nnpassport.report.page import percent, png
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnwritableOutputError
-from nnpassport.verification.verify import Trial, verify
+from nnpassport.verification.verdicts import Trial, verify
 
 SIZE = 32
 """Pixels a side, which AlexNet's form for small images needs; the digits are scaled up to it."""
