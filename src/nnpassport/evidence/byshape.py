@@ -243,7 +243,7 @@ class Search:
         """Equal for tensors of the same numbers."""
         if candidate not in self._contents:
             tensor = self._weights[candidate.name].detach().cpu().contiguous()
-            digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy()).digest()
+            digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).digest()
             facts = (digest, tensor.dtype, tuple(tensor.shape), candidate.turned)
             self._contents[candidate] = facts
         return self._contents[candidate]
