@@ -70,7 +70,7 @@ class Victim(NamedTuple):
 def victim(request, digits):
     """A small network that carries a passport, for each kind that is attacked differently."""
     train, test, normalise = digits
-    train, test = train.subset(torch.arange(320)), test.subset(torch.arange(128))
+    train, test = train.subset(torch.arange(640)), test.subset(torch.arange(128))
     name, norm = request.param.split("-")
     scheme = {"v1": V1, "v2": V2}[name]
     model = network(norm)
@@ -189,16 +189,18 @@ def test_flipping_nothing_is_the_genuine_passport_and_flipping_all_ruins_it(vict
 
 @pytest.mark.trains
 def test_trained_scales_and_shifts_beat_random_ones(victim):
-    """In a network of V1 half of the scales must change their sign, which descent hardly does."""
-    images = victim.train
-    recipe = replace(QUICK, rate=0.05, epochs=10, batch=32)
-    drawn = random_passport(victim.model, victim.scheme, EXAMPLE, rng())
-    needed = 0.7 if victim.scheme is V2 else victim.fidelity(drawn) + 0.2
+    """Descent hardly moves a scale to its right side: fake2's start on a random one, and half of
+    V1's have to change. These are compared with chance; where the start is right, with 0.7.
+    """
+    recipe = replace(QUICK, rate=0.05, epochs=10, batch=32, schedule="one-cycle")
+    chance = victim.fidelity(random_passport(victim.model, victim.scheme, EXAMPLE, rng()))
     for attack in (reverse_engineer, substitute_individual, substitute_across):
         outcome = attack(
-            victim.model, victim.scheme, images, recipe, normalise=victim.normalise, rng=rng()
+            victim.model, victim.scheme, victim.train, recipe, normalise=victim.normalise, rng=rng()
         )
-        assert victim.fidelity(outcome) > needed, attack.__name__
+        right = victim.scheme is V2 and attack is not reverse_engineer
+        # In 6 runs (shifts of the seeds) at least 0.90 where it is right, and 0.44 above chance.
+        assert victim.fidelity(outcome) > (0.7 if right else chance + 0.25), attack.__name__
 
 
 @pytest.mark.trains
@@ -221,8 +223,8 @@ def test_an_insider_moves_bits_if_he_may_train_for_long_enough(victim):
         pairs = ((outcome.key.layer_signs(n), victim.key.layer_signs(n)) for n in names)
         return float(torch.cat([(a != b).float() for a, b in pairs]).mean())
 
-    assert changed(1) < 0.05  # one epoch only frees the copy from the original
-    assert changed(20) > 0.15
+    assert changed(1) < 0.05  # one epoch only frees the copy from the original: 0 in 4 runs
+    assert changed(50) > 0.15  # at least 0.198 in 4 runs
 
 
 def test_bits_bound_to_a_hash_are_forged_with_equal_outputs(victim):

@@ -57,6 +57,7 @@ RECIPE = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=Fa
 IMAGES = 256
 WIDTH = 0.125
 LONGER = {"guo", "frontier-stitching"}  # pictures that look like images of another class
+HARDER = {"zhang-content", "zhang-noise", "zhang-unrelated"}  # 192 images missed a trigger
 PARTIES = sorted(CATALOG)
 
 
@@ -111,7 +112,8 @@ def smaller():
 def embedded(request, digits):
     """A network that was trained with a key, and released."""
     train, _, normalise = digits
-    scheme, data, model = scheme_of(request.param), train.subset(torch.arange(192)), smaller()
+    scheme, model = scheme_of(request.param), smaller()
+    data = train.subset(torch.arange(320 if scheme.name in HARDER else 192))
     if scheme.name in PREPARED:
         model = reader(model, data, normalise)
     key = scheme.draw_key(model, torch.zeros(2, 1, 16, 16), seed=bytes(32))
@@ -150,8 +152,8 @@ def test_finds_what_it_embedded(embedded):
 @pytest.mark.trains
 def test_the_network_still_does_its_job(embedded):
     scheme, key, model, data, normalise = embedded
-    # The worst of 20 runs (18 shifts of the seeds, three instruction sets): 0.978, zhang-noise;
-    # and no run of any scheme had a bit or a trigger wrong.
+    # The worst of 6 runs (shifts of the seeds): 0.974, deepsigns; of 20 of those on more images:
+    # 0.978. No run of any scheme had a bit or a trigger wrong.
     assert scheme.fidelity(model, key, data, normalise) > 0.7
 
 
