@@ -25,10 +25,10 @@ RIDGE = 1e-4  # of the mean square of the features
 REPEATED = 4  # a trigger counts as so many images: it may look like one of another class
 
 
-def small_alexnet(norm="batch", seed=0):
+def small_alexnet(norm="batch", seed=0, width=0.25):
     """For ten classes of grey images of 32 pixels."""
     torch.manual_seed(seed)
-    return build("alexnet", classes=10, norm=norm, width=0.25, channels=1)
+    return build("alexnet", classes=10, norm=norm, width=width, channels=1)
 
 
 def reader(model, data, normalise):

@@ -56,7 +56,10 @@ PREPARED = {
 ACCEPTED_BY_CHANCE = {"frontier-stitching": 2}
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+IMAGES = 256
+WIDTH = 0.125
 LONGER = {"guo", "frontier-stitching"}  # pictures that look like images of another class
+HARDER = {"zhang-content", "zhang-noise", "zhang-unrelated"}  # 192 images missed a trigger
 PARTIES = sorted(CATALOG)
 
 
@@ -73,12 +76,12 @@ def scheme_of(name):
 
 
 def network(norm="batch"):
-    return small_alexnet(norm)
+    return small_alexnet(norm, width=WIDTH)
 
 
 @pytest.fixture(scope="module")
 def data(digits):
-    return digits[0].resized(32).subset(torch.arange(640))
+    return digits[0].resized(32).subset(torch.arange(IMAGES))
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +114,13 @@ def smaller():
 def embedded(request, digits):
     """A network that was trained with a key, and released."""
     train, _, normalise = digits
-    scheme, data, model = scheme_of(request.param), train.subset(torch.arange(320)), smaller()
+    scheme, model = scheme_of(request.param), smaller()
+    data = train.subset(torch.arange(320 if scheme.name in HARDER else 192))
     if scheme.name in PREPARED:
         model = reader(model, data, normalise)
     key = scheme.draw_key(model, torch.zeros(2, 1, 16, 16), seed=bytes(32))
     key = scheme.prepared(key, model, data, normalise)
-    recipe = replace(RECIPE, epochs=30) if scheme.name in LONGER else RECIPE
+    recipe = replace(RECIPE, epochs=20) if scheme.name in LONGER else RECIPE
     scheme.embed(model, key, data, recipe, normalise=normalise)
     return Owned(scheme, key, scheme.released(model).eval(), data, normalise)
 
@@ -150,8 +154,8 @@ def test_finds_what_it_embedded(embedded):
 @pytest.mark.trains
 def test_the_network_still_does_its_job(embedded):
     scheme, key, model, data, normalise = embedded
-    # The worst of 20 runs (18 shifts of the seeds, three instruction sets): 0.978, zhang-noise;
-    # and no run of any scheme had a bit or a trigger wrong.
+    # The worst of 6 runs (shifts of the seeds): 0.974, deepsigns; of 20 of those on more images:
+    # 0.978. No run of any scheme had a bit or a trigger wrong.
     assert scheme.fidelity(model, key, data, normalise) > 0.7
 
 
@@ -173,7 +177,7 @@ def test_refuses_a_key_drawn_by_chance(owned):
 
 def test_refuses_an_unrelated_network(owned):
     torch.manual_seed(1)
-    found = verdict(owned, owned.key, build("alexnet", classes=10, width=0.25, channels=1).eval())
+    found = verdict(owned, owned.key, build("alexnet", classes=10, width=WIDTH, channels=1).eval())
     assert not found.accepted
     assert not owned.scheme.verify_as_published(found).accepted
 
@@ -299,7 +303,7 @@ def folder_of(owned, path):
     mean, std = owned.normalise.mean, owned.normalise.std
     config = ModelConfig(
         architecture="alexnet",
-        arguments={"classes": 10, "norm": "batch", "width": 0.25, "channels": 1},
+        arguments={"classes": 10, "norm": "batch", "width": WIDTH, "channels": 1},
         classes=tuple("0123456789"),
         input_size=(1, 32, 32),
         mean=mean,

@@ -16,13 +16,13 @@ from nnpassport.embedding.train.loop import Recipe
 from nnpassport.scheme import UnreadableDataError
 
 EXAMPLE = torch.zeros(2, 1, 16, 16)
-RECIPE = Recipe(epochs=12, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+RECIPE = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 
 
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
     )
@@ -34,7 +34,7 @@ def plain(digits):
 
 
 def drawn(count, seed=bytes(32)):
-    scheme = with_settings(GUO, triggers=count, triggers_per_step=16)
+    scheme = with_settings(GUO, triggers=count, triggers_per_step=32)
     return scheme, scheme.draw_key(network(), EXAMPLE, seed=seed)
 
 

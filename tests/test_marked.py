@@ -41,6 +41,7 @@ def images(count=4):
 PASSPORTS = [name for name in sorted(CATALOG) if name.startswith("passport-")]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", PASSPORTS)
 def test_a_few_steps_of_one_s_own_lower_the_loss_and_right_the_bits(model, name):
     key = scheme_named(name).draw_key(model, EXAMPLE, layers=["3"], seed=bytes(32))
@@ -63,6 +64,7 @@ def test_a_few_steps_of_one_s_own_lower_the_loss_and_right_the_bits(model, name)
     assert verdict.accepted
 
 
+@pytest.mark.trains
 def test_baselines_run_in_a_loop_of_one_s_own_too(model):
     uchida = with_settings(scheme_named("uchida"), bits=32)
     adi = with_settings(scheme_named("adi"), triggers=12)

@@ -19,8 +19,8 @@ from nnpassport.scheme import UnsuitableModelError
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 SCHEME = replace(GREEDY_RESIDUALS, bits=64)  # a row for each filter
-RECIPE = Recipe(epochs=4, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-TUNE = Recipe(epochs=2, batch=32, rate=0.01, schedule="constant", augment=False)
+RECIPE = Recipe(epochs=8, batch=32, rate=0.05, schedule="one-cycle", augment=False)
+TUNE = Recipe(epochs=4, batch=32, rate=0.01, schedule="constant", augment=False)
 
 
 def network(seed=0):
@@ -31,7 +31,7 @@ def network(seed=0):
 @pytest.fixture(scope="module")
 def plain(digits):
     train, _, normalise = digits
-    data = train.resized(32).subset(torch.arange(640))
+    data = train.resized(32).subset(torch.arange(320))
     return reader(network(), data, normalise), data, normalise
 
 

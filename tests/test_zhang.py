@@ -36,7 +36,7 @@ ALL = [ZHANG_CONTENT, ZHANG_NOISE, ZHANG_UNRELATED]
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(1, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Flatten(), nn.Linear(32 * 4 * 4, 10)),
     )
@@ -48,7 +48,7 @@ def plain(digits):
 
 
 def small(scheme):
-    return with_settings(scheme, triggers=40, triggers_per_step=8)
+    return with_settings(scheme, triggers=40, triggers_per_step=20)
 
 
 def prepared(scheme, digits, seed=bytes(32)):
@@ -121,7 +121,8 @@ def test_one_label_for_all_is_accepted_as_published_and_has_no_p_value(scheme, d
     scheme, model = small(scheme), network()
     published = as_zhang(prepared(scheme, digits), train, source=1, target=7)
     assert published.trigger_set()[1].tolist() == [7] * 40
-    scheme.embed(model, published, train, RECIPE, normalise=normalise)
+    few = train.subset(torch.arange(512))
+    scheme.embed(model, published, few, RECIPE, normalise=normalise)
     found = scheme.verify_network(model.eval(), published, normalise)
     assert found.matches >= 36
     assert scheme.verify_as_published(found).accepted
