@@ -433,7 +433,7 @@ from functools import partial
 
 import torch
 
-from nnpassport import bench
+from nnpassport.lab import bench
 from nnpassport.lab.bench import page
 
 torch.compile = partial(torch.compile, backend="eager")

@@ -196,7 +196,7 @@ def test_a_bug_is_never_taken_for_a_refusal(call, house, monkeypatch):
     def broken(*_args, **_more):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("nnpassport.verification.verify.verify", broken)
+    monkeypatch.setattr("nnpassport.verification.verdicts.verify", broken)
     code, _, err = call("verify", house / "released", "--key", house / "alice.key")
     assert code == 2
     assert "a bug" in err

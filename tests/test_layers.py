@@ -342,7 +342,7 @@ COMPILED = """
 import sys
 import torch
 from torch import nn
-from nnpassport import surgery
+from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.fork import forked_at
 from nnpassport.embedding.network.equations import geometry_of, mean_patch
 from nnpassport.embedding.network.layers import Branch, BranchNorm, passport_norms, set_branch

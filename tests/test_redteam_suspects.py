@@ -34,10 +34,16 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import load_suspect, save_model
 from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.network.tensors import read_suspect, read_weights, tensors_digest
+from nnpassport.embedding.network.tensors import (
+    ArraysOf,
+    read_suspect,
+    read_weights,
+    tensors_digest,
+)
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
+from nnpassport.keys.reading import read_passports, verdict_on
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification.candidates import verify_by_shape
 from nnpassport.verification.hearing import Bench, disclose, hear
@@ -572,10 +578,14 @@ def test_what_is_chosen_by_its_matches_is_paid_for_in_full():
     for number in range(30):
         stranger = network("alexnet", 3000 + number).state_dict()
         file |= {f"{number}.{n}": t for n, t in stranger.items() if t.dim() == 4}
-    found = []
+    found, arrays = [], ArraysOf(file)
     for number in range(60):
         key = V2.draw_key(model, EXAMPLE, seed=bytes([100 + number] * 32))
-        found.append(verify_by_shape(V2, file, file, key, log10_alpha=-9.0))
+
+        def read(weights, key=key):
+            return verdict_on(read_passports(weights, key), key, log10_alpha=-9.0)
+
+        found.append(verify_by_shape(read, arrays, arrays, key))
     raw = torch.tensor([log10_binomial_tail(each.matches, each.bits, 0.5) for each in found])
     paid = torch.tensor([each.log10_p_value for each in found])
     assert (raw < -1.5).float().mean() > 0.9  # what choosing alone would have claimed
@@ -775,9 +785,9 @@ def test_decoys_do_not_take_the_judge_s_time(monkeypatch):
     compared = []
     plain = Search._with
 
-    def counted(self, state, layer, candidate):
+    def counted(self, state, layer, candidate, seen):
         compared.append(candidate)
-        return plain(self, state, layer, candidate)
+        return plain(self, state, layer, candidate, seen)
 
     monkeypatch.setattr(Search, "_with", counted)
     Search(suspect, model, V2.forms(key)).best()

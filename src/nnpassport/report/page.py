@@ -114,7 +114,7 @@ def page(template: str, facts: Mapping[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415
 
     environment = Environment(
-        loader=PackageLoader("nnpassport.keys"),
+        loader=PackageLoader("nnpassport.report"),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: spelled(value) if type(value) is str else value,

@@ -16,7 +16,7 @@ from nnpassport.embedding.train.loop import PRECISIONS
 from nnpassport.lab.bench.cells import CHEAPER, TRANSFORMER, Cell
 from nnpassport.lab.bench.vit import ViT
 
-SLOW_REFERENCE = Path(__file__).parents[3] / "benchmarks" / "slow_reference.py"
+SLOW_REFERENCE = Path(__file__).parents[4] / "benchmarks" / "slow_reference.py"
 """A step as the published code runs it; in a checkout, and not in an installed package."""
 
 
