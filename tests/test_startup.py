@@ -10,8 +10,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
+import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 import nnpassport
 from nnpassport import lazy
@@ -26,6 +31,7 @@ from nnpassport.keys.context import Context, LayerShape, TriggerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import save_key
+from nnpassport.keys.patches import mean_patch
 from nnpassport.lab import audit
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +165,44 @@ def test_the_commands_say_the_same_where_torch_is_not_installed(house):
         assert python(program, *words, cwd=house) == python(
             WITHOUT_TORCH + program, *words, cwd=house
         )
+
+
+@pytest.fixture(scope="module")
+def suspects(house):
+    """A network of one layer that has all of the key's bits, and one that has none: three kinds."""
+    key = nnpassport.load_key(house / "alice.key")
+    (layer,) = key.context.layers
+    patch = mean_patch(key.passport_array("conv"), layer.weight, layer.geometry)[0]
+    weight = (key.signs_array("conv")[:, None] * patch).reshape(layer.weight).astype(np.float32)
+    for name, sign in (("owned", 1), ("strange", -1)):
+        state = {"conv.weight": torch.from_numpy(sign * weight)}
+        save_file(state, house / f"{name}.safetensors")
+        save_file({"conv.weight": state["conv.weight"].bfloat16()}, house / f"{name}16.safetensors")
+        torch.save(state, house / f"{name}.pt")
+        node = helper.make_node("Conv", ["x", "conv.weight"], ["y"])
+        ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in "xy"]
+        held = [numpy_helper.from_array(sign * weight, "conv.weight")]
+        graph = helper.make_graph([node], "network", ends[:1], ends[1:], held)
+        onnx.save(helper.make_model(graph), house / f"{name}.onnx")
+    return house
+
+
+@pytest.mark.parametrize("name", ["{}.safetensors", "{}16.safetensors", "{}.pt", "{}.onnx"])
+def test_a_mark_is_verified_where_torch_is_not_installed(suspects, name):
+    program = "import sys\nfrom nnpassport.cli.app import main\nmain()"
+    for which, code, matches in (("owned", 0, 40), ("strange", 1, 0)):
+        words = ["verify", name.format(which), "--key", "alice.key", "--alpha", "-9", "--json"]
+        done = subprocess.run(
+            [sys.executable, "-c", WITHOUT_TORCH + program, *words],
+            capture_output=True,
+            text=True,
+            cwd=suspects,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        facts = json.loads(done.stdout)
+        assert (facts["matches"], facts["bits"]) == (matches, 40)
+        assert facts["made_with"]["torch"] is None
 
 
 # Modules

@@ -127,7 +127,6 @@ def verify(
 ) -> None:
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport.claims.facts import check_config
-    from nnpassport.embedding import measured
     from nnpassport.files.config import read_config
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import verdicts as verification
@@ -153,13 +152,17 @@ def verify(
         every_reading=every_reading,
     )
     if black_box:
-        verdict = measured.verify_answers(suspect, secret, options=options)
+        from nnpassport.embedding.measured import verify_answers
+
+        verdict = verify_answers(suspect, secret, options=options)
     elif as_published:
         verdict = verification.verify_as_published(suspect, secret, options=options)
     else:
         trial = None
         if data is not None:
-            images = images_from(data, split, measured.config_of(suspect, options), reading)
+            from nnpassport.embedding.measured import config_of
+
+            images = images_from(data, split, config_of(suspect, options), reading)
             trial = verification.declared_trial(images, target, tolerance, options.standing)
         verdict = verification.verify(suspect, secret, trial=trial, options=options)
     time = _time(appeared)

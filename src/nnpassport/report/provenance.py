@@ -11,25 +11,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 COMMIT = "NNPASSPORT_COMMIT"
 """Says which commit runs, where only the files of a checkout were copied."""
 _USER = re.compile(r"(?<=://)[^/@\s]*@")
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (None outside a checkout), versions, device and date, as plain JSON values."""
+    """Commit (None outside a checkout), versions, device and date, as plain JSON values.
+
+    Of torch nothing is said where it was not used: it is not loaded to be asked.
+    """
     # Imported here: the package's own __init__ imports what imports this.
     from nnpassport import __version__  # noqa: PLC0415
 
+    torch = sys.modules.get("torch")
     return {
         "commit": _commit(),
         "nnpassport": __version__,
-        "torch": torch.__version__,
+        "torch": None if torch is None else torch.__version__,
         "python": platform.python_version(),
         "device": device_name(),
-        "threads": torch.get_num_threads(),
+        "threads": None if torch is None else torch.get_num_threads(),
         "cores": os.cpu_count(),
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -50,9 +52,10 @@ def made_with() -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """The accelerator if there is one, else the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    """The accelerator if there is one and torch is used, else the processor."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
