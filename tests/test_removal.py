@@ -695,12 +695,13 @@ def test_what_removes_a_passport_without_training_removes_the_network_with_it(
 
 @pytest.mark.trains
 def test_overwriting_long_and_fast_enough_removes_a_passport_of_this_size(passported, digits):
+    """Eight epochs: after four the thief's network reached 0.86 under one of four seeds."""
     attacked = overwrite(
         passported.model,
         V2,
         another_key(digits),
         digits[0],
-        replace(EMBEDDING, rate=0.3),
+        replace(EMBEDDING, rate=0.3, epochs=2 * EMBEDDING.epochs),
         normalise=digits[2],
     )
     matches, accepted = bits_read(passported, attacked.model)

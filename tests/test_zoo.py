@@ -74,10 +74,10 @@ def built(name):
 def learns_by_heart(model: nn.Module, network: Network) -> bool:
     """Whether a few batches are learnt over and over, and asked about as they are learnt.
 
-    In so few steps of eight images a network of many batch norms learns nothing of others, nor are
-    its running statistics those of its weights: whether it seems to learn is luck then.
+    In so few steps of eight images no classifier learns anything of others, nor are the running
+    statistics of many batch norms those of its weights: whether it seems to learn is luck then.
     """
-    return not network.trained and bool(batch_norms(model))
+    return not network.trained and (network.task is None or bool(batch_norms(model)))
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -160,8 +160,8 @@ def assert_accepted(weights, subject):
 
 def test_all_bits_come_right_while_the_task_gets_no_worse(subject):
     assert subject.marked.measures["sign_match"] == 1
-    # The least distances over 6 seeds and three instruction sets: Swin from 2.352 to 2.315, ViT
-    # 2.408 to 2.340, CREPE 0.00949 to 0.00914; MobileNetV2 from 1.6 to 0.7 at most.
+    # The least distances over 3 seeds: Swin from 2.151 to 2.108, CREPE 0.0095 to 0.0091, U-Net
+    # 0.192 to 0.116, GPT-2 3.616 to 3.313.
     assert subject.after < subject.before
 
 
