@@ -124,14 +124,21 @@ def verify(
     Raises:
         OwnershipError: it could not be checked; which kind says why.
     """
-    options, suspect = options or Options(), Path(suspect)
-    if options.alignment is not None and options.base is None:
-        verdict = load(f"{_RUNNING}:aligned")(suspect, key, options, trial)
-    else:
-        verdict = _unaligned(suspect, key, options)
-        if trial is not None:
-            verdict = load(f"{_RUNNING}:with_fidelity")(verdict, suspect, key, trial, options)
+    options = options or Options()
+    verdict = _verdict(Path(suspect), key, trial, options)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
+
+
+def _verdict(suspect: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
+    """V, and F if there is a trial, whether or not a claim holds."""
+    found: Verdict
+    if options.alignment is not None and options.base is None:
+        found = load(f"{_RUNNING}:aligned")(suspect, key, options, trial)
+        return found
+    found = _unaligned(suspect, key, options)
+    if trial is not None:
+        found = load(f"{_RUNNING}:with_fidelity")(found, suspect, key, trial, options)
+    return found
 
 
 def _unaligned(suspect: Path, key: Key, options: Options) -> Verdict:
@@ -165,7 +172,7 @@ def verify_as_published(suspect: Path, key: Key, *, options: Options | None = No
     """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
     options, entry = options or Options(), entry_named(key.context.scheme)
     if not _reads_weights(key) or options.base is not None or options.alignment is not None:
-        verdict = verify(suspect, key, options=replace(options, standing=None))
+        verdict = _verdict(Path(suspect), key, None, options)
     else:  # a rule without p-value cannot pay for a choice of tensors: by the names alone
         opened = _opened(Path(suspect), key)
         if not _in_pairs(key):
