@@ -299,18 +299,20 @@ def _table_of_contexts(contexts: dict[str, Any]) -> list[str]:
         "own, and two of twenty networks that know nothing of it were read. *Least p* is the",
         "smallest of all these p-values, and *corrected* that times the number of readings, at",
         "most 1. A corrected p below 10⁻³, a p below 10⁻¹², or a count that no reading gives, is a",
-        "bug.",
+        "bug. Older rows, of few contexts, did not count their readings.",
         "",
         "| scheme | contexts | read | refused | bugs | readings | least p | corrected | commit "
         "| date |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in contexts.items():
-        tries = row["readings"]
-        corrected = min(0.0, row["least"] + math.log10(max(1, tries)))
+        tries, told = row["readings"], ("not counted", "not known")
+        if tries is not None:
+            corrected = min(0.0, row["least"] + math.log10(max(1, tries)))
+            told = (f"{tries:,}", f"10^{corrected:.1f}")
         lines.append(
-            f"| {name.removeprefix(OF_CONTEXTS)} | {_counted(row)} | {tries:,} "
-            f"| 10^{row['least']:.1f} | 10^{corrected:.1f} | {_made(row)} |"
+            f"| {name.removeprefix(OF_CONTEXTS)} | {_counted(row)} | {told[0]} "
+            f"| 10^{row['least']:.1f} | {told[1]} | {_made(row)} |"
         )
     return lines
 

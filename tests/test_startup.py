@@ -205,6 +205,25 @@ def test_a_mark_is_verified_where_torch_is_not_installed(suspects, name):
         assert facts["made_with"]["torch"] is None
 
 
+def test_what_needs_torch_says_so_where_it_is_not_installed(suspects):
+    words = ["verify", "owned.pt", "--key", "alice.key", "--align", "."]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{WITHOUT_TORCH}from nnpassport.cli.app import main\nmain()",
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=suspects,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "needs PyTorch" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # Modules
 
 

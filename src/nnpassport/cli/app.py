@@ -459,6 +459,15 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         errors.print("interrupted; an interrupted run continues with --resume")
         sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            traceback.print_exc()
+            sys.exit(2)
+        errors.print(
+            "error: this needs PyTorch, which is not installed; needed: pip install torch."
+        )
+        errors.print("Without it marks in weights are verified, and claims and keys are shown.")
+        sys.exit(2)
     except Exception:  # an error of ours must not look like a refusal
         traceback.print_exc()
         sys.exit(2)
