@@ -1,5 +1,5 @@
 # make demo   the whole story on embedded data        make test   the test suite
-# make lint   ruff and mypy                           make slow   tests that train for minutes
+# make lint   ruff and mypy                           make slow   the tests that take longer
 # make lowest the test suite with the lowest releases that pyproject.toml allows
 # make accelerator-trial   what there is to run on an accelerator, here and with embedded digits
 # make portable   the tests that train, under other instruction sets and seeds: see CONTRIBUTING.md
@@ -16,7 +16,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=20
 
 lowest: .venv-lowest/installed
 	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile

@@ -91,7 +91,7 @@ def pytest_fixture_setup(fixturedef, request):
     """A fixture may train for tests that are all marked: a module's tests share it."""
     name, place = fixturedef.argname, fixturedef.baseid
     items = [i for i in request.session.items if i.nodeid.startswith(place)]
-    items = [i for i in items if name in i.fixturenames and "slow" not in i.keywords]
+    items = [i for i in items if name in i.fixturenames]
     marked = all("trains" in item.keywords for item in items)
     return (yield from _watched(marked, f"the fixture {fixturedef.argname}"))
 

@@ -28,6 +28,8 @@ from nnpassport.lab.paper.contents import cells_of
 from nnpassport.lab.store import Store
 from nnpassport.report.provenance import provenance
 
+pytestmark = pytest.mark.slow
+
 KIT = Path(__file__).parent.parent / "benchmarks" / "accelerator"
 TINY = replace(
     plans.TRIAL,

@@ -34,6 +34,8 @@ from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = torch.zeros(2, 1, 16, 16)
 LARGER = torch.zeros(2, 1, 32, 32)
 QUICK = Recipe(epochs=1, batch=64, rate=0.05, schedule="constant", augment=False)

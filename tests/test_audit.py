@@ -40,6 +40,8 @@ from nnpassport.scheme import (
     UnwritableOutputError,
 )
 
+pytestmark = pytest.mark.slow
+
 CHEAP = ("prune", "quantise", "combine", "insert-dummies", "fake1", "solve", "flip", "grind")
 
 

@@ -33,6 +33,8 @@ from nnpassport.lab.bench import (
 from nnpassport.lab.bench.cells import CHEAPER, EVERYWHERE, LOOP_STEPS, TRANSFORMER, Cell, plan
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = torch.zeros(2, 3, 32, 32)
 TABLE4 = [
     each

@@ -146,6 +146,7 @@ def assert_found(owned):
     assert owned.scheme.verify_as_published(found).accepted
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_finds_what_it_embedded(embedded):
     assert_found(embedded)

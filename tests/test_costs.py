@@ -110,6 +110,7 @@ def test_a_table_of_nothing_holds_the_papers_numbers_and_no_other():
         assert "%" in row[PAPER]
 
 
+@pytest.mark.slow
 def test_quick_costs_are_measured_and_not_taken_for_the_measurement(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.0)
     report = costs.measure_costs(tmp_path, quick=True)

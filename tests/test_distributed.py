@@ -24,6 +24,8 @@ from nnpassport.embedding.train import team as distributed
 from nnpassport.embedding.train.team import Team
 from nnpassport.scheme import BadRecipeError, LostProcessError
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("TORCH")},
     "OMP_NUM_THREADS": "1",

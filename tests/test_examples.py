@@ -13,6 +13,8 @@ from conftest import SHIFT
 
 import nnpassport
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "guides.md").read_text()
 BRANCHES = {"public", "private"}

@@ -136,6 +136,7 @@ def test_matches_of_bound_labels_are_a_fair_coin_s_on_any_network(digits, plain,
         assert matches.mean() < 66
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 @pytest.mark.parametrize("as_published", [True, False])
 def test_a_trained_network_is_stitched(digits, plain, key, as_published):

@@ -279,6 +279,7 @@ def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, s
         assert felt(outputs(model, images, Branch.PRIVATE), before) < 0.2  # about 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_a_few_steps_bring_the_muted_channels_back(plain, digits):
     norm, model, reached = plain
@@ -701,6 +702,7 @@ def test_no_epochs_without_a_trained_network_are_refused(sets, tmp_path):
         ownership.embed(tmp_path / "out", config, key, sets, Recipe(epochs=0))
 
 
+@pytest.mark.slow
 def test_a_grafted_run_that_was_interrupted_ends_where_the_other_does(sets, tmp_path):
     config = small_config(sets.normalise)
     torch.manual_seed(3)
@@ -762,6 +764,7 @@ def owned(digits):
     return V2.released(model).eval(), key, data, test.resized(32), normalise
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_a_second_key_grafted_over_the_first_is_undone_by_alignment(owned):
     """Half of the owner's channels turn, which alignment turns back; nothing else is lost."""

@@ -212,7 +212,13 @@ FORGERIES = {
 }
 
 
-@pytest.mark.parametrize("forgery", FORGERIES)
+@pytest.mark.parametrize(
+    "forgery",
+    [
+        each if each == "hash-bound" else pytest.param(each, marks=pytest.mark.slow)
+        for each in FORGERIES
+    ],
+)
 def test_the_genuine_owner_wins_against_a_forger(court, world, authority, forgery):
     """Whichever copy the forger shows, and however well his key passes the published rule."""
     forged = FORGERIES[forgery](world)
@@ -278,6 +284,7 @@ def turned(world):
     return model
 
 
+@pytest.mark.slow
 def test_turned_channels_carry_bobs_mark_and_only_the_date_tells(court, world, authority):
     """A mark costs nothing to put on: aligned, a copy and its original carry each other's."""
     model = turned(world)
@@ -320,6 +327,7 @@ def test_the_date_of_a_key_does_not_date_a_mark(court, world, authority):
     assert "does not date a mark" in " ".join(heard.ruling.reasons)
 
 
+@pytest.mark.slow
 def test_a_network_of_another_s_dates_nothing(court, world, authority):
     """Nor does it help Bob to have dated a network of his own that the suspect is not made of."""
     court.claim("bob", world.bob_key, reference=world.nobody, authority=authority)

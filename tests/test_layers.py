@@ -412,6 +412,7 @@ def compile_branches(backend, size):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_every_branch_compiles_into_one_graph():
     compile_branches("eager", "large")
 

@@ -28,6 +28,8 @@ from nnpassport.lab.plans import FIELD_PLANS, LEADERBOARD, LEADERBOARD_TRIAL
 from nnpassport.lab.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError, UnsuitableModelError
 
+pytestmark = pytest.mark.slow
+
 
 def entry(accuracy, log10_p, strength=0.1, **more):
     return {

@@ -160,7 +160,13 @@ def read(path):
 # What is exported
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+SMALL_FIRST = [
+    name if name == "alexnet, group" else pytest.param(name, marks=pytest.mark.slow)
+    for name in NETWORKS
+]
+
+
+@pytest.mark.parametrize("name", SMALL_FIRST)
 def test_the_file_answers_as_the_network_does_for_any_batch(exported, name):
     path, _ = exported(name)
     model, _ = marked(name)
@@ -175,7 +181,7 @@ def test_the_file_answers_as_the_network_does_for_any_batch(exported, name):
         torch.testing.assert_close(answers(path, example), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", SMALL_FIRST)
 def test_the_file_has_every_weight_under_its_own_name_and_every_bit(exported, name):
     path, done = exported(name)
     model, key = marked(name)
@@ -410,6 +416,7 @@ def test_alignment_accepts_no_stranger_s_folded_network(tmp_path):
     assert found.match_rate < 0.7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exporter", [plain_export, older_export])
 def test_what_was_folded_is_told_apart_again(tmp_path, exporter):
     model, _ = marked("resnet18")

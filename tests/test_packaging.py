@@ -387,6 +387,7 @@ def test_a_key_made_by_openssl_as_documented_will_do(house):
     assert os.path.getsize(house / "released" / "model.sig") > 0
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_document_do_what_they_say(call, made, tmp_path, monkeypatch):
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl binary to make a key with")

@@ -26,6 +26,8 @@ from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED as ALPHA
 from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, Batch
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=5, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 

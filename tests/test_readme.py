@@ -18,6 +18,8 @@ import pytest
 from authority import Signer, Website, certificate, new_key, pem
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 TOMORROW = (datetime.now(UTC) + timedelta(days=1)).isoformat()
 ROOT = Path(__file__).parent.parent
 

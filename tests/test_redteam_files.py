@@ -199,6 +199,7 @@ def many_tensors(count, *, distinct):
     return opened + b"".join(b"X\x07\x00\x00\x00%07d" % n + value for n in range(count)) + b"u."
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("distinct", "seconds", "words"),
     [
@@ -685,6 +686,7 @@ def killed_saves(tmp_path_factory):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs to kill a process in the middle")
 @pytest.mark.parametrize("shapes", ["same", "other"])
 @pytest.mark.parametrize("before", ["again", "first"])

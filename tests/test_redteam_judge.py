@@ -351,6 +351,7 @@ def test_the_world_is_as_the_cases_need_it(world):
     assert world.accuracy(world.bob) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("added", ADDED)
 def test_somebody_else_s_old_network_beside_the_owner_s_takes_nothing_from_her(
     court, world, dated, added
@@ -376,6 +377,7 @@ def test_somebody_else_s_old_network_beside_the_owner_s_takes_nothing_from_her(
         assert court.hear(*exhibits, images=world.shown).ruling.owner == "alice"
 
 
+@pytest.mark.slow
 def test_a_network_of_his_own_beside_the_owner_s_does_not_make_a_later_rival_first(
     court, world, dated
 ):
@@ -389,6 +391,7 @@ def test_a_network_of_his_own_beside_the_owner_s_does_not_make_a_later_rival_fir
     assert shown.ruling.owner == "alice"
 
 
+@pytest.mark.slow
 def test_two_networks_that_both_work_are_shared_and_neither_takes_the_other_s(court, world, dated):
     """Bob's network works too, and the suspect adds up what both say: it is partly each's."""
     bob = load_model(dated.bob_works_first / REFERENCE).model
@@ -400,6 +403,7 @@ def test_two_networks_that_both_work_are_shared_and_neither_takes_the_other_s(co
         assert heard.as_dict()["owner"] is None
 
 
+@pytest.mark.slow
 def test_a_shared_suspect_is_somebody_s_on_the_command_line(court, world, dated, call, tmp_path):
     """Bob's channels whisper, and no images show it."""
     court.suspect(whisper(world), 2 * WIDTH)

@@ -250,6 +250,7 @@ def test_the_best_map_is_the_best_of_all():
         assert sum(found.get(s) == w for s, w in zip(said, wanted, strict=True)) == best
 
 
+@pytest.mark.slow
 def test_the_p_value_of_the_best_order_holds_for_strangers():
     """Of 2,000 keys, no more have p ≤ x against one network's answers than x of them."""
     shape = TriggerShape(24, 3, (1, 1, 1))

@@ -208,7 +208,7 @@ def owners(tmp_path_factory):
     return made
 
 
-@pytest.fixture(params=WIDTHS)
+@pytest.fixture(params=["alexnet", pytest.param("resnet18", marks=pytest.mark.slow)])
 def case(request, owners):
     return owners[request.param]
 
@@ -226,7 +226,11 @@ def aligned(path, key, **options):
 @pytest.mark.parametrize("change", EIGHT, ids=lambda each: each.__name__)
 @pytest.mark.parametrize(
     ("architecture", "where"),
-    [("alexnet", "in order"), ("alexnet", "moved"), ("resnet18", "moved")],
+    [
+        ("alexnet", "in order"),
+        ("alexnet", "moved"),
+        pytest.param("resnet18", "moved", marks=pytest.mark.slow),
+    ],
 )
 def test_each_of_eight_free_changes_leaves_the_mark_readable(owners, architecture, change, where):
     """Alone, and after the channels were negated, permuted and rescaled."""
@@ -275,6 +279,7 @@ def exhibit(authority, tmp_path_factory):
     return folder / "alice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", EIGHT, ids=lambda each: each.__name__)
 def test_the_judge_rules_for_the_owner_whatever_of_the_eight_was_done(
     exhibit, authority, tmp_path, change
@@ -298,6 +303,7 @@ def every_one(state, model, decoys=1):
     return {**found, **zero_biases(network(kind, 99).state_dict(), model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "decoys"), [("alexnet", 0), ("alexnet", 2), ("resnet18", 2)]
 )
@@ -539,6 +545,7 @@ def test_what_plays_no_part_does_not_keep_a_suspect_from_being_built(case):
 # Strangers
 
 
+@pytest.mark.slow
 def test_strangers_gain_nothing_by_any_choice_of_tensors():
     """Two hundred networks and keys: no p-value is smaller than chance makes it.
 

@@ -693,6 +693,7 @@ def test_what_removes_a_passport_without_training_removes_the_network_with_it(
     assert reached(attacked.model, digits) < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_overwriting_long_and_fast_enough_removes_a_passport_of_this_size(passported, digits):
     """Eight epochs: after four the thief's network reached 0.86 under one of four seeds."""

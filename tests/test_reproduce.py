@@ -25,6 +25,8 @@ from nnpassport.lab.paper import contents
 from nnpassport.lab.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError
 
+pytestmark = pytest.mark.slow
+
 TINY = replace(
     plans.TRIAL,
     name="tiny",

@@ -76,6 +76,7 @@ def test_gradients_reach_only_what_is_kept():
     assert weight.grad.flatten().tolist() == pytest.approx([0.1, 0.1, 0] + [0.1] * 7)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_a_mark_that_is_tuned_in_is_found_and_leaves_the_network_as_good(plain):
     _, data, normalise = plain

@@ -12,6 +12,8 @@ import torch
 
 from nnpassport.embedding.checkpoint import load_training
 
+pytestmark = pytest.mark.slow
+
 # Trains where it is told to, in a fork each time: torch is imported once for all runs.
 PROGRAM = """
 import json, os, sys, time, traceback

@@ -25,6 +25,7 @@ scaling = script("scaling")
 large = script("large_checkpoint")
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_what_the_script_writes():
     committed = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert scaling.render(scaling.load()) == committed

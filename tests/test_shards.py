@@ -585,12 +585,14 @@ MEMORY_IS_TOLD = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @MEMORY_IS_TOLD
 def test_a_layer_of_a_large_transformer_is_never_widened_whole():
     """Its 90 MB would be 360 in float64."""
     assert told(WIDEN)[0] < 40  # MiB
 
 
+@pytest.mark.slow
 @MEMORY_IS_TOLD
 def test_a_network_takes_the_memory_of_a_layer_and_only_the_keys_layers_are_read(tmp_path):
     """95 MB of layers of 6 MB, read by the ordinary function in a process of its own."""

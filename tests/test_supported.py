@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import pytest
 import zoo
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +16,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_the_committed_page_is_what_the_script_writes():
     committed = (ROOT / "docs" / "supported.md").read_text(encoding="utf-8").splitlines()
     if zoo.pitch_package() is None:

@@ -501,6 +501,7 @@ def test_ctrl_c_is_as_it_was_after_an_error(model, data):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_norms_behind_frozen_layers_can_be_trained(processes):
     """In channels-last memory torch's group norm would crash the process here."""
     assert processes.codes["norms"] == 0, processes.errors
@@ -580,6 +581,7 @@ def embed_v2(folder, stop=-1, how=None):
     return model
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_continued_by_another_one(processes, tmp_path):
     assert processes.codes["killed"] == -signal.SIGKILL, processes.errors
     shutil.copytree(processes.folder / "broken", tmp_path / "broken")
@@ -632,6 +634,7 @@ def test_products_are_rounded_where_the_precision_says_so_and_only_there():
         assert rounded() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none, group", "V1, batch", "V2, batch", "V3, group"])
 def test_a_compiled_run_is_one_graph_for_all_its_steps_and_learns_the_same(processes, name):
     """By the compiler's front half, which is the one that could break a graph or make another."""

@@ -202,6 +202,7 @@ def ranks(processes):
     return json.loads((processes.folder / "found.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["passport-v1", "passport-v2"])
 @pytest.mark.parametrize("kind", ["ddp", "sharded", "sharded by layer"])
 def test_two_processes_train_as_one_does(kind, scheme, ranks):

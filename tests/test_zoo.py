@@ -22,6 +22,8 @@ from nnpassport.embedding.schemes.triggers import plain_loss
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
 
+pytestmark = pytest.mark.slow
+
 HELD_OUT = 10**6  # the seed of a batch that no step has
 MOST_STEPS = 200
 LEARNT = 4  # batches
