@@ -40,8 +40,9 @@ MOST_KEPT = 100
 MOST_PRODUCTS = 2**44
 """Products that the whole search may take, a quarter of an hour of one processor.
 
-Each layer has an equal share. Decoys cost a thief next to nothing, and each is compared once for
-every choice that is followed: where there are too many, fewer choices are.
+Each layer has an equal share, and what those before it left of theirs. Decoys cost a thief next to
+nothing, and each is compared once for every choice that is followed: where there are too many,
+fewer choices are.
 """
 
 _ROUNDS = 3  # of rows to length one and columns to the reference's
@@ -140,12 +141,16 @@ class Search:
     @torch.no_grad()
     def best(self) -> list[Choice]:
         """The choices that fit best, the best one first."""
-        states = [_START]
+        states, left = [_START], 0
         for layer in self._layers:
             seen: dict[tuple[object, ...], _State | None] = {}
+            left += MOST_PRODUCTS // len(self._layers)
+            products = self._products(layer)
+            states = states[: left // products]
+            left -= len(states) * products
             tried = [
                 found
-                for state in states[: self._affordable(layer)]
+                for state in states
                 for each in self.candidates[layer.name]
                 if each not in state.taken.values()
                 and (found := self._with(state, layer, each, seen)) is not None
@@ -164,17 +169,16 @@ class Search:
         """Equal for choices of tensors that hold the same numbers: they are placed alike."""
         return tuple(self._content(each) for each in choice.taken.values())
 
-    def _affordable(self, layer: _Layer) -> int:
-        """For how many choices so far a layer's candidates can be compared with it."""
+    def _products(self, layer: _Layer) -> int:
+        """What it takes to compare all of a layer's candidates with it, for one choice so far."""
         sizes = [self._weights[each.name].numel() for each in self.candidates[layer.name]]
-        tries = sum(max(_LEAST_PRODUCTS, size * len(layer.rows)) for size in sizes)
-        most = MOST_PRODUCTS // len(self._layers) // tries
-        if most == 0:
+        products = sum(max(_LEAST_PRODUCTS, size * len(layer.rows)) for size in sizes)
+        if products > MOST_PRODUCTS // len(self._layers):
             raise UnsuitableModelError(
                 f"the suspect has {len(sizes)} tensors that could be {layer.name}, and to compare "
                 f"them all would take more than {MOST_PRODUCTS} products; {_NEEDED}"
             )
-        return most
+        return products
 
     def matrices(self, choice: Choice) -> dict[str, Tensor]:
         """What was chosen, in float64, each (out channels block)."""
