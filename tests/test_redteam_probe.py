@@ -403,6 +403,10 @@ def test_under_a_claim_a_suspect_that_states_another_normalisation_is_read_by_th
     assert (code, json.loads(out)["matches"]) == (0, 100)
     assert "images became numbers as the claim commits to" in json.loads(out)["reason"]
     assert call(*words)[0] == 1
+    code, _, err = call(*words, "--claim", claim, "--alpha", "-30")  # an undated claim: -30.1
+    assert code == 2
+    assert "laxer than what the claim may be judged by" in err.replace("\n", " ")
+    assert call(*words, "--claim", claim, "--alpha", "-40")[0] == 0
     claim = committed(tmp_path, owned, facts=False)  # as they were before there was such a field
     assert call(*words, "--claim", claim)[0] == 1
 
@@ -520,6 +524,8 @@ def test_a_probe_takes_what_the_claim_commits_to(tmp_path, owned, call, inferenc
     assert (code, json.loads(out)["matches"]) == (0, 100)
     assert call(*words, "--mean", "0.9", "--std", "0.1")[0] == 1
     assert call(*words, "--claim", claim, "--mean", "0.9", "--std", "0.1")[0] == 2
+    code, _, err = call(*words, "--claim", claim, "--alpha", "-8.5")  # it declares -9
+    assert (code, "laxer than what the claim declares" in err.replace("\n", " ")) == (2, True)
     save_model(tmp_path / "other", network(), a_config(mean=0.9))
     assert call(*words, "--claim", claim, "--like", tmp_path / "other")[0] == 2
     save_key(drawn(2, count=100, side=32), tmp_path / "bob.key")

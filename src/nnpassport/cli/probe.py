@@ -121,7 +121,7 @@ def probe(
     secret = key_from(key, passphrase)
     shape, config = triggers_of(secret.context), _config(like)
     if claim is not None:
-        config = _committed(claim, owner, secret, like, config)
+        config = _committed(claim, owner, secret, like, config, alpha)
     if protocol == "openinference":
         numbers = _normalisation(mean, std, config, committed=claim is not None)
         service = _open_inference(url, model, numbers, input_name, output_name, channels_last)
@@ -193,10 +193,13 @@ def _config(folder: Path | None) -> Any:
     return None if folder is None else read_config(folder)
 
 
-def _committed(path: Path, owner: Path | None, key: Any, like: Path | None, config: Any) -> Any:
+def _committed(
+    path: Path, owner: Path | None, key: Any, like: Path | None, config: Any, alpha: float | None
+) -> Any:
     """What the claim commits to of the owner's network, or `config` if it commits to nothing.
 
     Raises:
+        BadRecipeError: `alpha` is laxer than what the claim declares.
         BadSignatureError: the claim does not hold with this key.
         UnsuitableModelError: the claim commits to another config than that of `like`.
     """
@@ -204,7 +207,7 @@ def _committed(path: Path, owner: Path | None, key: Any, like: Path | None, conf
     from nnpassport.claims.claim import check_claim
     from nnpassport.claims.claimfile import read_signed
     from nnpassport.claims.facts import check_config
-    from nnpassport.scheme import BadSignatureError
+    from nnpassport.scheme import BadRecipeError, BadSignatureError
 
     signed = read_signed(path)
     if owner is None:
@@ -214,6 +217,12 @@ def _committed(path: Path, owner: Path | None, key: Any, like: Path | None, conf
     found = check_claim(signed._replace(response=None), public, key=key)
     if not found.holds or found.claim is None:
         raise BadSignatureError(f"{path} does not hold with this key: {found.reason}")
+    declared = found.claim.log10_alpha
+    if alpha is not None and alpha > declared:
+        raise BadRecipeError(
+            f"--alpha {alpha} is laxer than what the claim declares, {declared}; leave it out, or "
+            "give a smaller one"
+        )
     facts = found.claim.network
     if like is not None:
         check_config(like, facts)

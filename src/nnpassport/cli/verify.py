@@ -139,6 +139,11 @@ def verify(
         raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
     standing = None if claim is None else _standing(claim, owner, secret, root, appeared)
+    if standing is not None and alpha is not None and alpha > standing.log10_alpha:
+        raise typer.BadParameter(
+            f"--alpha {alpha} is laxer than what the claim may be judged by, "
+            f"{standing.log10_alpha:.1f} ({standing.age}); leave it out, or give a smaller one"
+        )
     if like is not None and standing is not None:
         check_config(like, None if standing.claim is None else standing.claim.network)
     reading = Reading(image_column, label_column, skip_corrupt)

@@ -63,7 +63,8 @@ class Options:
     Attributes:
         reference: config of the owner's network, for suspects that bring none of ours.
         trusted_factory: the caller's own "package.module:factory"; see `checkpoint.load_suspect`.
-        log10_alpha: threshold on log₁₀ p; None is that of `standing`, or 2⁻¹⁰⁰ without one.
+        log10_alpha: threshold on log₁₀ p; None is that of `standing`, or 2⁻¹⁰⁰ without one. Under
+            a claim none is laxer than that of `standing`.
         alignment: bring the suspect's channels into the owner's order before they are read.
         base: what a merged adapter was made for; its weights are taken off the suspect's.
         standing: a claim that was checked. The verdict is no better than it.
@@ -82,9 +83,10 @@ class Options:
     @property
     def threshold(self) -> float:
         """log₁₀ α."""
-        if self.log10_alpha is not None:
-            return self.log10_alpha
-        return LOG10_ALPHA_UNCOMMITTED if self.standing is None else self.standing.log10_alpha
+        if self.standing is None:
+            return LOG10_ALPHA_UNCOMMITTED if self.log10_alpha is None else self.log10_alpha
+        claimed = self.standing.log10_alpha
+        return claimed if self.log10_alpha is None else min(self.log10_alpha, claimed)
 
     @property
     def facts(self) -> Facts | None:
