@@ -572,7 +572,7 @@ def test_missing_files_folders_pipes_and_loops_are_named(tmp_path):
         "loop.safetensors": "cannot be read",
         "dangling.safetensors": "cannot be read",
         "text.txt": "neither a folder nor a model file",
-        "missing": "neither a folder nor a model file",
+        "missing": "cannot be read",
     }
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.safetensors")
@@ -623,7 +623,7 @@ def test_a_folder_prefers_safetensors_and_refuses_to_guess(tmp_path):
     torch.save({"w": torch.ones(1)}, tmp_path / "a.pt")
     assert list(read_weights(tmp_path).digests) == ["a.pt"]
     torch.save({"w": torch.ones(1)}, tmp_path / "b.pt")
-    with pytest.raises(UnreadableModelError, match=r"2 files \*\.pt"):
+    with pytest.raises(UnreadableModelError, match="2 files of weights"):
         read_weights(tmp_path)
     torch.save({"w": torch.ones(1)}, tmp_path / "pytorch_model.bin")
     assert list(read_weights(tmp_path).digests) == ["pytorch_model.bin"]

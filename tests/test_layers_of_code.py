@@ -19,6 +19,7 @@ FLOORS = (
     "keys.key",
     "keys.keyfile keys.reading",
     "keys.adapters",
+    "files.quantised",
     "files.pickles",
     "files",
     "alignment",

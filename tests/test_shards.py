@@ -355,7 +355,7 @@ def test_a_header_that_lies_is_refused(tmp_path, fault):
 
 
 UNFIT = {
-    "kind": ({"x": entry([8], 4, 12, "F8_E4M3")}, "'x' is 'F8_E4M3'"),
+    "kind": ({"x": entry([8], 4, 12, "F8_E8M0")}, "'x' is 'F8_E8M0'"),
     "axes": ({"x": entry([1] * 9, 4, 8)}, "'x' has 9 axes"),
     "name": ({"\x1b[31m": entry([1], 4, 8)}, "holds control characters"),
     "length": ({"n" * 5_000: entry([1], 4, 8)}, "is too long"),

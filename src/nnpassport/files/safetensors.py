@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Self, final
 
 import numpy as np
 
-from nnpassport.files.arrays import BFLOAT16, Array, Described, finite_fault
+from nnpassport.files.arrays import BFLOAT16, DTYPES, Array, Described, finite_fault
 from nnpassport.files.disk import brief, is_text, read_once, reading, refuse_leaving
 from nnpassport.scheme import UnreadableModelError
 
@@ -53,6 +53,8 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": BFLOAT16,
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
+    "F8_E4M3": DTYPES["float8_e4m3fn"],
+    "F8_E5M2": DTYPES["float8_e5m2"],
 }
 
 

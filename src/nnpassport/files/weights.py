@@ -14,11 +14,14 @@ from typing import NamedTuple
 from nnpassport.files.adapter import ADAPTER_FILES, with_signed_scale
 from nnpassport.files.arrays import MAX_MODEL_BYTES, Array, defect, fault_of, too_large
 from nnpassport.files.disk import read_once, reading, refuse_leaving
+from nnpassport.files.kinds import Kind, kind_of
+from nnpassport.files.npz import SUFFIX as NPZ
+from nnpassport.files.npz import read_npz
 from nnpassport.files.onnx import ONNX, read_onnx
 from nnpassport.files.pickles.torchfile import read_all_torch, read_torch
+from nnpassport.files.quantised import is_quantised, restored
 from nnpassport.files.safetensors import (
     INDEX_FILE,
-    INDEX_SUFFIX,
     SUFFIX,
     Shards,
     is_index,
@@ -28,7 +31,7 @@ from nnpassport.scheme import UnreadableModelError
 
 WEIGHTS_FILE = "model.safetensors"
 MAX_PICKLE_BYTES = 4 * 2**30
-_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_ENDS = (SUFFIX, ONNX, NPZ, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -59,23 +62,29 @@ def read_arrays(path: Path) -> Arrays:
         UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
     """
     path = _weights_file(path)
-    if is_index(path):
-        shards = open_shards(path, limit=MAX_MODEL_BYTES)
-        return _checked(_all_of(shards, path), path)
-    if path.suffix.lower() == ONNX:
-        return _checked(Arrays(*read_onnx(path, MAX_MODEL_BYTES)), path)
-    if path.suffix.lower() in _PICKLES:
+    if not is_index(path) and kind_of(path) is Kind.TORCH:
         data = read_once(path, MAX_PICKLE_BYTES)
         read = Arrays(read_torch(data, path), {path.name: hashlib.sha256(data).hexdigest()})
     else:
-        read = _all_of(open_shards(path, limit=MAX_MODEL_BYTES), path)
+        read = _read(path)
+    if read.left_out:
+        raise _unusable(path, next(iter(read.left_out.values())))
     return _with_scale(_checked(read, path), path)
 
 
-def _all_of(shards: Shards, path: Path) -> Arrays:
-    if shards.left_out:
-        raise _unusable(path, next(iter(shards.left_out.values())))
-    return Arrays({name: shards.unchecked(name) for name in shards}, shards.digests())
+def _read(path: Path) -> Arrays:
+    """All that a file holds; of a checkpoint also what is beside its state dict."""
+    kind = Kind.SAFETENSORS if is_index(path) else kind_of(path)
+    if kind is Kind.SAFETENSORS:
+        shards = open_shards(path, limit=MAX_MODEL_BYTES)
+        tensors = {name: shards.unchecked(name) for name in shards}
+        return Arrays(tensors, shards.digests(), shards.left_out)
+    if kind is Kind.ONNX:
+        return Arrays(*read_onnx(path, MAX_MODEL_BYTES))
+    data = read_once(path, MAX_PICKLE_BYTES)
+    read = read_npz if kind is Kind.NPZ else read_all_torch
+    tensors, left_out = read(data, path)
+    return Arrays(tensors, {path.name: hashlib.sha256(data).hexdigest()}, left_out)
 
 
 def read_suspect(path: Path) -> Arrays:
@@ -83,35 +92,34 @@ def read_suspect(path: Path) -> Arrays:
 
     A tensor that holds NaN, or numbers of a kind that is not read, costs a thief four bytes, and
     nobody runs it. So it ends no reading: it is left out, and `left_out` says so. Of a checkpoint
-    all tensors are read, also those beside its state dict.
+    all tensors are read, also those beside its state dict. Integers that stand for weights are
+    brought back to them (`quantised`).
 
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or nothing of it can be used.
     """
     path = _weights_file(path)
-    if is_index(path) or path.suffix.lower() == SUFFIX:
-        shards = open_shards(path, limit=MAX_MODEL_BYTES)
-        tensors = {name: shards.unchecked(name) for name in shards}
-        return _with_scale(_usable(Arrays(tensors, shards.digests(), shards.left_out), path), path)
-    if path.suffix.lower() == ONNX:
-        return _usable(Arrays(*read_onnx(path, MAX_MODEL_BYTES)), path)
-    data = read_once(path, MAX_PICKLE_BYTES)
-    tensors, left_out = read_all_torch(data, path)
-    digests = {path.name: hashlib.sha256(data).hexdigest()}
-    return _with_scale(_usable(Arrays(tensors, digests, left_out), path), path)
+    read = _read(path)
+    found = restored(read.arrays)
+    kept = {name: array for name, array in found.arrays.items() if name not in found.unknown}
+    left_out = {**read.left_out, **found.unknown}
+    return _with_scale(_usable(Arrays(kept, read.digests, left_out), path), path)
 
 
 def read_lazily(path: Path) -> Shards | None:
     """The same tensors in the memory of one of them, each read when it is asked for.
 
-    None where that cannot be had: of a pickle, of ONNX, and of an adapter, which is small.
+    None where that cannot be had: of a pickle, of ONNX, of integers that stand for weights, and of
+    an adapter, which is small.
 
     Raises:
         UnreadableModelError: missing, corrupt, hostile, or too large even for this.
     """
     path = _weights_file(path)
-    kept = path.suffix.lower() == SUFFIX and path.name not in ADAPTER_FILES
-    return open_shards(path) if kept or is_index(path) else None
+    if not is_index(path) and (path.name in ADAPTER_FILES or kind_of(path) is not Kind.SAFETENSORS):
+        return None
+    shards = open_shards(path)
+    return None if is_quantised(shards.described()) else shards
 
 
 def _checked(weights: Arrays, path: Path) -> Arrays:
@@ -146,25 +154,25 @@ def _with_scale(weights: Arrays, path: Path) -> Arrays:
 
 
 def _weights_file(path: Path) -> Path:
+    """The file itself, or the one in a folder that holds the weights."""
     if not path.is_dir():
-        if path.suffix.lower() in (SUFFIX, ONNX, *_PICKLES) or is_index(path):
-            return path
-        ends = ", ".join((SUFFIX, INDEX_SUFFIX, ONNX, *_PICKLES))
-        raise UnreadableModelError(
-            f"{path} is neither a folder nor a model file; needed: a folder that holds "
-            f"{WEIGHTS_FILE} or {INDEX_FILE}, or a file that ends in {ends}"
-        )
+        return path
     for name in (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", *ADAPTER_FILES):
         if os.path.lexists(path / name):
             refuse_leaving(path, path / name)
             return path / name
     with reading(path):
-        pickles = sorted(path.glob("*.pt"))
-    if len(pickles) == 1:
-        refuse_leaving(path, pickles[0])
-        return pickles[0]
+        there = sorted(each for each in path.iterdir() if each.name.lower().endswith(_ENDS))
+        unpacked = (path / "data.pkl").exists()
+    if len(there) == 1:
+        refuse_leaving(path, there[0])
+        return there[0]
+    if unpacked:
+        raise UnreadableModelError(
+            f"{path} is an archive of torch.save that was unpacked; needed: the file itself"
+        )
     raise UnreadableModelError(
-        f"{path} holds {len(pickles)} files *.pt and no {WEIGHTS_FILE}; "
-        f"needed: {WEIGHTS_FILE}, {INDEX_FILE}, pytorch_model.bin or a single *.pt, or give the "
-        "file itself"
+        f"{path} holds {len(there)} files of weights and no {WEIGHTS_FILE}; needed: "
+        f"{WEIGHTS_FILE}, {INDEX_FILE}, pytorch_model.bin or a single file that ends in "
+        f"{', '.join(_ENDS)}, or give the file itself"
     )

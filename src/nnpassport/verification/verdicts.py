@@ -285,7 +285,9 @@ def _as_it_stands(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
                 "as they stand none has the mark; --align FOLDER puts channels back in order first"
             )
         )
-        raise type(error)(f"{error}{tried}") from None
+        unread = next(iter(suspect.left_out.values()), None)
+        why = "" if unread is None else f"; what was not read: {unread}"
+        raise type(error)(f"{error}{tried}{why}") from None
     if not rivals:
         return by_name
     by_name = candidates.by_name(by_name, rivals)

@@ -17,6 +17,7 @@ MAX_GROWTH = 8
 """Times its size that a file may unpack to. `torch.save` compresses nothing; somebody may have done
 so since, and weights shrink little, even pruned ones."""
 MAX_UNPACKED_BYTES = 2**32
+_HARMLESS = 2**26  # bytes: of a small archive's code and tables, which are only text
 _END, _END64, _LOCATOR, _ENTRY = b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\1\2"
 _LONGEST_TAIL = 2**16 - 1  # what may come after the end record
 _MOST_PARTS = 200_000
@@ -58,7 +59,8 @@ def read_directory(data: bytes) -> Archive:
     if any(after.begin < part.end for part, after in pairwise(places)):
         raise ValueError("its parts overlap")
     declared = sum(part.size for part in places)
-    if declared > max(len(data), min(MAX_GROWTH * len(data), MAX_UNPACKED_BYTES)):
+    most = min(max(MAX_GROWTH * len(data), _HARMLESS), MAX_UNPACKED_BYTES)
+    if declared > max(len(data), most):
         raise ValueError(
             f"its parts unpack to {declared} bytes from {len(data)}, as in a decompression bomb"
         )
@@ -71,18 +73,26 @@ def content(data: bytes, archive: Archive, name: str) -> memoryview:
     Raises:
         ValueError: there is no such part, there are two, or it is not as large as it says.
     """
-    whole = f"{archive.folder}/{name}"
+    return stored(data, archive, f"{archive.folder}/{name}")
+
+
+def stored(data: bytes, archive: Archive, whole: str) -> memoryview:
+    """The same of a part by its whole name.
+
+    Raises:
+        ValueError: as above.
+    """
     if whole not in archive.parts:
         raise ValueError(f"it has no part {whole[:100]!r}")
     part = archive.parts[whole]
     if part is None:
         raise ValueError(f"it has two parts {whole[:100]!r}")
-    stored = memoryview(data)[part.begin : part.end]
+    held = memoryview(data)[part.begin : part.end]
     if not part.packed:
-        return stored
+        return held
     try:
         unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
-        unpacked = unpacker.decompress(stored, part.size + 1)
+        unpacked = unpacker.decompress(held, part.size + 1)
     except zlib.error as error:
         raise ValueError(f"its part {whole[:100]!r} cannot be unpacked: {error}") from error
     if len(unpacked) != part.size or not unpacker.eof:

@@ -21,6 +21,7 @@ import numpy as np
 from nnpassport.files.arrays import DTYPES, Array
 from nnpassport.files.disk import brief
 from nnpassport.files.pickles import archive
+from nnpassport.files.quantised import dequantise
 from nnpassport.scheme import UnreadableModelError
 
 MAX_SECONDS = 20
@@ -33,6 +34,8 @@ _MOST_TENSORS = 100_000
 _MOST_AXES = 8
 _LARGEST = 2**62
 _WRAPPERS = ("state_dict", "model")
+_PLAIN = 7  # what is said of a tensor that is not quantised
+_QUANTISED = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
 
 Stored = Callable[[str], memoryview]
 
@@ -103,8 +106,6 @@ def _outline(data: bytes) -> Outline:
         said = outline_of(memoryview(data)[:MAX_PICKLED_BYTES], "legacy")
         return Outline(said, _legacy_storages(data, said), sys.byteorder == "big", len(data))
     directory = archive.read_directory(data)
-    if f"{directory.folder}/constants.pkl" in directory.parts:
-        raise ValueError("it is a TorchScript archive, whose code would have to be run")
     pickled = archive.content(data, directory, "data.pkl")
     if len(pickled) > MAX_PICKLED_BYTES:
         raise ValueError(f"its pickle takes more than {MAX_PICKLED_BYTES} bytes")
@@ -203,7 +204,12 @@ def _legacy_storages(data: bytes, said: Mapping[str, Any]) -> Stored:
 
 def _bytes_of(declared: tuple[str, int]) -> int:
     kind, count = declared
-    return count * (DTYPES[kind].itemsize if kind in DTYPES else 1)
+    return count * _kind(kind).itemsize
+
+
+def _kind(name: str) -> np.dtype[Any]:
+    """What the numbers of a storage are; those of quantised tensors are integers."""
+    return DTYPES.get(_QUANTISED.get(name, name), np.dtype(np.uint8))
 
 
 def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
@@ -220,7 +226,7 @@ def _state_dict(said: Mapping[str, Any]) -> dict[str, int]:
 
 def _chosen(said: Mapping[str, Any]) -> dict[str, Any] | None:
     """The dictionary that is the state dict, if any is."""
-    maps = {tuple(found["path"]): found for found in said["maps"]}
+    maps = {tuple(found["path"]): found for found in said["maps"] if not found["inside"]}
     wrapped = [maps[name,] for name in _WRAPPERS if (name,) in maps]
     return wrapped[0] if len(wrapped) == 1 else maps.get(())
 
@@ -250,14 +256,12 @@ def _tensors(names: Mapping[str, int], outline: Outline) -> tuple[dict[str, Arra
             try:
                 place = outline.said["tensors"][number]
                 array = _array(place, outline, storages)
-                if flags := place[6]:
+                if place[6] or len(place) > _PLAIN:
                     # One storage may be in a hundred thousand tensors, and each would be a copy.
                     copied += array.nbytes
                     if copied > outline.size:
                         raise ValueError("and others would take more memory than the file")
-                    array = array.conj() if "conj" in flags else array
-                    array = -array if "neg" in flags else array
-                made[number] = array
+                made[number] = _changed(array, place, outline, storages)
             except ValueError as error:
                 left_out[name] = f"{name[:100]!r} {error}"
                 continue
@@ -265,16 +269,28 @@ def _tensors(names: Mapping[str, int], outline: Outline) -> tuple[dict[str, Arra
     return tensors, left_out
 
 
+def _changed(array: Array, place: list[Any], outline: Outline, storages: dict[str, Array]) -> Array:
+    """What the tensor is of these numbers: their conjugates, their negatives, or scaled."""
+    array = array.conj() if "conj" in place[6] else array
+    array = -array if "neg" in place[6] else array
+    if len(place) == _PLAIN:
+        return array
+    scale, zero, axis = place[_PLAIN]
+    if axis is not None:
+        scale, zero = (_array(each, outline, storages) for each in (scale, zero))
+    return dequantise(array, scale, zero, axis)
+
+
 def _array(place: list[Any], outline: Outline, storages: dict[str, Array]) -> Array:
     if place[0] is None:
         raise ValueError(f"is {place[1]}; needed: a plain tensor, dense and with all its numbers")
-    key, kind, start, offset, size, stride, _ = place
+    key, kind, start, offset, size, stride = place[: _PLAIN - 1]
     declared = outline.said["storages"][key][0]
-    if kind not in DTYPES or declared not in DTYPES:
+    if kind not in DTYPES or _QUANTISED.get(declared, declared) not in DTYPES:
         raise ValueError(f"has numbers of kind {kind[:100]!r}; needed: one of {', '.join(DTYPES)}")
     dtype = DTYPES[kind]
     if key not in storages:
-        storages[key] = _storage(outline.stored(key), DTYPES[declared], outline.swapped)
+        storages[key] = _storage(outline.stored(key), _kind(declared), outline.swapped)
     there = storages[key].size // dtype.itemsize
     # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
     last = sum((side - 1) * step for side, step in zip(size, stride, strict=False))

@@ -17,13 +17,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 MAX_OUTLINE_BYTES = 2**25
 _MOST_TENSORS = 300_000  # of a network and its optimizer
 _DEEPEST = 32
 _MOST_OTHERS = 5
+_LONGEST_LIST = 10_000
 _PLAIN = (int, float, str, bytes, type(None))
 _STORAGES = {
     "Float": "float32",
@@ -43,17 +44,25 @@ _STORAGES = {
     "QUInt8": "quint8",
     "QInt32": "qint32",
 }
+_INTEGERS_OF = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
 
 
 class Inert:
-    """What stands for anything that is no tensor, number, text or plain container."""
+    """What stands for anything that is no tensor, number, text or plain container.
+
+    Attributes:
+        state: the dictionary that it was given as its state, or None: a module's has its tensors.
+    """
 
     said: ClassVar[str] = "object"
-    __slots__ = ()
+    state: Any
+    __slots__ = ("state",)
 
     def __new__(cls, *_: Any, **__: Any) -> "Inert":
         """Of whatever it is made, nothing is kept."""
-        return object.__new__(cls)
+        made = object.__new__(cls)
+        made.state = None
+        return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         """Nothing is kept."""
@@ -63,7 +72,10 @@ class Inert:
         return Inert()
 
     def __setstate__(self, state: Any) -> None:
-        """Nothing is kept."""
+        """Only a dictionary is kept, or that of two, as of classes with slots."""
+        if type(state) is tuple and len(state) == 2:
+            state = state[0]
+        self.state = state if isinstance(state, dict) else None
 
     def append(self, item: Any) -> None:
         """What a list does."""
@@ -173,6 +185,25 @@ def _laid(storage: Any, dtype: str, offset: Any, size: Any, stride: Any, metadat
     return Tensor(storage.key, kind, storage.offset, offset, size, stride, flags)
 
 
+def _quantised(storage: Any, offset: Any, size: Any, stride: Any, how: Any, *_: Any) -> Tensor:
+    """One of integers with a scale and a zero point, for all or for each place of an axis."""
+    made = _laid(storage, "", offset, size, stride, None)
+    match how:
+        case (_, float(scale), int(zero)):
+            return _scaled(made, scale, zero, None)
+        case (_, Tensor() as scales, Tensor() as zeros, int(axis)) if 0 <= axis < len(size):
+            return _scaled(made, scales.place, zeros.place, axis)
+    return Tensor(None, "a quantised tensor of an unknown kind")
+
+
+def _scaled(made: Tensor, scale: Any, zero: Any, axis: int | None) -> Tensor:
+    place = made.place
+    if place[0] is None or place[1] not in _INTEGERS_OF:
+        return made if place[0] is None else Tensor(None, f"a quantised tensor of {place[1]}")
+    key, kind, *rest = place
+    return Tensor(key, _INTEGERS_OF[kind], *rest, [scale, zero, axis])
+
+
 def _parameter(data: Any, *_: Any) -> Any:
     return data if isinstance(data, Tensor) else Inert()
 
@@ -200,7 +231,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "_rebuild_tensor_v3": _typed_tensor,
     "_rebuild_parameter": _parameter,
     "_rebuild_parameter_with_state": _parameter,
-    "_rebuild_qtensor": _strange("a quantised tensor"),
+    "_rebuild_qtensor": _quantised,
     "_rebuild_sparse_tensor": _strange("a sparse tensor"),
     "_rebuild_sparse_csr_tensor": _strange("a sparse tensor"),
     "_rebuild_nested_tensor": _strange("a nested tensor"),
@@ -305,7 +336,7 @@ def read(file: io.BytesIO, form: str) -> dict[str, Any]:
 
     return {
         "root": _kind(root),
-        "maps": [_map(path, found, number) for path, found in _dictionaries(root)],
+        "maps": [_map(found, number) for found in _dictionaries(root)],
         "tensors": places,
         "storages": {each.key: [each.dtype, each.count] for each in outliner.storages.values()},
         "keys": keys,
@@ -313,37 +344,68 @@ def read(file: io.BytesIO, form: str) -> dict[str, Any]:
     }
 
 
-def _dictionaries(root: Any) -> Iterator[tuple[list[str], dict[Any, Any]]]:
-    """Every dictionary with a tensor, and those at the top; each once, the nearest first."""
-    seen, waiting = {id(root)}, deque[tuple[list[str], Any]]([([], root)])
+class _Found(NamedTuple):
+    """A dictionary, the names that lead to it, and whether an object or a list is on the way."""
+
+    path: list[str]
+    content: dict[Any, Any]
+    inside: bool
+
+
+def _dictionaries(root: Any) -> Iterator[_Found]:
+    """Every dictionary with a tensor, and those at the top; each once, the nearest first.
+
+    Objects are what they were given as state; of a module that is its parameters, its buffers and
+    its modules, under no names of their own. Lists and tuples are dictionaries of their places.
+    """
+    seen, waiting = {id(root)}, deque[_Found]()
+    if (top := _within(root)) is not None:
+        waiting.append(_Found([], top, inside=not isinstance(root, dict)))
     while waiting:
-        path, found = waiting.popleft()
-        if not isinstance(found, dict):
+        found = waiting.popleft()
+        if len(found.path) < 2 or any(
+            isinstance(value, Tensor) for value in found.content.values()
+        ):
+            yield found
+        if len(found.path) == _DEEPEST:
             continue
-        if len(path) < 2 or any(isinstance(value, Tensor) for value in found.values()):
-            yield path, found
-        if len(path) == _DEEPEST:
-            continue
-        for name, value in found.items():
-            if type(name) in (str, int) and isinstance(value, dict) and id(value) not in seen:
-                seen.add(id(value))
-                waiting.append(([*path, str(name)], value))
+        for name, value in found.content.items():
+            inner = _within(value)
+            if inner is None or type(name) not in (str, int) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            path = found.path if name in _PARTS else [*found.path, str(name)]
+            waiting.append(_Found(path, inner, found.inside or not isinstance(value, dict)))
 
 
-def _map(path: list[str], found: dict[Any, Any], number: Callable[[Tensor], int]) -> dict[str, Any]:
-    named = {k: v for k, v in found.items() if type(k) is str and isinstance(v, Tensor)}
+_PARTS = ("_parameters", "_buffers", "_modules")
+
+
+def _within(value: Any) -> dict[Any, Any] | None:
+    """What may hold tensors in turn, as a dictionary; None of all else."""
+    if isinstance(value, Inert):
+        return value.state if isinstance(value.state, dict) else None
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value)) if len(value) <= _LONGEST_LIST else None
+    return value if isinstance(value, dict) else None
+
+
+def _map(found: _Found, number: Callable[[Tensor], int]) -> dict[str, Any]:
+    content = found.content
+    named = {k: v for k, v in content.items() if type(k) is str and isinstance(v, Tensor)}
     # A number or a text beside tensors is no network; anything else might hold one.
     beside = (Tensor, *_PLAIN) if named else Tensor
     others = {
         f"{_kind(name)} → {_kind(value)}"
-        for name, value in found.items()
+        for name, value in content.items()
         if type(name) is not str or not isinstance(value, beside)
     }
     return {
-        "path": path,
+        "path": found.path,
+        "inside": found.inside,
         "tensors": {name: number(tensor) for name, tensor in named.items()},
         "others": sorted(others)[:_MOST_OTHERS],
-        "empty": not found,
+        "empty": not content,
     }
 
 

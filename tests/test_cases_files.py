@@ -1,0 +1,446 @@
+"""Files as people have them: the owner's network is read in any packing; else the file is named.
+
+A "no" is given only when what was read is what the network computes.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import pickle
+import shutil
+import warnings
+import zipfile
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from constructed import marked, small_alexnet
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+from nnpassport import verify
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.files.quantised import dequantise, restored
+from nnpassport.files.weights import read_arrays, read_suspect
+from nnpassport.scheme import OwnershipError, UnreadableModelError
+
+EXAMPLE = torch.zeros(2, 1, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def owner():
+    """A released network, and its key."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 1, 32, 32), generator=rng).to(torch.uint8)
+    data = ImageSet(pixels, torch.arange(64) % 10, tuple("0123456789"), "noise")
+    model = small_alexnet()
+    key = V2.draw_key(model, EXAMPLE, seed=bytes(32))
+    return marked(V2, model, key, data, Normalisation((0.5,), (0.5,))), key
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def stranger():
+    return small_alexnet(seed=5).state_dict()
+
+
+# Integers and short floats
+
+
+def by_row(values, weight):
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def quantised(model, write):
+    """The state dict with `write(name, weight)` in place of each layer's weight but the first's."""
+    out = {}
+    for name, tensor in state_of(model).items():
+        whole = tensor.dim() < 2 or "features.0" in name
+        out |= {name: tensor} if whole else write(name, tensor)
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+def symmetric(weight):
+    scale = weight.abs().flatten(1).amax(1) / 127
+    return (weight / by_row(scale, weight)).round().to(torch.int8), scale
+
+
+def affine(weight, low):
+    """Integers from `low` on, each row's scale, and its zero point."""
+    least, most = weight.flatten(1).amin(1).clamp(max=0), weight.flatten(1).amax(1).clamp(min=0)
+    scale = (most - least) / 255
+    zero = (low - least / scale).round()
+    q = (weight / by_row(scale, weight) + by_row(zero, weight)).round()
+    kind = torch.uint8 if low == 0 else torch.int8
+    return q.clamp(low, low + 255).to(kind), scale, zero.to(kind)
+
+
+def compressed_tensors(name, weight):
+    q, scale, zero = affine(weight, -128)
+    return {name: q, f"{name}_scale": scale[:, None], f"{name}_zero_point": zero[:, None]}
+
+
+def plain_uint8(name, weight):
+    q, scale, zero = affine(weight, 0)
+    return {name: q, f"{name}_scale": scale, f"{name}_zero_point": zero}
+
+
+def nncf(name, weight):
+    q, scale, zero = affine(weight, 0)
+    hook = f"__nncf_hooks.post_hooks.{name.replace('.', ':')}__0.0"
+    beside = {"_scale": by_row(scale, weight).half(), "_zero_point": by_row(zero, weight)}
+    return {name: q, **{f"{hook}.{what}": tensor for what, tensor in beside.items()}}
+
+
+def bitsandbytes(name, weight):
+    q, scale = symmetric(weight)
+    return {name: q, name.replace("weight", "SCB"): scale * 127}
+
+
+def quanto(name, weight):
+    q, scale = symmetric(weight)
+    return {f"{name}._data": q, f"{name}._scale": by_row(scale, weight)}
+
+
+def per_tensor_float8(name, weight):
+    scale = weight.abs().max() / 448
+    return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.reshape(1)}
+
+
+def float8_in_blocks(name, weight):
+    """Of square blocks, and the scale is called an inverse."""
+    flat = weight.flatten(1)
+    rows, columns = (math.ceil(side / 16) for side in flat.shape)
+    padded = torch.zeros(rows * 16, columns * 16)
+    padded[: len(flat), : flat.shape[1]] = flat
+    scale = padded.view(rows, 16, columns, 16).abs().amax((1, 3)).clamp_min(1e-6) / 448
+    wide = scale.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    q = (padded / wide)[: len(flat), : flat.shape[1]].reshape(weight.shape)
+    return {name: q.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
+def float8_alone(name, weight):
+    return {name: weight.to(torch.float8_e4m3fn)}
+
+
+LAYOUTS = [
+    compressed_tensors,
+    plain_uint8,
+    nncf,
+    bitsandbytes,
+    quanto,
+    per_tensor_float8,
+    float8_in_blocks,
+    float8_alone,
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda each: each.__name__)
+def test_integers_are_brought_back_to_weights(owner, layout, tmp_path):
+    model, key = owner
+    state = quantised(model, layout)
+    for path in (tmp_path / "q.safetensors", tmp_path / "q.pt"):
+        (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+        found = verify(path, key)
+        assert (found.accepted, found.matches) == (True, found.bits)
+        read = read_suspect(path).arrays
+        for name, weight in state_of(model).items():
+            if weight.dim() > 1:
+                error = np.abs(read[name].astype(np.float32) - weight.numpy()).max()
+                assert error <= 0.07 * weight.abs().max(), name  # of a float of 8 bits: 1/16
+
+
+def test_integers_that_nothing_explains_are_not_judged(owner, tmp_path):
+    model, key = owner
+    path = tmp_path / "bare.safetensors"
+    save_file(quantised(model, lambda name, weight: {name: affine(weight, 0)[0]}), path)
+    with pytest.raises(OwnershipError, match=r"holds uint8 numbers, and nothing beside it says"):
+        verify(path, key)
+    wrong = quantised(model, plain_uint8)
+    wrong = {n: t[:3] if n.endswith("_scale") and len(t) > 3 else t for n, t in wrong.items()}
+    save_file(wrong, path)
+    with pytest.raises(OwnershipError, match=r"scales of shape \(3,\)"):
+        verify(path, key)
+
+
+def test_a_stranger_s_integers_are_a_no(owner, tmp_path):
+    _, key = owner
+    save_file(quantised(small_alexnet(seed=5), plain_uint8), tmp_path / "q.safetensors")
+    assert not verify(tmp_path / "q.safetensors", key).accepted
+
+
+def test_four_bits_are_unpacked():
+    """Written by hand, as the four tools' own documentation has it."""
+    rng = np.random.default_rng(0)
+    q = rng.integers(0, 16, (32, 64))  # out, in
+    groups, zeros = 2, rng.integers(1, 16, (2, 32))
+    scales = rng.uniform(0.5, 1, (groups, 32)).astype(np.float32)
+    expected = (q - np.repeat(zeros, 32, 0).T) * np.repeat(scales, 32, 0).T
+
+    def words(numbers, axis, order=range(8)):
+        moved = np.moveaxis(numbers, axis, -1)
+        moved = moved.reshape(*moved.shape[:-1], -1, 8)
+        total = sum(moved[..., column].astype(np.uint32) << 4 * n for n, column in enumerate(order))
+        return np.moveaxis(total, -1, axis).view(np.int32)
+
+    gptq = {
+        "a.qweight": words(q.T, 0),
+        "a.qzeros": words(zeros - 1, 1),
+        "a.scales": scales,
+        "a.g_idx": np.repeat(np.arange(groups), 32).astype(np.int32),
+    }
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    awq = {
+        "a.qweight": words(q.T, 1, order),
+        "a.qzeros": words(zeros, 1, order),
+        "a.scales": scales,
+    }
+    packed = {
+        "a.weight_packed": words(q, 1),
+        "a.weight_scale": scales.T.copy(),
+        "a.weight_shape": np.array([32, 64]),
+    }
+    table = rng.normal(size=16).astype(np.float32)
+    flat = q.reshape(-1)
+    largest = rng.uniform(1, 2, 32).astype(np.float32)
+    said = json.dumps({"shape": [32, 64], "blocksize": 64}).encode()
+    nf4 = {
+        "a.weight": (flat[::2] << 4 | flat[1::2]).astype(np.uint8)[:, None],
+        "a.weight.absmax": largest,
+        "a.weight.quant_map": table,
+        "a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(said, np.uint8),
+    }
+    for written, weight in (
+        (gptq, expected),
+        (awq, expected),
+        (packed, (q - 8) * np.repeat(scales.T, 32, 1)),
+        (nf4, (table[flat] * np.repeat(largest, 64)).reshape(32, 64)),
+    ):
+        found = restored(written)
+        assert not found.unknown
+        np.testing.assert_allclose(found.arrays["a.weight"], weight, rtol=1e-6)
+
+
+def test_scales_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        dequantise(np.ones((2, 2), np.int8), np.float32(math.inf))
+
+
+def quantised_by_torch(model):
+    import torch.ao.quantization as q
+
+    class Wrapped(nn.Module):
+        def __init__(self, features):
+            super().__init__()
+            self.quant, self.features, self.dequant = q.QuantStub(), features, q.DeQuantStub()
+
+        def forward(self, x):
+            return self.dequant(self.features(self.quant(x)))
+
+    wrapped = Wrapped(deepcopy(model).features).eval()
+    wrapped.qconfig = q.get_default_qconfig("fbgemm")
+    ready = q.prepare(wrapped)
+    ready(torch.rand(8, 1, 32, 32))
+    return ready, q.convert(ready)
+
+
+@pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="no fbgemm")
+def test_tensors_that_pytorch_quantised_are_read(owner, tmp_path):
+    model, key = owner
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, each in enumerate(quantised_by_torch(model)):
+            torch.save(each.state_dict(), tmp_path / f"{number}.pt")
+    for number in (0, 1):
+        found = verify(tmp_path / f"{number}.pt", key)
+        assert (found.accepted, found.matches) == (True, found.bits)
+
+
+# Containers
+
+
+def averaged(model):
+    made = AveragedModel(model)
+    made.update_parameters(model)
+    return made.state_dict()
+
+
+def in_part_parallel(model):
+    made = deepcopy(model)
+    made.features = nn.DataParallel(made.features)
+    rate = torch.optim.SGD(made.parameters(), 0.1).state_dict()
+    return {"epoch": 90, "arch": "alexnet", "state_dict": made.state_dict(), "optimizer": rate}
+
+
+def changed(how):
+    def make(model):
+        made = deepcopy(model)
+        for layer in made.modules():
+            if isinstance(layer, nn.Conv2d):
+                how(layer)
+        return made.state_dict()
+
+    return make
+
+
+def odd_things_beside(model):
+    return {
+        **state_of(model),
+        "buffer": torch.zeros(3, dtype=torch.complex64),
+        "mask": torch.full((4, 4), -math.inf),
+        "positions": torch.arange(5).expand(3, 5),
+        "total_ops": torch.zeros(1),
+        "note": "a text",
+    }
+
+
+CONTAINERS = {
+    "teacher": lambda m: {"model": stranger(), "teacher": state_of(m), "epoch": 3},
+    "an average beside": lambda m: {"state_dict": stranger(), "state_dict_ema": state_of(m)},
+    "averaged": averaged,
+    "averaged, in a container": lambda m: {"model_ema": averaged(m), "epoch": 1},
+    "in part parallel": in_part_parallel,
+    "weight norm, as it was": changed(weight_norm),
+    "weight norm": changed(parametrizations.weight_norm),
+    "spectral norm, as it was": changed(spectral_norm),
+    "spectral norm": changed(parametrizations.spectral_norm),
+    "pruned by a mask": changed(lambda each: prune.l1_unstructured(each, "weight", amount=0.3)),
+    "nested": lambda m: {"net_g": {"params_ema": state_of(m), "params": stranger()}},
+    "in a list": lambda m: [state_of(m)],
+    "in a tuple of a dictionary": lambda m: {"nets": (stranger(), state_of(m))},
+    "a whole module": deepcopy,
+    "a whole module in a container": lambda m: {"model": deepcopy(m), "epoch": 3},
+    "arguments and dates beside": lambda m: {
+        "args": argparse.Namespace(rate=0.1),
+        "model": state_of(m),
+        "date": datetime.datetime(2026, 1, 1),
+        "path": Path("x"),
+        "loss": np.float64(3.0),
+    },
+    "odd things beside": odd_things_beside,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_network_of_a_container_is_read(owner, name, tmp_path):
+    model, key = owner
+    torch.save(CONTAINERS[name](model), tmp_path / "suspect.pt")
+    found = verify(tmp_path / "suspect.pt", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+
+
+def test_a_container_of_strangers_is_none_of_ours(owner, tmp_path):
+    """Under the key's own names that is a no; under others, where somebody could have moved it, 2."""
+    _, key = owner
+    other, path = small_alexnet(seed=6), tmp_path / "suspect.pt"
+    torch.save(CONTAINERS["teacher"](other), path)
+    assert not verify(path, key).accepted
+    for name in ("nested", "a whole module in a container"):
+        torch.save(CONTAINERS[name](other), path)
+        with pytest.raises(OwnershipError, match="none has the mark"):
+            verify(path, key)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_archive_of_torchscript_is_read_and_none_of_its_code_run(owner, tmp_path):
+    model, key = owner
+    torch.jit.save(torch.jit.script(model), tmp_path / "script.pt")
+    found = verify(tmp_path / "script.pt", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+
+
+def test_one_s_own_network_is_a_state_dict_still(owner, tmp_path):
+    """What a claim commits to is not what somebody chose among several."""
+    torch.save({"model": deepcopy(owner[0])}, tmp_path / "own.pt")
+    with pytest.raises(UnreadableModelError, match="a state dict maps names to tensors"):
+        read_arrays(tmp_path / "own.pt")
+
+
+# What a file is, whatever it is called
+
+
+def test_a_file_is_what_its_content_is(owner, tmp_path):
+    model, key = owner
+    state = {name: tensor.contiguous() for name, tensor in state_of(model).items()}
+    for name in ("a.ckpt", "a.bin", "a.pt", "a.weights", "a"):
+        save_file(state, tmp_path / name)
+        assert verify(tmp_path / name, key).accepted
+    for name in ("a.safetensors", "a.pth.tar", "checkpoint"):
+        torch.save(state, tmp_path / name)
+        assert verify(tmp_path / name, key).accepted
+    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in state.items()})
+    found = verify(tmp_path / "a.npz", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    np.savez_compressed(tmp_path / "b.npz", **{n: tensor.numpy() for n, tensor in state.items()})
+    assert verify(tmp_path / "b.npz", key).accepted
+
+
+def test_an_archive_that_was_packed_again_is_read_and_one_unpacked_is_named(owner, tmp_path):
+    model, key = owner
+    torch.save(state_of(model), tmp_path / "ok.pth")
+    with zipfile.ZipFile(tmp_path / "ok.pth") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    inside = tmp_path / "unpacked"
+    with zipfile.ZipFile(tmp_path / "again.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for part in sorted(each for each in inside.rglob("*") if each.is_file()):
+            archive.write(part, part.relative_to(inside))
+    assert verify(tmp_path / "again.pth", key).accepted
+    with pytest.raises(UnreadableModelError, match=r"an archive of torch\.save that was unpacked"):
+        verify(inside / "ok", key)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0d71\nsize 19332096\n"
+NO_WEIGHTS = {
+    "Git LFS": LFS,
+    "a web page": b"<!DOCTYPE html><html><title>Virus scan warning</title></html>",
+    "is empty": b"",
+    "JSON": b'{"architectures": ["AlexNet"]}',
+    "gzip": b"\x1f\x8b\x08\x00" + bytes(60),
+    "GGUF": b"GGUF\3\0\0\0" + bytes(60),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(60),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ".onnx", ".npz"])
+@pytest.mark.parametrize("what", NO_WEIGHTS)
+def test_what_is_no_file_of_weights_is_named(owner, what, suffix, tmp_path):
+    path = tmp_path / f"suspect{suffix}"
+    path.write_bytes(NO_WEIGHTS[what])
+    with pytest.raises(UnreadableModelError, match=what) as refused:
+        verify(path, owner[1])
+    assert "needed: " in str(refused.value)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_half_a_file_and_a_pipe_are_refused(owner, tmp_path):
+    torch.save(state_of(owner[0]), tmp_path / "ok.pth")
+    data = (tmp_path / "ok.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
+    os.mkfifo(tmp_path / "pipe.pth")
+    for name in ("cut.pth", "pipe.pth"):
+        with pytest.raises(UnreadableModelError, match=r"needed|give the file"):
+            verify(tmp_path / name, owner[1])
+
+
+def test_pickled_objects_in_an_archive_of_numpy_s_are_left_alone(owner, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (shutil.rmtree, (str(tmp_path / "kept"),))
+
+    (tmp_path / "kept").mkdir()
+    np.savez(tmp_path / "evil.npz", a=np.array([Evil()], dtype=object))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Evil()))
+    for name in ("evil.npz", "evil.pkl"):
+        with pytest.raises(OwnershipError):
+            verify(tmp_path / name, owner[1])
+    assert (tmp_path / "kept").is_dir()
