@@ -12,6 +12,7 @@ A mark that is no such term has an `objective` of its own, and one that weights 
 object has to be both. No other class is inherited from, and none of them is inherited again.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -92,6 +93,7 @@ class Mark(Protocol):
 
     # What differs
 
+    @abstractmethod
     def carriers(
         self, model: nn.Module, example: Example, layers: Sequence[str] | None
     ) -> Carriers:
@@ -125,7 +127,7 @@ class Mark(Protocol):
 
     def signals(self, host: Any, secret: Secret, /) -> Float[Tensor, " bits"]:
         """Numbers whose signs are the bits of one layer; gradients flow to `host`."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} has no signals; needed: them, or an objective of its own")
 
     def wanted(self, key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
         """Signs that a training step pulls the signals to: the key's own."""
@@ -135,7 +137,7 @@ class Mark(Protocol):
         self, signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]
     ) -> Float[Tensor, ""]:
         """What a training step adds to the task's loss, on the bits of all layers."""
-        raise NotImplementedError
+        raise TypeError(f"{self.name} has no term; needed: one, or an objective of its own")
 
     def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
         """What V counts in weights. Other marks are not read from them.
@@ -152,8 +154,8 @@ class Mark(Protocol):
         )
 
     def observe(self, model: nn.Module, key: Key, normalise: Normalisation) -> Counts:
-        """What V counts of a network that runs, where neither weights nor answers have the mark."""
-        raise NotImplementedError
+        """What V counts of a network that can be run, unless by its answers: its weights' bits."""
+        return self.read(ArraysOf(model.state_dict()), key)
 
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, what V multiplies a flattened filter with: a projection's rows."""
@@ -305,9 +307,7 @@ class Mark(Protocol):
             UnsuitableModelError: the network is not one that the key was made for.
             UnreadableKeyError: the key has no pictures yet.
         """
-        if self.reads_weights:
-            return mark.read_weights(self, model, key, log10_alpha)
-        if self.triggers:
+        if self.triggers and not self.reads_weights:
             answers = answers_to(key, model, normalise)
             return self.verify_answers(answers, key, log10_alpha=log10_alpha)
         mark.check_scheme(self.name, key)
