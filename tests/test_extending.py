@@ -18,6 +18,7 @@ from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding import measured
 from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.schemes.engine import Secret
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.keys.keyfile import load_key
@@ -67,6 +68,21 @@ def rows():
 
 def test_the_example_is_a_scheme():
     assert isinstance(CATALOG["median-filter"].scheme, Scheme)
+
+
+def test_the_example_is_short():
+    assert len((EXAMPLES / "median_filter.py").read_text().splitlines()) < 90
+
+
+def test_training_and_v_read_the_same_bits():
+    torch.manual_seed(0)
+    scheme = CATALOG["median-filter"].scheme
+    model = torch.nn.Sequential(torch.nn.Conv2d(15, 6, 3), torch.nn.BatchNorm2d(6))
+    key = scheme.draw_key(model, torch.zeros(1, 15, 5, 5), seed=bytes(32))
+    (layer,) = key.context.layers
+    secret = Secret(layer, key.layer_projection("0"), key.layer_signs("0"))
+    read = scheme.signals(model[0].weight.detach(), secret).sign()
+    assert scheme.verify(model.state_dict(), key).matches == int((read == secret.signs).sum())
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,18 @@ def matching(read: Any, signs: Any) -> int:
     return int((read == signs).sum())
 
 
+def counted(what: str, key: Key, layer: LayerShape, read: Read) -> Counts:
+    """The bits of a key's one layer, each the sign of a number that was read.
+
+    A number of exactly zero matches neither bit.
+
+    Raises:
+        UnsuitableModelError: there is not one number for each bit.
+    """
+    matches = matching(np.sign(read), key.signs_array(layer.name))
+    return Counts(what, {layer.name: (matches, layer.length)})
+
+
 # The layers that a key names
 
 
@@ -280,8 +292,7 @@ def read_projection(weights: Weights, key: Key) -> Counts:
     """Bits of a projected mean filter."""
     (layer,) = key.context.layers
     read = mean_projection(host_filters(weights, layer), key.projection_array(layer.name))
-    matches = matching(np.sign(read), key.signs_array(layer.name))
-    return Counts("projected bits", {layer.name: (matches, layer.length)})
+    return counted("projected bits", key, layer, read)
 
 
 # Words for users, through a projection                                            [Che19]
@@ -363,8 +374,7 @@ def read_residuals(weights: Weights, key: Key) -> Counts:
     """Signs of a layer's residuals."""
     (layer,) = key.context.layers
     read = residuals(host_filters(weights, layer), layer.length)
-    matches = matching(np.sign(read), key.signs_array(layer.name))
-    return Counts("signs of residuals", {layer.name: (matches, layer.length)})
+    return counted("signs of residuals", key, layer, read)
 
 
 # The product of a low-rank pair

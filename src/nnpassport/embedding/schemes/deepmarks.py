@@ -18,31 +18,25 @@ which training on leaves smaller.
 """
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.outputs import Example
-from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
-from nnpassport.embedding.schemes.signature import (
-    as_published,
-    host_weight,
-    read_answers,
-)
-from nnpassport.embedding.schemes.uchida import Uchida, read_out
-from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.loop import Evaluation, History, Journal, Objective, Recipe, Task
+from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
+from nnpassport.embedding.schemes.signature import host_weight
+from nnpassport.embedding.schemes.uchida import mean_filter_of, read_out
+from nnpassport.files.arrays import Array
 from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import ORDER, read_words, verdict_on
+from nnpassport.keys.reading import ORDER, Counts, read_words
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
 from nnpassport.scheme import BadRecipeError, Verdict
 
@@ -80,7 +74,7 @@ class Trace:
 
 @final
 @dataclass(frozen=True, slots=True)
-class DeepMarks:
+class DeepMarks(Mark):
     """Users' words in an anti-collusion code, read off one layer's mean filter.       [Che19]
 
     One key serves all users, and V and `trace` need no more than that.
@@ -111,164 +105,42 @@ class DeepMarks:
                 f"{self.repeats} repeats of the code; needed: at least {LEAST_REPEATS}"
             )
 
-    @property
-    def triggers(self) -> int:
-        """None: there is no black-box verification."""
-        return 0
+    parts = frozenset({"projection"})
 
-    @property
-    def reads_weights(self) -> bool:
-        """Whether V needs nothing but the weights."""
-        return True
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """A projection is there to be forged."""
-        return frozenset({"projection"})
-
-    def draw_key(
-        self,
-        model: nn.Module,
-        example: Example,
-        *,
-        owner: str = "unnamed",
-        layers: Sequence[str] | None = None,
-        text: str | None = None,
-        seed: bytes | None = None,
-    ) -> Key:
-        """A key for a network of this shape, for all users; `layers` names one, as for Uchida's.
+    def carriers(
+        self, model: nn.Module, example: Example, layers: Sequence[str] | None
+    ) -> Carriers:
+        """One layer, as for Uchida's, for all users.
 
         Raises:
             UnsuitableModelError: not one layer, a grouped one, or one with fewer numbers than bits.
         """
-        return self._bearer.draw_key(
-            model, example, owner=owner, layers=layers, text=text, seed=seed
-        )
+        bits = self.repeats * USERS
+        return Carriers((mean_filter_of(self.name, model, example, layers, bits),))
 
-    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
-        """The key as it is: it takes nothing of a network or of images."""
-        return key
+    def wanted(self, key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
+        """b: the word of `user` under the key's signs."""
+        return words_of(key, layer)[self.user]
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
-        """Check that `key` fits `model`; nothing is inserted.
+    def signals(
+        self, host: Float[Tensor, "out fan_in *kernel"], secret: Secret, /
+    ) -> Float[Tensor, " bits"]:
+        """X·w̄."""
+        return read_out(host, secret.rows)
 
-        Raises:
-            UnsuitableModelError: the key is another scheme's, or was made for another network.
-        """
-        self._bearer.insert(model, key, example)
+    def term(
+        self, signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]
+    ) -> Float[Tensor, ""]:
+        """λ_r·MSE(b − X·w̄)."""
+        return self.strength * F.mse_loss(signals, signs)
 
-    def objective(
-        self,
-        key: Key,
-        *,
-        steps: int,
-        normalise: Normalisation | None = None,
-        task: Task | None = None,
-    ) -> Objective:
-        """Task loss + λ_r·MSE(b − X·w̄), b the word of `user` under the key's signs."""
-        (layer,) = key.context.layers
-        word = words_of(key, layer)[self.user]
-        bearing = replace(key, text=None, signs={layer.name: word})
-        return self._bearer.objective(bearing, steps=steps, normalise=normalise, task=task)
-
-    def embed(
-        self,
-        model: nn.Module,
-        key: Key,
-        data: Images,
-        recipe: Recipe,
-        *,
-        normalise: Normalisation,
-        validation: Images | None = None,
-        journal: Journal | None = None,
-        trained: bool = False,
-    ) -> History:
-        """E: train `model` in place with the regulariser, into the copy of `user`."""
-        return mark.train_in(
-            self,
-            model,
-            key,
-            data,
-            recipe,
-            normalise=normalise,
-            validation=validation,
-            journal=journal,
-        )
-
-    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
-        """Accuracy, which is the score too."""
-        return plain_evaluation(data, normalise)
-
-    def fidelity(
-        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
-    ) -> float:
-        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
-
-        That is what makes it forgeable.                                   [Fan19, prop. 1]
-        """
-        return accuracy(deepcopy(model).eval(), data, normalise)
-
-    def verify(
-        self,
-        weights: Mapping[str, Tensor],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V in white box: the word that matches best, corrected for the choice among all of them.
-
-        Words are the users' and the owner's own, which copies of three or more users read as when
-        they are averaged: most users have a one where few have a zero.
+    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
+        """The word that matches best, of the users' and the owner's own.
 
         Raises:
-            UnsuitableModelError: the host layer is missing or has another shape.
             UnreadableKeyError: the key's bits are no whole number of codewords.
         """
-        mark.check_scheme(self.name, key)
-        counts = read_words(ArraysOf(weights), key)
-        return verdict_on(counts, key, log10_alpha=log10_alpha)
-
-    def verify_network(
-        self,
-        model: nn.Module,
-        key: Key,
-        normalise: Normalisation,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V of a network that can be run: by its weights all the same."""
-        return mark.read_weights(self, model, key, log10_alpha)
-
-    def forms(self, key: Key) -> Mapping[str, Tensor]:
-        """By layer, what V multiplies a flattened filter with: the rows of X."""
-        return self._bearer.forms(key)
-
-    def verify_answers(
-        self,
-        answers: Int64[Tensor, " triggers"],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """There are no triggers, so this always raises.
-
-        Raises:
-            UnsuitableModelError: always.
-        """
-        return read_answers(answers, key, log10_alpha=log10_alpha)
-
-    def verify_as_published(self, verdict: Verdict) -> Verdict:
-        """The paper's rule: a word of the codebook is read back, by default without an error."""
-        return as_published(verdict, threshold=self.threshold)
-
-    def released(self, model: nn.Module) -> nn.Module:
-        """A copy: the mark is in the weights, and nothing else is there."""
-        return deepcopy(model)
-
-    @property
-    def _bearer(self) -> Uchida:
-        """The scheme whose bits bear the words."""
-        return Uchida(self.name, squared=True, bits=self.repeats * USERS, strength=self.strength)
+        return read_words(weights, key)
 
 
 def trace(

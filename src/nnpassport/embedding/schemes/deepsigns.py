@@ -31,7 +31,6 @@ The paper's black box is in `deepsigns_blackbox`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -40,21 +39,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.network.equations import HOSTS, filters, geometry_of, is_matrix
 from nnpassport.embedding.network.layers import Branch, on_branch
-from nnpassport.embedding.network.outputs import (
-    Example,
-    call,
-    logits_of,
-    part_of,
-    tensors_in,
-    unwrapped,
-)
+from nnpassport.embedding.network.outputs import Example, call, part_of, tensors_in, unwrapped
 from nnpassport.embedding.network.survey import refuse_wrapped
+from nnpassport.embedding.network.tensors import as_array
 from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes.engine import Carriers, Mark, outcome
 from nnpassport.embedding.schemes.pictures import generator_of, shuffled
-from nnpassport.embedding.schemes.signature import as_published, judged, matching
 from nnpassport.embedding.schemes.triggered import with_pictures
 from nnpassport.embedding.schemes.triggers import (
     mixing,
@@ -63,21 +56,11 @@ from nnpassport.embedding.schemes.triggers import (
     trigger_batch,
     trigger_shape,
 )
-from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.loop import (
-    Evaluation,
-    History,
-    Journal,
-    Objective,
-    Outcome,
-    Recipe,
-    Task,
-    share_right,
-)
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.embedding.train.loop import Objective, Outcome, Task
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import Counts, counted
 from nnpassport.keys.validity import GROUP
 from nnpassport.scheme import (
     BadRecipeError,
@@ -86,7 +69,6 @@ from nnpassport.scheme import (
     UnreadableDataError,
     UnreadableKeyError,
     UnsuitableModelError,
-    Verdict,
 )
 
 SHARPNESS = 4.0
@@ -95,7 +77,7 @@ SHARPNESS = 4.0
 
 @final
 @dataclass(frozen=True, slots=True)
-class DeepSigns:
+class DeepSigns(Mark):
     """Bits b = [A·μ > 0], μ the mean activations of a group of secret pictures.          [Rou19]
 
     Attributes:
@@ -123,44 +105,22 @@ class DeepSigns:
                 "needed: at least one of each, and no more groups a step than there are"
             )
 
-    @property
-    def triggers(self) -> int:
-        """None: nobody is asked for the classes of the pictures."""
-        return 0
+    # Nobody is asked for the classes of the pictures, so they are no trigger set.
+    reads_weights = False
+    parts = frozenset({"activations"})
 
-    @property
-    def reads_weights(self) -> bool:
-        """Not: activations take a network that can be run."""
-        return False
+    def carriers(
+        self, model: nn.Module, example: Example, layers: Sequence[str] | None
+    ) -> Carriers:
+        """Pictures, which `prepared` chooses, and one layer: the bits are in what it receives.
 
-    @property
-    def parts(self) -> frozenset[str]:
-        """The projection of activations is there to be forged."""
-        return frozenset({"activations"})
-
-    def draw_key(
-        self,
-        model: nn.Module,
-        example: Example,
-        *,
-        owner: str = "unnamed",
-        layers: Sequence[str] | None = None,
-        text: str | None = None,
-        seed: bytes | None = None,
-    ) -> Key:
-        """A key for a network of this shape, without its pictures: `prepared` chooses them.
-
-        `layers` names one layer: the bits are in what it receives. By default it is the last linear
-        layer (or the last convolution of a network without any).
+        By default it is the last linear layer (or the last convolution of a network without any).
 
         Raises:
             UnsuitableModelError: not one layer, or the network takes no images.
         """
         shape = _carrier(self.name, model, example, layers, self.groups * self.bits)
-        pictures = trigger_shape(self.groups * GROUP, model, example)
-        return mark.new_key(
-            self.name, owner=owner, layers=(shape,), triggers=pictures, text=text, seed=seed
-        )
+        return Carriers((shape,), trigger_shape(self.groups * GROUP, model, example))
 
     def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
         """The key with its pictures; the network is not asked.
@@ -173,14 +133,8 @@ class DeepSigns:
             return key
         return with_pictures(key, data.images[_grouped(key, data)])
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
-        """Check that `key` fits `model`; nothing is inserted.
-
-        Raises:
-            UnsuitableModelError: the key is another scheme's, or was made for another network.
-            UnreadableKeyError: it has no pictures yet.
-        """
-        mark.check_scheme(self.name, key)
+    def check(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Refuse a key for another network, or one that has no pictures yet."""
         mark.check_has_pictures(key)
         mark.check_triggers(key, model, example)
         layout = _layout(key)
@@ -217,75 +171,12 @@ class DeepSigns:
                 groups = _groups_of(batch.step, count, batch.part, len(layout.rows))
                 terms = _terms(features.float(), groups.to(features.device), layout)
             loss = task_loss + self.clustering * terms.clustering + self.strength * terms.bits
-            measures = {"sign_match": terms.sign_match}
-            if task is None:
-                measures["accuracy"] = share_right(logits_of(output), batch.labels)
-            else:
-                measures["task_loss"] = task_loss.detach()
-            return Outcome(loss, measures)
+            return outcome(loss, terms.sign_match, output, batch.labels, task_loss, task)
 
         return objective
 
-    def embed(
-        self,
-        model: nn.Module,
-        key: Key,
-        data: Images,
-        recipe: Recipe,
-        *,
-        normalise: Normalisation,
-        validation: Images | None = None,
-        journal: Journal | None = None,
-        trained: bool = False,
-    ) -> History:
-        """E: train `model` in place with some of the pictures beside the images."""
-        return mark.train_in(
-            self,
-            model,
-            key,
-            data,
-            recipe,
-            normalise=normalise,
-            validation=validation,
-            journal=journal,
-        )
-
-    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
-        """Accuracy, which is the score too."""
-        return plain_evaluation(data, normalise)
-
-    def fidelity(
-        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
-    ) -> float:
-        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
-
-        That is what makes it forgeable.                                   [Fan19, prop. 1]
-        """
-        return accuracy(deepcopy(model).eval(), data, normalise)
-
-    def verify(
-        self,
-        weights: Mapping[str, Tensor],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """Activations cannot be read off a file of weights, so this always raises.
-
-        Raises:
-            UnsuitableModelError: always; `verify_network` is what works.
-        """
-        return mark.refuse_weights(self.name, "activations", "verify_network")
-
-    def verify_network(
-        self,
-        model: nn.Module,
-        key: Key,
-        normalise: Normalisation,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V in white box. Derived bits match an independent network as Binomial(n, ½): exact.
+    def observe(self, model: nn.Module, key: Key, normalise: Normalisation) -> Counts:
+        """Derived bits match an independent network as Binomial(n, ½): exact.
 
         The network is run in evaluation mode, and is left as it was.
 
@@ -293,45 +184,10 @@ class DeepSigns:
             UnsuitableModelError: the layer is missing or receives something of another shape.
             UnreadableKeyError: the key has no pictures yet.
         """
-        mark.check_scheme(self.name, key)
-        read, (layer,) = read_out(model, key, normalise).sign(), key.context.layers
-        return judged(
-            key,
-            "bits of mean activations",
-            bits=layer.length,
-            matches=matching(read, key.layer_signs(layer.name)),
-            chance=0.5,
-            log10_alpha=log10_alpha,
+        (layer,) = key.context.layers
+        return counted(
+            "bits of mean activations", key, layer, as_array(read_out(model, key, normalise))
         )
-
-    def forms(self, key: Key) -> Mapping[str, Tensor]:
-        """None: V reads no weights."""
-        return {}
-
-    def verify_answers(
-        self,
-        answers: Int64[Tensor, " triggers"],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """The pictures have no labels, so this always raises.
-
-        Raises:
-            UnsuitableModelError: always; `verify_network` is what works.
-        """
-        raise UnsuitableModelError(
-            f"a key of {self.name} has pictures and no labels for them, so it has no trigger set; "
-            "give the network itself, whose activations carry the mark, and use verify_network"
-        )
-
-    def verify_as_published(self, verdict: Verdict) -> Verdict:
-        """The paper's rule: `threshold` of the bits (by default all: BER = 0) are read back."""
-        return as_published(verdict, threshold=self.threshold)
-
-    def released(self, model: nn.Module) -> nn.Module:
-        """A copy: the mark is in the weights, and nothing else is there."""
-        return deepcopy(model)
 
 
 def read_out(model: nn.Module, key: Key, normalise: Normalisation) -> Float[Tensor, " bits"]:

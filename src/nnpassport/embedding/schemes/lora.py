@@ -25,43 +25,25 @@ on them, each matches with probability ½ independently of all others: that the 
 one another changes nothing, and the p-value is exact.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
-import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.equations import geometry_of, sign_loss
-from nnpassport.embedding.network.outputs import Example, call, logits_of, unwrapped
+from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.network.survey import Site, Survey, choose
-from nnpassport.embedding.network.tensors import ArraysOf, as_array
-from nnpassport.embedding.schemes import mark
-from nnpassport.embedding.schemes.signature import as_published, read_answers
-from nnpassport.embedding.schemes.triggers import plain_loss
-from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.loop import (
-    Evaluation,
-    History,
-    Journal,
-    Objective,
-    Outcome,
-    Recipe,
-    Task,
-    fit,
-    share_right,
-)
+from nnpassport.embedding.network.tensors import as_array
+from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
+from nnpassport.files.arrays import Array
 from nnpassport.keys.adapters import base_digest, committed
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
-from nnpassport.keys.context import Context, LayerShape
+from nnpassport.keys.context import LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import check_pair, read_product, unwrapped_name, verdict_on
-from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.keys.reading import Counts, check_pair, read_product, unwrapped_name
+from nnpassport.scheme import UnsuitableModelError
 
 
 class Pair(NamedTuple):
@@ -78,8 +60,10 @@ class Pair(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Lora:
+class Lora(Mark):
     """The mark of an adapter; `LORA` below is the one there is. The module says how it works.
+
+    The attacks on networks know no `parts` of it, and the published rule is the passports' own.
 
     Attributes:
         name: as in keys and on the command line.
@@ -91,57 +75,27 @@ class Lora:
     sign_weight: float = 0.1
     margin: float = 0.1
 
-    @property
-    def triggers(self) -> int:
-        """None: there is no black-box verification."""
-        return 0
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether V needs nothing but the weights."""
-        return True
-
-    @property
-    def parts(self) -> frozenset[str]:
-        """None that the attacks on networks know."""
-        return frozenset()
-
-    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
-        """The key as it is: it takes nothing of a network or of images."""
-        return key
-
-    def draw_key(
-        self,
-        model: nn.Module,
-        example: Example | None = None,
-        *,
-        owner: str = "unnamed",
-        layers: Sequence[str] | None = None,
-        text: str | None = None,
-        seed: bytes | None = None,
-    ) -> Key:
-        """A key for a network that carries an adapter, every secret derived from one seed.
+    def carriers(
+        self, model: nn.Module, example: Example, layers: Sequence[str] | None
+    ) -> Carriers:
+        """Layers that the adapter changes, and the digest of the base below it.
 
         `layers` are patterns as in `survey.choose`, on the names that the network has without the
-        adapter; by default the last third of the layers that the adapter changes. `example` is not
-        needed: the network is not run.
+        adapter; by default the last third of them. The network is not run.
 
         Raises:
             UnsuitableModelError: peft's adapter is not there, or not on the layers named.
         """
         sites = choose(model, _survey(model), layers)
-        shapes = tuple(_shape_of(site) for site in sites)
         bases = {site.name: as_array(_base(site.layer)) for site in sites}
-        context = Context(self.name, owner, shapes, None, base_digest(bases))
-        return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+        return Carriers(tuple(_shape_of(site) for site in sites), nonce=base_digest(bases))
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
-        """Check that `key` fits the adapter in `model`; nothing is inserted.
+    def check(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Refuse a key for another adapter or base.
 
         Raises:
-            UnsuitableModelError: the key is another scheme's, or for another adapter or base.
+            UnsuitableModelError: it is one.
         """
-        self._check_key(key)
         layers = adapted(model)
         for shape in key.context.layers:
             if shape.name not in layers:
@@ -153,136 +107,32 @@ class Lora:
             check_pair(pair.a.shape, pair.b.shape, shape)
         committed({s.name: as_array(_base(layers[s.name])) for s in key.context.layers}, key)
 
-    def objective(
-        self,
-        key: Key,
-        *,
-        steps: int,
-        normalise: Normalisation | None = None,
-        task: Task | None = None,
-    ) -> Objective:
-        """Task loss + λ_r·R; gradients flow to A and B."""
-        names = [layer.name for layer in key.context.layers]
-        secrets = {n: (key.layer_projection(n), key.layer_signs(n)) for n in names}
+    def hosts(self, model: nn.Module, layers: Sequence[LayerShape]) -> list[Any]:
+        """The pair of each layer."""
+        there = adapted(model)
+        return [pair_of(there[layer.name]) for layer in layers]
 
-        def objective(model: nn.Module, batch: Batch) -> Outcome:
-            output = call(model, batch.images)
-            task_loss = (task or plain_loss)(output, batch.labels)
-            gammas, signs = [], []
-            for name, pair in _live_pairs(unwrapped(model), names):
-                secrets[name] = _moved(secrets[name], pair.a)
-                with torch.autocast(pair.a.device.type, enabled=False):
-                    gammas.append(pair.read(secrets[name][0]))
-                signs.append(secrets[name][1])
-            gamma, wanted = torch.cat(gammas), torch.cat(signs)
-            regularisation = sign_loss(gamma, wanted, margin=self.margin)
-            measures = {"sign_match": (gamma.detach().sign() == wanted).float().mean()}
-            if task is None:
-                measures["accuracy"] = share_right(logits_of(output), batch.labels)
-            else:
-                measures["task_loss"] = task_loss.detach()
-            return Outcome(task_loss + self.sign_weight * regularisation, measures)
+    def signals(self, host: Pair, secret: Secret, /) -> Float[Tensor, " bits"]:
+        """γ of one layer; gradients flow to A and B."""
+        return host.read(secret.rows)
 
-        return objective
+    def term(
+        self, signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]
+    ) -> Float[Tensor, ""]:
+        """λ_r·R."""
+        return self.sign_weight * sign_loss(signals, signs, margin=self.margin)
 
-    def embed(
-        self,
-        model: nn.Module,
-        key: Key,
-        data: Images,
-        recipe: Recipe,
-        *,
-        normalise: Normalisation,
-        validation: Images | None = None,
-        journal: Journal | None = None,
-        trained: bool = False,
-    ) -> History:
-        """E: train the adapter in `model`, in place, with the regulariser."""
-        data.require_classes(2)
-        self.insert(model, key, normalise(data.sample(2, seed=0).images))
-        return fit(
-            model,
-            self.objective(key, steps=1),
-            data,
-            recipe,
-            normalise=normalise,
-            evaluate=None if validation is None else self.evaluation(validation, normalise),
-            journal=journal,
-        )
-
-    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
-        """Accuracy, which is the score too."""
-        return plain_evaluation(data, normalise)
-
-    def fidelity(
-        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
-    ) -> float:
-        """F: accuracy in [0, 1], that of the network as it is: there is no private branch."""
-        return accuracy(deepcopy(model).eval(), data, normalise)
-
-    def verify(
-        self,
-        weights: Mapping[str, Tensor],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V: read sign(γ) off an adapter's pairs, as in its file or in a network that has it.
+    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
+        """sign(γ) off an adapter's pairs, as in its file or in a network that has it.
 
         A layer whose pair was left out has ΔW = 0, which matches no bit. Weights without any pair
         are read as if they were ΔW: that is right for what `added` returns. Of a merged network W0
         is noise, and only what is left of the bits is found.
 
         Raises:
-            UnsuitableModelError: the key is another scheme's, or the weights are another network's.
+            UnsuitableModelError: the weights are another network's.
         """
-        self._check_key(key)
-        counts = read_product(ArraysOf(weights), key)
-        return verdict_on(counts, key, log10_alpha=log10_alpha)
-
-    def verify_network(
-        self,
-        model: nn.Module,
-        key: Key,
-        normalise: Normalisation,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V of a network that can be run: by its weights all the same."""
-        return mark.read_weights(self, model, key, log10_alpha)
-
-    def forms(self, key: Key) -> Mapping[str, Tensor]:
-        """By layer, what V multiplies flattened filters with: the rows of X."""
-        return {layer.name: key.layer_projection(layer.name) for layer in key.context.layers}
-
-    def verify_answers(
-        self,
-        answers: Int64[Tensor, " triggers"],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """There are no triggers, so this always raises.
-
-        Raises:
-            UnsuitableModelError: always.
-        """
-        return read_answers(answers, key, log10_alpha=log10_alpha)
-
-    def verify_as_published(self, verdict: Verdict) -> Verdict:
-        """The passports' own rule: all bits match."""
-        return as_published(verdict, threshold=1.0)
-
-    def released(self, model: nn.Module) -> nn.Module:
-        """A copy: the mark is in the adapter, and nothing else is there."""
-        return deepcopy(model)
-
-    def _check_key(self, key: Key) -> None:
-        if key.context.scheme != self.name:
-            raise UnsuitableModelError(
-                f"the key is for {key.context.scheme}, and this is {self.name}; "
-                "draw a key with this scheme's draw_key, or use the key's own scheme"
-            )
+        return read_product(weights, key)
 
 
 LORA = Lora()
@@ -370,13 +220,3 @@ def _matrices(layer: Any) -> tuple[Tensor, Tensor]:
 
 def _base(layer: Any) -> Tensor:
     return layer.get_base_layer().weight
-
-
-def _live_pairs(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, Pair]]:
-    layers = adapted(model)
-    for name in names:
-        yield name, pair_of(layers[name])
-
-
-def _moved(secret: tuple[Tensor, Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    return secret[0].to(like), secret[1].to(like)

@@ -1,19 +1,14 @@
-"""What schemes that leave a network's shape as it is have in common: keys, E, F and ways to read.
-
-A scheme of one's own is a frozen dataclass with the members of `protocol.Scheme`; these functions
-are most of their bodies. `docs/extending.md` shows one.
-"""
+"""Steps that schemes share, be they made by the `engine` or not: new keys, checks, training."""
 
 import os
 from collections.abc import Sequence
 
-from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import nn
 
 from nnpassport.data.images import Images, Normalisation
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.schemes.protocol import Scheme
-from nnpassport.embedding.schemes.triggers import answers_to, trigger_shape
+from nnpassport.embedding.schemes.triggers import trigger_shape
 from nnpassport.embedding.train.loop import History, Journal, Recipe, fit, total_steps
 from nnpassport.keys.context import Context, LayerShape, TriggerShape
 from nnpassport.keys.key import Key
@@ -28,13 +23,17 @@ def new_key(
     triggers: TriggerShape | None = None,
     text: str | None = None,
     seed: bytes | None = None,
+    nonce: bytes | None = None,
 ) -> Key:
     """A key of `scheme`, all of it derived; the operating system draws the seed if none is given.
+
+    So it does the nonce, unless one is given that binds the key to something else.
 
     Raises:
         BadSignatureError: `text` does not fit the layers.
     """
-    nonce = os.urandom(16) if seed is None else bytes(16)
+    if nonce is None:
+        nonce = os.urandom(16) if seed is None else bytes(16)
     context = Context(scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce)
     return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
 
@@ -129,23 +128,3 @@ def train_in(
 def read_weights(scheme: Scheme, model: nn.Module, key: Key, log10_alpha: float) -> Verdict:
     """`verify_network` of a scheme that reads weights."""
     return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)
-
-
-def read_network(
-    scheme: Scheme, model: nn.Module, key: Key, normalise: Normalisation, log10_alpha: float
-) -> Verdict:
-    """`verify_network` of a scheme that reads answers to triggers."""
-    answers: Int64[Tensor, " triggers"] = answers_to(key, model, normalise)
-    return scheme.verify_answers(answers, key, log10_alpha=log10_alpha)
-
-
-def refuse_weights(scheme: str, what: str = "answers", instead: str = "verify_answers") -> Verdict:
-    """`verify` of a scheme that does not read weights.
-
-    Raises:
-        UnsuitableModelError: always.
-    """
-    raise UnsuitableModelError(
-        f"{scheme} marks a network's {what} and not its weights; "
-        f"give the network itself and its images, and use {instead}"
-    )

@@ -18,7 +18,8 @@ from nnpassport.scheme import Verdict
 class Scheme(Protocol):
     """An ownership scheme: V = (E, F, V, I) without its attacks.           [Fan19, def. 1]
 
-    Structural: a frozen dataclass with these members is a scheme, and nothing is inherited.
+    Structural: a frozen dataclass with these members is a scheme. Most get them from `engine.Mark`,
+    and say only what differs.
     """
 
     @property

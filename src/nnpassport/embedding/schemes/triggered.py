@@ -8,18 +8,16 @@ owner's own also from the digest of these (`Key.bound`), so that the test is exa
 rules are bare match rates; `verify_as_published` has them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import final
 
-from jaxtyping import Int64
 from torch import Tensor, nn
 
-from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 from nnpassport.embedding.schemes import mark
-from nnpassport.embedding.schemes.signature import as_published, read_answers
+from nnpassport.embedding.schemes.engine import Carriers, Mark
 from nnpassport.embedding.schemes.triggers import (
     branch_loss,
     mixing,
@@ -27,19 +25,10 @@ from nnpassport.embedding.schemes.triggers import (
     trigger_shape,
     triggers_here,
 )
-from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.loop import (
-    Evaluation,
-    History,
-    Journal,
-    Objective,
-    Outcome,
-    Recipe,
-    Task,
-    share_right,
-)
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, matches_needed
+from nnpassport.embedding.train.loop import Objective, Outcome, Task, share_right
+from nnpassport.keys.chance import matches_needed
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import as_published
 from nnpassport.scheme import Batch, UnreadableKeyError, Verdict
 
 Pictures = Callable[[Key, nn.Module, ImageSet, Normalisation], Key]
@@ -48,7 +37,7 @@ Pictures = Callable[[Key, nn.Module, ImageSet, Normalisation], Key]
 
 @final
 @dataclass(frozen=True, slots=True)
-class TriggerSet:
+class TriggerSet(Mark):
     """Pictures and labels, mixed into every training step.
 
     Attributes:
@@ -69,34 +58,14 @@ class TriggerSet:
     needed: Callable[[int], int] | None = None
     level: float | None = None
 
-    @property
-    def reads_weights(self) -> bool:
-        """Not: a mark of answers is read from answers."""
-        return False
+    reads_weights = False
+    parts = frozenset({"triggers"})
 
-    @property
-    def parts(self) -> frozenset[str]:
-        """Triggers, and nothing else, are there to be forged."""
-        return frozenset({"triggers"})
-
-    def draw_key(
-        self,
-        model: nn.Module,
-        example: Example,
-        *,
-        owner: str = "unnamed",
-        layers: Sequence[str] | None = None,
-        text: str | None = None,
-        seed: bytes | None = None,
-    ) -> Key:
-        """A key for a network of this shape; without pictures where `prepared` makes them.
-
-        Raises:
-            UnsuitableModelError: layers or a text were given; there are neither.
-        """
-        mark.check_nothing_chosen(self.name, layers, text)
-        shape = trigger_shape(self.triggers, model, example)
-        return mark.new_key(self.name, owner=owner, triggers=shape, seed=seed)
+    def carriers(
+        self, model: nn.Module, example: Example, layers: Sequence[str] | None
+    ) -> Carriers:
+        """Pictures, and no layers."""
+        return Carriers(triggers=trigger_shape(self.triggers, model, example))
 
     def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
         """The key with its pictures, if it has none yet and they are not derived."""
@@ -104,14 +73,8 @@ class TriggerSet:
             return key
         return self.pictures(key, model, data, normalise)
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
-        """Check that `key` fits `model`; nothing is inserted.
-
-        Raises:
-            UnsuitableModelError: the key is another scheme's, or was made for another network.
-            UnreadableKeyError: it has no pictures yet.
-        """
-        mark.check_scheme(self.name, key)
+    def check(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Refuse a key of pictures for another network, or one that has none yet."""
         self._check_pictures(key)
         mark.check_triggers(key, model, example)
 
@@ -142,83 +105,6 @@ class TriggerSet:
 
         return objective
 
-    def embed(
-        self,
-        model: nn.Module,
-        key: Key,
-        data: Images,
-        recipe: Recipe,
-        *,
-        normalise: Normalisation,
-        validation: Images | None = None,
-        journal: Journal | None = None,
-        trained: bool = False,
-    ) -> History:
-        """E: train `model` in place with the trigger set mixed in."""
-        return mark.train_in(
-            self,
-            model,
-            key,
-            data,
-            recipe,
-            normalise=normalise,
-            validation=validation,
-            journal=journal,
-        )
-
-    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
-        """Accuracy, which is the score too."""
-        return plain_evaluation(data, normalise)
-
-    def fidelity(
-        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
-    ) -> float:
-        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
-
-        That is what makes it forgeable.                                   [Fan19, prop. 1]
-        """
-        return accuracy(deepcopy(model).eval(), data, normalise)
-
-    def verify(
-        self,
-        weights: Mapping[str, Tensor],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """Answers cannot be read off a file of weights, so this always raises.
-
-        Raises:
-            UnsuitableModelError: always; `verify_answers` is what works.
-        """
-        return mark.refuse_weights(self.name)
-
-    def verify_network(
-        self,
-        model: nn.Module,
-        key: Key,
-        normalise: Normalisation,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V of a network that can be run: by its answers."""
-        return mark.read_network(self, model, key, normalise, log10_alpha)
-
-    def forms(self, key: Key) -> Mapping[str, Tensor]:
-        """None: V reads no weights."""
-        return {}
-
-    def verify_answers(
-        self,
-        answers: Int64[Tensor, " triggers"],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V: derived labels are uniform over K classes, so chance matches exactly 1/K of them."""
-        verdict = read_answers(answers, key, log10_alpha=log10_alpha)
-        return replace(verdict, chance=1 / key.label_choices)
-
     def verify_as_published(self, verdict: Verdict) -> Verdict:
         """The papers' rule: so many of the triggers are answered as marked.
 
@@ -231,10 +117,6 @@ class TriggerSet:
         if self.needed is None:
             return as_published(verdict, threshold=self.threshold)
         return as_published(verdict, threshold=self.needed(verdict.bits) / verdict.bits)
-
-    def released(self, model: nn.Module) -> nn.Module:
-        """A copy: the mark is in the weights, and nothing else is there."""
-        return deepcopy(model)
 
     def _check_pictures(self, key: Key) -> None:
         if self.pictures is not None:

@@ -1,0 +1,355 @@
+"""The scheme engine: all that a scheme does beside what makes it that scheme.
+
+`Mark` has every member of `protocol.Scheme`. A scheme is a frozen dataclass of what differs:
+
+    carriers        which layers and pictures a key is drawn for
+    signals, term   what the network says of the bits, and what a training step adds for them
+    read            what V counts in a file of weights, in numpy
+    threshold       the share of the bits that the paper's own rule asks for
+
+A mark that is no such term has an `objective` of its own, and one that weights do not show has
+`observe` or a trigger set. The dataclasses inherit because their fields are the settings, and one
+object has to be both. No other class is inherited from, and none of them is inherited again.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from nnpassport.data.images import Images, ImageSet, Normalisation
+from nnpassport.embedding.network.equations import filters
+from nnpassport.embedding.network.layers import whole_weight
+from nnpassport.embedding.network.outputs import Example, call, logits_of, tensors_in, unwrapped
+from nnpassport.embedding.network.tensors import ArraysOf
+from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes.signature import read_answers
+from nnpassport.embedding.schemes.triggers import answers_to, plain_loss
+from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
+from nnpassport.embedding.train.loop import (
+    Evaluation,
+    History,
+    Journal,
+    Objective,
+    Outcome,
+    Recipe,
+    Task,
+    share_right,
+)
+from nnpassport.files.arrays import Array
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.context import LayerShape, TriggerShape
+from nnpassport.keys.key import Key
+from nnpassport.keys.reading import Counts, as_published, check_host, verdict_on
+from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+
+
+class Carriers(NamedTuple):
+    """What a key is drawn for: the layers whose bits it has, and the shape of its pictures.
+
+    `nonce` binds the key to something else; None lets the operating system draw it.
+    """
+
+    layers: tuple[LayerShape, ...] = ()
+    triggers: TriggerShape | None = None
+    nonce: bytes | None = None
+
+
+class Secret(NamedTuple):
+    """What a training step needs of one layer's key: `forms`, if there are any, and the bits."""
+
+    layer: LayerShape
+    rows: Tensor
+    signs: Float[Tensor, " bits"]
+
+    def to(self, like: Tensor) -> "Secret":
+        """Where `like` is, in its precision."""
+        return self._replace(rows=self.rows.to(like), signs=self.signs.to(like))
+
+
+class Mark(Protocol):
+    """A scheme that leaves a network's shape as it is; `protocol.Scheme` says what members mean.
+
+    Attributes:
+        name: as in keys and on the command line.
+        threshold: share of the bits that must match by the published rule.
+        triggers: size of the trigger set; 0 is none.
+        reads_weights: whether V needs nothing but the weights.
+        parts: what of the mark forgers can aim at.
+    """
+
+    __slots__ = ()
+
+    name: str
+    threshold: float = 1.0
+    triggers: int = 0
+    reads_weights: bool = True
+    parts: frozenset[str] = frozenset()
+
+    # What differs
+
+    @abstractmethod
+    def carriers(
+        self, model: nn.Module, example: Example, layers: Sequence[str] | None
+    ) -> Carriers:
+        """What a key for this network is drawn for; `layers` are the caller's choice.
+
+        Raises:
+            UnsuitableModelError: the network, or a layer chosen, cannot carry the mark.
+        """
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key as it is: it takes nothing of a network or of images."""
+        return key
+
+    def check(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Refuse a key of this scheme that was made for another network: by its layers' shapes.
+
+        Raises:
+            UnsuitableModelError: it was.
+        """
+        weights = dict(model.named_parameters())
+        for layer in key.context.layers:
+            check_host(weights, layer)
+
+    def hosts(self, model: nn.Module, layers: Sequence[LayerShape]) -> list[Any]:
+        """What `signals` is given of each layer, with gradients: its filters (out fan_in *kernel).
+
+        A tensor, or a tuple with one.
+        """
+        weights = [whole_weight(model.get_parameter(f"{each.name}.weight")) for each in layers]
+        return [filters(w, each.geometry) for w, each in zip(weights, layers, strict=True)]
+
+    def signals(self, host: Any, secret: Secret, /) -> Float[Tensor, " bits"]:
+        """Numbers whose signs are the bits of one layer; gradients flow to `host`."""
+        raise TypeError(f"{self.name} has no signals; needed: them, or an objective of its own")
+
+    def wanted(self, key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
+        """Signs that a training step pulls the signals to: the key's own."""
+        return key.layer_signs(layer.name)
+
+    def term(
+        self, signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]
+    ) -> Float[Tensor, ""]:
+        """What a training step adds to the task's loss, on the bits of all layers."""
+        raise TypeError(f"{self.name} has no term; needed: one, or an objective of its own")
+
+    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
+        """What V counts in weights. Other marks are not read from them.
+
+        Raises:
+            UnsuitableModelError: it is another mark, or a layer is missing or of another shape.
+        """
+        what, instead = "activations", "verify_network"
+        if self.triggers:
+            what, instead = "answers", "verify_answers"
+        raise UnsuitableModelError(
+            f"{self.name} marks a network's {what} and not its weights; "
+            f"give the network itself and its images, and use {instead}"
+        )
+
+    def observe(self, model: nn.Module, key: Key, normalise: Normalisation) -> Counts:
+        """What V counts of a network that can be run, unless by its answers: its weights' bits."""
+        return self.read(ArraysOf(model.state_dict()), key)
+
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies a flattened filter with: a projection's rows."""
+        if not self.reads_weights:
+            return {}
+        return {layer.name: key.layer_projection(layer.name) for layer in key.context.layers}
+
+    def verify_as_published(self, verdict: Verdict) -> Verdict:
+        """The paper's rule: `threshold` of the bits are read back."""
+        return as_published(verdict, threshold=self.threshold)
+
+    # What is the same for all of them
+
+    def draw_key(
+        self,
+        model: nn.Module,
+        example: Example = (),
+        *,
+        owner: str = "unnamed",
+        layers: Sequence[str] | None = None,
+        text: str | None = None,
+        seed: bytes | None = None,
+    ) -> Key:
+        """A key for a network of this shape, every secret in it derived from one seed.
+
+        Schemes that do not run the network need no `example`.
+
+        Raises:
+            UnsuitableModelError: the network cannot carry the mark, or `layers` or a text were
+                given to a scheme that has neither.
+        """
+        found = self.carriers(model, example, layers)
+        if not found.layers:
+            mark.check_nothing_chosen(self.name, layers, text)
+        return mark.new_key(
+            self.name,
+            owner=owner,
+            layers=found.layers,
+            triggers=found.triggers,
+            text=text,
+            seed=seed,
+            nonce=found.nonce,
+        )
+
+    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Check that `key` fits `model`; nothing is inserted.
+
+        Raises:
+            UnsuitableModelError: the key is another scheme's, or was made for another network.
+            UnreadableKeyError: it lacks the pictures that its scheme makes or chooses.
+        """
+        mark.check_scheme(self.name, key)
+        self.check(model, key, example)
+
+    def objective(
+        self,
+        key: Key,
+        *,
+        steps: int,
+        normalise: Normalisation | None = None,
+        task: Task | None = None,
+    ) -> Objective:
+        """The task's loss, and `term` on what `signals` reads."""
+        layers, rows = key.context.layers, self.forms(key)
+        secrets = [Secret(each, rows[each.name], self.wanted(key, each)) for each in layers]
+
+        def objective(model: nn.Module, batch: Batch) -> Outcome:
+            output = call(model, batch.images)
+            task_loss = (task or plain_loss)(output, batch.labels)
+            hosts = self.hosts(unwrapped(model), layers)
+            pairs = list(zip(hosts, secrets, strict=True))
+            # Brought to where the weights are in the first step.
+            secrets[:] = [secret.to(tensors_in(host)[0]) for host, secret in pairs]
+            signs = torch.cat([secret.signs for secret in secrets])
+            # Full precision even under autocast, as for passports.
+            with torch.autocast(signs.device.type, enabled=False):
+                each = [self.signals(h, secret) for h, secret in zip(hosts, secrets, strict=True)]
+                signals = torch.cat(each)
+                term = self.term(signals, signs)
+            match = (signals.detach().sign() == signs).float().mean()
+            return outcome(task_loss + term, match, output, batch.labels, task_loss, task)
+
+        return objective
+
+    def embed(
+        self,
+        model: nn.Module,
+        key: Key,
+        data: Images,
+        recipe: Recipe,
+        *,
+        normalise: Normalisation,
+        validation: Images | None = None,
+        journal: Journal | None = None,
+        trained: bool = False,
+    ) -> History:
+        """E: train `model` in place with the objective, whether it is `trained` already or not."""
+        return mark.train_in(
+            self,
+            model,
+            key,
+            data,
+            recipe,
+            normalise=normalise,
+            validation=validation,
+            journal=journal,
+        )
+
+    def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
+        """Accuracy, which is the score too."""
+        return plain_evaluation(data, normalise)
+
+    def fidelity(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> float:
+        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
+
+        That is what makes it forgeable.                                   [Fan19, prop. 1]
+        """
+        return accuracy(deepcopy(model).eval(), data, normalise)
+
+    def verify(
+        self,
+        weights: Mapping[str, Tensor],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V in white box: exact, since bits are derived and chance matches each of them alike.
+
+        Raises:
+            UnsuitableModelError: a layer is missing or has another shape, the key is another
+                scheme's, or the mark is not in the weights.
+        """
+        mark.check_scheme(self.name, key)
+        return verdict_on(self.read(ArraysOf(weights), key), key, log10_alpha=log10_alpha)
+
+    def verify_network(
+        self,
+        model: nn.Module,
+        key: Key,
+        normalise: Normalisation,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V of a network that can be run: by its weights, its answers or what `observe` counts.
+
+        Raises:
+            UnsuitableModelError: the network is not one that the key was made for.
+            UnreadableKeyError: the key has no pictures yet.
+        """
+        if self.triggers and not self.reads_weights:
+            answers = answers_to(key, model, normalise)
+            return self.verify_answers(answers, key, log10_alpha=log10_alpha)
+        mark.check_scheme(self.name, key)
+        return verdict_on(self.observe(model, key, normalise), key, log10_alpha=log10_alpha)
+
+    def verify_answers(
+        self,
+        answers: Int64[Tensor, " triggers"],
+        key: Key,
+        *,
+        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
+    ) -> Verdict:
+        """V in black box: derived labels are uniform over K classes, so chance matches 1/K of them.
+
+        Raises:
+            UnsuitableModelError: the scheme has no triggers, or the answers are not one for each.
+        """
+        if not self.triggers:
+            self._refuse_answers(key)
+        verdict = read_answers(answers, key, log10_alpha=log10_alpha)
+        return replace(verdict, chance=1 / key.label_choices)
+
+    def released(self, model: nn.Module) -> nn.Module:
+        """A copy: the mark is in the weights, and nothing else is there."""
+        return deepcopy(model)
+
+    def _refuse_answers(self, key: Key) -> None:
+        mark.check_scheme(self.name, key)
+        if key.context.triggers is not None:
+            raise UnsuitableModelError(
+                f"a key of {self.name} has pictures and no labels for them, so it has no trigger "
+                "set; give the network itself, whose activations carry the mark, and use "
+                "verify_network"
+            )
+
+
+def outcome(
+    loss: Tensor, match: Tensor, output: Any, labels: Any, task_loss: Tensor, task: Task | None
+) -> Outcome:
+    """A step's loss, and what is shown of it: bits that match, and how the task is done."""
+    if task is None:
+        return Outcome(
+            loss, {"sign_match": match, "accuracy": share_right(logits_of(output), labels)}
+        )
+    return Outcome(loss, {"sign_match": match, "task_loss": task_loss.detach()})
