@@ -340,7 +340,7 @@ def test_every_network_of_a_container_is_read(owner, name, tmp_path):
 
 
 def test_a_container_of_strangers_is_none_of_ours(owner, tmp_path):
-    """Under the key's own names that is a no; under others, where somebody could have moved it, 2."""
+    """Under the key's own names that is a no; under others it could have been moved."""
     _, key = owner
     other, path = small_alexnet(seed=6), tmp_path / "suspect.pt"
     torch.save(CONTAINERS["teacher"](other), path)

@@ -131,19 +131,14 @@ def verify(
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import verdicts as verification
 
-    if alpha is not None and not -MAX_LOG10_ALPHA <= alpha < 0:
-        raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
+    _check_alpha(alpha)
     if align is not None and (black_box or as_published):
         raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
     if base is not None and (black_box or align is not None):
         raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
     standing = None if claim is None else _standing(claim, owner, secret, root, appeared)
-    if standing is not None and alpha is not None and alpha > standing.log10_alpha:
-        raise typer.BadParameter(
-            f"--alpha {alpha} is laxer than what the claim may be judged by, "
-            f"{standing.log10_alpha:.1f} ({standing.age}); leave it out, or give a smaller one"
-        )
+    _check_alpha(alpha, standing)
     if like is not None and standing is not None:
         check_config(like, None if standing.claim is None else standing.claim.network)
     reading = Reading(image_column, label_column, skip_corrupt)
@@ -240,6 +235,19 @@ def _read(black_box: bool, as_published: bool, align: Path | None) -> str:
     if black_box or as_published:
         return words.ANSWERS if black_box else words.AS_PUBLISHED
     return words.AS_IT_STANDS if align is None else words.ALIGNED
+
+
+def _check_alpha(alpha: float | None, standing: Any = None) -> None:
+    """Refuse a threshold that is none, or laxer than a claim allows."""
+    if alpha is None:
+        return
+    if not -MAX_LOG10_ALPHA <= alpha < 0:
+        raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
+    if standing is not None and alpha > standing.log10_alpha:
+        raise typer.BadParameter(
+            f"--alpha {alpha} is laxer than what the claim may be judged by, "
+            f"{standing.log10_alpha:.1f} ({standing.age}); leave it out, or give a smaller one"
+        )
 
 
 def _standing(

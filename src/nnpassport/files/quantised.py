@@ -270,8 +270,8 @@ def _awq(packed: Array, scales: Array, zeros: Array | None) -> Array:
     q = _nibbles(packed, 1, _AWQ_ORDER)
     size = math.ceil(len(q) / len(scales))
     zero = np.full(scales.shape, 8) if zeros is None else _nibbles(zeros, 1, _AWQ_ORDER)
-    wide = [np.repeat(each, size, 0)[: len(q)] for each in (scales, zero)]
-    return np.ascontiguousarray(dequantise(q, *wide).T)
+    scales, zero = (np.repeat(each, size, 0)[: len(q)] for each in (scales, zero))
+    return np.ascontiguousarray(dequantise(q, scales, zero).T)
 
 
 def _compressed(packed: Array, base: str, arrays: Mapping[str, Array]) -> Array:
