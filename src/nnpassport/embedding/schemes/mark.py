@@ -5,7 +5,8 @@ are most of their bodies. `docs/extending.md` shows one.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Int64
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ def new_key(
     triggers: TriggerShape | None = None,
     text: str | None = None,
     seed: bytes | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Key:
     """A key of `scheme`, all of it derived; the operating system draws the seed if none is given.
 
@@ -36,7 +38,8 @@ def new_key(
     """
     nonce = os.urandom(16) if seed is None else bytes(16)
     context = Context(scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce)
-    return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+    seed = os.urandom(32) if seed is None else seed
+    return Key(seed=seed, context=context, text=text, metrics=metrics or None)
 
 
 def check_scheme(scheme: str, key: Key) -> None:

@@ -35,7 +35,7 @@ from nnpassport.embedding.network.layers import (
 )
 from nnpassport.embedding.network.outputs import Example, call, length_of, logits_of, part_of
 from nnpassport.embedding.network.survey import Site, choose, survey
-from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.pan import encode
 from nnpassport.embedding.schemes.signature import (
@@ -63,8 +63,16 @@ from nnpassport.embedding.train.loop import (
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
-from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
+from nnpassport.scheme import (
+    BadRecipeError,
+    Batch,
+    HarmfulGraftError,
+    UnsuitableModelError,
+    Verdict,
+)
 
+DEFAULT = "derived"
+"""Kind of the passports of new keys."""
 GRAFTED_ON = 512
 """Images, without their labels, that a key is grafted into a trained network with."""
 
@@ -127,6 +135,8 @@ class Passport:
         layers: Sequence[str] | None = None,
         text: str | None = None,
         seed: bytes | None = None,
+        passports: str | None = None,
+        seen: Example | None = None,
     ) -> Key:
         """A key for a network of this shape, every secret in it derived from one seed.
 
@@ -137,19 +147,39 @@ class Passport:
         stream's own. `seed` (32 bytes) repeats a key;
         by default the operating system draws it.
 
+        `passports` is "channel", a passport for each channel (the default, but for PAN), or
+        "derived", one for a whole layer as in the paper. Those of channels are for the network as
+        it is: draw the key for the trained one that it goes into, if there is one, and give some
+        hundred of its inputs as `seen`. Then passports are in proportion to what each layer
+        receives, and dead channels carry no bit.
+
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
         sites = choose(model, survey(model, example), layers)
+        if self._of_channels(passports):
+            shapes, metrics = _channel_shapes(model, sites, seen)
+        else:
+            shapes, metrics = tuple(_shape_of(site) for site in sites), {}
         return mark.new_key(
             self.name,
             owner=owner,
-            layers=tuple(_shape_of(site) for site in sites),
+            layers=shapes,
+            metrics=metrics,
             triggers=trigger_shape(self.triggers, model, example) if self.triggers else None,
             text=text,
             seed=seed,
         )
+
+    def _of_channels(self, passports: str | None) -> bool:
+        kinds = ("derived",) if self.encoded else ("channel", "derived")
+        if passports is not None and passports not in kinds:
+            raise UnsuitableModelError(
+                f"passports {passports!r:.40} are unknown to {self.name}; there are: "
+                f"{', '.join(kinds)}"
+            )
+        return (passports or DEFAULT) == "channel" and not self.encoded
 
     def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
         """The key as it is: it takes nothing of a network or of images."""
@@ -252,7 +282,7 @@ class Passport:
             seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
             try:
                 graft(model, normalise(seen).to(example))
-            except UnsuitableModelError:
+            except (HarmfulGraftError, UnsuitableModelError):
                 surgery.remove(model)
                 raise
         if teacher is not None:
@@ -400,7 +430,8 @@ class Passport:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
         gamma = torch.cat([*gammas])
-        signs = torch.cat([norm.signs for norm in passport_norms(model).values()])
+        signs = torch.cat([norm.wanted() for norm in passport_norms(model).values()])
+        gamma, signs = gamma[signs != 0], signs[signs != 0]
         term = sign_loss(gamma, signs, margin=self.margin)
         if self.decay and self.sign_weight:
             term = term + self.decay / self.sign_weight * gamma.square().sum()
@@ -418,3 +449,15 @@ def _shape_of(site: Site) -> LayerShape:
     space = passport_space(site.space, weight[2:], site.geometry)
     passport = (weight[1] * site.geometry.groups, *space)
     return LayerShape(site.name, weight, passport, site.geometry)
+
+
+def _channel_shapes(
+    model: nn.Module, sites: Sequence[Site], seen: Example | None
+) -> tuple[tuple[LayerShape, ...], dict[str, Any]]:
+    watched: Mapping[str, channels.Seen] = {}
+    if seen is not None:
+        with on_branch(model, Branch.PUBLIC):
+            watched = channels.watch(model, {site.name: site.layer for site in sites}, seen)
+    found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
+    metrics = {shape.name: metric for shape, metric in found if metric is not None}
+    return tuple(shape for shape, _ in found), metrics
