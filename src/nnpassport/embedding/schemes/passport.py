@@ -38,6 +38,7 @@ from nnpassport.embedding.network.survey import Site, choose, survey
 from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.pan import encode
+from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.signature import (
     as_published,
     presented_accuracy,
@@ -71,7 +72,7 @@ from nnpassport.scheme import (
     Verdict,
 )
 
-DEFAULT = "derived"
+DEFAULT = "channel"
 """Kind of the passports of new keys."""
 GRAFTED_ON = 512
 """Images, without their labels, that a key is grafted into a trained network with."""
@@ -461,3 +462,23 @@ def _channel_shapes(
     found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
     metrics = {shape.name: metric for shape, metric in found if metric is not None}
     return tuple(shape for shape, _ in found), metrics
+
+
+def draw_by_layer(
+    scheme: Scheme,
+    model: nn.Module,
+    example: Example,
+    *,
+    owner: str = "unnamed",
+    layers: Sequence[str] | None = None,
+    seed: bytes | None = None,
+) -> Key:
+    """`draw_key` of any scheme, with one derived passport a layer if it has passports, as in 2019.
+
+    What the paper's tables and the comparison with other schemes are made with.
+    """
+    if isinstance(scheme, Passport):
+        return scheme.draw_key(
+            model, example, owner=owner, layers=layers, seed=seed, passports="derived"
+        )
+    return scheme.draw_key(model, example, owner=owner, layers=layers, seed=seed)
