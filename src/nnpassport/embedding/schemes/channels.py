@@ -39,8 +39,6 @@ FLOOR = 1.0
 less of it puts the mark where inputs do not go, and from there it is taken away at no cost."""
 DIRECTIONS = 32
 """Directions in which a key says what a layer sees; in all others it has the floor."""
-FEWEST = 16
-"""Numbers of a filter below which the layer is not chosen by default: depthwise ones have nine."""
 BITS = 1_000
 """Bits that are enough: layers are chosen until there are so many."""
 _AT_ONCE = 16  # inputs that run together

@@ -34,7 +34,7 @@ from nnpassport.embedding.network.layers import (
     public_count,
 )
 from nnpassport.embedding.network.outputs import Example, call, length_of, logits_of, part_of
-from nnpassport.embedding.network.survey import Site, choose, survey
+from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
 from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.pan import encode
@@ -144,7 +144,8 @@ class Passport:
         `example` is what the network runs on: images (batch channels height width), or positional
         or named inputs; its values do not matter. It tells which layers there are, how large their
         inputs are and, with triggers, how many classes. `layers` are patterns as in
-        `survey.choose`. `text` is a signature that can be read back; without it the bits are the
+        `survey.choose`; by default `survey.choose_enough` has a thousand bits of them.
+        `text` is a signature that can be read back; without it the bits are the
         stream's own. `seed` (32 bytes) repeats a key;
         by default the operating system draws it.
 
@@ -158,10 +159,12 @@ class Passport:
             UnsuitableModelError: a pattern names no layer that can carry a passport.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
-        sites = choose(model, survey(model, example), layers)
+        found = survey(model, example)
         if self._of_channels(passports):
+            sites = choose_enough(model, found, layers, bits=channels.BITS)
             shapes, metrics = _channel_shapes(model, sites, seen)
         else:
+            sites = choose(model, found, layers)
             shapes, metrics = tuple(_shape_of(site) for site in sites), {}
         return mark.new_key(
             self.name,
