@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nnpassport.embedding.network import surgery
-from nnpassport.embedding.network.layers import Branch, on_branch
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
 from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.graft import graft_channels
 from nnpassport.embedding.schemes.passport import PAN, V1, V2, V3
@@ -264,6 +264,19 @@ def test_where_no_norm_follows_the_private_branch_is_the_public_one():
     assert report.harm.private_error < 1e-5
     assert V2.verify(V2.released(model).state_dict(), owned).matches == 40
     assert V2.verify(plain.state_dict(), owned).matches < 33
+
+
+def test_an_untrained_network_starts_with_every_bit_right():
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32))
+    V2.insert(plain, owned, images[:2])
+    (norm,) = passport_norms(plain).values()
+    assert int((norm.affine()[0].sign() == norm.wanted()).sum()) < 20
+    before = norm.layer.weight.detach().clone()
+    channels.begin([norm])
+    assert V2.verify(V2.released(plain).state_dict(), owned).matches == 24
+    assert torch.allclose(norm.affine()[0], norm.own()[0], atol=1e-4)
+    assert float((norm.layer.weight.detach() - before).norm() / before.norm()) < 0.2
 
 
 def test_a_graft_that_harms_is_undone_and_says_what_would_pass():

@@ -354,6 +354,21 @@ def apply_change(norm: PassportNorm, change: Change) -> None:
         bias.sub_(change.mean.to(bias))
 
 
+@torch.no_grad()
+def begin(norms: Sequence[PassportNorm]) -> None:
+    """Start an untrained network with every bit right, in place: ΔW is least in its own norm.
+
+    Typical γ are as large as γ°. From there training would take many steps to turn half of them.
+    """
+    for norm in norms:
+        if norm.carries is not None:
+            fan_in = norm.mean_patch.shape[2]
+            white = Seen(torch.eye(fan_in), torch.zeros(fan_in).double())
+            change = change_of(norm, white)
+            nothing = torch.zeros_like(change.mean)
+            apply_change(norm, change._replace(mean=nothing, variance=nothing))
+
+
 @contextmanager
 def undone(norms: Sequence[PassportNorm]) -> Iterator[Callable[[], None]]:
     """A function that puts the layers of these norms back as they are now."""

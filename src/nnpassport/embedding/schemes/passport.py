@@ -282,6 +282,8 @@ class Passport:
         self.insert(model, key, example)
         steps = total_steps(data, recipe)
         objective = self.objective(key, steps=steps, normalise=normalise)
+        if not trained:
+            channels.begin([*passport_norms(model).values()])
         if trained:
             seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
             try:
