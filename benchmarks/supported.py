@@ -127,7 +127,7 @@ def _architecture(name: str) -> str | None:
     normed = sum(site.norm is not None for site in found.sites.values())
     active = sum(not site.norm and site.activation is not None for site in found.sites.values())
     refused = "; ".join(f"`{layer}`: {reason}" for layer, reason in found.refused.items())
-    key = V2.draw_key(model, example, layers=network.layers, seed=bytes(32))
+    key = V2.draw_key(model, example, layers=network.layers, seed=bytes(32), passports="derived")
     fork = mark(model, key, example, task=network.task).fork
     at = ", ".join(f"`{place}`" for place in fork.at)
     beside = "".join(f", beside it `{place}`" for place in fork.followers)

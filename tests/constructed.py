@@ -64,9 +64,15 @@ def with_passports(scheme, model, key, data, normalise):
     scheme.insert(model, key, normalise(data.images[:2]))
     for norm in passport_norms(model).values():
         weight = norm.layer.get_parameter("weight")
-        rows, forms = weight.flatten(1).double(), norm.mean_patch.flatten(1).double().T
-        wanted = torch.stack([norm.signs, torch.zeros_like(norm.signs)], 1).double()
-        weight.add_(((wanted - rows @ forms) @ torch.linalg.pinv(forms)).view(weight.shape))
+        rows, wanted = weight.flatten(1).double(), torch.stack([norm.signs, 0 * norm.signs], 1)
+        if norm.carries is None:
+            forms = norm.mean_patch.flatten(1).double().T
+            change = (wanted.double() - rows @ forms) @ torch.linalg.pinv(forms)
+        else:  # the norms' scales are 1
+            forms = norm.mean_patch.double().movedim(1, 0)
+            need = wanted.double() - torch.einsum("oi,odi->od", rows, forms)
+            change = torch.einsum("oid,od->oi", torch.linalg.pinv(forms), need)
+        weight.add_(change.view(weight.shape))
     inputs, labels = normalise(data.images), data.labels
     branches = (Branch.PUBLIC, Branch.PRIVATE) if scheme.two_branches else (Branch.PRIVATE,)
     with on_branch(model, Branch.BOTH if scheme.two_branches else Branch.PRIVATE):

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from nnpassport.data.images import CIFAR10, ImageSet
 from nnpassport.embedding.network.layers import passport_norms
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.schemes.passport import V1, V2, V3
+from nnpassport.embedding.schemes.passport import V1, V2, V3, draw_by_layer
 from nnpassport.embedding.train import fidelity
 from nnpassport.embedding.train.fidelity import accuracy, measuring_on
 from nnpassport.embedding.train.loop import Recipe, classification, fit
@@ -487,7 +487,7 @@ def test_no_step_reads_or_sends_a_number(scheme):
     norm = "batch" if scheme in (None, V1) else "group"
     model, objective = build("alexnet", classes=10, norm=norm, width=0.125), classification
     if scheme is not None:
-        secret = scheme.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes(32))
+        secret = draw_by_layer(scheme, model, torch.zeros(2, 3, 32, 32), seed=bytes(32))
         scheme.insert(model, secret, torch.zeros(2, 3, 32, 32))
         objective = scheme.objective(secret, steps=9, normalise=CIFAR10)
     mode, watched = Waiting(), []
@@ -510,7 +510,11 @@ def test_no_step_reads_or_sends_a_number(scheme):
 
 def test_networks_are_measured_where_it_is_fast_and_stay_where_they_are(monkeypatch):
     model = build("alexnet", classes=10, norm="group", width=0.125).eval()
-    V2.insert(model, V2.draw_key(model, torch.zeros(2, 3, 32, 32)), torch.zeros(2, 3, 32, 32))
+    V2.insert(
+        model,
+        V2.draw_key(model, torch.zeros(2, 3, 32, 32), passports="derived"),
+        torch.zeros(2, 3, 32, 32),
+    )
     pixels = torch.randint(256, (20, 3, 32, 32), dtype=torch.uint8)
     data = ImageSet(pixels, torch.arange(20) % 10, tuple("0123456789"))
     moved = []

@@ -60,7 +60,9 @@ def made(architecture, norm, seed):
                 values.data.normal_(0, 0.3, generator=draw)
                 if name in {"running_var", "weight"}:
                     values.data.abs_().add_(0.1)
-    key = V2.draw_key(model, torch.zeros(2, 3, 32, 32), seed=bytes([seed + 7] * 32))
+    key = V2.draw_key(
+        model, torch.zeros(2, 3, 32, 32), seed=bytes([seed + 7] * 32), passports="derived"
+    )
     for name, form in V2.forms(key).items():
         weight = model.get_submodule(name).weight.data
         read = weight.flatten(1) @ form[0].to(weight)
@@ -299,7 +301,7 @@ def owned(digits):
     train, _, normalise = digits
     data = train.resized(32).subset(torch.arange(320))
     model = small_alexnet()
-    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32), passports="derived")
     return constructed.marked(V2, model, key, data, normalise), key, data, normalise
 
 

@@ -26,7 +26,7 @@ from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network.equations import Geometry, mean_patch, passport_affine
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.adi import ADI
-from nnpassport.embedding.schemes.passport import V1, V2, Passport
+from nnpassport.embedding.schemes.passport import V1, V2, Passport, draw_by_layer
 from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import Recipe
@@ -76,7 +76,7 @@ def victim(request, digits):
     name, norm = request.param.split("-")
     scheme = {"v1": V1, "v2": V2}[name]
     model = network(norm)
-    key = scheme.draw_key(model, EXAMPLE, seed=bytes(32))
+    key = draw_by_layer(scheme, model, EXAMPLE, seed=bytes(32))
     return Victim(scheme, marked(scheme, model, key, train, normalise), key, train, test, normalise)
 
 

@@ -58,7 +58,7 @@ def transposed_context(layer):
     body = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
     example = normal(2, layer.in_channels, *(5,) * axes)
     body(example)
-    return V2.draw_key(body, example, layers=["0"], seed=SEED).context
+    return V2.draw_key(body, example, layers=["0"], seed=SEED, passports="derived").context
 
 
 @pytest.mark.parametrize("layer", TRANSPOSED, ids=lambda layer: type(layer).__name__)

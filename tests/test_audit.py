@@ -60,7 +60,7 @@ def subject(digits):
         std=normalise.std,
     )
     model = config.build()
-    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(range(32)))
+    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(range(32)), passports="derived")
     few = train.subset(torch.arange(128))
     odd = replace(few, labels=few.labels % 2, classes=("even", "odd"))
     return Subject(
@@ -257,7 +257,7 @@ def test_a_mark_is_hidden_only_if_no_verification_finds_it(report):
 
 
 def test_a_key_that_the_network_does_not_carry_is_no_subject(subject, tmp_path):
-    other = V2.draw_key(subject.model, subject.example)
+    other = V2.draw_key(subject.model, subject.example, passports="derived")
     with pytest.raises(UnsuitableModelError, match="does not carry this key"):
         audit(replace(subject, key=other), tmp_path / "audit.json")
     few = subject.test.subset(torch.arange(8))

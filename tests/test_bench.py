@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.schemes.passport import V1, V2, V3
+from nnpassport.embedding.schemes.passport import V1, V2, V3, draw_by_layer
 from nnpassport.embedding.train.loop import classification
 from nnpassport.lab import bench
 from nnpassport.lab.bench import (
@@ -69,7 +69,7 @@ def test_the_slow_reference_has_our_loss_and_our_gradients(architecture, norm, s
     ours = build(architecture, norm=norm, width=0.1).double()
     slow = build(architecture, norm=norm, width=0.1).double()
     slow.load_state_dict(ours.state_dict())
-    key = scheme.draw_key(ours, EXAMPLE.double(), seed=bytes(range(32)))
+    key = draw_by_layer(scheme, ours, EXAMPLE.double(), seed=bytes(range(32)))
     scheme.insert(ours, key, EXAMPLE.double())
     objectives = {
         ours: scheme.objective(key, steps=1, normalise=CIFAR10),
@@ -283,7 +283,7 @@ def test_a_transformer_has_all_of_its_flops_counted():
 def test_v1_has_no_row_for_a_transformer_because_it_refuses_it():
     model = networks.network(Cell(TRANSFORMER, 2, "float32", "infer", "plain", "layer", width=0.1))
     with pytest.raises(UnsuitableModelError, match="layer without a norm"):
-        V1.insert(model, V1.draw_key(model, EXAMPLE), EXAMPLE)
+        V1.insert(model, V1.draw_key(model, EXAMPLE, passports="derived"), EXAMPLE)
     rows = plan([TRANSFORMER], [4], ["float32"], compiled=[False])
     assert {"V2", "V3", "forked"} <= {cell.network for cell in rows}
     assert not any("V1" in cell.network or "slow" in cell.network for cell in rows)

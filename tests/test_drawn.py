@@ -93,7 +93,7 @@ def test_a_linear_layer_gets_its_inputs_as_positions():
     images = torch.randn(2, 6, generator=rng())
     passports = image_passports(model, ["0"], images[:1], images[1:])
     assert passports["0"].shape == (2, 6, 1)
-    key = V2.draw_key(model, images, layers=["0"], seed=bytes(32))
+    key = V2.draw_key(model, images, layers=["0"], seed=bytes(32), passports="derived")
     drawn = with_passports(key, passports, rng())
     V2.insert(model, drawn, images)
     gamma, _ = model[1].affine()
@@ -101,7 +101,7 @@ def test_a_linear_layer_gets_its_inputs_as_positions():
 
 
 def test_a_key_on_chosen_passports_is_not_derived(plain, images):
-    key = V2.draw_key(plain, images[:1], seed=bytes(32))
+    key = V2.draw_key(plain, images[:1], seed=bytes(32), passports="derived")
     passports = random_passports(key, rng())
     drawn = with_passports(key, passports, rng())
     assert not drawn.derived

@@ -20,7 +20,7 @@ from nnpassport.embedding.network.layers import Branch, on_branch, passport_norm
 from nnpassport.embedding.network.surgery import present
 from nnpassport.embedding.schemes import graft as grafting
 from nnpassport.embedding.schemes.graft import QUIET, _correction, graft
-from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.embedding.schemes.passport import V1, V2, draw_by_layer
 from nnpassport.embedding.schemes.patches import input_patches
 from nnpassport.embedding.schemes.teaching import taught
 from nnpassport.embedding.train.fidelity import accuracy
@@ -100,7 +100,7 @@ def planes(count):
 def grafted(build, norm, scheme):
     model, images = trained(build, norm)
     before = deepcopy(model)
-    key = scheme.draw_key(model, images[:2], seed=bytes(32), layers=["0"])
+    key = draw_by_layer(scheme, model, images[:2], seed=bytes(32), layers=["0"])
     marked = nnpassport.mark(model, key, images[:2])
     return before, marked, key, images, graft(model, images, ridge=1e-6)
 
@@ -142,14 +142,14 @@ def test_channels_that_cannot_turn_alone_are_muted_and_the_public_network_stays(
 def test_without_grafting_the_private_branch_computes_something_else():
     model, images = trained(*EXACT["batch"])
     before = deepcopy(model)
-    key = V2.draw_key(model, images[:2], seed=bytes(32), layers=["0"])
+    key = V2.draw_key(model, images[:2], seed=bytes(32), layers=["0"], passports="derived")
     marked = nnpassport.mark(model, key, images[:2])
     assert felt(outputs(marked.model, images, Branch.PRIVATE), before(images)) > 0.2
 
 
 def test_a_loop_of_one_s_own_grafts_with_the_same_function():
     model, images = trained(*EXACT["batch"])
-    key = V2.draw_key(model, images[:2], seed=bytes(32), layers=["0"])
+    key = V2.draw_key(model, images[:2], seed=bytes(32), layers=["0"], passports="derived")
     other = deepcopy(model)
     report = nnpassport.mark(model, key, images[:2]).graft(images)
     marked = nnpassport.mark(other, key, images[:2])
@@ -266,7 +266,7 @@ def test_a_network_that_reads_digits_is_marked_without_training(plain, digits, s
     with torch.no_grad():
         before = model(images)
     model = deepcopy(model)
-    key = scheme.draw_key(model, images[:2], seed=bytes(32), layers=["4", "8"])
+    key = draw_by_layer(scheme, model, images[:2], seed=bytes(32), layers=["4", "8"])
     scheme.embed(model, key, train, Recipe(epochs=0), normalise=normalise, trained=True)
     numbers = scheme.evaluation(test, normalise)(model)
     assert reached > 0.93
@@ -286,7 +286,9 @@ def test_a_few_steps_bring_the_muted_channels_back(plain, digits):
     if norm == "batch":
         pytest.skip("no channel is muted under batch norm")
     train, test, normalise = digits
-    key = V2.draw_key(model, normalise(test.images[:2]), seed=bytes(32), layers=["4", "8"])
+    key = V2.draw_key(
+        model, normalise(test.images[:2]), seed=bytes(32), layers=["4", "8"], passports="derived"
+    )
     found = {}
     for epochs in (0, 3):  # after one, a bit or two of what was muted has yet to come back
         own = deepcopy(model)
@@ -305,7 +307,9 @@ def test_what_the_network_answered_before_is_part_of_the_loss(plain, digits):
     if norm == "group":
         pytest.skip("one network is enough")
     train, _, normalise = digits
-    key = V2.draw_key(model, normalise(train.images[:2]), seed=bytes(32), layers=["8"])
+    key = V2.draw_key(
+        model, normalise(train.images[:2]), seed=bytes(32), layers=["8"], passports="derived"
+    )
     images = normalise(train.images[:64])
     distances = []
     for teaching in (0.0, 1.0):
@@ -323,7 +327,7 @@ def test_what_the_network_answered_before_is_part_of_the_loss(plain, digits):
 
 
 def wrapped(model, inputs, layers, scheme=V2):
-    key = scheme.draw_key(model, inputs, seed=bytes(32), layers=layers)
+    key = draw_by_layer(scheme, model, inputs, seed=bytes(32), layers=layers)
     return nnpassport.mark(model, key, inputs), key
 
 
@@ -645,7 +649,7 @@ def test_few_inputs_and_empty_ones_still_put_the_bits_in(inputs):
 def test_a_mark_without_passports_cannot_be_grafted(name):
     model, images = with_norm(nn.Conv2d(8, 16, 6), nn.BatchNorm2d(16)), planes(8)
     scheme = scheme_named(name)
-    key = scheme.draw_key(model, images, seed=bytes(32))
+    key = draw_by_layer(scheme, model, images, seed=bytes(32))
     rgb = Normalisation((0.5,) * 3, (0.5,) * 3)
     marked = nnpassport.mark(model, key, images, normalise=rgb)
     with pytest.raises(UnsuitableModelError, match="carries no passport"):
@@ -661,7 +665,7 @@ def test_embedding_that_cannot_graft_leaves_the_network_as_it_was(digits):
     spoilt = nn.Threshold(-torch.inf, 0.0)
     spoilt.register_forward_hook(lambda _m, _a, y: y * torch.nan if len(y) > 64 else y)
     model.insert(0, spoilt)
-    key = V2.draw_key(model, images, seed=bytes(32), layers=["1"])
+    key = V2.draw_key(model, images, seed=bytes(32), layers=["1"], passports="derived")
     with pytest.raises(UnsuitableModelError, match="not finite"):
         V2.embed(model, key, train, Recipe(epochs=0), normalise=normalise, trained=True)
     assert not passport_norms(model)
@@ -688,7 +692,7 @@ def sets(digits):
 @pytest.mark.parametrize("name", ["uchida", "adi", "passport-v3"])
 def test_no_epochs_are_refused_where_something_has_to_be_learnt(name, sets, tmp_path):
     config = small_config(sets.normalise)
-    key = ownership.draw_key(config, name)
+    key = ownership.draw_key(config, name, passports="derived")
     weights = config.build().state_dict()
     with pytest.raises(BadRecipeError, match=f"no epochs, and {name} puts in by training"):
         ownership.embed(tmp_path / "out", config, key, sets, Recipe(epochs=0), initial=weights)
@@ -697,7 +701,7 @@ def test_no_epochs_are_refused_where_something_has_to_be_learnt(name, sets, tmp_
 
 def test_no_epochs_without_a_trained_network_are_refused(sets, tmp_path):
     config = small_config(sets.normalise)
-    key = ownership.draw_key(config, "passport-v2")
+    key = ownership.draw_key(config, "passport-v2", passports="derived")
     with pytest.raises(BadRecipeError, match="a trained network to start from"):
         ownership.embed(tmp_path / "out", config, key, sets, Recipe(epochs=0))
 
@@ -707,7 +711,7 @@ def test_a_grafted_run_that_was_interrupted_ends_where_the_other_does(sets, tmp_
     config = small_config(sets.normalise)
     torch.manual_seed(3)
     weights = config.build().state_dict()
-    key = ownership.draw_key(config, "passport-v2")
+    key = ownership.draw_key(config, "passport-v2", passports="derived")
     recipe = Recipe(epochs=2, batch=48, rate=0.01, schedule="constant", keep_best=True)
 
     def stop(now):
@@ -729,7 +733,7 @@ def test_a_grafted_run_that_was_interrupted_ends_where_the_other_does(sets, tmp_
 
 def test_no_epochs_and_resume_release_a_marked_network(sets, tmp_path):
     config = small_config(sets.normalise)
-    key = ownership.draw_key(config, "passport-v2")
+    key = ownership.draw_key(config, "passport-v2", passports="derived")
     weights = config.build().state_dict()
     for resume in (False, True):
         journal = Journal(tmp_path / "out" / "training", resume=resume)
@@ -758,7 +762,7 @@ def owned(digits):
     data = train.resized(32).subset(torch.arange(640))
     torch.manual_seed(0)
     model = small_config(normalise).build()
-    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32), passports="derived")
     recipe = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
     V2.embed(model, key, data, recipe, normalise=normalise)
     return V2.released(model).eval(), key, data, test.resized(32), normalise
@@ -769,7 +773,9 @@ def owned(digits):
 def test_a_second_key_grafted_over_the_first_is_undone_by_alignment(owned):
     """Half of the owner's channels turn, which alignment turns back; nothing else is lost."""
     model, key, data, test, normalise = owned
-    theirs = V2.draw_key(model, torch.zeros(2, 1, 32, 32), owner="thief", seed=bytes([1] * 32))
+    theirs = V2.draw_key(
+        model, torch.zeros(2, 1, 32, 32), owner="thief", seed=bytes([1] * 32), passports="derived"
+    )
     recipe = Recipe(epochs=0)
     attacked = overwrite(model, V2, theirs, data, recipe, normalise=normalise, trained=True).model
     weights = attacked.state_dict()

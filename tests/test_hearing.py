@@ -94,9 +94,9 @@ def world(digits):
         std=tuple(normalise.std),
     )
     bare = small_alexnet()
-    alice_key = V2.draw_key(bare, EXAMPLE, owner="Alice", seed=bytes([1] * 32))
+    alice_key = V2.draw_key(bare, EXAMPLE, owner="Alice", seed=bytes([1] * 32), passports="derived")
     alice = marked(V2, bare, alice_key, data, normalise)
-    bob_key = V2.draw_key(alice, EXAMPLE, owner="Bob", seed=bytes([2] * 32))
+    bob_key = V2.draw_key(alice, EXAMPLE, owner="Bob", seed=bytes([2] * 32), passports="derived")
     bob = deepcopy(alice)
     write_over(bob, bob_key, normalise(data.images), kept=alice_key)
     solve_head(bob, [(Branch.PUBLIC, normalise(data.images), data.labels)])
@@ -375,7 +375,7 @@ def test_a_stolen_claim_that_is_signed_again_is_the_younger_one(court, world, au
 def test_a_key_that_is_bound_to_its_owner_cannot_be_claimed_again(court, world):
     owner = bound_name("Alice", SIGNING["alice"].public_key())
     assert public_hex(SIGNING["alice"].public_key()) in owner
-    key = V2.draw_key(world.alice, EXAMPLE, owner=owner)
+    key = V2.draw_key(world.alice, EXAMPLE, owner=owner, passports="derived")
     court.claim("alice", key)
     with pytest.raises(BadSignatureError, match="nobody but the first"):
         court.claim("bob", key)
@@ -394,7 +394,9 @@ def test_a_claim_after_the_fact_needs_the_stricter_threshold(court, world, autho
 
 def test_a_short_mark_found_after_the_fact_is_refused(court, world, authority):
     """Fifty bits could have been found by search; before the suspect was there, they could not."""
-    key = V2.draw_key(world.alice, EXAMPLE, layers=["features.14"], seed=bytes(32))
+    key = V2.draw_key(
+        world.alice, EXAMPLE, layers=["features.14"], seed=bytes(32), passports="derived"
+    )
     model = V2.released(world.alice).eval()
     secret = secrets_of(key)["features.14"]
     producers = {p.layer: p for axis in channels_of(model) for p in axis.producers}
@@ -412,7 +414,7 @@ def test_a_short_mark_found_after_the_fact_is_refused(court, world, authority):
 
 
 def test_a_lax_threshold_is_the_judges_not_the_claimants(court, world, authority):
-    key = V2.draw_key(world.alice, EXAMPLE)
+    key = V2.draw_key(world.alice, EXAMPLE, passports="derived")
     court.suspect(world.alice)
     court.claim("bob", key, log10_alpha=-1, authority=authority)
     heard = court.hear(roots=[authority.root], appeared=LATER)

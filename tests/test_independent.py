@@ -84,7 +84,13 @@ class Odd(nn.Sequential):
 def case(folder, model, *, text=None, wrong=0, layers=None):
     """A claim made by our commands, its key, and a suspect that carries it."""
     key = scheme_named("passport-v2").draw_key(
-        model, torch.zeros(2, 3, 32, 32), owner="Zoë", layers=layers, text=text, seed=b"s" * 32
+        model,
+        torch.zeros(2, 3, 32, 32),
+        owner="Zoë",
+        layers=layers,
+        text=text,
+        seed=b"s" * 32,
+        passports="derived",
     )
     mark(model, key, wrong=wrong)
     save_key(key, folder / "owner.key")
@@ -224,7 +230,9 @@ def test_another_key_another_owner_and_another_context_are_refused(folder):
     key = load_key(folder / "owner.key")
     save_key(Key(bytes(32), key.context), folder / "owner.key", overwrite=True)
     assert "another fingerprint" in check_here(folder)[1]
-    other = scheme_named("passport-v2").draw_key(network(), torch.zeros(2, 3, 32, 32))
+    other = scheme_named("passport-v2").draw_key(
+        network(), torch.zeros(2, 3, 32, 32), passports="derived"
+    )
     save_key(other, folder / "owner.key", overwrite=True)
     assert "another context" in check_here(folder)[1]
     shutil.copy(GOLDEN / "claim-v1-owner.pub.pem", folder / "owner.pub.pem")

@@ -103,7 +103,9 @@ def weights(model):
 def marked(norm="batch", layers=None):
     """A network whose rows were negated until a key reads all its bits, and that key."""
     model = network(norm=norm)
-    key = V2.draw_key(model, images(dtype=torch.float32), seed=bytes(32), layers=layers)
+    key = V2.draw_key(
+        model, images(dtype=torch.float32), seed=bytes(32), layers=layers, passports="derived"
+    )
     for name, secret in secrets_of(key).items():
         weight = model.get_submodule(name).weight.data
         weight[read_bits(weight, secret.mean_patch) != secret.signs] *= -1

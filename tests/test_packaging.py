@@ -70,7 +70,7 @@ def made(tmp_path_factory):
     """A released folder of ours, its claim and its key."""
     folder = tmp_path_factory.mktemp("made")
     model = drawn(CONFIG.build)
-    key = V2.draw_key(model, PIXELS, owner=OWNER)
+    key = V2.draw_key(model, PIXELS, owner=OWNER, passports="derived")
     save_model(folder / "released", model, CONFIG)
     save_key(key, folder / "alice.key")
     write_claim(key, folder / "released", folder / "alice.claim.json")
@@ -93,7 +93,7 @@ def vit(tmp_path_factory):
     )
     model = drawn(lambda: transformers.ViTForImageClassification(config))
     model.save_pretrained(folder / "released")
-    key = V2.draw_key(model, {"pixel_values": PIXELS}, owner="Alice")
+    key = V2.draw_key(model, {"pixel_values": PIXELS}, owner="Alice", passports="derived")
     write_claim(key, folder / "released", folder / "alice.claim.json")
     return folder
 

@@ -349,7 +349,9 @@ def test_a_text_is_paid_for_with_all_texts_that_might_have_been_chosen(owned):
 def test_a_longer_text_on_the_same_bits_is_no_longer_enough(owned, digits):
     example = digits[2](digits[0].images[:2])
     text = "all rights reserved"[:16]
-    key = V1.draw_key(network("batch"), example, layers=LAYERS, text=text, seed=SEED)
+    key = V1.draw_key(
+        network("batch"), example, layers=LAYERS, text=text, seed=SEED, passports="derived"
+    )
     weights = deepcopy(owned("V1").released.state_dict())
     for name, (patch, signs) in secrets_of(key).items():
         # Rows along the passport: every bit is right.
@@ -420,8 +422,10 @@ def test_a_key_is_drawn_afresh_or_repeated_from_its_seed(digits):
     example = digits[2](digits[0].images[:2])
     model = network("batch")
     before = {name: each.clone() for name, each in model.state_dict().items()}
-    fresh = [V3.draw_key(model, example, owner="Ann") for _ in range(2)]
-    same = [V3.draw_key(model, example, owner="Ann", seed=SEED) for _ in range(2)]
+    fresh = [V3.draw_key(model, example, owner="Ann", passports="derived") for _ in range(2)]
+    same = [
+        V3.draw_key(model, example, owner="Ann", seed=SEED, passports="derived") for _ in range(2)
+    ]
     assert fresh[0].fingerprint != fresh[1].fingerprint
     assert fresh[0].context.nonce != fresh[1].context.nonce
     assert same[0].fingerprint == same[1].fingerprint
@@ -435,7 +439,7 @@ def test_a_key_is_drawn_afresh_or_repeated_from_its_seed(digits):
 def test_a_text_that_does_not_fit_is_refused(digits):
     example = digits[2](digits[0].images[:2])
     with pytest.raises(BadSignatureError, match="64 bits"):
-        V2.draw_key(network("batch"), example, layers=["7"], text="nine chars")
+        V2.draw_key(network("batch"), example, layers=["7"], text="nine chars", passports="derived")
 
 
 @pytest.mark.trains
@@ -469,7 +473,7 @@ def test_v1_refuses_at_once_what_it_could_not_release(norm, site, digits, monkey
     example = digits[2](digits[0].images[:2])
     model = network("other")
     types = [type(module) for module in model.modules()]
-    key = V1.draw_key(model, example, layers=LAYERS, seed=SEED)
+    key = V1.draw_key(model, example, layers=LAYERS, seed=SEED, passports="derived")
     with pytest.raises(UnsuitableModelError, match=f"{site}.*V2 or V3"):
         V1.insert(model, key, example)
     assert [type(module) for module in model.modules()] == types
@@ -709,7 +713,9 @@ def test_fidelity_can_be_measured_when_one_image_is_left_for_the_last_batch(digi
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(256, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 10)
     )
-    key = V2.draw_key(model, normalise(test.images[:2]), layers=["1"], seed=SEED)
+    key = V2.draw_key(
+        model, normalise(test.images[:2]), layers=["1"], seed=SEED, passports="derived"
+    )
     some = test.subset(torch.arange(257) % len(test))
     assert 0 <= V2.fidelity(model, key, some, normalise) <= 1
 

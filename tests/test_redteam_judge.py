@@ -134,7 +134,7 @@ def beside(normalise, *networks):
 def working(normalise, train, seed, owner):
     """A network that does its task, with a passport in it, and its key."""
     model = drawn(normalise, train.images[:256], seed)
-    key = V2.draw_key(model, EXAMPLE, owner=owner, seed=bytes([seed] * 32))
+    key = V2.draw_key(model, EXAMPLE, owner=owner, seed=bytes([seed] * 32), passports="derived")
     V2.insert(model, key, EXAMPLE)
     graft(model, normalise(train.images[:256]))
     model = V2.released(model).eval()
@@ -173,7 +173,7 @@ def world(digits):
     test = test.resized(32).subset(torch.arange(250))
     alice, alice_key = working(normalise, train, 1, "Alice")
     bob = drawn(normalise, train.images[:256], 2)
-    bob_key = V2.draw_key(bob, EXAMPLE, owner="Bob", seed=bytes([2] * 32))
+    bob_key = V2.draw_key(bob, EXAMPLE, owner="Bob", seed=bytes([2] * 32), passports="derived")
     turn(bob, bob_key)
     return World(train, test, normalise, alice, alice_key, bob, bob_key)
 
@@ -465,7 +465,7 @@ def wide(world):
 
 
 def wide_key(model):
-    return V2.draw_key(model, EXAMPLE, owner="Bob", seed=bytes([9] * 32))
+    return V2.draw_key(model, EXAMPLE, owner="Bob", seed=bytes([9] * 32), passports="derived")
 
 
 def test_an_old_key_for_a_wider_network_takes_nothing_either(court, world, dated):

@@ -107,7 +107,7 @@ def written(model, key):
 @cache
 def marked(architecture="alexnet"):
     plain = network(architecture, 0)
-    key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32))
+    key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32), passports="derived")
     return written(plain, key), key
 
 
@@ -556,7 +556,7 @@ def test_strangers_gain_nothing_by_any_choice_of_tensors():
     narrow = partial(network, "alexnet", width=0.125)
     plain = narrow(0)
     for number in range(20):
-        key = V2.draw_key(plain, EXAMPLE, seed=bytes([number] * 32))
+        key = V2.draw_key(plain, EXAMPLE, seed=bytes([number] * 32), passports="derived")
         owner = written(narrow(1000 + number), key)
         forms = V2.forms(key)
         decoys = {f"x{n}": t for n, t in narrow(7000 + number).state_dict().items()}
@@ -587,7 +587,7 @@ def test_what_is_chosen_by_its_matches_is_paid_for_in_full():
         file |= {f"{number}.{n}": t for n, t in stranger.items() if t.dim() == 4}
     found, arrays = [], ArraysOf(file)
     for number in range(60):
-        key = V2.draw_key(model, EXAMPLE, seed=bytes([100 + number] * 32))
+        key = V2.draw_key(model, EXAMPLE, seed=bytes([100 + number] * 32), passports="derived")
 
         def read(weights, key=key):
             return verdict_on(read_passports(weights, key), key, log10_alpha=-9.0)
@@ -819,7 +819,7 @@ def answering():
     pictures = torch.randint(0, 256, (10, 3, 32, 32), generator=draw, dtype=torch.uint8)
     data = ImageSet(pictures[labels], labels, tuple("0123456789"))
     plain = network("alexnet", 0)
-    key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32))
+    key = V2.draw_key(plain, EXAMPLE, seed=bytes([7] * 32), passports="derived")
     return constructed.marked(V2, plain, key, data, NORMALISE), key, data
 
 
@@ -851,7 +851,7 @@ def test_what_the_suspect_does_without_the_passport_is_not_the_passport_s_fault(
 
 def test_a_passport_that_ruins_a_network_still_fails(tmp_path):
     model, _, data = answering()
-    other = V2.draw_key(network("alexnet", 0), EXAMPLE, seed=bytes([8] * 32))
+    other = V2.draw_key(network("alexnet", 0), EXAMPLE, seed=bytes([8] * 32), passports="derived")
     options, trial = Options(reference=config_of("alexnet")), Trial(data, 0.95, 0.03)
     found = verify(saved(model.state_dict(), tmp_path), other, trial=trial, options=options)
     assert not found.fidelity.passed

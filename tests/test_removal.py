@@ -94,7 +94,7 @@ def inputs(digits):
 
 
 def another_key(digits, seed=bytes(32)):
-    return V2.draw_key(network(), inputs(digits), layers=LAYERS, seed=seed)
+    return V2.draw_key(network(), inputs(digits), layers=LAYERS, seed=seed, passports="derived")
 
 
 def tuning(form):
@@ -608,7 +608,7 @@ class Owned(NamedTuple):
 def passported(digits):
     """Digits under a passport of 128 bits (V2)."""
     model = network()
-    key = V2.draw_key(model, inputs(digits), layers=LAYERS, seed=SEED)
+    key = V2.draw_key(model, inputs(digits), layers=LAYERS, seed=SEED, passports="derived")
     V2.embed(model, key, digits[0], EMBEDDING, normalise=digits[2])
     return Owned(key, V2.released(model).eval())
 

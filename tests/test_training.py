@@ -569,7 +569,9 @@ def embed_v2(folder, stop=-1, how=None):
     labels = torch.arange(64) % 2
     pixels = torch.randint(0, 256, (64, 1, 6, 6), generator=rng).to(torch.uint8)
     model = marked_network()
-    key = V2.draw_key(model, torch.zeros(1, 1, 6, 6), layers=["4"], seed=bytes(32))
+    key = V2.draw_key(
+        model, torch.zeros(1, 1, 6, 6), layers=["4"], seed=bytes(32), passports="derived"
+    )
     steps = iter(range(10**6))
     model.register_forward_pre_hook(
         lambda module, _: how() if module.training and next(steps) == stop else None

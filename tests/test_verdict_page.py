@@ -56,7 +56,9 @@ def marked(seed, owner):
     """An untrained network whose filters are negated until they read as its key's bits."""
     torch.manual_seed(seed)
     model = build("alexnet", **ARGUMENTS).eval()
-    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), owner=owner, seed=bytes([seed] * 32))
+    key = V2.draw_key(
+        model, torch.zeros(2, 1, 32, 32), owner=owner, seed=bytes([seed] * 32), passports="derived"
+    )
     with torch.no_grad():
         for name, secret in secrets_of(key).items():
             weight = model.get_submodule(name).weight

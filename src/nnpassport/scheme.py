@@ -7,6 +7,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
 
     OwnershipError (ValueError)
     ├── UnsuitableModelError     the network or the named layer cannot carry this scheme
+    ├── HarmfulGraftError        marking a trained network would have changed its answers too much
     ├── UnreadableModelError     a model file is missing, corrupt, hostile or of another shape
     ├── UnreadableKeyError       a key file is missing, corrupt, locked or made for something else
     ├── UnreadableClaimError     a claim file is missing, corrupt or not in its one form
@@ -55,6 +56,10 @@ def _spelled(letter: str) -> str:
 
 class UnsuitableModelError(OwnershipError):
     """The network, or a layer named in it, cannot carry this scheme."""
+
+
+class HarmfulGraftError(OwnershipError):
+    """A graft that would have changed what the network answers by more than was allowed."""
 
 
 class UnreadableModelError(OwnershipError):

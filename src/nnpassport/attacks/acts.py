@@ -19,7 +19,7 @@ from nnpassport.attacks.projection import project
 from nnpassport.attacks.subject import Subject
 from nnpassport.attacks.table import KINDS, Act
 from nnpassport.data.images import ImageSet
-from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.passport import V2, draw_by_layer
 from nnpassport.scheme import BadRecipeError
 
 _SEEN = 512  # images that a layer's inputs are measured on
@@ -56,7 +56,9 @@ def _transferred(form: str) -> Callable[[Subject, float], Attacked]:
 def _overwritten(subject: Subject, _: float) -> Attacked:
     recipe = subject.recipe(0.01)
     seed = draw_seed(subject.rng("overwrite"))
-    drawn = subject.scheme.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    drawn = draw_by_layer(
+        subject.scheme, subject.model, subject.example, owner="attacker", seed=seed
+    )
     theirs = subject.scheme.prepared(drawn, subject.model, subject.images(), subject.normalise)
     return removal.overwrite(
         subject.model,
@@ -71,7 +73,7 @@ def _overwritten(subject: Subject, _: float) -> Attacked:
 def _grafted_over(subject: Subject, _: float) -> Attacked:
     # V2 whatever the owner's scheme is: it is the attacker's choice, and needs no training.
     seed = draw_seed(subject.rng("graft"))
-    theirs = V2.draw_key(subject.model, subject.example, owner="attacker", seed=seed)
+    theirs = draw_by_layer(V2, subject.model, subject.example, owner="attacker", seed=seed)
     return removal.overwrite(
         subject.model,
         V2,

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnpassport.embedding.network.equations import collapsed_affine, convolve, mean_patch
+from nnpassport.embedding.schemes.passport import draw_by_layer
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.signature import host_weight, secrets_of
 from nnpassport.keys.context import LayerShape
@@ -33,7 +34,7 @@ def draw_template(
     layers: Sequence[str] | None = None,
 ) -> Key:
     """A key as anybody can draw it for this network: what a forger starts from."""
-    return scheme.draw_key(model, example, owner="forger", layers=layers, seed=draw_seed(rng))
+    return draw_by_layer(scheme, model, example, owner="forger", layers=layers, seed=draw_seed(rng))
 
 
 def draw_seed(rng: torch.Generator) -> bytes:

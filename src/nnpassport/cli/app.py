@@ -140,11 +140,18 @@ def key_new(
         typer.Option(help="Signature that can be read back, ASCII (default: random bits)."),
     ] = None,
     passports: Annotated[
-        str, typer.Option(help="derived, or the paper's random, image or shuffle (no p-value).")
-    ] = "derived",
+        str,
+        typer.Option(
+            help="channel (one for each channel); or one for each layer: derived, or the paper's "
+            "random, image or shuffle (no p-value)."
+        ),
+    ] = "channel",
     images: Annotated[
         str | None,
-        typer.Option(help="For image and shuffle: training images; the paper took test images."),
+        typer.Option(
+            help="Training images. For channel: what the layers of the trained network in --model "
+            "receive. For image and shuffle: what passports are made of."
+        ),
     ] = None,
     images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
     plain: Annotated[
@@ -172,12 +179,20 @@ def key_new(
 
         owner = bound_name(owner, load_public_key(signing))
     config = config_from(model, norm, arguments, classes, (channels, size, size), factory)
-    drawn = ownership.draw_key(config, scheme, owner=owner, layers=layer, text=text)
-    if passports != "derived":
-        source = None if images is None else images_from(images, images_split, config)
+    source = None if images is None else images_from(images, images_split, config)
+    drawn = ownership.draw_key(
+        config,
+        scheme,
+        owner=owner,
+        layers=layer,
+        text=text,
+        passports=passports if passports in {"channel", "derived"} else "derived",
+        trained=Path(model) if Path(model).is_dir() else None,
+        seen=source,
+    )
+    if passports not in {"channel", "derived"}:
         drawn = ownership.redraw_as_published(drawn, passports, plain, source)
-    elif images is not None and plain is not None:
-        source = images_from(images, images_split, config)
+    elif source is not None and plain is not None:
         drawn = ownership.prepare_key(drawn, plain, source)
     if triggers is not None:
         drawn = ownership.with_trigger_file(drawn, triggers)

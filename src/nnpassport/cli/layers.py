@@ -60,16 +60,18 @@ def _show(facts: dict[str, Any]) -> None:
             f"{'→' if name in chosen else ' '} {name}",
             each["kind"],
             str(each["bits"]),
+            f"{100 * each['harm']:.1f} %",
             each["before"],
         )
         for name, each in facts["layers"].items()
     ]
-    print_table(("layer", "kind", "bits", "before"), rows)
+    print_table(("layer", "kind", "bits", "harm", "before"), rows)
     for name, reason in facts["refused"].items():
         errors.print(f"  {name}: no passport; {reason}", markup=False)
     if chosen:
         errors.print(
-            f"→ carries the passport: {facts['bits']} bits. V2 and V3 fork the batch at "
+            f"→ carries passports: {facts['bits']} bits. Harm: of a layer's output, the share that "
+            "a graft is predicted to change. V2 and V3 fork the batch at "
             f"{', '.join(facts['fork'])}: a step takes about {facts['step_cost']:.2f} times the "
             "plain network's arithmetic.",
             markup=False,
@@ -80,7 +82,7 @@ def _survey(network: Any, config: Any) -> tuple[dict[str, dict[str, Any]], dict[
     import torch
 
     from nnpassport.embedding.network.equations import filters
-    from nnpassport.embedding.network.survey import survey
+    from nnpassport.embedding.network.survey import predicted_harm, survey
 
     found = survey(network, torch.zeros(2, *config.input_size))
     sites = {
@@ -88,6 +90,7 @@ def _survey(network: Any, config: Any) -> tuple[dict[str, dict[str, Any]], dict[
             "kind": type(site.layer).__name__,
             "weight": list(site.layer.get_parameter("weight").shape),
             "bits": len(filters(site.layer.get_parameter("weight"), site.geometry)),
+            "harm": predicted_harm(site),
             "before": _follows(network, site),
         }
         for name, site in found.sites.items()

@@ -103,6 +103,13 @@ def verify_aligned(
         if scheme.triggers:
             why = "is in the answers, which moved channels do not change"
         raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
+    if any(layer.channels is not None for layer in key.context.layers):
+        # Today's null takes out what the key reads, and of a passport for each channel that is all.
+        raise UnsuitableModelError(
+            "the key has a passport for each channel, and such keys are read without alignment: "
+            "aligning to the marked network is not blind to them; verify it as it is, or use a key "
+            'with passports of the kind "derived"'
+        )
     others = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
 
     def read(tensors: Mapping[str, Tensor]) -> Verdict:

@@ -24,7 +24,7 @@ from nnpassport.embedding.schemes.drawn import (
     shuffled_passports,
     with_passports,
 )
-from nnpassport.embedding.schemes.passport import Passport
+from nnpassport.embedding.schemes.passport import GRAFTED_ON, Passport
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggered import with_published_triggers
 from nnpassport.embedding.train.fidelity import plain_evaluation
@@ -82,11 +82,37 @@ def draw_key(
     owner: str = "unnamed",
     layers: Sequence[str] | None = None,
     text: str | None = None,
+    passports: str | None = None,
+    trained: Path | None = None,
+    seen: ImageSet | None = None,
 ) -> Key:
-    """A key, all of it derived from one seed, for networks that `config` describes."""
+    """A key, all of it derived from one seed, for networks that `config` describes.
+
+    `passports` is "channel" or "derived" (see `Passport.draw_key`). Those of channels are for the
+    network in the folder `trained`, if there is one, and in proportion to what its layers receive
+    from the images `seen`; without it they are for a network that is trained from scratch.
+    """
+    chosen = scheme_named(scheme)
     model = config.build(trusted_factory=config.architecture)
+    if trained is not None:
+        model = load_model(trained, trusted_factory=config.architecture).model
     example = torch.zeros(1, *config.input_size)
-    key = scheme_named(scheme).draw_key(model, example, owner=owner, layers=layers, text=text)
+    if isinstance(chosen, Passport):
+        watched = None
+        if seen is not None and trained is not None:
+            pictures = seen.sample(GRAFTED_ON, seed=0).images
+            watched = Normalisation(config.mean, config.std)(pictures)
+        key = chosen.draw_key(
+            model,
+            example,
+            owner=owner,
+            layers=layers,
+            text=text,
+            passports=None if chosen.encoded else passports,
+            seen=watched,
+        )
+    else:
+        key = chosen.draw_key(model, example, owner=owner, layers=layers, text=text)
     return with_classes(key, config.classes)
 
 

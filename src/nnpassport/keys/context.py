@@ -6,8 +6,12 @@
 import base64
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nnpassport.keys import validity
 from nnpassport.keys.geometry import Geometry
@@ -23,7 +27,33 @@ _MAX_AXIS = 2**24
 _MAX_NAME = 1_000
 _MAX_JSON = 2**24
 _MAX_COMMAS = 2**20
+_MAX_GAIN = 2**48
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class ChannelForm(NamedTuple):
+    """A layer whose channels have a passport each: γ_o = c·b_o·⟨W_o, m_γ,o⟩, β likewise with c′.
+
+    Attributes:
+        norm: dotted name of the norm whose scale is read with the bits, "" where there is none.
+        gains: c and c′, in units of 2⁻²⁴, each from 1.
+        carriers: the channels that carry a bit, as a bitmap in hexadecimal, the first channel in
+            the highest bit; None is all of them.
+        metric: SHA-256, in hexadecimal, of what the layer was seen to receive; "" where nothing
+            was measured, and m is white.
+    """
+
+    norm: str
+    gains: tuple[int, int]
+    carriers: str | None = None
+    metric: str = ""
+
+    def carrying(self, channels: int) -> NDArray[np.bool_]:
+        """Which of so many channels carry a bit."""
+        if self.carriers is None:
+            return np.ones(channels, bool)
+        bits = np.frombuffer(bytes.fromhex(self.carriers), np.uint8)
+        return np.unpackbits(bits)[:channels].astype(bool)
 
 
 class LayerShape(NamedTuple):
@@ -34,6 +64,8 @@ class LayerShape(NamedTuple):
         weight: shape of its weight, output channels first (`functional.filters`).
         passport: shape of one passport (in, *space); of a projection, of the kernel it reads.
         bits: signature length where a projection reads it; None is a bit for each output channel.
+        channels: the form in which each channel has a passport of its own; None is the paper's, one
+            for the whole layer.
     """
 
     name: str
@@ -41,10 +73,13 @@ class LayerShape(NamedTuple):
     passport: tuple[int, ...]
     geometry: Geometry
     bits: int | None = None
+    channels: ChannelForm | None = None
 
     @property
     def length(self) -> int:
         """How many signature bits the layer carries."""
+        if self.channels is not None and self.channels.carriers is not None:
+            return int(self.channels.carriers, 16).bit_count()
         return self.weight[0] if self.bits is None else self.bits
 
 
@@ -235,6 +270,10 @@ def _fields_of(layer: LayerShape) -> dict[str, Any]:
     # Absent, not null: contexts without projections or transposed layers encode as ever.
     if layer.bits is None:
         del fields["bits"]
+    if layer.channels is None:
+        del fields["channels"]
+    else:
+        fields["channels"] = layer.channels._asdict()
     for name, usual in Geometry._field_defaults.items():
         if name in {"transposed", "output_padding"} and geometry[name] == usual:
             del geometry[name]
@@ -244,6 +283,9 @@ def _fields_of(layer: LayerShape) -> dict[str, Any]:
 def _layer_from(fields: Any) -> LayerShape:
     geometry = {key: _tuples(value) for key, value in fields["geometry"].items()}
     shape = {key: _tuples(value) for key, value in fields.items()}
+    if "channels" in fields:
+        form = {key: _tuples(value) for key, value in fields["channels"].items()}
+        shape["channels"] = ChannelForm(**form)
     return LayerShape(**{**shape, "geometry": Geometry(**geometry)})
 
 
@@ -271,7 +313,7 @@ def _check_name(value: Any, what: str) -> None:
 
 
 def _check_layer(layer: LayerShape) -> None:
-    name, weight, passport, geometry, bits = layer
+    name, weight, passport, geometry, bits, channels = layer
     _check_name(name, "layer name")
     where = f"layer {name!r:.80} with"
     lengths = () if bits is None else (bits,)
@@ -291,11 +333,51 @@ def _check_layer(layer: LayerShape) -> None:
         f"{where} output padding {geometry.output_padding!r:.80}",
         "a number from 0 below the stride or the dilation for each axis of a transposed layer",
     )
+    if channels is not None:
+        _check_channels(layer)
     _require(
-        _ranks_agree(layer) and positions(layer) is not None,
+        _ranks_agree(layer) and (channels is not None or positions(layer) is not None),
         f"{where} weight {weight!r:.80} and passport {passport!r:.80}",
         "a passport (in, *space) that the layer can be applied to",
     )
+
+
+def _check_channels(layer: LayerShape) -> None:
+    """A layer whose channels have a passport each, of a filter's own shape."""
+    name, weight, passport, geometry, _, form = layer
+    where = f"layer {name!r:.80} with"
+    norm, gains, carriers, metric = form or ChannelForm("", (0, 0))
+    if norm != "":
+        _check_name(norm, "name of a norm")
+    filters = (weight[1] * geometry.groups, *(weight[2:] or (1,)))
+    _require(
+        passport == filters, f"{where} a passport {passport!r:.80} a channel", f"{filters!r:.80}"
+    )
+    _require(
+        isinstance(gains, tuple)
+        and len(gains) == 2
+        and all(type(gain) is int and 1 <= gain <= _MAX_GAIN for gain in gains),
+        f"{where} gains {gains!r:.80}",
+        f"two integers from 1 to {_MAX_GAIN}",
+    )
+    _require(
+        isinstance(metric, str) and re.fullmatch("([0-9a-f]{64})?", metric) is not None,
+        f"{where} the digest {metric!r:.80}",
+        "SHA-256 in hexadecimal, or nothing",
+    )
+    _require(
+        carriers is None or _is_bitmap(carriers, weight[0]),
+        f"{where} {carriers!r:.40} for its {weight[0]} channels",
+        "a bit for each, one of them set and one not, in hexadecimal",
+    )
+
+
+def _is_bitmap(text: Any, channels: int) -> bool:
+    size = (channels + 7) // 8
+    if not isinstance(text, str) or re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text) is None:
+        return False
+    spare = int(text, 16) & ((1 << (8 * size - channels)) - 1)
+    return spare == 0 and 0 < int(text, 16).bit_count() < channels
 
 
 def _is_count(value: Any, least: int) -> bool:
@@ -310,7 +392,7 @@ def _is_padding(padding: Any) -> bool:
 
 
 def _ranks_agree(layer: LayerShape) -> bool:
-    _, weight, passport, geometry, _ = layer
+    _, weight, passport, geometry, *_ = layer
     axes = geometry.axes
     return (
         axes <= 3

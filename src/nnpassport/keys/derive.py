@@ -19,6 +19,9 @@ from nnpassport.scheme import BadSignatureError, UnreadableKeyError
 
 SEED_BYTES = 32
 
+UNIT_VARIANCE = (127 * 128 / 3) / 128**2
+"""Variance of each number of z, an integer uniform in −127…127 over 128."""
+
 Stream = Callable[[int], bytes]
 """The first n bytes of an endless pseudo-random string."""
 
@@ -90,6 +93,50 @@ def derive_passport(
     shape = (2, *layer.passport)
     draw = stream(seed, context, "passport", layer.name, bound)
     return _fractions(draw, math.prod(shape)).reshape(shape)
+
+
+def derive_channels(
+    seed: bytes,
+    context: Context,
+    layer: LayerShape,
+    channels: range,
+    bound: bytes = b"",
+    metric: NDArray[np.int16] | None = None,
+) -> NDArray[np.float64]:
+    """m_γ and m_β of some channels of a layer (2 channels fan_in), gains and bits left out.
+
+        z_o: 2·fan_in integers uniform in −127…127, of SHAKE-256(K ‖ o), K the layer's own 32 bytes
+        m_o = (z_o + Σ_k rint(2⁸·s_k·⟨u_k, z_o⟩) · 2⁻⁸·u_k) / 128
+
+    u_k and s_k are the `metric`'s directions and strengths (see `keys.metric`); without it m is z.
+    All sums are of integers that float64 holds exactly, and rounding is to even: so m is the same
+    on every machine, and −z gives −m. For weights that do not depend on the seed ⟨W_o, m_o⟩ is
+    therefore as often positive as negative, in each channel for itself.
+
+    Raises:
+        UnreadableKeyError: the context has no such layer.
+    """
+    check_member(context, layer)
+    fan_in = math.prod(layer.weight[1:])
+    root = stream(seed, context, "channels", layer.name, bound)(SEED_BYTES)
+    rows = [
+        _signed_bytes(hashlib.shake_256(root + o.to_bytes(8, "big")).digest, 2 * fan_in)
+        for o in channels
+    ]
+    drawn = np.array(rows, np.float64).reshape(len(rows), 2, fan_in).swapaxes(0, 1)
+    return (drawn if metric is None else spread(drawn, metric)) / 128
+
+
+def spread(drawn: NDArray[np.float64], metric: NDArray[np.int16]) -> NDArray[np.float64]:
+    """Whole numbers z below 128 (… fan_in), put in proportion to what a layer sees.
+
+    `metric` (directions 1+fan_in) has the strengths s_k in units of 2⁻⁸ and, after them, the
+    directions u_k in units of 2⁻¹⁵.
+    """
+    strengths, directions = metric[:, 0].astype(np.float64), metric[:, 1:].astype(np.float64)
+    along = np.rint(drawn @ directions.T * (strengths * 2.0**-15))
+    turned: NDArray[np.float64] = drawn + (along @ directions) * 2.0**-23
+    return turned
 
 
 def derive_projection(

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
@@ -14,6 +14,7 @@ from nnpassport.keys.derive import (
     SEED_BYTES,
     array_of,
     check_text,
+    derive_channels,
     derive_labels,
     derive_passport,
     derive_projection,
@@ -28,6 +29,11 @@ from nnpassport.scheme import UnreadableKeyError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+MAX_DIRECTIONS = 64
+"""Most directions in which a key says what a layer receives."""
+_AT_ONCE = 2**21  # numbers of passports of channels that are there at a time
 
 
 @final
@@ -58,6 +64,9 @@ class Key:
         trigger_labels: explicit labels (count), int64.
         trigger_choices: the classes that the labels of explicit images are drawn from, (count
             choices) int64, distinct in each row; None is all classes.
+        metrics: what layers were seen to receive, by layer, each (directions 1+fan_in) int16; see
+            `derive.spread`. Nothing chosen freely: the context has its digest, so that whoever
+            changes it draws every passport and every bit anew.
     """
 
     seed: bytes
@@ -69,6 +78,7 @@ class Key:
     trigger_labels: Any = None
     projections: Mapping[str, Any] | None = None
     trigger_choices: Any = None
+    metrics: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
@@ -78,7 +88,7 @@ class Key:
         if self.text is not None:
             check_text(self.text, self.context)
         # Copies, so that a key never changes when the tensors it was made from do.
-        for field in ("passports", "signs", "projections"):
+        for field in ("passports", "signs", "projections", "metrics"):
             mapping = getattr(self, field)
             if mapping is not None:
                 owned = {n: _own(t, f"{field}/{n}") for n, t in mapping.items()}
@@ -103,6 +113,7 @@ class Key:
         Pictures may be chosen where all else is bound to them.
         """
         bound = {"trigger_images", "trigger_choices"} if self.bound else set()
+        bound |= {f"metrics/{name}" for name in self.metrics or {}}
         return set(self.explicit_tensors()) <= bound
 
     @property
@@ -144,6 +155,7 @@ class Key:
         tensors = {f"passports/{name}": t for name, t in (self.passports or {}).items()}
         tensors |= {f"signs/{name}": t for name, t in (self.signs or {}).items()}
         tensors |= {f"projections/{n}": t for n, t in (self.projections or {}).items()}
+        tensors |= {f"metrics/{n}": t for n, t in (self.metrics or {}).items()}
         if self.trigger_images is not None:
             tensors["trigger_images"] = self.trigger_images
         if self.trigger_labels is not None:
@@ -172,9 +184,37 @@ class Key:
             UnreadableKeyError: the key has no such layer.
         """
         layer = self.context.layer(name)
+        if layer.channels is not None:
+            raise _bad_key(
+                f"a passport for each channel of layer {name!r:.80}, where one for the whole layer "
+                "was asked for",
+                'passports of the kind "derived"',
+            )
         if self.passports is not None:
             return array_of(self.passports[name])
         return derive_passport(self.seed, self.context, layer, self.bound)
+
+    def channel_arrays(self, name: str) -> Iterator[tuple[range, NDArray[np.float64]]]:
+        """c·b·m_γ and c′·b·m_β (2 channels fan_in) of some channels at a time, and which they are.
+
+        They are for all channels, in order; those that carry no bit are zero.
+
+        Raises:
+            UnreadableKeyError: the key has no such layer, or one passport for the whole of it.
+        """
+        layer = self.context.layer(name)
+        if layer.channels is None:
+            raise _bad_key(f"one passport for all of layer {name!r:.80}", "one for each channel")
+        carrying, signs = layer.channels.carrying(layer.weight[0]), np.zeros(layer.weight[0])
+        signs[carrying] = self.signs_array(name)
+        gains = np.array(layer.channels.gains, np.float64) * 2.0**-24
+        metric = (self.metrics or {}).get(name)
+        step = max(1, _AT_ONCE // (2 * math.prod(layer.weight[1:])))
+        for start in range(0, layer.weight[0], step):
+            part = range(start, min(start + step, layer.weight[0]))
+            drawn = derive_channels(self.seed, self.context, layer, part, self.bound, metric)
+            factors = gains[:, None] * signs[None, part.start : part.stop]
+            yield part, drawn * factors[:, :, None]
 
     def projection_array(self, name: str) -> NDArray[np.float32]:
         """Projection X (bits fan_in) that reads the bits of the layer called `name`.
@@ -265,7 +305,31 @@ def _check_explicit(key: Key) -> None:
         _check_tensor(projection, f"projections/{name}", np.float32, shape)
         if not np.isfinite(projection).all():
             raise _bad_key(f"NaN or Inf in the projection of {name!r:.80}", "finite numbers")
+    _check_metrics(key)
     _check_explicit_triggers(key)
+
+
+def _check_metrics(key: Key) -> None:
+    forms = {layer.name: layer for layer in key.context.layers if layer.channels is not None}
+    if forms and key.passports is not None:
+        raise _bad_key("explicit passports for layers", "none beside those of channels")
+    measured = {n for n, layer in forms.items() if layer.channels and layer.channels.metric}
+    if set(key.metrics or {}) != measured:
+        raise _bad_key(
+            f"what {len(key.metrics or {})} layers receive", f"that of {len(measured)} layers"
+        )
+    for name, metric in (key.metrics or {}).items():
+        directions, fan_in = len(metric), math.prod(forms[name].weight[1:])
+        _check_tensor(metric, f"metrics/{name}", np.int16, (directions, 1 + fan_in))
+        form = forms[name].channels
+        fits = 1 <= directions <= MAX_DIRECTIONS and (metric[:, 0] >= -(2**8)).all()
+        if form is None or not fits or metric_digest(metric) != form.metric:
+            raise _bad_key(f"another metric of layer {name!r:.80}", "the one in its context")
+
+
+def metric_digest(metric: NDArray[np.int16]) -> str:
+    """SHA-256, in hexadecimal, of a layer's metric: what a context says of it."""
+    return hashlib.sha256(_spelled({"metric": metric})).hexdigest()
 
 
 def _check_explicit_triggers(key: Key) -> None:

@@ -121,7 +121,8 @@ def _key_from(path: Path, payload: Any) -> Key:
     key, reason = None, "its parts are of the wrong kind"
     try:
         tensors = load_tensors(base64_bytes(payload["tensors"])) if payload["tensors"] else {}
-        groups: dict[str, dict[str, Any]] = {"passports": {}, "signs": {}, "projections": {}}
+        kinds = ("passports", "signs", "projections", "metrics")
+        groups: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
             group, _, layer = name.partition("/")
             if group in groups:
@@ -133,6 +134,7 @@ def _key_from(path: Path, payload: Any) -> Key:
             passports=groups["passports"] or None,
             signs=groups["signs"] or None,
             projections=groups["projections"] or None,
+            metrics=groups["metrics"] or None,
             trigger_images=tensors.get("trigger_images"),
             trigger_labels=tensors.get("trigger_labels"),
             trigger_choices=tensors.get("trigger_choices"),

@@ -267,9 +267,50 @@ def scales(rows: Array, patch: NDArray[np.float64]) -> Read:
 
 
 def read_passports(weights: Weights, key: Key) -> Counts:
-    """One bit a channel: sign(Avg(W ∗ P_γ)).                                [Fan19, eq. 4]"""
-    layers = {layer.name: _passport(weights, key, layer) for layer in key.context.layers}
+    """One bit a channel: sign(Avg(W ∗ P_γ)).                                [Fan19, eq. 4]
+
+    Where each channel has a passport of its own: sign(γ_norm · ⟨W_o, m_o⟩).
+    """
+    layers = {
+        layer.name: (_passport if layer.channels is None else _channels)(weights, key, layer)
+        for layer in key.context.layers
+    }
     return Counts("signature bits", layers, listed=True)
+
+
+def _channels(weights: Weights, key: Key, layer: LayerShape) -> tuple[int, int]:
+    """Matches of sign(γ_norm,o · ⟨W_o, m_o⟩) with the key's bits, and how many bits there are.
+
+    A channel negated together with its norm's scale reads the same. A product of zero matches
+    neither bit. The bits are in what `channel_arrays` gives: what is right is positive.
+    """
+    rows = host_filters(weights, layer).reshape(layer.weight[0], -1)
+    scale = norm_scale(weights, layer)
+    matches = 0
+    for part, arrays in key.channel_arrays(layer.name):
+        some = slice(part.start, part.stop)
+        said = np.einsum("oi,oi->o", rows[some].astype(np.float64), arrays[0])
+        matches += int((np.sign(said) * np.sign(scale[some]) > 0).sum())
+    return matches, layer.length
+
+
+def norm_scale(weights: Weights, layer: LayerShape) -> Read:
+    """γ of the norm behind a layer (out); ones where there is none.
+
+    Raises:
+        UnsuitableModelError: the norm's scale is missing or has another shape.
+    """
+    form, out = layer.channels, layer.weight[0]
+    if form is None or not form.norm:
+        return np.ones(out)
+    name = f"{form.norm}.weight"
+    if name not in weights or tuple(weights[name].shape) != (out,):
+        there = tuple(weights[name].shape) if name in weights else "missing"
+        raise UnsuitableModelError(
+            f"{name} is {there}, and the bits of {layer.name} are read together with its {out} "
+            "numbers; needed: a network of the owner's architecture, its norms not folded away"
+        )
+    return np.asarray(weights[name], np.float64)
 
 
 def _passport(weights: Weights, key: Key, layer: LayerShape) -> tuple[int, int]:

@@ -77,6 +77,8 @@ def check(context: "Context") -> None:
     rule = RULES.get(context.scheme)
     if rule is not None:
         rule(context)
+    if rule is not _passports:
+        _no_channels(context)
     _check_costs(context)
 
 
@@ -105,6 +107,10 @@ def cost_of(layer: "LayerShape") -> Cost:
         numbers = layer.length * math.prod(layer.passport)
         read = 4 * numbers + _AT_ONCE * min(numbers, max(_CHUNK, math.prod(layer.passport)))
         return Cost(numbers, 0, 0, signs + max(_DRAWN * numbers, read) + _forms_bytes(layer))
+    if layer.channels is not None:  # drawn and read some channels at a time
+        numbers = 2 * math.prod(layer.weight)
+        row = 2 * math.prod(layer.weight[1:])
+        return Cost(numbers, 0, 0, signs + _AT_ONCE * min(numbers, max(_CHUNK, row)))
     numbers = 2 * math.prod(layer.passport)
     padded, products = sliding(layer)
     read = _WIDE * numbers + 2 * 8 * padded + 16 * products
@@ -113,7 +119,9 @@ def cost_of(layer: "LayerShape") -> Cost:
 
 def _patch_bytes(layer: "LayerShape") -> int:
     """What is kept of a passport, both parts in float64, while the whole key is presented."""
-    _, weight, passport, _, bits = layer
+    _, weight, passport, _, bits, channels = layer
+    if channels is not None:  # as large as the weight, and kept in its own precision
+        return 2 * 4 * math.prod(weight)
     return 2 * 8 * passport[0] * math.prod(weight[2:]) if bits is None else 0
 
 
@@ -136,7 +144,7 @@ def _pictures_bytes(context: "Context") -> int:
 
 def positions(layer: "LayerShape") -> tuple[int, ...] | None:
     """Sides of what the layer makes of its passport; None if it cannot be applied to it."""
-    _, weight, passport, geometry, _ = layer
+    _, weight, passport, geometry, *_ = layer
     if geometry.axes == 0:
         return passport[1:]
     margins = {"reflect": 1, "circular": 0}
@@ -162,8 +170,8 @@ def positions(layer: "LayerShape") -> tuple[int, ...] | None:
 
 def sliding(layer: "LayerShape") -> tuple[int, int]:
     """What reading bits through the layer takes: numbers of its padded passport, and products."""
-    _, weight, passport, geometry, bits = layer
-    if bits is not None:  # no passport slides
+    _, weight, passport, geometry, bits, channels = layer
+    if bits is not None or channels is not None:  # no passport slides
         return 0, 0
     inputs, *space = passport
     # A Linear has no padding and meets each position once; a transposed layer meets each position
@@ -179,7 +187,23 @@ def sliding(layer: "LayerShape") -> tuple[int, int]:
 
 
 def _passports(context: "Context") -> None:
-    """Any layers, a bit for each channel; triggers if the owner wanted some."""
+    """Any layers, a bit for each channel that carries one; triggers if the owner wanted some.
+
+    Either every channel has a passport of its own, or every layer has one, as in the paper.
+    """
+    forms = {layer.channels is not None for layer in context.layers}
+    _require(
+        len(forms) < 2, "passports of channels and of layers", "those of channels, or of layers"
+    )
+    _one_each(context)
+
+
+def _layer_passports(context: "Context") -> None:
+    """The same, with one passport for each layer: PAN's small network mixes the channels."""
+    _one_each(context)
+
+
+def _one_each(context: "Context") -> None:
     _require(bool(context.layers), "no layer", "one or more that carry a passport")
     for layer in context.layers:
         _require(
@@ -259,7 +283,7 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
     "passport-v1": _passports,
     "passport-v2": _passports,
     "passport-v3": _passports,
-    "pan": _passports,
+    "pan": _layer_passports,
     "uchida": _projection,
     "uchida-mse": _projection,
     "deepmarks": _words,
@@ -281,6 +305,15 @@ def _one_layer(context: "Context") -> "LayerShape":
     count = len(context.layers)
     _require(count == 1, f"{count} layers", f"the one that {context.scheme} reads")
     return context.layers[0]
+
+
+def _no_channels(context: "Context") -> None:
+    for layer in context.layers:
+        _require(
+            layer.channels is None,
+            f"a passport for each channel of layer {layer.name!r:.80}",
+            f"none: {context.scheme} has no such passports",
+        )
 
 
 def _no_triggers(context: "Context") -> None:

@@ -26,6 +26,7 @@ from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import Loaded, load_model, save_model
 from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.schemes.drawn import shuffled_passports, with_passports
+from nnpassport.embedding.schemes.passport import draw_by_layer
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy, measuring_on
@@ -241,7 +242,7 @@ def _key(cell: Cell, store: Store, config: ModelConfig, sets: ownership.Sets) ->
         return load_key(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(1, *config.input_size)
-    key = _scheme(cell).draw_key(config.build(), example, owner="reproduction")
+    key = draw_by_layer(_scheme(cell), config.build(), example, owner="reproduction")
     if cell.network.tuned:
         key = _prepared(key, cell, store, cast(ImageSet, sets.train))
     if key.context.layers and cell.network.scheme.startswith("passport"):
@@ -275,7 +276,7 @@ def _strangers(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     model, example = plain.build(), torch.zeros(1, *plain.input_size)
     rng = generator_for("fresh keys", cell.network.seed)
     for _ in range(cell.fresh_keys):
-        drawn = scheme.draw_key(model, example, owner="stranger", seed=draw_seed(rng))
+        drawn = draw_by_layer(scheme, model, example, owner="stranger", seed=draw_seed(rng))
         keys.append(_prepared(drawn, cell, store, images))
     readings = [
         {"network": other.network.slug, "key": "owner's" if number == 0 else f"fresh {number}"}

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network.models import build
+from nnpassport.embedding.schemes.passport import draw_by_layer
 from nnpassport.embedding.train.loop import PRECISIONS, Objective, classification, products_in
 from nnpassport.lab.cells import Cell, embed_recipe, settings_of
 from nnpassport.scheme import Batch
@@ -126,7 +127,7 @@ def training_step(
     if trained.scheme:
         example = torch.zeros(2, 3, SIDE, SIDE)
         chosen = with_settings(scheme_named(trained.scheme), **dict(trained.settings))
-        key = chosen.draw_key(model, example, seed=bytes(32))
+        key = draw_by_layer(chosen, model, example, seed=bytes(32))
         chosen.insert(model, key, example)
         objective = chosen.objective(key, steps=1, normalise=CIFAR10)
     kind = torch.device(device).type

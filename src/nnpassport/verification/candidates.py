@@ -23,7 +23,7 @@ from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.patches import filters, mean_patch, own_shape
 from nnpassport.keys.reading import check_host, scales
-from nnpassport.scheme import UnreadableModelError, Verdict
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
 
 Headers = Mapping[str, Array | Described]
 """By name, what is known of tensors without their numbers."""
@@ -144,6 +144,11 @@ def _best(
     One that cannot be read, as it holds NaN, matches nothing.
     """
     layers = {layer.name: layer for layer in key.context.layers}
+    if any(layer.channels is not None for layer in layers.values()):
+        raise UnsuitableModelError(
+            "the suspect's layers have other names than the key's, whose bits are read together "
+            "with the norm behind each layer; needed: the names of the owner's architecture"
+        )
     if len(layers) == 1:
         ((name, each),) = found.items()
         shapes = {name: _shape(layers[name])}

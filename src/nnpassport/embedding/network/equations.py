@@ -163,10 +163,13 @@ def collapsed_affine(
 ) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
     """γ_o = ⟨W_o, m(P_γ)⟩ and β_o = ⟨W_o, m(P_β)⟩: equation 3 with the convolution done beforehand.
 
-    Equal to `passport_affine` up to rounding, gradients to W included.
+    Equal to `passport_affine` up to rounding, gradients to W included. With as many patches as
+    there are channels, each has its own.
     """
     groups = patch.shape[1]
-    if groups == 1:
+    if groups == len(weight) > 1:  # a patch for each channel
+        gamma, beta = (patch * weight.flatten(1)).sum(2)
+    elif groups == 1:
         # In this order γ and β come out contiguous, which batch norm's fast path asks for.
         gamma, beta = patch[:, 0] @ weight.flatten(1).T
     else:

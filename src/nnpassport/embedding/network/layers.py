@@ -7,7 +7,7 @@ from enum import Enum, unique
 from typing import Any, cast, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -44,7 +44,10 @@ class PassportNorm(nn.Module):
         norm: what was here before surgery.
         private_norm: a copy of it with running statistics of its own for the private branch, or
             None where the norm keeps none (group, layer) or there is no second branch (V1).
-        signs: the layer's signature, ±1 for each channel.
+        signs: the layer's signature, ±1 for each channel; 1 where each has a passport of its own,
+            whose bit is in its mean patch.
+        carries: which channels have a passport of their own; None: there is one for all of them.
+            The others keep the scale and shift that they have.
         channel_axis: where the output's channels are.
         branch: what `forward` computes.
         private_share: of the images, the last ones, that a fork also sends through the private
@@ -56,6 +59,7 @@ class PassportNorm(nn.Module):
 
     mean_patch: Float[Tensor, "2 groups columns"]
     signs: Float[Tensor, " out"]
+    carries: Bool[Tensor, " out"] | None
 
     def __init__(
         self,
@@ -64,6 +68,7 @@ class PassportNorm(nn.Module):
         mean_patch: Float[Tensor, "2 groups columns"],
         signs: Float[Tensor, " out"],
         *,
+        carries: Bool[Tensor, " out"] | None = None,
         channel_axis: int = 1,
         own_statistics: bool = False,
     ) -> None:
@@ -84,6 +89,8 @@ class PassportNorm(nn.Module):
         self.register_forward_pre_hook(_in_the_open)
         self.register_buffer("mean_patch", mean_patch.to(weight), persistent=False)
         self.register_buffer("signs", signs.to(weight), persistent=False)
+        carries = None if carries is None else carries.to(weight.device)
+        self.register_buffer("carries", carries, persistent=False)
 
     @property
     def layer(self) -> nn.Module:
@@ -106,7 +113,33 @@ class PassportNorm(nn.Module):
             weight = weight.movedim(1, -1)
         # Full precision even under autocast: bfloat16 would flip the signs of small γ.
         with torch.autocast(weight.device.type, enabled=False):
-            return collapsed_affine(weight, patch)
+            gamma, beta = collapsed_affine(weight, patch)
+        if self.carries is None:
+            return gamma, beta
+        scale, shift = self.own()
+        return torch.where(self.carries, gamma, scale), torch.where(self.carries, beta, shift)
+
+    def own(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+        """γ° and β° of the public branch: 1 and 0 where there is none."""
+        ones = torch.ones_like(self.signs)
+        if self.norm is self.layer:
+            return ones, torch.zeros_like(ones)
+        weight, bias = getattr(self.norm, "weight", None), getattr(self.norm, "bias", None)
+        return (
+            ones if weight is None else whole_weight(weight),
+            torch.zeros_like(ones) if bias is None else whole_weight(bias),
+        )
+
+    def wanted(self) -> Float[Tensor, " out"]:
+        """The sign that γ should have: the signature's, or that of the norm's own scale.
+
+        Where each channel has its own passport its bit is read as sign(γ° · γ), and a channel that
+        carries none has a zero here.
+        """
+        if self.carries is None:
+            return self.signs
+        scale = self.own()[0].detach()
+        return torch.where(scale < 0, -self.signs, self.signs) * self.carries
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The wrapped norm, its affine replaced by the passport's in the private branch."""

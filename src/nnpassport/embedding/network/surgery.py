@@ -30,10 +30,15 @@ from nnpassport.scheme import UnsuitableModelError
 
 
 class Secret(NamedTuple):
-    """What one layer needs of a key: m(P) of its passport (2 groups fan_in), signs (out)."""
+    """What one layer needs of a key: m(P) of its passport (2 groups fan_in), signs (out).
+
+    Where each channel has a passport of its own, `mean_patch` is (2 out fan_in) with gains and bits
+    in it, the signs are ones, and `carries` (out) says which channels have one.
+    """
 
     mean_patch: Tensor
     signs: Tensor
+    carries: Tensor | None = None
 
 
 def insert(
@@ -83,7 +88,9 @@ def wrap(
         wrapped = PassportNorm(
             site.layer,
             model.get_submodule(norm_name),
-            *secrets[name],
+            secrets[name].mean_patch,
+            secrets[name].signs,
+            carries=secrets[name].carries,
             channel_axis=site.channel_axis,
             own_statistics=two_branches,
         )
@@ -191,7 +198,7 @@ def _check_runs(model: nn.Module, names: Sequence[str], example: Example) -> Non
 
 def _check_shape(site: Site, secret: Secret) -> None:
     weight = filters(site.layer.get_parameter("weight"), site.geometry)
-    groups = site.geometry.groups
+    groups = site.geometry.groups if secret.carries is None else len(weight)
     fits = secret.mean_patch.shape == (2, groups, weight[0].numel()) and len(secret.signs) == len(
         weight
     )

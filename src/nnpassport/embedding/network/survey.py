@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from nnpassport.embedding.network.equations import HOSTS, geometry_of, is_matrix
+from nnpassport.embedding.network.equations import HOSTS, filters, geometry_of, is_matrix
 from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
 from nnpassport.embedding.network.outputs import Example, call, tensors_in
 from nnpassport.keys.geometry import Geometry
@@ -20,6 +20,8 @@ PAPER_LAYERS: Mapping[str, tuple[str, ...]] = {
     "AlexNet": ("features.8", "features.11", "features.14"),
     "ResNet": ("layer4.*",),
 }
+
+_HARM = 0.02  # of a layer's output
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # batch, sync-batch and instance norm have no public base
@@ -134,6 +136,55 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
                 f"suitable layers of this model: {', '.join(names)}"
             )
     return [s for s in found.sites.values() if any(_matches(s.name, p) for p in patterns)]
+
+
+def predicted_harm(site: Site) -> float:
+    """Share of a layer's output that a passport for each channel will change, in mean squares.
+
+    γ and β are two conditions on a filter of n numbers. Met with the least change, in the metric of
+    what the layer sees with a floor as high as its mean, they cost about 2/n of what filter and
+    floor put out together; that is 4/n where the filter lies as the inputs do.
+    """
+    weight = filters(site.layer.get_parameter("weight"), site.geometry)
+    return min(1.0, 4 / weight[0].numel())
+
+
+def choose_enough(
+    model: nn.Module, found: Survey, patterns: Sequence[str] | None, *, bits: int
+) -> list[Site]:
+    """As `choose`, for passports of channels: by default enough bits, and not whole layers' worth.
+
+    The paper's choice for its networks. In others: layers that a norm or an activation follows, by
+    quarters of the depth in turn, so that taking one block out does not end the mark; of each
+    quarter the one that is harmed least, until there are `bits`. Layers whose filters have few
+    numbers are taken where the others do not have as many.
+
+    Raises:
+        UnsuitableModelError: as `choose`.
+    """
+    default = choose(model, found, patterns)  # first, for its refusals
+    if patterns is not None or type(model).__name__ in PAPER_LAYERS:
+        return default
+    sites = [s for s in found.sites.values() if s.norm or s.activation] or [*found.sites.values()]
+    limit = _HARM
+    gentle = [s for s in sites if predicted_harm(s) <= limit]
+    while sum(map(_channels, gentle)) < bits and len(gentle) < len(sites):
+        limit *= 2
+        gentle = [s for s in sites if predicted_harm(s) <= limit]
+    quarters = [gentle[len(gentle) * q // 4 : len(gentle) * (q + 1) // 4] for q in range(4)]
+    turns = [sorted(each, key=predicted_harm) for each in quarters]
+    taken: set[str] = set()
+    count = 0
+    for turn in range(max(map(len, turns))):
+        for quarter in turns:
+            if count < bits and turn < len(quarter):
+                taken.add(quarter[turn].name)
+                count += _channels(quarter[turn])
+    return [site for site in gentle if site.name in taken]
+
+
+def _channels(site: Site) -> int:
+    return len(filters(site.layer.get_parameter("weight"), site.geometry))
 
 
 def refuse_wrapped(model: nn.Module) -> None:

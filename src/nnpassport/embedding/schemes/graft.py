@@ -31,11 +31,18 @@ from torch.func import functional_call
 
 from nnpassport.embedding.network.equations import collapsed_affine, filters, geometry_of, own_order
 from nnpassport.embedding.network.layers import Branch, PassportNorm, on_branch, passport_norms
-from nnpassport.embedding.network.outputs import Example, call, tensors_in
+from nnpassport.embedding.network.outputs import (
+    Example,
+    call,
+    length_of,
+    part_of,
+    tensors_in,
+)
+from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.pan import own_affine, say
 from nnpassport.embedding.schemes.patches import input_patches
 from nnpassport.keys.geometry import Geometry
-from nnpassport.scheme import UnsuitableModelError
+from nnpassport.scheme import HarmfulGraftError, UnsuitableModelError
 
 RIDGE = 1.0
 """λ over the mean square of what the layer sees. Less of it hides the correction in directions that
@@ -69,18 +76,102 @@ def graft(
 
     `inputs` are a few hundred of what the network was trained on, as it takes them. Which of the
     patches in them are looked at is drawn from `seed`. Returned is what was done, by the name of
-    the passport layer. Branch and mode of the network stay what they are.
+    the passport layer. Branch and mode of the network stay what they are. Where each channel has a
+    passport of its own this is `graft_channels`, whose figures tell of harm as well.
 
     Raises:
+        HarmfulGraftError: with passports of channels, more changed than `channels.Limit` allows.
         UnsuitableModelError: there is no passport, a passport layer does not run on `inputs` or
             meets numbers there that are not finite, or its weight is sharded or another layer's
             too; the model is as it was.
     """
     norms = passport_norms(model)
+    if any(norm.carries is not None for norm in norms.values()):
+        return graft_channels(model, inputs, seed=seed).layers
     generator = torch.Generator().manual_seed(seed)
     with on_branch(model, Branch.PUBLIC):
         order = _in_order(model, norms, inputs)
         return {name: _graft(model, norms[name], inputs, ridge, generator) for name in order}
+
+
+class Report(NamedTuple):
+    """What grafting did: to each passport layer, and to the answers on held-out inputs."""
+
+    layers: Mapping[str, Grafted]
+    harm: channels.Harm
+
+
+@torch.no_grad()
+def graft_channels(
+    model: nn.Module,
+    inputs: Example,
+    *,
+    held_out: Example | None = None,
+    limit: channels.Limit = channels.LIMIT,
+    seed: int = 0,
+) -> Report:
+    """Make the passports of channels say what the norms say, in place, and measure the harm.
+
+    One pass over `inputs` sees what every layer receives; each layer then changes as little as it
+    can (`channels.change_of`). Harm is measured on `held_out`: by default the last quarter of
+    `inputs`, which then is not looked at otherwise.
+
+    Raises:
+        HarmfulGraftError: more changed than `limit` allows; the model is as it was. It names the
+            layers that cost most, and a choice of layers that would pass if there is one.
+        UnsuitableModelError: as `graft`.
+    """
+    norms = passport_norms(model)
+    with on_branch(model, Branch.PUBLIC):
+        order = _in_order(model, norms, part_of(inputs, 0, 2))
+    if held_out is None:
+        cut = max(1, length_of(inputs) * 3 // 4)
+        held_out = part_of(inputs, min(cut, length_of(inputs) - 1), length_of(inputs))
+        inputs = part_of(inputs, 0, cut)
+    before = channels.answers(model, held_out, Branch.PUBLIC)
+    with on_branch(model, Branch.PUBLIC):
+        seen = channels.watch(model, {n: norms[n].layer for n in order}, inputs, seed=seed)
+    changes = {name: channels.change_of(norms[name], seen.pop(name)) for name in order}
+    with channels.undone([norms[name] for name in order]) as put_back:
+
+        def tried(names: Sequence[str]) -> channels.Harm:
+            for name in names:
+                channels.apply_change(norms[name], changes[name])
+            branches = (Branch.PUBLIC, Branch.PRIVATE)
+            return channels.harm_of(
+                before, *(channels.answers(model, held_out, branch) for branch in branches)
+            )
+
+        harm = tried(order)
+        if not harm.within(limit):
+            costs = {name: change.felt for name, change in changes.items()}
+            raise _too_harmful(harm, limit, costs, tried, put_back)
+    return Report({n: Grafted(0, 0, c.share, c.felt) for n, c in changes.items()}, harm)
+
+
+def _too_harmful(
+    harm: channels.Harm,
+    limit: channels.Limit,
+    costs: Mapping[str, float],
+    tried: Callable[[Sequence[str]], channels.Harm],
+    put_back: Callable[[], None],
+) -> HarmfulGraftError:
+    """The refusal: which layers cost most, and how many of the cheapest would pass."""
+    cheapest = sorted(costs, key=lambda name: costs[name])
+    passing: list[str] = []
+    kept = len(cheapest) // 2
+    while kept and not passing:
+        put_back()
+        if tried(cheapest[:kept]).within(limit):
+            passing = cheapest[:kept]
+        kept //= 2
+    worst = ", ".join(f"{name} ({100 * costs[name]:.1f} %)" for name in cheapest[:-4:-1])
+    would = f"these would pass: {', '.join(passing)}" if passing else "no smaller choice passes"
+    return HarmfulGraftError(
+        f"the graft would leave {harm}; needed: at most {100 * limit.answers:g} % of confident "
+        f"answers, or a relative error of {limit.error:g}; the network is as it was. Of their "
+        f"layer's output most is changed by {worst}; {would}"
+    )
 
 
 def _graft(

@@ -1,7 +1,8 @@
 """Steps that schemes share, be they made by the `engine` or not: new keys, checks, training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +25,7 @@ def new_key(
     text: str | None = None,
     seed: bytes | None = None,
     nonce: bytes | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> Key:
     """A key of `scheme`, all of it derived; the operating system draws the seed if none is given.
 
@@ -35,7 +37,8 @@ def new_key(
     if nonce is None:
         nonce = os.urandom(16) if seed is None else bytes(16)
     context = Context(scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce)
-    return Key(seed=os.urandom(32) if seed is None else seed, context=context, text=text)
+    seed = os.urandom(32) if seed is None else seed
+    return Key(seed=seed, context=context, text=text, metrics=metrics or None)
 
 
 def check_scheme(scheme: str, key: Key) -> None:

@@ -37,7 +37,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnpassport.embedding.network.layers import Encoder, PassportNorm, passport_norms, whole_weight
+from nnpassport.embedding.network.layers import Encoder, PassportNorm, passport_norms
 
 
 def encode(model: nn.Module) -> None:
@@ -70,12 +70,5 @@ def say(norm: PassportNorm, gamma: Float[Tensor, " out"], beta: Float[Tensor, " 
 
 def own_affine(norm: PassportNorm) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
     """γ° and β° of the public branch: 1 and 0 where there is none."""
-    own = norm.norm
-    ones = torch.ones_like(norm.signs)
-    if own is norm.layer:
-        return ones, torch.zeros_like(ones)
-    weight, bias = getattr(own, "weight", None), getattr(own, "bias", None)
-    return (
-        ones if weight is None else whole_weight(weight).detach().clone(),
-        torch.zeros_like(ones) if bias is None else whole_weight(bias).detach().clone(),
-    )
+    scale, shift = norm.own()
+    return scale.detach().clone(), shift.detach().clone()

@@ -34,10 +34,11 @@ from nnpassport.embedding.network.layers import (
     public_count,
 )
 from nnpassport.embedding.network.outputs import Example, call, length_of, logits_of, part_of
-from nnpassport.embedding.network.survey import Site, choose, survey
-from nnpassport.embedding.schemes import mark
+from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
+from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.pan import encode
+from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.signature import (
     as_published,
     presented_accuracy,
@@ -63,8 +64,16 @@ from nnpassport.embedding.train.loop import (
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
-from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
+from nnpassport.scheme import (
+    BadRecipeError,
+    Batch,
+    HarmfulGraftError,
+    UnsuitableModelError,
+    Verdict,
+)
 
+DEFAULT = "channel"
+"""Kind of the passports of new keys."""
 GRAFTED_ON = 512
 """Images, without their labels, that a key is grafted into a trained network with."""
 
@@ -127,29 +136,54 @@ class Passport:
         layers: Sequence[str] | None = None,
         text: str | None = None,
         seed: bytes | None = None,
+        passports: str | None = None,
+        seen: Example | None = None,
     ) -> Key:
         """A key for a network of this shape, every secret in it derived from one seed.
 
         `example` is what the network runs on: images (batch channels height width), or positional
         or named inputs; its values do not matter. It tells which layers there are, how large their
         inputs are and, with triggers, how many classes. `layers` are patterns as in
-        `survey.choose`. `text` is a signature that can be read back; without it the bits are the
+        `survey.choose`; by default `survey.choose_enough` has a thousand bits of them.
+        `text` is a signature that can be read back; without it the bits are the
         stream's own. `seed` (32 bytes) repeats a key;
         by default the operating system draws it.
+
+        `passports` is "channel", a passport for each channel (the default, but for PAN), or
+        "derived", one for a whole layer as in the paper. Those of channels are for the network as
+        it is: draw the key for the trained one that it goes into, if there is one, and give some
+        hundred of its inputs as `seen`. Then passports are in proportion to what each layer
+        receives, and dead channels carry no bit.
 
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
-        sites = choose(model, survey(model, example), layers)
+        found = survey(model, example)
+        if self._of_channels(passports):
+            sites = choose_enough(model, found, layers, bits=channels.BITS)
+            shapes, metrics = _channel_shapes(model, sites, seen)
+        else:
+            sites = choose(model, found, layers)
+            shapes, metrics = tuple(_shape_of(site) for site in sites), {}
         return mark.new_key(
             self.name,
             owner=owner,
-            layers=tuple(_shape_of(site) for site in sites),
+            layers=shapes,
+            metrics=metrics,
             triggers=trigger_shape(self.triggers, model, example) if self.triggers else None,
             text=text,
             seed=seed,
         )
+
+    def _of_channels(self, passports: str | None) -> bool:
+        kinds = ("derived",) if self.encoded else ("channel", "derived")
+        if passports is not None and passports not in kinds:
+            raise UnsuitableModelError(
+                f"passports {passports!r:.40} are unknown to {self.name}; there are: "
+                f"{', '.join(kinds)}"
+            )
+        return (passports or DEFAULT) == "channel" and not self.encoded
 
     def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
         """The key as it is: it takes nothing of a network or of images."""
@@ -248,11 +282,13 @@ class Passport:
         self.insert(model, key, example)
         steps = total_steps(data, recipe)
         objective = self.objective(key, steps=steps, normalise=normalise)
+        if not trained:
+            channels.begin([*passport_norms(model).values()])
         if trained:
             seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
             try:
                 graft(model, normalise(seen).to(example))
-            except UnsuitableModelError:
+            except (HarmfulGraftError, UnsuitableModelError):
                 surgery.remove(model)
                 raise
         if teacher is not None:
@@ -400,7 +436,8 @@ class Passport:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
         gamma = torch.cat([*gammas])
-        signs = torch.cat([norm.signs for norm in passport_norms(model).values()])
+        signs = torch.cat([norm.wanted() for norm in passport_norms(model).values()])
+        gamma, signs = gamma[signs != 0], signs[signs != 0]
         term = sign_loss(gamma, signs, margin=self.margin)
         if self.decay and self.sign_weight:
             term = term + self.decay / self.sign_weight * gamma.square().sum()
@@ -418,3 +455,35 @@ def _shape_of(site: Site) -> LayerShape:
     space = passport_space(site.space, weight[2:], site.geometry)
     passport = (weight[1] * site.geometry.groups, *space)
     return LayerShape(site.name, weight, passport, site.geometry)
+
+
+def _channel_shapes(
+    model: nn.Module, sites: Sequence[Site], seen: Example | None
+) -> tuple[tuple[LayerShape, ...], dict[str, Any]]:
+    watched: Mapping[str, channels.Seen] = {}
+    if seen is not None:
+        with on_branch(model, Branch.PUBLIC):
+            watched = channels.watch(model, {site.name: site.layer for site in sites}, seen)
+    found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
+    metrics = {shape.name: metric for shape, metric in found if metric is not None}
+    return tuple(shape for shape, _ in found), metrics
+
+
+def draw_by_layer(
+    scheme: Scheme,
+    model: nn.Module,
+    example: Example,
+    *,
+    owner: str = "unnamed",
+    layers: Sequence[str] | None = None,
+    seed: bytes | None = None,
+) -> Key:
+    """`draw_key` of any scheme, with one derived passport a layer if it has passports, as in 2019.
+
+    What the paper's tables and the comparison with other schemes are made with.
+    """
+    if isinstance(scheme, Passport):
+        return scheme.draw_key(
+            model, example, owner=owner, layers=layers, seed=seed, passports="derived"
+        )
+    return scheme.draw_key(model, example, owner=owner, layers=layers, seed=seed)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from copy import deepcopy
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -47,6 +48,10 @@ def secrets_of(key: Key) -> dict[str, surgery.Secret]:
 
 def secret_of(key: Key, layer: LayerShape) -> surgery.Secret:
     """The same of one layer."""
+    if layer.channels is not None:
+        parts = [torch.from_numpy(m).float() for _, m in key.channel_arrays(layer.name)]
+        carries = torch.from_numpy(layer.channels.carrying(layer.weight[0]))
+        return surgery.Secret(torch.cat(parts, 1), torch.ones(layer.weight[0]), carries)
     return surgery.Secret(
         mean_patch(key.layer_passport(layer.name), layer.weight, layer.geometry),
         key.layer_signs(layer.name),

@@ -11,7 +11,7 @@ from nnpassport.alignment.names import align
 from nnpassport.attacks.ambiguity import solve_passport
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.equations import filters, mean_patch, read_bits
-from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.embedding.schemes.passport import V1, V2, draw_by_layer
 from nnpassport.embedding.schemes.signature import read_signature
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
@@ -31,17 +31,17 @@ def act(cell: Cell) -> Act:
 
 
 def _fold(model: nn.Module, cell: Cell) -> Act:
-    V1.insert(model, V1.draw_key(model, example(), layers=_named(cell)), example())
+    V1.insert(model, draw_by_layer(V1, model, example(), layers=_named(cell)), example())
     return lambda: surgery.fold(model)
 
 
 def _release(model: nn.Module, cell: Cell) -> Act:
-    V1.insert(model, V1.draw_key(model, example(), layers=_named(cell)), example())
+    V1.insert(model, draw_by_layer(V1, model, example(), layers=_named(cell)), example())
     return lambda: V1.released(model)
 
 
 def _draw(model: nn.Module, cell: Cell) -> Act:
-    return lambda: V2.draw_key(model, example(), layers=_named(cell))
+    return lambda: draw_by_layer(V2, model, example(), layers=_named(cell))
 
 
 def _derive(model: nn.Module, cell: Cell) -> Act:
@@ -102,7 +102,7 @@ def _named(cell: Cell) -> list[str] | None:
 
 def _keys(model: nn.Module, cell: Cell) -> Callable[[], Key]:
     """Makes another key each time, of one shape: nothing that a key may keep is measured."""
-    drawn = V2.draw_key(model, example(), layers=_named(cell), seed=bytes(32))
+    drawn = draw_by_layer(V2, model, example(), layers=_named(cell), seed=bytes(32))
     numbers = itertools.count()
 
     def key() -> Key:

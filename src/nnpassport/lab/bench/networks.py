@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nnpassport.embedding.network.layers import private_count
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.schemes.passport import V2, V3
+from nnpassport.embedding.schemes.passport import V2, V3, draw_by_layer
 from nnpassport.embedding.train.loop import PRECISIONS
 from nnpassport.lab.bench.cells import CHEAPER, TRANSFORMER, Cell
 from nnpassport.lab.bench.vit import ViT
@@ -106,7 +106,7 @@ def _flops(architecture: str) -> _Flops:
     with sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(example())
-        fork = V2.insert(model, V2.draw_key(model, example(), seed=bytes(32)), example())
+        fork = V2.insert(model, draw_by_layer(V2, model, example(), seed=bytes(32)), example())
     whole = counter.get_total_flops() // len(example())
     after = round(whole * (fork.step_cost - 1)) if fork else 0
     return _Flops(whole - after, after)

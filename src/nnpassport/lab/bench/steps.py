@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.layers import passport_norms
-from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.passport import V2, draw_by_layer
 from nnpassport.embedding.train.loop import Objective, Recipe, classification
 from nnpassport.lab.bench.cells import CHEAPER, SCHEMES, Cell
 from nnpassport.lab.bench.networks import SLOW_REFERENCE, example, images, network, precision
@@ -60,7 +60,7 @@ def objective(cell: Cell, model: nn.Module) -> Objective:
         return forked(model)
     name = cell.network.removeprefix("slow ")
     scheme = CHEAPER.get(name) or SCHEMES[name]
-    key = scheme.draw_key(model, example(), seed=bytes(32))
+    key = draw_by_layer(scheme, model, example(), seed=bytes(32))
     if cell.network.startswith("slow "):
         slow = runpy.run_path(str(SLOW_REFERENCE))["objective"]
         return slow(scheme, model, key, example(), CIFAR10)
@@ -70,7 +70,7 @@ def objective(cell: Cell, model: nn.Module) -> Objective:
 
 def forked(model: nn.Module) -> Objective:
     """What two branches cost on this device at least: V2's shapes, and nothing else of it."""
-    fork = V2.insert(model, V2.draw_key(model, example(), seed=bytes(32)), example())
+    fork = V2.insert(model, draw_by_layer(V2, model, example(), seed=bytes(32)), example())
     behind = {name for name, norm in passport_norms(model).items() if norm.forks}
     surgery.remove(model)
     for name in fork.at if fork else ():
@@ -92,7 +92,7 @@ def inference(cell: Cell, device: str) -> Callable[[], Tensor]:
     if cell.network not in _PLAIN:
         name, state = cell.network.split()
         scheme = SCHEMES[name]
-        scheme.insert(model, scheme.draw_key(model, example(), seed=bytes(32)), example())
+        scheme.insert(model, draw_by_layer(scheme, model, example(), seed=bytes(32)), example())
         model = model if state == "presented" else scheme.released(model)
     model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batch, _ = images(cell, device)

@@ -181,7 +181,9 @@ def _draw_keys(
 ) -> list[Key]:
     example = torch.zeros(1, 3, SIZE, SIZE)
     drawn: Sequence[bytes | None] = [None] * count if seeds is None else seeds[:count]
-    return [V2.draw_key(model, example, owner=owner, seed=seed) for seed in drawn]
+    return [
+        V2.draw_key(model, example, owner=owner, seed=seed, passports="derived") for seed in drawn
+    ]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import nn
 
 from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport, draw_by_layer
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
@@ -104,7 +104,9 @@ def verifications(architecture: str, *, quick: bool) -> dict[str, list[float]]:
 def _keys(scheme: Passport, model: nn.Module) -> list[Key]:
     """A new key for each turn: a key keeps what it has derived."""
     example = torch.zeros(2, 3, 32, 32)
-    return [scheme.draw_key(model, example, seed=bytes([i] * 32)) for i in range(VERIFICATIONS)]
+    return [
+        draw_by_layer(scheme, model, example, seed=bytes([i] * 32)) for i in range(VERIFICATIONS)
+    ]
 
 
 def _by_triggers(scheme: Passport, model: nn.Module, key: Key) -> Verdict:

@@ -1,0 +1,434 @@
+"""A passport for each channel: in proportion to what its layer sees, and grafted without harm.
+
+    γ_o = c·b_o·⟨W_o, m_γ,o⟩,   β_o = c′·b_o·⟨W_o, m_β,o⟩,   m = (C + λ·mean eigenvalue)^½ z
+
+C is the centred second moment of what the layer's kernel meets. One passport for a whole layer
+makes the mark one singular vector of its weight, which anybody finds and subtracts. Here each
+filter moves along a direction of its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nnpassport.embedding.network.equations import collapsed_affine, filters, geometry_of, own_order
+from nnpassport.embedding.network.layers import Branch, PassportNorm, on_branch
+from nnpassport.embedding.network.outputs import (
+    Example,
+    call,
+    length_of,
+    logits_of,
+    part_of,
+    tensors_in,
+)
+from nnpassport.embedding.network.survey import Site
+from nnpassport.embedding.schemes.patches import input_patches
+from nnpassport.keys.context import ChannelForm, LayerShape
+from nnpassport.keys.derive import UNIT_VARIANCE
+from nnpassport.keys.key import metric_digest
+from nnpassport.scheme import UnsuitableModelError
+
+FLOOR = 1.0
+"""λ of m, and of the metric in which the graft's change is least, over the mean eigenvalue. Far
+less of it puts the mark where inputs do not go, and from there it is taken away at no cost."""
+DIRECTIONS = 32
+"""Directions in which a key says what a layer sees; in all others it has the floor."""
+BITS = 1_000
+"""Bits that are enough: layers are chosen until there are so many."""
+_AT_ONCE = 16  # inputs that run together
+_PATCHES = 4096
+_NUMBERS = 2**23  # of a layer's patches that are kept
+_GAIN = 2.0**24
+_DEAD, _MUTE = 1e-3, 0.05  # of the median variance, of the median |γ°|
+_CONFIDENT = 0.5
+_ENOUGH = 10  # confident answers that say something of harm
+
+
+class Seen(NamedTuple):
+    """What a layer was seen to receive: patches, and their first and second centred moments."""
+
+    patches: Float[Tensor, "samples fan_in"]
+    mean: Float[Tensor, " fan_in"]
+
+    @property
+    def centred(self) -> Float[Tensor, "samples fan_in"]:
+        """The patches about their mean, in double precision."""
+        return self.patches.double() - self.mean
+
+
+@torch.no_grad()
+def watch(
+    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Example, *, seed: int = 0
+) -> dict[str, Seen]:
+    """What the kernels of these layers meet while `model` runs once over `inputs`, in parts.
+
+    The patches of a grouped layer's groups are taken together. A layer keeps at most 2²³ numbers.
+
+    Raises:
+        UnsuitableModelError: a layer does not run, or meets numbers that are not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    runs = -(-length_of(inputs) // _AT_ONCE)
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            note = _note(layer, found[name], runs, generator)
+            stack.callback(layer.register_forward_hook(note).remove)
+        for part in _parts(inputs):
+            call(model, part)
+    for name, each in found.items():
+        finite = bool(each) and all(bool(x.isfinite().all()) for x in each)
+        if not finite:
+            met = "receives numbers that are not finite" if each else "does not run"
+            raise UnsuitableModelError(
+                f"no key can be grafted at {name!r}: its layer {met} on these inputs; give all "
+                "that the network takes, a few hundred of what it was trained on"
+            )
+    whole = {name: torch.cat(each) for name, each in found.items()}
+    return {name: Seen(x, x.double().mean(0)) for name, x in whole.items()}
+
+
+def _note(
+    layer: nn.Module, found: list[Tensor], runs: int, generator: torch.Generator
+) -> Callable[..., None]:
+    geometry = geometry_of(layer)
+    shape = filters(layer.get_parameter("weight"), geometry).shape
+    count = min(_PATCHES, _NUMBERS // shape[1:].numel()) // (runs * geometry.groups)
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        x = args[0].detach()
+        drawn = input_patches(x, tuple(shape[2:]), geometry, max(1, count), generator)
+        found.append(drawn.flatten(0, 1).float())
+
+    return hook
+
+
+def _parts(inputs: Example) -> Iterator[Example]:
+    for start in range(0, length_of(inputs), _AT_ONCE):
+        yield part_of(inputs, start, start + _AT_ONCE)
+
+
+def metric_of(seen: Seen) -> NDArray[np.int16]:
+    """What a key keeps of it (directions 1+fan_in): see `keys.derive.spread`.
+
+    A direction in which inputs never go, as behind a layer norm, has the strength −1: m has
+    nothing there.
+    """
+    x = seen.centred
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    values = values.clamp(min=0)
+    mean = values.mean().clamp(min=1e-30)
+    empty = torch.nonzero(values < 1e-9 * mean).flatten() if len(x) > len(values) else values[:0]
+    empty = empty.long()[:DIRECTIONS] if len(empty) <= DIRECTIONS // 4 else empty.long()[:0]
+    top = torch.arange(max(len(empty), len(values) - (DIRECTIONS - len(empty))), len(values))
+    rest = values[: int(top[0])].mean() if len(top) and int(top[0]) else values.new_zeros(())
+    strengths = ((values[top] + FLOOR * mean) / (rest + FLOOR * mean)).sqrt() - 1
+    chosen = torch.cat([vectors[:, empty], vectors[:, top]], 1).T
+    said = torch.cat([strengths.new_full((len(empty),), -1.0), strengths])
+    whole = torch.cat([said[:, None] * 2.0**8, chosen * 2.0**15], 1).round()
+    return whole.clamp(-(2**15 - 1), 2**15 - 1).numpy().astype(np.int16)
+
+
+def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShape, Any]:
+    """A layer whose channels have a passport each, and its metric, or None where nothing was seen.
+
+    Dead channels and those that the norm all but mutes carry no bit.
+
+    Raises:
+        UnsuitableModelError: no channel of it can carry one.
+    """
+    rows = filters(site.layer.get_parameter("weight"), site.geometry).detach().cpu().double()
+    shape, flat = tuple(rows.shape), rows.flatten(1)
+    metric = None if seen is None else metric_of(seen)
+    scale, shift = own_affine_of(model, site)
+    carrying = scale.abs() > _MUTE * scale.abs().median()
+    if seen is not None:
+        variance = (seen.centred @ flat.T).square().mean(0)
+        carrying &= variance > _DEAD * variance.median()
+    if not bool(carrying.any()):
+        raise UnsuitableModelError(
+            f"no channel of {site.name!r} can carry a bit: its filters, or its norm's scales, are "
+            "all zero; needed: a layer that does something; name others"
+        )
+    typical = _typical(flat[carrying], metric)
+    wide = max(_rms(shift[carrying]), 0.1 * _rms(scale[carrying]))
+    gains = tuple(_rounded(each / typical) for each in (_rms(scale[carrying]), wide))
+    form = ChannelForm(
+        norm=site.norm if site.norm is not None and _has_scale(model, site.norm) else "",
+        gains=(gains[0], gains[1]),
+        carriers=None if bool(carrying.all()) else np.packbits(carrying.numpy()).tobytes().hex(),
+        metric="" if metric is None else metric_digest(metric),
+    )
+    passport = (shape[1] * site.geometry.groups, *(shape[2:] or (1,)))
+    return LayerShape(site.name, shape, passport, site.geometry, channels=form), metric
+
+
+def own_affine_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+    """γ° and β° of what follows a layer, in double precision: 1 and 0 where nothing does."""
+    out = filters(site.layer.get_parameter("weight"), site.geometry).shape[0]
+    norm = None if site.norm is None else model.get_submodule(site.norm)
+    given = [None if norm is None else getattr(norm, name, None) for name in ("weight", "bias")]
+    plain = (torch.ones(out).double(), torch.zeros(out).double())
+    scale, shift = (
+        p if g is None else g.detach().cpu().double() for p, g in zip(plain, given, strict=True)
+    )
+    return scale, shift
+
+
+def _has_scale(model: nn.Module, norm: str) -> bool:
+    return getattr(model.get_submodule(norm), "weight", None) is not None
+
+
+def _typical(rows: Float[Tensor, "out fan_in"], metric: NDArray[np.int16] | None) -> float:
+    """Root mean square of ⟨W_o, m_o⟩ over all that the seed might give."""
+    # m = R·z, and ⟨W, R·z⟩ = ⟨R·W, z⟩ as R is symmetric; R·W without the rounding of z's.
+    wide = rows.numpy()
+    if metric is not None:
+        strengths, directions = metric[:, 0] * 2.0**-8, metric[:, 1:] * 2.0**-15
+        wide = wide + (wide @ directions.T * strengths) @ directions
+    return float(np.sqrt(UNIT_VARIANCE * np.square(wide).sum(1).mean()))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def _rounded(gain: float) -> int:
+    """A gain in units of 2⁻²⁴, to three figures: rounding elsewhere gives the same key."""
+    if not 1e-300 < gain < 1e300:
+        return 1
+    return min(2**48, max(1, round(float(f"{gain * _GAIN:.2e}"))))
+
+
+# The graft
+
+
+class Limit(NamedTuple):
+    """How much harm is accepted.
+
+    Attributes:
+        answers: share of confident answers (p > ½) that may change, in [0, 1].
+        error: relative error of the outputs, where there are no confident answers.
+    """
+
+    answers: float = 0.02
+    error: float = 0.1
+
+
+LIMIT = Limit()
+"""What is accepted if nothing else is said."""
+
+
+class Harm(NamedTuple):
+    """What marking did to the answers on held-out inputs.
+
+    Attributes:
+        inputs: how many there were.
+        confident: how many of the answers before had p > ½; 0 where they are no class scores.
+        kept: share of all answers that stayed the same; 1 where they are no class scores.
+        confident_kept: the same of the confident ones.
+        error: relative error of the outputs, public branch.
+        private_error: of the private branch against the public one.
+    """
+
+    inputs: int
+    confident: int
+    kept: float
+    confident_kept: float
+    error: float
+    private_error: float
+
+    def within(self, limit: Limit) -> bool:
+        """Whether it is at most `limit`."""
+        if self.confident >= _ENOUGH:
+            return 1 - self.confident_kept <= limit.answers
+        return self.error <= limit.error
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.confident >= _ENOUGH:
+            return f"{100 * self.confident_kept:.1f} % of {self.confident} confident answers kept"
+        return f"a relative error of {self.error:.3f}"
+
+
+class Change(NamedTuple):
+    """What a graft does to one layer, before it is done.
+
+    Attributes:
+        weight: ΔW (out fan_in).
+        mean: by how much the mean of each output moves.
+        variance: by how much its variance grows.
+        felt: share of the layer's output, in mean squares over the inputs, that changes.
+        share: ‖ΔW‖ / ‖W‖.
+    """
+
+    weight: Float[Tensor, "out fan_in"]
+    mean: Float[Tensor, " out"]
+    variance: Float[Tensor, " out"]
+    felt: float
+    share: float
+
+
+def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
+    """The least ΔW, in the metric of what the layer sees, so that the passports say what it does.
+
+        min Σ_o ΔW_o (C + λ·mean) ΔW_oᵀ   such that   γ_o = γ°_o and β_o = β°_o
+
+    where γ° and β° are the norm's own, or 1 and 0 where there is none.
+    """
+    geometry = geometry_of(norm.layer)
+    rows = filters(norm.layer.get_parameter("weight"), geometry).double().flatten(1)
+    x = seen.centred
+    if not _has_place(norm):  # the mean's move would be felt
+        x = seen.patches.double()
+    forms = norm.mean_patch.double()
+    scale, shift = norm.own()
+    said = torch.stack(collapsed_affine(rows, forms), 1)
+    need = torch.stack([scale, shift], 1).double() - said
+    solved = _solved(x, forms.flatten(0, 1), floor).view_as(forms)
+    products = torch.einsum("doi,eoi->ode", forms, solved)
+    weights = torch.einsum("ode,oe->od", torch.linalg.pinv(products, hermitian=True), need)
+    change = torch.einsum("od,doi->oi", weights, solved)
+    if norm.carries is not None:
+        change[~norm.carries] = 0
+    outputs, added = x @ rows.T, x @ change.T
+    spread_before = seen.centred @ rows.T
+    wider = (spread_before + seen.centred @ change.T).square().mean(0)
+    return Change(
+        change,
+        change @ seen.mean,
+        wider - spread_before.square().mean(0),
+        float(added.square().mean() / outputs.square().mean().clamp(min=1e-30)),
+        float(change.norm() / rows.norm().clamp(min=1e-30)),
+    )
+
+
+def _solved(
+    x: Float[Tensor, "samples fan_in"], forms: Float[Tensor, "forms fan_in"], floor: float
+) -> Float[Tensor, "forms fan_in"]:
+    """(XᵀX / n + λ)⁻¹ m for all m, by whichever of the two systems is the smaller one."""
+    ridge = floor * float(x.square().mean()) + 1e-12
+    samples, columns = x.shape
+    if samples < columns:  # Woodbury
+        kernel = x @ x.T
+        kernel.diagonal().add_(samples * ridge)
+        return (forms - torch.linalg.solve(kernel, x @ forms.T).T @ x) / ridge
+    covariance = x.T @ x / samples
+    covariance.diagonal().add_(ridge)
+    return torch.linalg.solve(covariance, forms.T).T
+
+
+def _has_place(norm: PassportNorm) -> bool:
+    """Whether a move of the output's mean can be taken back: by a batch norm or a bias."""
+    return bool(_batch_norms(norm)) or getattr(norm.layer, "bias", None) is not None
+
+
+def _batch_norms(norm: PassportNorm) -> list[nn.modules.batchnorm._BatchNorm]:
+    both = (norm.norm, norm.private_norm)
+    return [
+        each
+        for each in both
+        if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.running_mean is not None
+    ]
+
+
+def apply_change(norm: PassportNorm, change: Change) -> None:
+    """Write ΔW, and keep what follows true of what the layer puts out now, in place."""
+    geometry, weight = geometry_of(norm.layer), norm.layer.get_parameter("weight")
+    rows = filters(weight, geometry)
+    added = (rows.double().flatten(1) + change.weight).view(rows.shape)
+    weight.copy_(own_order(added, geometry))
+    norms = _batch_norms(norm)
+    for each in norms:
+        if each.running_mean is not None and each.running_var is not None:
+            each.running_mean.add_(change.mean.to(each.running_mean))
+            each.running_var.add_(change.variance.to(each.running_var)).clamp_(min=0)
+    bias = getattr(norm.layer, "bias", None)
+    if not norms and bias is not None:
+        bias.sub_(change.mean.to(bias))
+
+
+@torch.no_grad()
+def begin(norms: Sequence[PassportNorm]) -> None:
+    """Start an untrained network with every bit right, in place: ΔW is least in its own norm.
+
+    Typical γ are as large as γ°. From there training would take many steps to turn half of them.
+    """
+    for norm in norms:
+        if norm.carries is not None:
+            fan_in = norm.mean_patch.shape[2]
+            white = Seen(torch.eye(fan_in), torch.zeros(fan_in).double())
+            change = change_of(norm, white)
+            nothing = torch.zeros_like(change.mean)
+            apply_change(norm, change._replace(mean=nothing, variance=nothing))
+
+
+@contextmanager
+def undone(norms: Sequence[PassportNorm]) -> Iterator[Callable[[], None]]:
+    """A function that puts the layers of these norms back as they are now."""
+    tensors = [
+        tensor
+        for norm in norms
+        for module in (norm.layer, norm.norm, norm.private_norm)
+        if module is not None
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
+    kept = [tensor.detach().clone() for tensor in tensors]
+
+    def put_back() -> None:
+        for tensor, earlier in zip(tensors, kept, strict=True):
+            tensor.detach().copy_(earlier)
+
+    try:
+        yield put_back
+    except BaseException:
+        put_back()
+        raise
+
+
+class Answers(NamedTuple):
+    """What a network puts out, and whether its rows are scores of classes."""
+
+    numbers: Float[Tensor, "rows numbers"]
+    scores: bool
+
+
+def answers(model: nn.Module, inputs: Example, branch: Branch) -> Answers:
+    """What `model` puts out in a branch: class scores, or all of its numbers side by side."""
+    with on_branch(model, branch):
+        told = [_told(call(model, part)) for part in _parts(inputs)]
+    return Answers(torch.cat([each.numbers for each in told]), all(each.scores for each in told))
+
+
+def _told(output: Any) -> Answers:
+    scores = None
+    with suppress(UnsuitableModelError):
+        scores = logits_of(output)
+    if scores is not None and scores.dim() == 2:
+        return Answers(scores.float(), True)
+    tensors = [t for t in tensors_in(output) if t.is_floating_point() and t.dim()]
+    alike = [t.flatten(1).float() for t in tensors if len(t) == len(tensors[0])]
+    return Answers(torch.cat(alike, 1), False)
+
+
+def harm_of(before: Answers, public: Answers, private: Answers) -> Harm:
+    """What became of the answers from before the mark, in both branches."""
+    error = _error(public.numbers, before.numbers)
+    apart = _error(private.numbers, public.numbers)
+    if not before.scores:
+        return Harm(len(before.numbers), 0, 1.0, 1.0, error, apart)
+    same = before.numbers.argmax(1) == public.numbers.argmax(1)
+    sure = before.numbers.softmax(1).amax(1) > _CONFIDENT
+    kept = float(same[sure].float().mean()) if bool(sure.any()) else 1.0
+    return Harm(len(same), int(sure.sum()), float(same.float().mean()), kept, error, apart)
+
+
+def _error(given: Tensor, right: Tensor) -> float:
+    return float((given - right).norm() / right.norm().clamp(min=1e-30))

@@ -1,0 +1,327 @@
+"""Passports of channels: fair signs, one form in files, a graft that tells what it costs."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.schemes import channels
+from nnpassport.embedding.schemes.graft import graft_channels
+from nnpassport.embedding.schemes.passport import PAN, V1, V2, V3
+from nnpassport.keys.context import ChannelForm, Context, LayerShape
+from nnpassport.keys.derive import derive_channels, spread
+from nnpassport.keys.geometry import Geometry
+from nnpassport.keys.key import Key, metric_digest
+from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.keys.reading import read_passports
+from nnpassport.scheme import HarmfulGraftError, UnreadableKeyError, UnsuitableModelError
+
+OUT, FAN_IN = 12, 24
+LINEAR = Geometry()
+SEEDS = [number.to_bytes(32, "big") for number in range(600)]
+
+
+def metric(directions=3, fan_in=FAN_IN):
+    rng = np.random.default_rng(0)
+    rows = np.linalg.qr(rng.normal(size=(fan_in, directions)))[0].T
+    strengths = np.linspace(-256, 2560, directions)[:, None]
+    return np.concatenate([strengths, rows * 2**15], 1).round().astype(np.int16)
+
+
+def context(scheme="passport-v2", carriers=None, kept=None, **form):
+    digest = "" if kept is None else metric_digest(kept)
+    fields = {"norm": "norm", "gains": (2**24, 2**23), "carriers": carriers, "metric": digest}
+    shape = ChannelForm(**{**fields, **form})
+    layer = LayerShape("host", (OUT, FAN_IN), (FAN_IN, 1), LINEAR, channels=shape)
+    return Context(scheme=scheme, owner="me", layers=(layer,), triggers=None, nonce=bytes(16))
+
+
+def key(seed=SEEDS[0], kept=None, **given):
+    metrics = None if kept is None else {"host": kept}
+    return Key(seed=seed, context=context(kept=kept, **given), metrics=metrics)
+
+
+def hard_weights():
+    """Filters that are equal, opposite, constant and zero but for one number; both signs of γ."""
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(OUT, FAN_IN)).astype(np.float32)
+    rows[1], rows[2], rows[3] = rows[0], -rows[0], 1.0
+    rows[4] = 0
+    rows[4, 0] = 1e-3
+    scale = np.where(np.arange(OUT) % 3, 1.0, -0.5).astype(np.float32)
+    return {"host.weight": rows, "norm.weight": scale}
+
+
+def readings(kept):
+    """By seed, which channels match (seeds out): read one at a time, by what carries the bit."""
+    weights, found = hard_weights(), []
+    for seed in SEEDS:
+        ((_, arrays),) = key(seed, kept).channel_arrays("host")
+        said = (weights["host.weight"] * arrays[0]).sum(1) * weights["norm.weight"]
+        found.append(said > 0)
+        assert read_passports(weights, key(seed, kept)).layers["host"] == (found[-1].sum(), OUT)
+    return np.array(found)
+
+
+@pytest.mark.parametrize("kept", [None, metric()], ids=["white", "measured"])
+def test_signs_are_fair_and_independent_for_any_fixed_weights(kept):
+    found = readings(kept)
+    n = len(found)
+    # 4.5 deviations: one run in some thousand would fail by chance, and the seeds are fixed.
+    assert np.abs(found.mean(0) - 0.5).max() < 4.5 * 0.5 / n**0.5
+    pairs = np.corrcoef(found.T) - np.eye(OUT)
+    assert np.abs(pairs).max() < 4.5 / n**0.5
+    spread_of_counts = found.sum(1).var() / (OUT / 4)
+    assert abs(spread_of_counts - 1) < 4.5 * (2 / n) ** 0.5
+
+
+def test_a_passport_and_its_opposite_are_equally_likely():
+    drawn = np.random.default_rng(2).integers(-127, 128, (2, 50, FAN_IN)).astype(np.float64)
+    assert np.array_equal(spread(-drawn, metric()), -spread(drawn, metric()))
+    assert not np.array_equal(spread(drawn, metric()), drawn)
+
+
+def test_passports_are_those_of_the_documented_formula():
+    layer = context(kept=metric()).layers[0]
+    arrays = derive_channels(SEEDS[1], context(kept=metric()), layer, range(OUT), b"", metric())
+    white = derive_channels(SEEDS[1], context(kept=metric()), layer, range(OUT))
+    u, s = metric()[:, 1:].astype(float) / 2**15, metric()[:, 0].astype(float) / 256
+    slow = white + sum(s[k] * (white @ u[k])[..., None] * u[k] for k in range(len(s)))
+    # In the formula ⟨u, z⟩ is rounded to 2⁻⁸ of a unit.
+    assert np.abs(arrays - slow).max() < 3 * 2**-8 / 128
+    assert np.array_equal(
+        arrays[:, 3:5],
+        derive_channels(SEEDS[1], context(kept=metric()), layer, range(3, 5), b"", metric()),
+    )
+
+
+def test_the_metric_shapes_the_passports_and_an_empty_direction_gets_nothing():
+    kept = metric()
+    many = [
+        derive_channels(s, context(kept=kept), context(kept=kept).layers[0], range(OUT), b"", kept)
+        for s in SEEDS[:40]
+    ]
+    along = np.concatenate(many, 1).reshape(-1, FAN_IN) @ (kept[:, 1:].astype(float) / 2**15).T
+    sizes = along.std(0) / along.std(0)[1]
+    assert sizes[0] < 0.01  # strength −1
+    assert sizes[2] == pytest.approx(11 / (1 + kept[1, 0] / 256), rel=0.15)
+
+
+def written(weights, owned):
+    """The same weights with every bit of the key as it should be, in closed form."""
+    rows = weights["host.weight"].astype(np.float64)
+    for part, arrays in owned.channel_arrays("host"):
+        norms = np.square(arrays[0]).sum(1, keepdims=True).clip(1e-30)
+        said = (rows[part.start : part.stop] * arrays[0]).sum(1, keepdims=True)
+        rows[part.start : part.stop] += (
+            arrays[0] * (weights["norm.weight"][part.start : part.stop, None] - said) / norms
+        )
+    return {**weights, "host.weight": rows.astype(np.float32)}
+
+
+def test_a_channel_negated_with_its_norm_reads_the_same_and_one_alone_does_not():
+    owned = key()
+    weights = written(hard_weights(), owned)
+    assert read_passports(weights, owned).layers["host"] == (OUT, OUT)
+    turn = np.where(np.arange(OUT) % 2, -1, 1).astype(np.float32)
+    both = {
+        "host.weight": weights["host.weight"] * turn[:, None],
+        "norm.weight": weights["norm.weight"] * turn,
+    }
+    assert read_passports(both, owned).layers["host"] == (OUT, OUT)
+    alone = {**weights, "norm.weight": weights["norm.weight"] * turn}
+    assert read_passports(alone, owned).layers["host"] == (OUT // 2, OUT)
+    silent = {**weights, "host.weight": weights["host.weight"] * 0}
+    assert read_passports(silent, owned).layers["host"] == (0, OUT)
+    with pytest.raises(UnsuitableModelError, match=r"norm\.weight is missing"):
+        read_passports({"host.weight": weights["host.weight"]}, owned)
+
+
+def test_channels_that_carry_nothing_are_not_counted():
+    some = key(carriers="a5f0")
+    assert some.context.bits == 8
+    assert read_passports(written(hard_weights(), some), some).layers["host"] == (8, 8)
+    for bad in ("a5ff", "0000", "fff0", "A5F0", "a5", 3, "a5f0\n"):
+        with pytest.raises(UnreadableKeyError):
+            context(carriers=bad)
+
+
+def test_contexts_of_channels_are_encoded_in_one_way():
+    owned = context(carriers="a5f0", kept=metric())
+    assert Context.decode(owned.encode()) == owned
+    with pytest.raises(UnreadableKeyError):
+        Context.decode(owned.encode().replace(b'"carriers":"a5f0",', b""))
+    for form in ({"gains": (0, 1)}, {"gains": (1.5, 1)}, {"metric": "ab"}, {"norm": "\ud800"}):
+        with pytest.raises(UnreadableKeyError):
+            context(**form)
+    for scheme in ("pan", "uchida", "lora"):
+        with pytest.raises(UnreadableKeyError):
+            context(scheme)
+    mixed = LayerShape("other", (OUT, FAN_IN), (FAN_IN, 64), LINEAR)
+    with pytest.raises(UnreadableKeyError, match="passports of channels and of layers"):
+        replace(owned, layers=(*owned.layers, mixed))
+
+
+def test_every_part_of_the_form_draws_other_passports():
+    layer = context().layers[0]
+    first = derive_channels(SEEDS[0], context(), layer, range(2))
+    for form in ({"norm": ""}, {"gains": (2**24, 1)}, {"carriers": "a5f0"}, {"metric": "0" * 64}):
+        other = context(**form)
+        assert not np.array_equal(
+            first, derive_channels(SEEDS[0], other, other.layers[0], range(2))
+        )
+
+
+def test_a_key_file_keeps_the_metric_and_refuses_another(tmp_path):
+    owned = key(kept=metric())
+    save_key(owned, tmp_path / "k.key")
+    again = load_key(tmp_path / "k.key")
+    assert again.fingerprint == owned.fingerprint
+    assert again.derived
+    assert np.array_equal(again.metrics["host"], metric())
+    changed = metric()
+    changed[0, 1] += 1
+    for metrics in ({"host": changed}, None, {"other": metric()}):
+        with pytest.raises(UnreadableKeyError):
+            Key(seed=SEEDS[0], context=owned.context, metrics=metrics)
+    with pytest.raises(UnreadableKeyError):
+        Key(seed=SEEDS[0], context=context(), metrics={"host": metric()})
+
+
+# In networks
+
+
+def small(norm=nn.BatchNorm2d):
+    """Convolutions, a norm with scales of both signs, one channel that is dead; and its images."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        norm(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1, bias=False),
+        norm(24) if norm is nn.BatchNorm2d else nn.GroupNorm(4, 24),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 5),
+    )
+    with torch.no_grad():
+        model[4].weight.copy_(torch.linspace(-1.5, 1.5, 24) + 0.01)
+        model[4].bias.normal_()
+        model[3].weight[5] = 0
+        model[8].weight.mul_(8)
+    images = torch.randn(160, 3, 12, 12)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model(images)
+    return model.eval(), images
+
+
+def group(channels):
+    return nn.GroupNorm(4, channels)
+
+
+@pytest.mark.parametrize("scheme", [V1, V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, group], ids=["batch", "group"])
+def test_a_graft_writes_every_bit_and_both_branches_compute_what_the_network_did(scheme, norm):
+    plain, images = small(norm)
+    owned = scheme.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    assert owned.context.bits == 23  # the dead one carries none
+    model = deepcopy(plain)
+    scheme.insert(model, owned, images[:2])
+    report = graft_channels(model, images)
+    released = scheme.released(model).eval()
+    verdict = scheme.verify(released.state_dict(), owned)
+    assert (verdict.matches, verdict.bits) == (23, 23)
+    assert scheme.verify(plain.state_dict(), owned).matches < 20
+    assert 0 < report.harm.error < 0.1
+    assert report.harm.private_error < 1e-4
+    (grafted,) = report.layers.values()
+    assert grafted.turned == grafted.muted == 0
+    assert 0 < grafted.felt < 0.1
+    with torch.no_grad(), on_branch(model, Branch.PRIVATE):
+        private = model(images)
+    with torch.no_grad():
+        assert torch.allclose(released(images), private, rtol=1e-3, atol=1e-3)
+
+
+def test_where_no_norm_follows_the_private_branch_is_the_public_one():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(32, 40), nn.GELU(), nn.Linear(40, 6)).eval()
+    inputs = torch.randn(400, 32)
+    owned = V2.draw_key(plain, inputs[:2], layers=["0"], seed=bytes(32), seen=inputs)
+    model = deepcopy(plain)
+    V2.insert(model, owned, inputs[:2])
+    report = graft_channels(model, inputs, limit=channels.Limit(answers=1, error=1))
+    assert report.harm.private_error < 1e-5
+    assert V2.verify(V2.released(model).state_dict(), owned).matches == 40
+    assert V2.verify(plain.state_dict(), owned).matches < 33
+
+
+def test_an_untrained_network_starts_with_every_bit_right():
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32))
+    V2.insert(plain, owned, images[:2])
+    (norm,) = passport_norms(plain).values()
+    assert int((norm.affine()[0].sign() == norm.wanted()).sum()) < 20
+    before = norm.layer.weight.detach().clone()
+    channels.begin([norm])
+    assert V2.verify(V2.released(plain).state_dict(), owned).matches == 24
+    assert torch.allclose(norm.affine()[0], norm.own()[0], atol=1e-4)
+    assert float((norm.layer.weight.detach() - before).norm() / before.norm()) < 0.2
+
+
+def test_a_graft_that_harms_is_undone_and_says_what_would_pass():
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["0", "3"], seed=bytes(32), seen=images)
+    model = deepcopy(plain)
+    V2.insert(model, owned, images[:2])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(HarmfulGraftError, match=r"of confident answers.* %\); ") as refused:
+        graft_channels(model, images, limit=channels.Limit(answers=-1, error=-1))
+    assert "no smaller choice passes" in str(refused.value)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    surgery.remove(model)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True)
+    )
+
+
+def test_the_mark_is_no_singular_vector():
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    model = deepcopy(plain)
+    V2.insert(model, owned, images[:2])
+    graft_channels(model, images)
+    state = V2.released(model).state_dict()
+    change = (state["3.weight"] - plain.state_dict()["3.weight"]).flatten(1)
+    sizes = torch.linalg.svdvals(change)
+    # One passport for the whole layer would leave two singular values, of γ and of β.
+    assert float(sizes[0] ** 2 / sizes.square().sum()) < 0.5
+    left, values, right = torch.linalg.svd(state["3.weight"].flatten(1), full_matrices=False)
+    shaved = state["3.weight"].flatten(1) - (left[:, :2] * values[:2]) @ right[:2]
+    state["3.weight"] = shaved.view_as(state["3.weight"])
+    assert V2.verify(state, owned).matches >= 19
+
+
+@pytest.mark.parametrize("scheme", [V1, V2, V3], ids=["v1", "v2", "v3"])
+def test_new_keys_have_passports_of_channels_and_the_papers_are_had_by_name(scheme):
+    plain, images = small()
+    drawn = scheme.draw_key(plain, images[:2], seed=bytes(32))
+    assert all(layer.channels is not None for layer in drawn.context.layers)
+    derived = scheme.draw_key(plain, images[:2], seed=bytes(32), passports="derived")
+    assert all(layer.channels is None for layer in derived.context.layers)
+    with pytest.raises(UnsuitableModelError, match="channel, derived"):
+        scheme.draw_key(plain, images[:2], passports="best")
+    pan = PAN.draw_key(plain, images[:2])
+    assert all(layer.channels is None for layer in pan.context.layers)
