@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from nnpassport.alignment.channels import channels_of, negate, take
 from nnpassport.alignment.names import MOST_TIMES_WIDER, align
-from nnpassport.alignment.null import READINGS, Unrelated, mixtures, with_null
+from nnpassport.alignment.null import Unrelated, mixtures
+from nnpassport.alignment.rate import READINGS, with_null
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,

@@ -22,7 +22,8 @@ KINDS = ("permute", "orthogonal", "invertible", "inner")
     inner        the inside of an attention head: invertible, head by head; or, with the trait
                  "batched", the heads themselves: put into another order
 """
-_MOST_AXES, _MOST_PLACES, _MOST_SIZE = 1_000_000, 10_000_000, 2**40
+_MOST_AXES, _MOST_PLACES, _MOST_SIZE = 10_000, 100_000, 2**40
+_MOST_REPEATS = 8
 
 
 class Place(NamedTuple):
@@ -129,11 +130,21 @@ class Axes:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "Axes":
-        """The table in what `to_bytes` wrote.
+        """The table in what `to_bytes` wrote; other bytes for the same table are refused.
 
         Raises:
             UnreadableModelError: it is no such table.
         """
+        found = cls._parsed(content)
+        if found.to_bytes() != content:
+            raise UnreadableModelError(
+                "this is a table of axes in other bytes than this package writes for it; needed: "
+                "the file as it was written"
+            )
+        return found
+
+    @classmethod
+    def _parsed(cls, content: bytes) -> "Axes":
         try:
             document = json.loads(content)
             if (document["format"], document["version"]) != (FORMAT, VERSION):
@@ -173,7 +184,7 @@ def _place(stored: Any) -> Place:
         _count(dimension),
         _count(offset),
         _count(stride),
-        tuple((_count(count), _count(step)) for count, step in repeats),
+        tuple((_count(count), _count(step)) for count, step in _at_most(repeats, _MOST_REPEATS)),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from nnpassport.alignment.axes import Axes, Axis, Place
+from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 
 Weights = dict[str, NDArray[np.float64]]
 
@@ -26,7 +26,7 @@ def canonical(axes: Axes, tensors: Mapping[str, NDArray[np.float64]]) -> Weights
         known = before is not None and before in tensors and before in axes.norms
         if name in found and before is not None and known:
             _scale(found[name], dimension, np.ravel(tensors[before]))
-            if axes.norms[before].centred:
+            if axes.norms[before].centred and dimension < found[name].ndim:
                 found[name] -= found[name].mean(dimension, keepdims=True)
     for place in (place for axis in axes.axes if _centred(axes, axis) for place in axis.places):
         tensor = found.get(place.tensor)
@@ -41,10 +41,43 @@ def _fold_batch_norms(
     for name, norm in axes.batch_norms.items():
         if name not in found or norm.variance not in tensors:
             continue
-        scale = 1 / np.sqrt(np.abs(tensors[norm.variance]) + norm.epsilon)
-        if norm.weight is not None and norm.weight in tensors:
-            scale = scale * tensors[norm.weight]
-        _scale(found[name], writing(axes, name), scale)
+        _scale(found[name], writing(axes, name), _before_norm(norm, tensors))
+
+
+def _before_norm(
+    norm: Statistics, tensors: Mapping[str, NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """What a batch norm multiplies each channel by."""
+    scale = 1 / np.sqrt(np.abs(np.ravel(tensors[norm.variance])) + norm.epsilon)
+    gain = None if norm.weight is None else tensors.get(norm.weight)
+    return scale if gain is None or gain.size != scale.size else scale * np.ravel(gain)
+
+
+def restored(
+    axes: Axes,
+    reference: Mapping[str, NDArray[np.float64]],
+    name: str,
+    tensor: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """A tensor in canonical form as it is in the reference's own, whose scales are taken out again.
+
+    A mean that was taken away stays away: the reference's own would bring its bits along. A scale
+    of zero is left alone.
+    """
+    found = np.array(tensor)
+    norm, gain = axes.batch_norms.get(name), axes.gains.get(name)
+    if norm is not None and norm.variance in reference:
+        _scale(found, writing(axes, name), _inverse(_before_norm(norm, reference)))
+    if gain is not None and gain in reference:
+        _scale(found, writing(axes, name), _inverse(np.ravel(reference[gain])))
+    dimension, before = axes.reads.get(name, (0, None))
+    if before is not None and before in reference and before in axes.norms:
+        _scale(found, dimension, _inverse(np.ravel(reference[before])))
+    return found
+
+
+def _inverse(scale: NDArray[np.float64]) -> NDArray[np.float64]:
+    return 1 / np.where(scale == 0, 1.0, scale)
 
 
 def reads(axes: Axes, place: Place) -> bool:
@@ -69,5 +102,5 @@ def _centred(axes: Axes, axis: Axis) -> bool:
 
 
 def _scale(tensor: NDArray[np.float64], dimension: int, factor: NDArray[np.float64]) -> None:
-    if tensor.shape[dimension] == len(factor):
+    if dimension < tensor.ndim and tensor.shape[dimension] == len(factor):
         tensor *= factor.reshape([-1 if n == dimension else 1 for n in range(tensor.ndim)])

@@ -65,6 +65,8 @@ class Claim:
         date: the day by the owner's own clock, ISO 8601. Only a timestamp proves one.
         network: what the weights of `reference` do not say; None in claims from before there was
             such a field, and where there is no config.
+        axes: SHA-256 (hex) of the table of axes of the reference (`alignment.table`); None in
+            claims from before there was such a field, and where nothing was traced.
     """
 
     owner_key: str
@@ -75,10 +77,11 @@ class Claim:
     fidelity: Declared | None
     date: str
     network: Facts | None = None
+    axes: str | None = None
 
     def __post_init__(self) -> None:
         digests = [self.owner_key, self.fingerprint]
-        digests += [] if self.reference is None else [self.reference]
+        digests += [each for each in (self.reference, self.axes) if each is not None]
         for digest in digests:
             _require(_is_digest(digest), f"the digest or key {digest!a:.80}", "64 hex digits")
         names = (self.context.owner, *(layer.name for layer in self.context.layers))
@@ -102,11 +105,15 @@ class Claim:
             _require(committed, "facts of a network, and no reference", "both, or no facts")
             if (fault := self.network.fault()) is not None:
                 _require(False, *fault)
+        traced = self.axes is None or self.reference is not None
+        _require(traced, "axes of a network, and no reference", "both, or no axes")
 
     def encode(self) -> bytes:
         """The one encoding of this claim: sorted keys, ASCII, no whitespace, no floats."""
         # Absent, not null: claims without it encode as ever.
-        facts = {} if self.network is None else {"network": self.network.as_json()}
+        facts: dict[str, Any] = {}
+        facts |= {} if self.network is None else {"network": self.network.as_json()}
+        facts |= {} if self.axes is None else {"axes": self.axes}
         return canonical_json(
             {
                 **facts,
@@ -138,6 +145,7 @@ class Claim:
             "fidelity": None if self.fidelity is None else self.fidelity._asdict(),
             "date": self.date,
             "network": None if self.network is None else self.network.as_json(),
+            "axes": self.axes,
         }
 
 
@@ -170,6 +178,7 @@ def claim_of(
     fidelity: Declared | None = None,
     date: str | None = None,
     network: Facts | None = None,
+    axes: str | None = None,
 ) -> Claim:
     """The commitment to `key`; today's date if none is given.
 
@@ -185,6 +194,7 @@ def claim_of(
         fidelity=fidelity,
         date=Date.today().isoformat() if date is None else date,
         network=network,
+        axes=axes,
     )
 
 
@@ -298,6 +308,7 @@ def _parsed(payload: bytes, owner: Ed25519PublicKey) -> Claim:
             fidelity=None if fidelity is None else Declared(**fidelity),
             date=document["date"],
             network=facts_from(document["network"]) if "network" in document else None,
+            axes=document.get("axes"),
         )
         # Encoding again also catches unknown fields, another version, and an owner who is not
         # the one of the context.

@@ -103,6 +103,7 @@ def new(
         fidelity=declared,
         date=date,
         network=None if reference is None else _facts_of(reference),
+        axes=None if reference is None else _axes_of(reference),
     )
     signed = claim.sign_claim(made, owner)
     if authority is not None and authority_root is not None:
@@ -111,6 +112,35 @@ def new(
     _print(made.as_dict(), as_json)
     stamped = "timestamped" if authority else "not timestamped: nobody can tell how old it is"
     errors.print(f"{out}: signed, {stamped}")
+
+
+@app.command()
+def axes(
+    reference: Annotated[
+        Path, typer.Argument(help="Your released model folder; axes.json is written into it.")
+    ],
+    factory: Annotated[
+        str | None, typer.Option(help='Your own "package.module:factory" that builds the network.')
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Trace and prove a network's axes, so that `claim new` commits to them. Needs PyTorch."""
+    from nnpassport.alignment.table import AXES_FILE
+    from nnpassport.files.disk import write_atomically
+    from nnpassport.verification.bridge import running
+
+    table = running("nnpassport.embedding.axes:axes_of_folder", "tracing a network")(
+        reference, factory
+    )
+    write_atomically(reference / AXES_FILE, table.to_bytes())
+    facts = {
+        "axes": len(table.axes),
+        "tensors": len({place.tensor for axis in table.axes for place in axis.places}),
+        "unknown": list(table.unknown),
+        "digest": table.digest,
+    }
+    _print(facts, as_json)
+    errors.print(f"{reference / AXES_FILE}: claim new --reference {reference} commits to it")
 
 
 @app.command()
@@ -194,9 +224,24 @@ def disclose(
 
 
 def _digest_of(reference: Path) -> str:
-    from nnpassport.embedding.network.tensors import read_weights, tensors_digest
+    from nnpassport.files.arrays import arrays_digest
+    from nnpassport.files.weights import read_arrays
 
-    return tensors_digest(read_weights(reference).tensors)
+    return arrays_digest(read_arrays(reference).arrays)
+
+
+def _axes_of(reference: Path) -> str | None:
+    """The digest of the table of axes beside the network, if it has one, and it is of it."""
+    from hashlib import sha256
+
+    from nnpassport.alignment.table import AXES_FILE, check_table, read_table
+    from nnpassport.files.weights import read_arrays
+
+    if not os.path.lexists(reference / AXES_FILE):
+        return None
+    table = read_table(reference / AXES_FILE)
+    check_table(table, {n: each.shape for n, each in read_arrays(reference).arrays.items()})
+    return sha256(table.to_bytes()).hexdigest()
 
 
 def _facts_of(reference: Path) -> Any:

@@ -201,13 +201,15 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
-    from nnpassport.embedding import measured
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import hearing
     from nnpassport.verification import verdicts as verification
 
     images, reading = {}, Reading(image_column, label_column, skip_corrupt)
-    if data is not None:  # read here, as what is wrong with them is no claimant's fault
+    if data is not None:
+        from nnpassport.embedding import measured
+
+        # Read here, as what is wrong with them is no claimant's fault
         configs = hearing.networks(suspect, exhibits)
         for config in configs or [measured.config_of(suspect, verification.Options())]:
             images[config.input_size] = images_from(data, split, config, reading)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from nnpassport.alignment.channels import channels_of
 from nnpassport.alignment.null import (
-    MIXTURES,
     AlignedVerdict,
     ShapedVerdict,
     Unrelated,
@@ -21,6 +20,7 @@ from nnpassport.alignment.null import (
     mixtures,
     verdict_by_shape,
 )
+from nnpassport.alignment.rate import MIXTURES
 from nnpassport.catalog import scheme_named
 from nnpassport.claims.facts import check_config
 from nnpassport.claims.standing import Standing
@@ -184,6 +184,20 @@ def aligned(suspect: Path, key: Key, options: Options, trial: Trial | None) -> V
     verdict, network = _aligned(suspect, key, options)
     if trial is None:
         return verdict
+    if network is None:
+        reason = "F was not measured: what was read stands under names that build no network"
+        return replace(verdict, reason=f"{verdict.reason}; {reason}")
+    return with_fidelity(verdict, suspect, key, trial, options, network)
+
+
+def with_aligned_fidelity(
+    verdict: Verdict, suspect: Path, key: Key, trial: Trial, options: Options
+) -> Verdict:
+    """A verdict on arrays that were aligned, and F of the network aligned by its layers."""
+    try:
+        _, network = _aligned(suspect, key, options)
+    except UnsuitableModelError as error:
+        return replace(verdict, reason=f"{verdict.reason}; F was not measured: {error}")
     if network is None:
         reason = "F was not measured: what was read stands under names that build no network"
         return replace(verdict, reason=f"{verdict.reason}; {reason}")

@@ -11,25 +11,30 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from cryptography import x509
 
-from nnpassport.alignment.null import READINGS
-from nnpassport.catalog import scheme_named
+from nnpassport.alignment.rate import READINGS
+from nnpassport.alignment.table import AXES_FILE
+from nnpassport.catalog import entry_named
 from nnpassport.claims.claim import open_claim
 from nnpassport.claims.claimfile import read_signed, write_signed
 from nnpassport.claims.facts import Facts, check_config
 from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
 from nnpassport.claims.signing import public_from_hex
 from nnpassport.claims.standing import Standing, standing_of
-from nnpassport.data.images import ImageSet
-from nnpassport.embedding.checkpoint import load_model, own_config
-from nnpassport.embedding.measured import config_of
-from nnpassport.embedding.network.tensors import read_suspect, read_weights, tensors_digest
-from nnpassport.files.arrays import MAX_MODEL_BYTES
+from nnpassport.files.arrays import MAX_MODEL_BYTES, arrays_digest
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
-from nnpassport.files.disk import brief, make_folder, read_once, write_atomically, writing
+from nnpassport.files.disk import (
+    brief,
+    make_folder,
+    read_once,
+    refuse_leaving,
+    write_atomically,
+    writing,
+)
+from nnpassport.files.weights import read_arrays, read_suspect
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_corrected
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
@@ -41,8 +46,19 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
-from nnpassport.verification.relations import relations_of
-from nnpassport.verification.verdicts import Alignment, Options, Trial, declared_trial, verify
+from nnpassport.verification.aligning import read_committed
+from nnpassport.verification.bridge import MEASURED, RELATIONS, running
+from nnpassport.verification.verdicts import (
+    Alignment,
+    Options,
+    Trial,
+    declared_trial,
+    reads_weights,
+    verify,
+)
+
+if TYPE_CHECKING:
+    from nnpassport.data.images import ImageSet
 
 LARGEST_SIDE = 1_024
 """Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""
@@ -69,7 +85,7 @@ class Bench:
     roots: Sequence[x509.Certificate] = ()
     appeared: datetime | None = None
     unrelated: tuple[Path, ...] = ()
-    images: ImageSet | Mapping[tuple[int, int, int], ImageSet] | None = None
+    images: "ImageSet | Mapping[tuple[int, int, int], ImageSet] | None" = None
 
 
 @final
@@ -178,8 +194,7 @@ def hear(
         for name, exhibit in exhibits.items()
         if exhibit.reference is not None and claimants[name].older and claimants[name].proves
     }
-    compared = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
-    for name, facts in compared.items():
+    for name, facts in _compared(suspect, dated, claimants, bench).items():
         claimants[name] = replace(
             claimants[name],
             related=facts.related,
@@ -192,13 +207,39 @@ def hear(
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
 
 
+def _compared(
+    suspect: Path, dated: Mapping[str, Path], claimants: Mapping[str, Claimant], bench: Bench
+) -> Mapping[str, Any]:
+    """How the suspect and the dated networks were made from each other, as `relations` finds it.
+
+    Without PyTorch a single dated claimant has what his aligned reading says. More than one cannot
+    be told apart by that.
+
+    Raises:
+        UnsuitableModelError: it is needed, and PyTorch is not installed.
+    """
+    if not dated:
+        return {}
+    try:
+        relations_of = running(f"{RELATIONS}:relations_of", "to compare several dated networks")
+    except UnsuitableModelError:
+        parties = {each.party for each in claimants.values() if each.refused is None}
+        if len(parties) > 1 or bench.images:
+            raise
+        return {}
+    found: Mapping[str, Any] = relations_of(
+        suspect, dated, unrelated=bench.unrelated, images=bench.images
+    )
+    return found
+
+
 def networks(suspect: Path, folders: Sequence[Path]) -> list[ModelConfig]:
     """Configs by which images are to be made: of the claimants' networks, by their own word.
 
     And of the suspect by its own, which counts where a claimant handed in no network. None that
     asks for images of more than `LARGEST_SIDE` pixels.
     """
-    own = own_config(suspect)
+    own = running(f"{MEASURED}:own_config", "F")(suspect)
     found = [own, *(_config_in(folder / REFERENCE) for folder in folders)]
     stated = [] if own is None else [_committed_in(folder) for folder in folders]
     found += [facts.put_into(own) for facts in stated if own is not None and facts is not None]
@@ -239,13 +280,16 @@ def disclose(claim: Path, key: Key, folder: Path, *, reference: Path | None = No
         raise BadSignatureError(f"{claim} does not hold with this key: {standing.finding.reason}")
     files = {}
     if reference is not None:
-        weights = read_weights(reference)
-        if tensors_digest(weights.tensors) != standing.claim.reference:
+        weights = read_arrays(reference)
+        if arrays_digest(weights.arrays) != standing.claim.reference:
             raise UnsuitableModelError(
                 f"{reference} is not the network that {claim} commits to; needed: the released "
                 "folder that `claim new --reference` was given, or none"
             )
-        names = (CONFIG_FILE, *weights.digests)
+        names = [CONFIG_FILE, *weights.digests]
+        if standing.claim.axes is not None:
+            read_committed(reference, standing.claim)
+            names.append(AXES_FILE)
         files = {name: read_once(reference / name, MAX_MODEL_BYTES) for name in names}
     with writing(folder), make_folder(folder / REFERENCE if files else folder):
         save_key(key, folder / KEY_FILE)
@@ -262,7 +306,7 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     """
     signed = read_signed(folder / CLAIM_FILE)
     key = load_key(folder / KEY_FILE)
-    scheme_named(key.context.scheme)  # refuses one that there is not
+    entry_named(key.context.scheme)  # refuses one that there is not
     owner = public_from_hex(signed.envelope.keyid)
     standing = standing_of(signed, owner, key, roots=bench.roots, appeared=bench.appeared)
     committed = None if standing.claim is None else standing.claim.reference
@@ -273,7 +317,7 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     if not path.exists():
         note = "the network that the claim commits to is not there"
         return Exhibit(standing, key, None, None, note)
-    if tensors_digest(read_weights(path).tensors) != committed:
+    if arrays_digest(read_arrays(path).arrays) != committed:
         note = "the reference network is not the one that the claim commits to, so it is not used"
         return Exhibit(standing, key, None, None, note)
     try:
@@ -281,7 +325,8 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     except UnsuitableModelError:
         note = "the reference's config is not the one that the claim commits to, so it is not used"
         return Exhibit(standing, key, None, None, note)
-    return Exhibit(standing, key, path, load_model(path).config, None)
+    refuse_leaving(path, path / CONFIG_FILE)
+    return Exhibit(standing, key, path, read_config(path), None)
 
 
 class _Readings(NamedTuple):
@@ -299,7 +344,7 @@ def _claimant(name: str, exhibit: Exhibit) -> Claimant:
         refused=None if finding.holds else finding.reason,
         time=exhibit.standing.time,
         between=None if token is None else (token.earliest, token.latest),
-        answers_only=not scheme_named(exhibit.key.context.scheme).reads_weights,
+        answers_only=not reads_weights(exhibit.key),
         older=exhibit.standing.older,
         owner_key=None if finding.claim is None else finding.claim.owner_key,
         notes=tuple(f"{name}: {note}" for note in notes),
@@ -330,7 +375,7 @@ def _on_suspect(
     return found
 
 
-def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> ImageSet | None:
+def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> "ImageSet | None":
     """The judge's images, of the size that the claimant's network takes.
 
     Raises:
@@ -340,7 +385,10 @@ def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> ImageSet | None:
         return bench.images
     if not bench.images:
         return None
-    config = exhibit.config or config_of(suspect, Options(standing=exhibit.standing))
+    config = exhibit.config
+    if config is None:
+        stated = running(f"{MEASURED}:config_of", "F")
+        config = stated(suspect, Options(standing=exhibit.standing))
     if config.input_size not in bench.images:
         raise UnreadableDataError(
             f"the network is said to take images of {config.input_size}, and the judge's are of "
@@ -358,7 +406,7 @@ def _readings(
 ) -> _Readings:
     """A claimant's mark in a network: as it stands, and aligned to his own reference."""
     own, ways = exhibit.reference, {AS_IT_STANDS: base}
-    if own is not None and scheme_named(exhibit.key.context.scheme).reads_weights:
+    if own is not None and reads_weights(exhibit.key):
         ways[ALIGNED] = replace(base, alignment=Alignment(own, unrelated))
     found = _Readings({}, {})
     for how, each in ways.items():

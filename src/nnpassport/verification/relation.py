@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from nnpassport.alignment.channels import Channels, channels_of, spread_over, width
 from nnpassport.alignment.names import Aligned, Places, align
-from nnpassport.alignment.null import RELATED, Unrelated, likeness
+from nnpassport.alignment.null import Unrelated
+from nnpassport.alignment.rate import RELATED, likeness
 from nnpassport.claims.rules import Work
 from nnpassport.scheme import UnsuitableModelError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from nnpassport.catalog import entry_named
-from nnpassport.claims.claim import MILLION
+from nnpassport.claims.claim import MILLION, Claim
 from nnpassport.claims.facts import Facts
 from nnpassport.claims.rules import DATED_ONLY
 from nnpassport.claims.standing import Standing
@@ -23,6 +23,8 @@ from nnpassport.keys.reading import READERS, check_host, is_adapter, read_produc
 from nnpassport.lazy import load
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
 from nnpassport.verification import candidates
+from nnpassport.verification.aligning import aligned_by_axes, committed_claim
+from nnpassport.verification.bridge import MEASURED, running
 
 if TYPE_CHECKING:
     from nnpassport.data.images import ImageSet
@@ -31,9 +33,6 @@ TOLERANCE = 0.03
 """ε_f where none is declared: the paper's for AlexNet."""
 
 PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
-
-_RUNNING = "nnpassport.embedding.measured"
-"""Where V and F are that take a network that runs; loaded when they are asked for."""
 
 BASE_DATED_ONLY = (
     "what was added to a base counts only under a claim that is proved older than the suspect: "
@@ -135,12 +134,34 @@ def _verdict(suspect: Path, key: Key, trial: Trial | None, options: Options) -> 
     """V, and F if there is a trial, whether or not a claim holds."""
     found: Verdict
     if options.alignment is not None and options.base is None:
-        found = load(f"{_RUNNING}:aligned")(suspect, key, options, trial)
+        claim = committed_claim(key, options.standing)
+        if claim is None:
+            purpose = (
+                "alignment to a network whose axes no claim commits to (`claim axes`, then "
+                "`claim new`)"
+            )
+            found = running(f"{MEASURED}:aligned", purpose)(suspect, key, options, trial)
+            return found
+        found = _over_axes(suspect, key, options, options.alignment, claim)
+        if trial is not None:
+            measure = running(f"{MEASURED}:with_aligned_fidelity", "F")
+            found = measure(found, suspect, key, trial, options)
         return found
     found = _unaligned(suspect, key, options)
     if trial is not None:
-        found = load(f"{_RUNNING}:with_fidelity")(found, suspect, key, trial, options)
+        found = running(f"{MEASURED}:with_fidelity", "F")(found, suspect, key, trial, options)
     return found
+
+
+def _over_axes(
+    suspect: Path, key: Key, options: Options, alignment: Alignment, claim: Claim
+) -> Verdict:
+    """V aligned over the axes that the claim commits to, of arrays alone."""
+    weights = _without_prefixes(read_suspect(suspect), key)
+    unrelated = {str(path): read_arrays(path) for path in alignment.unrelated}
+    folder = alignment.reference
+    found = aligned_by_axes(weights, key, folder, claim, unrelated, options.threshold)
+    return without(weights.left_out, found)
 
 
 def _unaligned(suspect: Path, key: Key, options: Options) -> Verdict:
@@ -148,8 +169,8 @@ def _unaligned(suspect: Path, key: Key, options: Options) -> Verdict:
     if options.base is not None:
         weights = _without_prefixes(read_suspect(suspect), key)
         return without(weights.left_out, _added(weights, options.base, key, options))
-    if not _reads_weights(key):
-        found: Verdict = load(f"{_RUNNING}:asked")(suspect, key, options)
+    if not reads_weights(key):
+        found: Verdict = running(f"{MEASURED}:asked", "asking a network")(suspect, key, options)
         return found
     opened = _opened(suspect, key)
     verdict = _as_it_stands(opened, key, options.threshold)
@@ -173,7 +194,7 @@ def declared_trial(
 def verify_as_published(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
     """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
     options, entry = options or Options(), entry_named(key.context.scheme)
-    if not _reads_weights(key) or options.base is not None or options.alignment is not None:
+    if not reads_weights(key) or options.base is not None or options.alignment is not None:
         verdict = _verdict(Path(suspect), key, None, options)
     else:  # a rule without p-value cannot pay for a choice of tensors: by the names alone
         opened = _opened(Path(suspect), key)
@@ -238,7 +259,8 @@ def _read(weights: Mapping[str, Array], key: Key, log10_alpha: float) -> Verdict
     return scheme.verify(tensors, key, log10_alpha=log10_alpha)
 
 
-def _reads_weights(key: Key) -> bool:
+def reads_weights(key: Key) -> bool:
+    """Whether the mark is read off weights, and not off answers."""
     name = key.context.scheme
     return name in READERS or entry_named(name).scheme.reads_weights
 

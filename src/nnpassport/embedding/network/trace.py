@@ -644,14 +644,25 @@ class _Trace(TorchDispatchMode):
             if not factor.rigid and INDEXED not in factor.traits and len(places[key]) > 1
         ]
         axes.sort(key=lambda axis: (-axis.size, axis.places))
+        kept = self._parameters.keys()  # of what no file holds a table says nothing
         return Axes(
             tuple(axes),
-            reads={n: _one(u, tied=n in self._tables) for n, u in sorted(self._reads.items())},
-            norms=dict(sorted(self._norms.items())),
-            batch_norms={
-                n: u.copy().pop() for n, u in sorted(self._statistics.items()) if len(u) == 1
+            reads={
+                n: _one(u, tied=n in self._tables)
+                for n, u in sorted(self._reads.items())
+                if n in kept
             },
-            gains={n: u.copy().pop() for n, u in sorted(self._gains.items()) if len(u) == 1},
+            norms={n: norm for n, norm in sorted(self._norms.items()) if n in kept},
+            batch_norms={
+                n: u.copy().pop()
+                for n, u in sorted(self._statistics.items())
+                if len(u) == 1 and n in kept
+            },
+            gains={
+                n: u.copy().pop()
+                for n, u in sorted(self._gains.items())
+                if len(u) == 1 and n in kept and u <= kept
+            },
             unknown=tuple(sorted(self._unknown)),
         )
 

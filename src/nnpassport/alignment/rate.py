@@ -1,0 +1,124 @@
+"""How far above chance alignment makes unrelated networks match, and what that costs a verdict.
+
+Without alignment committed bits match any independent network as Binomial(n, ½), exactly. Alignment
+looks at the reference, which was trained on the bits, so that is no longer certain: each bit may
+match with a chance above ½. How far above is measured on unrelated networks, and the tail is taken
+at the highest rate that any of them reached, if that is more than ½.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple, Protocol
+
+from nnpassport.keys.chance import log10_binomial_tail, log10_corrected
+from nnpassport.scheme import Verdict
+
+MIXTURES = 8
+"""How many networks are made of the suspect's own filters where no unrelated ones are given."""
+
+READINGS = 2
+"""A suspect can be read as it stands and aligned; whoever shows one may have looked at both."""
+
+RELATED = 0.5
+"""How far from the best unrelated network's cosines to 1 a copy's must be, over the layers' median.
+
+A network that was trained from the reference's weights stays near 1, one of its own start at 0.
+"""
+
+
+class Matched(Protocol):
+    """What alignment says of a network that it has put in order."""
+
+    @property
+    def cosines(self) -> Mapping[str, float]:
+        """By layer, the mean |cosine| of filters that were matched."""
+
+    @property
+    def dropped(self) -> int:
+        """How many channels were left out."""
+
+    @property
+    def missing(self) -> int:
+        """How many the suspect lacked."""
+
+
+class Other(NamedTuple):
+    """An unrelated network, aligned."""
+
+    matches: int
+    cosines: Mapping[str, float]
+
+
+def against(
+    found: Verdict, aligned: Matched, others: Sequence[Other], origin: str, skipped: int
+) -> Verdict:
+    """The verdict, at the rate of the unrelated networks, and all that alignment found."""
+    matches = [other.matches for other in others]
+    cautious = with_null(found, matches)
+    alike = likeness(aligned.cosines, [other.cosines for other in others])
+    facts = {
+        "likeness": alike,
+        "related": alike >= RELATED,
+        "cosines": dict(aligned.cosines),
+        "dropped": aligned.dropped,
+        "missing": aligned.missing,
+        "null": {
+            "networks": origin,
+            "bits": found.bits,
+            "matches": matches,
+            "log10_p_analytic": found.log10_p_value,
+            "skipped": skipped,
+            "log10_p_empirical": _at_rate_of_best(found, matches),
+        },
+        "readings": READINGS,
+    }
+    return replace(cautious, alignment=facts)
+
+
+def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:
+    """The verdict, were every bit matched as often as in the best of networks with these matches.
+
+    And were this the better of `READINGS` readings. A verdict without p-value is returned as it is.
+    """
+    if verdict.log10_p_value is None:
+        return verdict
+    rate = max([chance, *(count / verdict.bits for count in matches)])
+    cautious = max(verdict.log10_p_value, _at_rate_of_best(verdict, matches, chance) or 0.0)
+    log10_p = log10_corrected(cautious, math.log10(READINGS))
+    marked = log10_p <= verdict.log10_alpha
+    relation = "at or below" if marked else "above"
+    return replace(
+        verdict,
+        log10_p_value=log10_p,
+        marked=marked,
+        reason=f"aligned, {verdict.matches} of {verdict.bits} match; unrelated networks reach "
+        f"{rate:.3f} of the bits at most, so p = 10^{log10_p:.1f} (for {READINGS} readings) is "
+        f"{relation} α = 10^{verdict.log10_alpha:.1f}",
+    )
+
+
+def _at_rate_of_best(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> float | None:
+    """log₁₀ of the tail at the rate of the best match, with the verdict's own corrections.
+
+    It may be below the analytic one, where all of them match less than half: the verdict counts the
+    larger of the two.
+    """
+    if verdict.log10_p_value is None:
+        return None
+    rate = max(count / verdict.bits for count in matches) if matches else chance
+    if rate >= 1:
+        return 0.0
+    analytic = log10_binomial_tail(verdict.matches, verdict.bits, chance)
+    empirical = log10_binomial_tail(verdict.matches, verdict.bits, max(rate, 1e-9))
+    return min(0.0, verdict.log10_p_value + empirical - analytic)
+
+
+def likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:
+    """Where the suspect's cosines lie between the best unrelated network's (0) and 1."""
+    layers = []
+    for name, cosine in cosines.items():
+        best = max(other[name] for other in others)
+        layers.append((cosine - best) / (1 - best) if best < 1 else 0.0)
+    return median(layers)

@@ -1,0 +1,87 @@
+"""V on a suspect aligned over a table of axes that its owner's claim commits to: no network runs.
+
+A table that is not in the claim does not count: whoever has the suspect could have fitted it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from nnpassport.alignment.axes import Axes
+from nnpassport.alignment.byaxes import can_read, reference_of, verify_by_axes
+from nnpassport.alignment.table import AXES_FILE, MAX_AXES_BYTES
+from nnpassport.claims.claim import Claim
+from nnpassport.claims.facts import check_config
+from nnpassport.claims.standing import Standing
+from nnpassport.files.arrays import Array, arrays_digest
+from nnpassport.files.disk import read_once, refuse_leaving
+from nnpassport.files.weights import Arrays, read_arrays
+from nnpassport.keys.chance import LOG10_BY_NAME
+from nnpassport.keys.key import Key
+from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.scheme import UnsuitableModelError, Verdict
+
+
+def committed_claim(key: Key, standing: Standing | None) -> Claim | None:
+    """The claim, if it commits to axes over which this key's mark can be read; else None."""
+    claim = None if standing is None or not standing.finding.holds else standing.claim
+    return claim if claim is not None and claim.axes is not None and can_read(key) else None
+
+
+def read_committed(folder: Path, claim: Claim) -> tuple[Axes, Arrays]:
+    """The network and the table in the owner's folder, if they are those of the claim.
+
+    Raises:
+        UnreadableModelError: one of them cannot be read.
+        UnsuitableModelError: the claim commits to another.
+    """
+    weights = read_arrays(folder)
+    if arrays_digest(weights.arrays) != claim.reference:
+        raise UnsuitableModelError(
+            "the network to align to is not the one that the claim commits to; needed: the folder "
+            "that `claim new --reference` was given, or no claim"
+        )
+    check_config(folder, claim.network)
+    refuse_leaving(folder, folder / AXES_FILE)
+    content = read_once(folder / AXES_FILE, MAX_AXES_BYTES)
+    if sha256(content).hexdigest() != claim.axes:
+        raise UnsuitableModelError(
+            f"{folder / AXES_FILE} is not the table of axes that the claim commits to; needed: "
+            "the one that was there when `claim new` was run"
+        )
+    return Axes.from_bytes(content), weights
+
+
+def aligned_by_axes(
+    suspect: Arrays,
+    key: Key,
+    folder: Path,
+    claim: Claim,
+    unrelated: Mapping[str, Arrays],
+    log10_alpha: float,
+) -> Verdict:
+    """V on the suspect, whose tensors have the key's names, aligned to the network in `folder`.
+
+    Raises:
+        OwnershipError: it could not be checked; which kind says why.
+    """
+    axes, weights = read_committed(folder, claim)
+
+    def read(arrays: Mapping[str, Array]) -> Verdict:
+        reader = READERS[key.context.scheme]
+        return verdict_on(reader(arrays, key), key, log10_alpha=log10_alpha)
+
+    others = [each.arrays for each in unrelated.values()] if unrelated else None
+    reference = reference_of(axes, weights.arrays, key)
+    verdict = verify_by_axes(read, suspect.arrays, reference, others)
+    verdict = verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names, over the claim's axes")
+    digests = {**suspect.digests, **_named("reference", weights.digests)}
+    digests[f"reference/{AXES_FILE}"] = str(claim.axes)
+    for name, each in unrelated.items():
+        digests |= _named(name, each.digests)
+    return replace(verdict, digests=digests)
+
+
+def _named(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
+    return {f"{folder}/{name}": digest for name, digest in digests.items()}

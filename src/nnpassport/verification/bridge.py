@@ -1,0 +1,28 @@
+"""The one way from here to what runs networks: loaded by name, and without PyTorch a clear refusal."""
+
+from typing import Any
+
+from nnpassport.lazy import load
+from nnpassport.scheme import UnsuitableModelError
+
+MEASURED = "nnpassport.embedding.measured"
+"""Where V and F are that take a network that runs."""
+
+RELATIONS = "nnpassport.verification.relations"
+"""Where networks are compared by what they compute."""
+
+
+def running(where: str, purpose: str) -> Any:
+    """The object at "package.module:NAME", on torch's side.
+
+    Raises:
+        UnsuitableModelError: PyTorch is not installed; `purpose` says what it was needed for.
+    """
+    try:
+        return load(where)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "torch":
+            raise
+        raise UnsuitableModelError(
+            f"{purpose} needs PyTorch, which is not installed; needed: pip install torch"
+        ) from error
