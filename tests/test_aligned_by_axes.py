@@ -266,12 +266,7 @@ def test_freedom_that_the_network_does_not_have_makes_no_stranger_match(house, k
     ]
     reference = reference_of(replace(genuine, axes=tuple(free)), arrays, key)
     strange = read_arrays(folder / "strange").arrays
-    try:
-        found = verify_by_axes(read_with(key), strange, reference)
-    except UnsuitableModelError as error:
-        assert "fits noise" in str(error)
-    else:
-        assert found.log10_p_value > -3
+    assert verify_by_axes(read_with(key), strange, reference).log10_p_value > -3
 
 
 def test_an_alignment_that_makes_strangers_match_is_refused(house):

@@ -6,8 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from constructed import reader, small_alexnet
 from torch import nn
 
+from nnpassport.alignment.null import Unrelated
+from nnpassport.attacks.obfuscation import combine, flip_signs, permute, rescale
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
 from nnpassport.embedding.schemes import channels
@@ -23,6 +28,7 @@ from nnpassport.scheme import HarmfulGraftError, UnreadableKeyError, UnsuitableM
 
 OUT, FAN_IN = 12, 24
 LINEAR = Geometry()
+NOBODY = Unrelated([small_alexnet("batch", seed=99).state_dict()], "one network of nobody's")
 SEEDS = [number.to_bytes(32, "big") for number in range(600)]
 
 
@@ -268,7 +274,7 @@ def test_where_no_norm_follows_the_private_branch_is_the_public_one():
 
 def test_an_untrained_network_starts_with_every_bit_right():
     plain, images = small()
-    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32))
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), passports="channel")
     V2.insert(plain, owned, images[:2])
     (norm,) = passport_norms(plain).values()
     assert int((norm.affine()[0].sign() == norm.wanted()).sum()) < 20
@@ -315,13 +321,88 @@ def test_the_mark_is_no_singular_vector():
 
 
 @pytest.mark.parametrize("scheme", [V1, V2, V3], ids=["v1", "v2", "v3"])
-def test_new_keys_have_passports_of_channels_and_the_papers_are_had_by_name(scheme):
+def test_keys_for_a_network_that_was_seen_have_passports_of_channels_and_others_by_name(scheme):
     plain, images = small()
-    drawn = scheme.draw_key(plain, images[:2], seed=bytes(32))
-    assert all(layer.channels is not None for layer in drawn.context.layers)
-    derived = scheme.draw_key(plain, images[:2], seed=bytes(32), passports="derived")
-    assert all(layer.channels is None for layer in derived.context.layers)
+    for given in ({"seen": images}, {"passports": "channel"}):
+        drawn = scheme.draw_key(plain, images[:2], seed=bytes(32), **given)
+        assert all(layer.channels is not None for layer in drawn.context.layers)
+        assert (drawn.context.anchor is not None) == ("seen" in given)
+    for given in ({}, {"passports": "derived"}, {"passports": "derived", "seen": images}):
+        derived = scheme.draw_key(plain, images[:2], seed=bytes(32), **given)
+        assert all(layer.channels is None for layer in derived.context.layers)
+        assert derived.context.anchor is None
     with pytest.raises(UnsuitableModelError, match="channel, derived"):
         scheme.draw_key(plain, images[:2], passports="best")
-    pan = PAN.draw_key(plain, images[:2])
+    pan = PAN.draw_key(plain, images[:2], seen=images)
     assert all(layer.channels is None for layer in pan.context.layers)
+
+
+# The anchor: the network before the mark
+
+
+@pytest.fixture(scope="module", params=["batch", "group"])
+def grafted(request):
+    """The network before, the key, and the network after."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (128, 1, 32, 32), generator=rng).to(torch.uint8)
+    data = ImageSet(pixels, torch.arange(128) % 10, tuple("0123456789"), "noise")
+    normalise = Normalisation((0.5,), (0.5,))
+    anchor, inputs = reader(small_alexnet(request.param), data, normalise), normalise(pixels)
+    owned = V2.draw_key(anchor, inputs[:2], seed=bytes(32), seen=inputs)
+    model = deepcopy(anchor)
+    V2.insert(model, owned, inputs[:2])
+    graft_channels(model, inputs)
+    return anchor, owned, V2.released(model).eval()
+
+
+def test_channels_that_were_moved_are_put_back_by_the_network_before_the_mark(grafted):
+    anchor, owned, released = grafted
+    draw = torch.Generator().manual_seed(3)
+    thief = combine(released, draw, attacks=(flip_signs, permute, rescale)).model
+    weights = thief.state_dict()
+    assert not V2.verify(weights, owned).accepted
+    found = verify_aligned(weights, owned, anchor).verdict
+    assert found.accepted
+    assert found.matches == found.bits > 200
+    assert verify_aligned(released.state_dict(), owned, anchor).verdict.matches == found.bits
+
+
+def test_strangers_are_coins_however_they_are_aligned_to_the_network_before_the_mark(grafted):
+    """The key knows nothing of them, nor does the network that they are aligned to."""
+    anchor, owned, _ = grafted
+    matches = []
+    for number in range(3):
+        stranger = small_alexnet("batch", seed=40 + number).state_dict()
+        found = verify_aligned(stranger, owned, anchor, unrelated=NOBODY)
+        assert not found.verdict.accepted
+        aligned = found.aligned.model.state_dict()
+        matches += [V2.verify(aligned, replace(owned, seed=seed)).matches for seed in SEEDS[:60]]
+    bits, count = owned.context.bits, len(matches)
+    assert abs(np.mean(matches) - bits / 2) < 4 * (bits / 4 / count) ** 0.5
+    assert 0.6 < np.var(matches) / (bits / 4) < 1.5  # 0.21 is two standard errors
+
+
+def test_no_other_network_is_taken_for_the_anchor(grafted):
+    anchor, owned, released = grafted
+    almost = deepcopy(anchor)
+    with torch.no_grad():
+        almost.features[0].weight[0, 0, 0, 0] += 1e-3
+    for other in (released, almost):
+        with pytest.raises(UnsuitableModelError, match="this is not its anchor"):
+            verify_aligned(released.state_dict(), owned, other)
+    alone = V2.draw_key(anchor, torch.zeros(2, 1, 32, 32), passports="channel")
+    with pytest.raises(UnsuitableModelError, match="and no anchor"):
+        verify_aligned(released.state_dict(), alone, anchor)
+
+
+def test_another_anchor_draws_every_bit_anew(grafted):
+    """So choosing one is drawing seeds: turning a copy of a suspect until it fits gains nothing."""
+    _, owned, released = grafted
+    weights = released.state_dict()
+    for digest in ("0" * 64, "f" * 64):
+        other = replace(owned, context=replace(owned.context, anchor=digest))
+        found = V2.verify(weights, other)
+        assert abs(found.matches - found.bits / 2) < 4 * (found.bits / 4) ** 0.5
+    with pytest.raises(UnreadableKeyError, match="64 lower-case hex digits"):
+        replace(owned.context, anchor="F" * 64)
+    assert Context.decode(owned.context.encode()) == owned.context

@@ -140,12 +140,12 @@ def key_new(
         typer.Option(help="Signature that can be read back, ASCII (default: random bits)."),
     ] = None,
     passports: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="channel (one for each channel); or one for each layer: derived, or the paper's "
-            "random, image or shuffle (no p-value)."
+            help="channel: one for each channel (default with a trained --model and --images). One "
+            "for each layer: derived (default else), or the paper's random, image, shuffle."
         ),
-    ] = "channel",
+    ] = None,
     images: Annotated[
         str | None,
         typer.Option(
@@ -186,11 +186,11 @@ def key_new(
         owner=owner,
         layers=layer,
         text=text,
-        passports=passports if passports in {"channel", "derived"} else "derived",
+        passports=passports if passports in {None, "channel", "derived"} else "derived",
         trained=Path(model) if Path(model).is_dir() else None,
         seen=source,
     )
-    if passports not in {"channel", "derived"}:
+    if passports not in {None, "channel", "derived"}:
         drawn = ownership.redraw_as_published(drawn, passports, plain, source)
     elif source is not None and plain is not None:
         drawn = ownership.prepare_key(drawn, plain, source)

@@ -29,6 +29,7 @@ from nnpassport.embedding.checkpoint import Loaded, load_model, load_suspect, ow
 from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.network.tensors import Weights, read_suspect, read_weights, tensors_digest
 from nnpassport.embedding.schemes.deepmarks import Trace, trace
+from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import ModelConfig
@@ -89,7 +90,10 @@ def verify_aligned(
     log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
     unrelated: Unrelated | None = None,
 ) -> AlignedVerdict:
-    """V on weights that are first brought into the order of `reference`, a released network.
+    """V on weights that are first brought into the order of `reference`.
+
+    That is a released network, and alignment is then blind to what the key reads of it; or the
+    key's anchor, which knows nothing of the bits.
 
     Without `unrelated` networks the null is `MIXTURES` of the suspect's own filters, drawn from the
     digest of its weights: whoever repeats it finds the same.
@@ -103,19 +107,12 @@ def verify_aligned(
         if scheme.triggers:
             why = "is in the answers, which moved channels do not change"
         raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
-    if any(layer.channels is not None for layer in key.context.layers):
-        # Today's null takes out what the key reads, and of a passport for each channel that is all.
-        raise UnsuitableModelError(
-            "the key has a passport for each channel, and such keys are read without alignment: "
-            "aligning to the marked network is not blind to them; verify it as it is, or use a key "
-            'with passports of the kind "derived"'
-        )
     others = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
 
     def read(tensors: Mapping[str, Tensor]) -> Verdict:
         return scheme.verify(tensors, key, log10_alpha=log10_alpha)
 
-    forms, named = scheme.forms(key), None
+    forms, named = _blind_to(scheme, key, reference), None
     try:
         null = others or of_its_own(weights, reference)
         named = aligned_verdict(read, weights, reference, forms, null)
@@ -134,6 +131,31 @@ def verify_aligned(
         raise UnsuitableModelError(f"{refused}; by shape: {error}") from None
     paid = _shaped(shaped, weights)
     return AlignedVerdict(paid, None) if named is None or paid.marked else named
+
+
+def _blind_to(scheme: Scheme, key: Key, reference: nn.Module) -> Mapping[str, Tensor]:
+    """What alignment to this network must not look at, by layer: of an anchor nothing.
+
+    Raises:
+        UnsuitableModelError: the key has passports of channels and this is not its anchor.
+    """
+    of_channels = any(layer.channels is not None for layer in key.context.layers)
+    anchor = key.context.anchor
+    if anchor is not None and anchor == tensors_digest(reference.state_dict()):
+        sizes = {each.name: math.prod(each.weight[1:]) for each in key.context.layers}
+        return {name: torch.empty(0, size) for name, size in sizes.items()}
+    if not of_channels:
+        return scheme.forms(key)
+    if anchor is None:
+        raise UnsuitableModelError(
+            "the key has a passport for each channel and no anchor: aligning to the marked network "
+            "is not blind to it; verify it as it is, or draw a key for the trained network with "
+            "some of its inputs"
+        )
+    raise UnsuitableModelError(
+        "the key has a passport for each channel, and this is not its anchor; needed: the network "
+        "as it was before the mark, the one that the key was drawn for"
+    )
 
 
 def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:

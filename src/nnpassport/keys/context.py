@@ -28,6 +28,7 @@ _MAX_NAME = 1_000
 _MAX_JSON = 2**24
 _MAX_COMMAS = 2**20
 _MAX_GAIN = 2**48
+_DIGEST = re.compile("[0-9a-f]{64}")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -105,6 +106,8 @@ class Context:
         classes: names of the classes that triggers are labelled with, in their order; None where
             they were not known. Every label depends on them, so that choosing names for a
             network that is there already is drawing seeds.
+        anchor: SHA-256 (hex, as `arrays_digest`) of the network before the mark, which suspects are
+            aligned to; None where there is none. As with names, choosing another is drawing seeds.
     """
 
     scheme: str
@@ -113,6 +116,7 @@ class Context:
     triggers: TriggerShape | None
     nonce: bytes
     classes: tuple[str, ...] | None = None
+    anchor: str | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.scheme, "scheme")
@@ -129,6 +133,9 @@ class Context:
             _check_triggers(self.triggers)
         if self.classes is not None:
             _check_classes(self.classes, self.triggers)
+        if self.anchor is not None:
+            digest = isinstance(self.anchor, str) and _DIGEST.fullmatch(self.anchor)
+            _require(bool(digest), "an anchor that is no digest", "64 lower-case hex digits")
         validity.check(self)
 
     @property
@@ -151,11 +158,11 @@ class Context:
     def encode(self) -> bytes:
         """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""
         layers = [_fields_of(layer) for layer in self.layers]
-        # Absent, not null: contexts without names encode as ever.
-        named = {} if self.classes is None else {"classes": self.classes}
+        # Absent, not null: contexts without names or an anchor encode as ever.
+        given = {"classes": self.classes, "anchor": self.anchor}
         return canonical_json(
             {
-                **named,
+                **{name: value for name, value in given.items() if value is not None},
                 "format": _FORMAT,
                 "version": _VERSION,
                 "scheme": self.scheme,
@@ -182,6 +189,7 @@ class Context:
                 triggers=_triggers_from(document["triggers"]),
                 nonce=bytes.fromhex(document["nonce"]),
                 classes=_tuples(document.get("classes")),
+                anchor=document.get("anchor"),
             )
             canonical = context.encode() == data
         except UnreadableKeyError:

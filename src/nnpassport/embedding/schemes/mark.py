@@ -26,6 +26,7 @@ def new_key(
     seed: bytes | None = None,
     nonce: bytes | None = None,
     metrics: Mapping[str, Any] | None = None,
+    anchor: str | None = None,
 ) -> Key:
     """A key of `scheme`, all of it derived; the operating system draws the seed if none is given.
 
@@ -36,7 +37,9 @@ def new_key(
     """
     if nonce is None:
         nonce = os.urandom(16) if seed is None else bytes(16)
-    context = Context(scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce)
+    context = Context(
+        scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce, anchor=anchor
+    )
     seed = os.urandom(32) if seed is None else seed
     return Key(seed=seed, context=context, text=text, metrics=metrics or None)
 

@@ -35,6 +35,7 @@ from nnpassport.embedding.network.layers import (
 )
 from nnpassport.embedding.network.outputs import Example, call, length_of, logits_of, part_of
 from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
+from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.pan import encode
@@ -72,8 +73,6 @@ from nnpassport.scheme import (
     Verdict,
 )
 
-DEFAULT = "channel"
-"""Kind of the passports of new keys."""
 GRAFTED_ON = 512
 """Images, without their labels, that a key is grafted into a trained network with."""
 
@@ -149,18 +148,23 @@ class Passport:
         stream's own. `seed` (32 bytes) repeats a key;
         by default the operating system draws it.
 
-        `passports` is "channel", a passport for each channel (the default, but for PAN), or
-        "derived", one for a whole layer as in the paper. Those of channels are for the network as
-        it is: draw the key for the trained one that it goes into, if there is one, and give some
-        hundred of its inputs as `seen`. Then passports are in proportion to what each layer
-        receives, and dead channels carry no bit.
+        `passports` is "channel", a passport for each channel, or "derived", one for a whole layer
+        as in the paper. Those of channels are for a network that is trained already: draw the key
+        for it, and give some hundred of its inputs as `seen`. Then they are the default (but for
+        PAN), in proportion to what each layer receives, and dead channels carry no bit. That
+        network is the *anchor*: its digest is in the context, so that all that is derived depends
+        on it, and suspects are aligned to it. Keep it, and keep it secret. Without `seen` the
+        default is the paper's form, which can be aligned to the released network.
 
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
-        found = survey(model, example)
+        found, anchor = survey(model, example), None
+        if passports is None:
+            passports = "derived" if seen is None or self.encoded else "channel"
         if self._of_channels(passports):
+            anchor = None if seen is None else tensors_digest(model.state_dict())
             sites = choose_enough(model, found, layers, bits=channels.BITS)
             shapes, metrics = _channel_shapes(model, sites, seen)
         else:
@@ -171,6 +175,7 @@ class Passport:
             owner=owner,
             layers=shapes,
             metrics=metrics,
+            anchor=anchor,
             triggers=trigger_shape(self.triggers, model, example) if self.triggers else None,
             text=text,
             seed=seed,
@@ -183,7 +188,7 @@ class Passport:
                 f"passports {passports!r:.40} are unknown to {self.name}; there are: "
                 f"{', '.join(kinds)}"
             )
-        return (passports or DEFAULT) == "channel" and not self.encoded
+        return passports == "channel" and not self.encoded
 
     def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
         """The key as it is: it takes nothing of a network or of images."""
