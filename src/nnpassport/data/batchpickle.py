@@ -33,7 +33,8 @@ class _Call:
     """A call that is not made: of what, with what, and what it would be told afterwards."""
 
     def __init__(self, called: Any, arguments: Any) -> None:
-        self.called, self.arguments, self.state = called, arguments, None
+        self.called, self.arguments = called, arguments
+        self.state: Any = None
 
 
 def batch(content: bytes, name: str) -> dict[str, Any]:
@@ -236,11 +237,12 @@ def rows(found: dict[str, Any], labels: str, name: str) -> Iterator[Bytes]:
         UnreadableDataError: they are not there, or do not belong together.
     """
     pixels, stored = found.get("data"), found.get(labels)
-    whole = isinstance(stored, list) and all(type(n) is int and 0 <= n < 2**8 for n in stored)
-    if not whole or not isinstance(pixels, np.ndarray) or pixels.shape != (len(stored), 3072):
+    classes = stored if isinstance(stored, list) else [None]
+    whole = all(type(n) is int and 0 <= n < 2**8 for n in classes)
+    if not whole or not isinstance(pixels, np.ndarray) or pixels.shape != (len(classes), 3072):
         raise UnreadableDataError(
             f"{name} has {', '.join(map(repr, found))[:80] or 'nothing'}; needed: 'data', an array "
             f"of 3072 bytes a picture, and {labels!r}, a class for each"
         )
-    yield np.array(stored, np.uint8)[:, None]
+    yield np.array(classes, np.uint8)[:, None]
     yield pixels

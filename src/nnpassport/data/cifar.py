@@ -213,8 +213,8 @@ def _names(file: bytes | Path | None, layout: Layout) -> tuple[str, ...]:
     content = _content(file, layout.names)
     if layout.pickled:
         stored = batchpickle.batch(content, layout.names).get(layout.pickled[1])
-        told = isinstance(stored, list) and all(isinstance(name, str) for name in stored)
-        names = tuple(stored) if told else ()
+        listed = stored if isinstance(stored, list) else []
+        names = tuple(name for name in listed if isinstance(name, str))
         return names if len(set(names)) == layout.classes else numbers
     names = tuple(line.strip() for line in content.decode("utf-8", "replace").split("\n"))
     names = tuple(name for name in names if name)

@@ -239,14 +239,14 @@ class Asker:
             return _failed(f"an answer of more than {self._limits.answer_bytes} bytes")
         try:
             label = self.service.label(body)
-            scores = label if isinstance(label, Scores) else None
         except UnreachableServiceError as error:
             return _failed(str(error), again=True)
+        if not isinstance(label, Scores):
+            return self._heard(label)
         try:
-            label = label if scores is None else scores.top(self.labels.classes)
+            return self._heard(label.top(self.labels.classes))
         except UnreachableServiceError as error:  # another try would have the same form
             return _failed(str(error))
-        return self._heard(label)
 
     def _heard(self, label: Label) -> _Try:
         if label is None:
@@ -365,7 +365,7 @@ def _estimated(body: bytes) -> float | None:
         found: Any = parsed(body)
     except UnreachableServiceError:
         return None
-    wait = number(found.get("estimated_time")) if isinstance(found, dict) else None
+    wait: Any = number(found.get("estimated_time")) if isinstance(found, dict) else None
     return float(wait) if is_number(wait) and 0 <= wait < _LONGEST_ESTIMATE else None
 
 
