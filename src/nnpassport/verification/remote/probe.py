@@ -79,7 +79,8 @@ def probe(
     order, chosen = asking_order(key, plan, kept.terms["nonce"], available)
     images = query_images(key, plan, cover, chosen)
     if not kept.answers:
-        _rehearse(asker, innocent(shape, cover, chosen), kept)
+        ordinary = None if cover is None else cover.images
+        _rehearse(asker, innocent(shape, ordinary, chosen), kept)
     _ask_all(asker, [images[query] for query in order], kept, show)
     answers = [kept.answers[place] for place in places(order)]
     used = cover.subset(torch.tensor(chosen)) if cover is not None and chosen else None

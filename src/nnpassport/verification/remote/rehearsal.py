@@ -11,7 +11,6 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from nnpassport.data.images import ImageSet
 from nnpassport.keys.context import TriggerShape
 from nnpassport.scheme import UnreachableServiceError
 from nnpassport.verification.remote.asking import OUTSIDE, UNKNOWN, Answer, Asker, Kind
@@ -32,7 +31,9 @@ _ADVICE = {
 
 
 def innocent(
-    shape: TriggerShape, cover: ImageSet | None, chosen: Sequence[int]
+    shape: TriggerShape,
+    cover: UInt8[Tensor, "images channels height width"] | None,
+    chosen: Sequence[int],
 ) -> UInt8[Tensor, "pictures channels height width"]:
     """Pictures of the triggers' size that say nothing of them.
 
@@ -43,7 +44,7 @@ def innocent(
         return torch.stack([_slope(shape.size) for _ in range(PICTURES)])
     left = sorted(set(range(len(cover))) - set(chosen)) or list(chosen)
     picks = [left[secrets.randbelow(len(left))] for _ in range(PICTURES)]
-    return cover.images[torch.tensor(picks)].cpu()
+    return cover[torch.tensor(picks)].cpu()
 
 
 def rehearse(asker: Asker, pictures: UInt8[Tensor, "pictures channels height width"]) -> None:
