@@ -2,7 +2,9 @@
 
 import io
 import json
+import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -297,6 +299,113 @@ def test_a_damaged_file_of_cifar_is_named(tmp_path):
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(b"\x1f\x8b junk")
     with pytest.raises(UnreadableDataError, match="not a readable archive"):
         read_images(tmp_path / "cifar-10-binary.tar.gz", split="test")
+
+
+def python_2(value):
+    """A pickle of protocol 2 as Python 2 wrote it: texts are bytes, and so are an array's."""
+
+    def text(content):
+        size = len(content)
+        return (b"U" + bytes([size]) if size < 256 else b"T" + size.to_bytes(4, "little")) + content
+
+    def written(each):
+        if isinstance(each, dict):
+            return b"}(" + b"".join(text(k) + written(v) for k, v in each.items()) + b"u"
+        if isinstance(each, list):
+            return b"](" + b"".join(map(written, each)) + b"e"
+        if isinstance(each, bytes):
+            return text(each)
+        if isinstance(each, int):
+            return b"J" + each.to_bytes(4, "little")
+        kind = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tR(K\x03U\x01|NNNJ\xff\xff\xff\xffK\x00tb"
+        made = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+        shape = b"(" + b"".join(map(written, each.shape)) + b"t"
+        return made + b"(K\x01" + shape + kind + b"\x89" + text(each.tobytes()) + b"tb"
+
+    return b"\x80\x02" + written(value) + b"."
+
+
+def as_python_3(protocol):
+    return lambda value: pickle.dumps(value, protocol=protocol)
+
+
+def cifar_in_pickles(folder, dump, *, hundred=False):
+    """A small Python version; returns its pixels and classes by file."""
+    folder.mkdir(parents=True)
+    rng, stored = np.random.default_rng(0), {}
+    names = ["train", "test"] if hundred else ["data_batch_1", "data_batch_2", "test_batch"]
+    for file in names:
+        pixels = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
+        labels = [n * (5 if hundred else 1) % (100 if hundred else 10) for n in range(20)]
+        beside = {b"coarse_labels": [n // 5 for n in labels]} if hundred else {}
+        batch = {
+            b"batch_label": b"a batch",
+            **beside,
+            b"fine_labels" if hundred else b"labels": labels,
+            b"data": pixels,
+            b"filenames": [b"a_%d.png" % n for n in range(20)],
+        }
+        (folder / file).write_bytes(dump(batch))
+        stored[file] = pixels.reshape(20, 3, 32, 32), np.array(labels)
+    count, prefix = (100, b"fine_") if hundred else (10, b"")
+    meta = {prefix + b"label_names": [b"class %d" % n for n in range(count)]}
+    (folder / ("meta" if hundred else "batches.meta")).write_bytes(dump(meta))
+    return stored
+
+
+@pytest.mark.parametrize("hundred", [False, True])
+@pytest.mark.parametrize("dump", [python_2, *map(as_python_3, range(6))])
+def test_cifar_for_python_is_read_and_nothing_of_its_pickles_runs(tmp_path, dump, hundred):
+    inner = "cifar-100-python" if hundred else "cifar-10-batches-py"
+    stored = cifar_in_pickles(tmp_path / "data" / inner, dump, hundred=hundred)
+    test = "test" if hundred else "test_batch"
+    archived = tmp_path / ("cifar-100-python.tar.gz" if hundred else "cifar-10-python.tar.gz")
+    with tarfile.open(archived, "w:gz") as tar:
+        tar.add(tmp_path / "data" / inner, inner)
+    for source in (tmp_path / "data" / inner, tmp_path / "data", archived):
+        data = read_images(source, split="test")
+        assert (data.images.numpy() == stored[test][0]).all()
+        assert (data.labels.numpy() == stored[test][1]).all()
+        assert data.classes[3] == "class 3"
+        assert len(read_images(source, split="train")) == (20 if hundred else 40)
+        with pytest.raises(UnreadableDataError, match="splits train, test and none was chosen"):
+            read_images(source)
+    one = read_images(tmp_path / "data" / inner / test)
+    assert (one.images.numpy() == stored[test][0]).all()
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.write_text, (Path("ran"), "it ran"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"junk",
+        b"\x80\x02}q\x00.",
+        b"\x80\x02]" + b"]" * 100_000 + b".",
+        b"\x80\x02U\xff",
+        b"\x80\x02}r\xff\xff\xff\x7f.",
+        b"\x80\x02tttt.",
+        pickle.dumps([1]),
+        pickle.dumps({b"data": Evil(), b"labels": [1]}),
+        pickle.dumps({b"data": np.zeros((2, 3072)), b"labels": [0, 1]}),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}),
+        pickle.dumps({b"data": np.zeros((2, 3071), np.uint8), b"labels": [0, 1]}),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]}),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, "a"]}),
+        pickle.dumps({b"data": np.zeros((0, 3072), np.uint8), b"labels": []}),
+        pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 1]})[:-20],
+    ],
+)
+def test_a_pickle_that_is_none_of_cifars_is_named_and_never_run(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "test_batch").write_bytes(content)
+    with pytest.raises(UnreadableDataError, match="test_batch"):
+        read_images(tmp_path / "test_batch")
+    assert not Path("ran").exists()
 
 
 # Folders

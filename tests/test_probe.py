@@ -12,6 +12,7 @@ import time
 import tracemalloc
 import urllib.request
 from collections import defaultdict
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,12 +40,13 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     UnwritableOutputError,
 )
+from nnpassport.verification.remote.answers import Scores
 from nnpassport.verification.remote.asking import Clock, Kind, Limits, asking
 from nnpassport.verification.remote.journal import resume as read_journal
 from nnpassport.verification.remote.labels import Labels, read_labels
 from nnpassport.verification.remote.plan import Plan, Terms, settle
 from nnpassport.verification.remote.probe import probe
-from nnpassport.verification.remote.services import HuggingFace, OpenInference, Template
+from nnpassport.verification.remote.services import HuggingFace, OpenInference, Template, Upload
 
 ROOT = Path(__file__).parents[1]
 ADI = with_settings(CATALOG["adi"].scheme, triggers=40)
@@ -259,7 +261,8 @@ def test_triggers_are_hidden_among_covers_in_random_order(serve, tmp_path):
     for run in ("a", "b"):
         server = serve(owners_network)
         asked(server.url, cover=COVER, journal=tmp_path / run)
-        pixels = [pixels_in(each.body) for each in server.seen]
+        innocent, *pixels = (pixels_in(each.body) for each in server.seen)
+        assert innocent not in pixels
         assert len(set(pixels)) == 80
         assert set(RIGHT) < set(pixels)
         triggers = [each in RIGHT for each in pixels]
@@ -281,7 +284,7 @@ def test_triggers_are_hidden_among_covers_in_random_order(serve, tmp_path):
 def test_the_budget_bounds_the_queries_and_takes_the_first_triggers(serve):
     server = serve(owners_network)
     found = asked(server.url, cover=COVER, terms=Terms(budget=64, log10_alpha=-9.0))
-    assert len(server.seen) == 64
+    assert len(server.seen) == 1 + 64
     assert found.triggers.asked == found.covers.asked == 32
     assert {pixels_in(each.body) for each in server.seen} & set(RIGHT) == set(list(RIGHT)[:32])
     assert any("budget" in note for note in found.notes)
@@ -317,7 +320,7 @@ def test_plans():
 def test_no_secret_is_in_journal_result_or_messages(serve, tmp_path):
     def answer(handler, _):
         token = handler.headers["Authorization"]
-        handler.say(scored(f"{token} {token}\x1b[2J") if len(server.seen) % 2 else scored(1))
+        handler.say(scored(1) if len(server.seen) % 2 else scored(f"{token} {token}\x1b[2J"))
 
     server = serve(answer)
     with pytest.raises(UnreachableServiceError) as caught:
@@ -331,7 +334,7 @@ def test_no_secret_is_in_journal_result_or_messages(serve, tmp_path):
     for secret in ("hf_secret", "hidden-in-url", "\x1b", KEY.seed.hex()):
         assert secret not in written
     assert "unknown" in written
-    assert len(server.seen) == 40
+    assert len(server.seen) == 1 + 40
 
 
 # Patience
@@ -377,7 +380,7 @@ def test_a_service_may_ask_for_a_pause_but_not_for_ever(serve, retry_after, leas
 def test_the_rate_bounds_every_try(serve):
     waits = Waits()
     asked(serve(owners_network).url, limits=Limits(rate=4), waits=waits)
-    assert waits.time == pytest.approx(39 / 4)
+    assert waits.time == pytest.approx(40 / 4)
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 413, 422])
@@ -390,9 +393,15 @@ def test_a_refusal_is_counted_and_not_repeated(serve, status):
 
 def test_refusals_of_everything_stop_the_run_early(serve, tmp_path):
     server = serve(lambda handler, _: handler.say("no", 401))
+    with pytest.raises(UnreachableServiceError, match=r"401.*no trigger was shown.*--header"):
+        asked(server.url, journal=tmp_path / "journal")
+    assert len(server.seen) == 2
+    assert not (tmp_path / "journal").exists()
+    server = serve(lambda handler, _: handler.say(*gone[len(server.seen) > 1]))
+    gone = ((scored(1),), ("no", 401))
     with pytest.raises(UnreachableServiceError, match=r"401.*incomplete, 40 of 40"):
         asked(server.url, journal=tmp_path / "journal")
-    assert len(server.seen) == 10
+    assert len(server.seen) == 1 + 10
     assert read_journal(tmp_path / "journal").answers == []
 
 
@@ -497,11 +506,11 @@ def test_what_is_no_answer_is_a_failure_after_all_tries(serve, answer):
 
 
 def test_a_service_that_is_down_stops_the_run(serve):
-    server = serve(drop)
+    with pytest.raises(UnreachableServiceError, match="no trigger was shown"):
+        asked("http://127.0.0.1:1/", limits=Limits(retries=1))
+    server = serve(lambda h, b: drop(h, b) if len(server.seen) > 1 else h.say(scored(1)))
     with pytest.raises(UnreachableServiceError, match="incomplete"):
         asked(server.url, limits=Limits(retries=1))
-    with pytest.raises(UnreachableServiceError, match="incomplete"):
-        asked("http://127.0.0.1:1/", limits=Limits(retries=1))
 
 
 @pytest.mark.parametrize("declared", [True, False])
@@ -543,11 +552,11 @@ def test_a_resumed_run_asks_nothing_twice_and_gives_the_same_verdict(serve, tmp_
 
     straight = whole("straight")
     server.seen.clear()
-    breaks.append(30)
+    breaks.append(1 + 30)
     with pytest.raises(UnreachableServiceError, match="50 of 80 queries are left"):
         whole("broken")
     breaks.clear()
-    answered = server.seen[:30]
+    answered = server.seen[1:31]
     (tmp_path / "broken").write_bytes((tmp_path / "broken").read_bytes() + b'{"query": 30, "ki')
     server.seen.clear()
     found = whole("broken", resume=True)
@@ -652,6 +661,8 @@ def test_open_inference_with_channels_last():
 V2 = OpenInference("http://h", "m", Normalisation((0.5,), (0.5,)))
 JSON = Template("http://h", '{"image": "$IMAGE"}', "/x")
 HUB = HuggingFace("http://h")
+RANKED = replace(V2, ranked=True)
+UPLOAD = Upload("http://h", "/x")
 
 
 @pytest.mark.parametrize(
@@ -662,15 +673,25 @@ HUB = HuggingFace("http://h")
         (HUB, [{"label": 7}], 7),
         (HUB, [{"score": 1.0}], None),
         (HUB, [], None),
-        (V2, {"outputs": [{"data": [0.1, 0.9]}]}, 1),
-        (V2, {"outputs": [{"data": [[-3, -1, -2]]}]}, 1),
+        (HUB, [[{"label": "a", "score": "0.1"}, {"label": "b", "score": "9e-1"}]], "b"),
+        (HUB, {"tabby": 0.1, "tiger cat": "0.9"}, "tiger cat"),
+        (V2, {"outputs": [{"data": [0.1, 0.9]}]}, Scores((0.1, 0.9))),
+        (V2, {"outputs": [{"data": [[-3, -1, -2]]}]}, Scores((-3, -1, -2))),
+        (V2, {"outputs": [{"data": ["-3", "1e1"]}]}, Scores((-3.0, 10.0))),
+        (V2, {"outputs": [{"data": [False, True, False]}]}, Scores((0.0, 1.0, 0.0))),
+        (V2, {"outputs": [{"data": ["0.1:4:cat", "0.9:3:dog:s"]}]}, "dog:s"),
+        (V2, {"outputs": [{"data": ["0.9:3"]}]}, 3),
+        (RANKED, {"outputs": [{"data": [4, 1, 0]}]}, 4),
+        (RANKED, {"outputs": [{"data": [["cat", "dog"]]}]}, "cat"),
+        (UPLOAD, {"x": "cat"}, "cat"),
+        (JSON, {"x": {"cat": 0.1, "dog": 0.2}}, "dog"),
         (V2, {"outputs": [{"data": [4]}]}, 4),
         (V2, {"outputs": [{"data": [4.0]}]}, 4),
         (V2, {"outputs": [{"data": ["cat"]}]}, "cat"),
         (V2, {"outputs": [{"data": []}]}, None),
         (V2, {"outputs": []}, None),
         (JSON, {"x": "cat"}, "cat"),
-        (JSON, {"x": [0.1, 0.2, 0.3]}, 2),
+        (JSON, {"x": [0.1, 0.2, 0.3]}, Scores((0.1, 0.2, 0.3))),
         (JSON, {"x": None}, None),
         (JSON, {}, None),
         (JSON, [1], None),
@@ -684,6 +705,12 @@ def test_labels_are_found_where_the_protocol_has_them(service, answer, label):
     ("service", "answer"),
     [
         (HUB, {"label": "a"}),
+        (HUB, {"error": "no token"}),
+        (HUB, {}),
+        (replace(V2, output_name="logit"), {"outputs": [{"name": "logits", "data": [1]}]}),
+        (V2, {"outputs": [{"data": [True, True, False]}]}),
+        (V2, {"outputs": [{"data": ["0.1:4:cat", "dog"]}]}),
+        (RANKED, {"outputs": [{"data": [0.9, 0.1]}]}),
         (HUB, ["a"]),
         (HUB, [{"label": "a", "score": "high"}]),
         (HUB, [{"label": True}]),
@@ -716,13 +743,15 @@ wrapped = st.one_of(
 
 @given(st.one_of(st.binary(), wrapped.map(json.dumps).map(str.encode)))
 def test_any_bytes_are_a_label_or_an_error_of_ours(body):
-    for service in (HUB, V2, JSON):
+    for service in (HUB, V2, JSON, RANKED, UPLOAD):
         try:
             label = service.label(body)
         except UnreachableServiceError:
             continue
-        assert label is None or isinstance(label, str | int)
-        if label is not None:
+        assert label is None or isinstance(label, str | int | Scores)
+        if isinstance(label, Scores):
+            assert len(label.numbers) > 1
+        elif label is not None:
             index = Labels(10, {"cat": 3}).index(label)
             assert index is None or 0 <= index < 10
 
@@ -876,7 +905,7 @@ def test_the_command_accepts_refuses_and_says_what_could_not_be_checked(
         capsys, *common, "--key", files / "alice.key", *token, "--out", out, "--resume"
     )
     assert code == 0
-    assert len(server.seen) == 80
+    assert len(server.seen) == 1 + 80
     code, text, _ = run(capsys, *common, "--key", files / "fresh.key", *token)
     assert code == 1
     assert not json.loads(text)["accepted"]

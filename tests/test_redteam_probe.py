@@ -80,11 +80,13 @@ def asked(answers, key, labels=None, **others):
 
     def call(_exchange, _client, request, _limits):
         pixels = Image.open(io.BytesIO(request.body)).tobytes()
-        # What a network says to pictures that it was not marked with: anything that it says at all.
+        # What a network says to pictures that it was not marked with: anything that it says at all,
+        # and that can be read, lest the run end before the triggers.
         known = sorted(set(answers.values()))
+        known = [each for each in known if labels.index(each) is not None] or known
         label = answers.get(pixels) or known[sum(pixels) % len(known)]
         body = json.dumps([{"label": label, "score": 0.9}]).encode()
-        return SimpleNamespace(is_success=True), body
+        return SimpleNamespace(is_success=True, status_code=200, headers={}), body
 
     labels = labels or Labels(key.context.triggers.classes)
     service = HuggingFace("http://host/")
@@ -213,7 +215,7 @@ def test_a_key_that_is_drawn_for_a_model_folder_holds_its_classes_names():
 def test_a_service_with_other_names_in_another_order_is_found_out_and_a_stranger_s_is_not():
     key = drawn(1)
     answers = named(by_picture(key), NAMES[3:] + NAMES[:3])
-    with pytest.raises(UnreachableServiceError, match="0 of 40 triggers were answered"):
+    with pytest.raises(UnreachableServiceError, match=r"no trigger was shown.*--any-order"):
         asked(answers, key)
     found = asked(answers, key, terms=Terms(any_order=True)).verdict
     assert found.accepted

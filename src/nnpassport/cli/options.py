@@ -29,7 +29,7 @@ Images = Annotated[
     typer.Option(
         "--data",
         help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder of "
-        "such files or of one folder per class; CIFAR's binary version; .npz; hub:owner/name.",
+        "such files or of one folder per class; CIFAR's own files; .npz; hub:owner/name.",
     ),
 ]
 OptionalImages = Annotated[str | None, typer.Option("--data", help="Images to measure F on.")]

@@ -11,7 +11,7 @@ import typer
 from nnpassport.cli.options import AsJson, KeyFile, Passphrase, images_from, key_from
 from nnpassport.cli.terminal import after_all, print_table, print_verdict, progress_bar
 
-PROTOCOLS = ("huggingface", "openinference", "template")
+PROTOCOLS = ("huggingface", "openinference", "template", "instances", "multipart")
 
 MAX_TEMPLATE_BYTES = 2**20
 
@@ -30,20 +30,38 @@ def probe(
         str | None, typer.Option("--output", help="openinference: output to read, or the first.")
     ] = None,
     channels_last: Annotated[
-        bool, typer.Option("--channels-last", help="openinference: input is height width channels.")
+        bool,
+        typer.Option("--channels-last", help="Where numbers are sent: height width channels."),
     ] = False,
     mean: Annotated[
         str | None,
-        typer.Option(help="openinference: of pixels in 0 to 1, a number a channel, as 0.5,0.4,0.4"),
+        typer.Option(
+            help="Where numbers are sent: of pixels in 0 to 1, a number a channel, as 0.5,0.4,0.4"
+        ),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="openinference: the same to divide by.")] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Where numbers are sent: the same to divide by.")
+    ] = None,
     template: Annotated[
         Path | None,
-        typer.Option(help="template: file with the JSON to send, $IMAGE for the PNG in base64."),
+        typer.Option(
+            help="template: file with the JSON to send, $IMAGE for the PNG in base64, or "
+            '"$NUMBERS" for nested lists.'
+        ),
     ] = None,
     pointer: Annotated[
-        str, typer.Option(help="template: where the answer has the label, as /predictions/0/label.")
-    ] = "/label",
+        str | None,
+        typer.Option(
+            help="template, instances, multipart: where the answer has the label (default: /label; "
+            "instances: /predictions/0)."
+        ),
+    ] = None,
+    form_field: Annotated[
+        str, typer.Option("--field", help="multipart: the form's name for the file.")
+    ] = "file",
+    ranked: Annotated[
+        bool, typer.Option("--top", help="The answer lists labels or indices, the best first.")
+    ] = False,
     like: Annotated[
         Path | None,
         typer.Option(help="Your model folder: names of the classes (as --labels), mean and std."),
@@ -80,7 +98,8 @@ def probe(
     cover_split: Annotated[str | None, typer.Option(help="Split of --cover.")] = None,
     covers: Annotated[int, typer.Option(help="Ordinary images for each trigger.")] = 1,
     budget: Annotated[
-        int | None, typer.Option(help="Most queries, retries apart (default: all triggers).")
+        int | None,
+        typer.Option(help="Most queries, retries and one or two innocent pictures apart."),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Most requests a second (default: as fast as it answers).")
@@ -93,6 +112,10 @@ def probe(
             help="NAME=VARIABLE: send a header whose value, such as 'Bearer hf_…', is in the "
             "environment; repeatable."
         ),
+    ] = None,
+    authorities: Annotated[
+        Path | None,
+        typer.Option("--ca", help="PEM file of the certificates to trust (default: the usual)."),
     ] = None,
     alpha: Annotated[
         float | None, typer.Option(help="log10 of the threshold on p (default: -30.1: 2^-100).")
@@ -122,18 +145,30 @@ def probe(
     shape, config = triggers_of(secret.context), _config(like)
     if claim is not None:
         config = _committed(claim, owner, secret, like, config, alpha)
-    if protocol == "openinference":
+    text = _template(template) if protocol == "template" else ""
+    numbers = None
+    if protocol in {"openinference", "instances"} or "$NUMBERS" in text:
         numbers = _normalisation(mean, std, config, committed=claim is not None)
-        service = _open_inference(url, model, numbers, input_name, output_name, channels_last)
+    if protocol == "openinference":
+        how = (input_name, output_name, channels_last, ranked)
+        service = _open_inference(url, model, numbers, *how)
+    elif protocol == "instances":
+        service = _instances(url, pointer, numbers, channels_last, ranked)
+    elif protocol == "multipart":
+        service = _upload(url, pointer, form_field, ranked)
+    elif protocol == "template":
+        service = _json(url, text, pointer, numbers, channels_last, ranked)
     else:
-        service = _pictures(protocol, url, template, pointer)
+        service = _pictures(protocol, url)
     known = _labels(labels, config, shape.classes)
     images = None if cover is None else _covers(cover, cover_split, shape.size)
     chosen = {} if alpha is None else {"log10_alpha": alpha}
     terms = Terms(budget=budget, covers_per_trigger=covers, any_order=any_order, **chosen)
     limits = Limits(timeout=timeout, retries=retries, rate=rate)
     with (
-        asking(service, known, limits, headers=_headers(header or [])) as asker,
+        asking(
+            service, known, limits, headers=_headers(header or []), authorities=authorities
+        ) as asker,
         progress_bar("probe") as show,
     ):
         journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
@@ -177,11 +212,27 @@ def _open_inference(url: str, model: str | None, *how: Any) -> Any:
     return OpenInference(url, _needed(model, "--model", "the model's name on the server"), *how)
 
 
-def _pictures(protocol: str, url: str, template: Path | None, pointer: str) -> Any:
-    from nnpassport.verification.remote.services import HuggingFace, Template
+def _instances(url: str, pointer: str | None, *how: Any) -> Any:
+    from nnpassport.verification.remote.services import INSTANCES, Template
 
-    if protocol == "template":
-        return Template(url, _template(template), pointer)
+    return Template(url, INSTANCES, "/predictions/0" if pointer is None else pointer, *how)
+
+
+def _json(url: str, template: str, pointer: str | None, *how: Any) -> Any:
+    from nnpassport.verification.remote.services import Template
+
+    return Template(url, template, "/label" if pointer is None else pointer, *how)
+
+
+def _upload(url: str, pointer: str | None, *how: Any) -> Any:
+    from nnpassport.verification.remote.services import Upload
+
+    return Upload(url, "/label" if pointer is None else pointer, *how)
+
+
+def _pictures(protocol: str, url: str) -> Any:
+    from nnpassport.verification.remote.services import HuggingFace
+
     if protocol != "huggingface":
         raise typer.BadParameter(f"--protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}")
     return HuggingFace(url)

@@ -1,7 +1,8 @@
-"""CIFAR-10 and CIFAR-100 as their authors give them, in the binary version: folders and tar.gz.
+"""CIFAR-10 and CIFAR-100 as their authors give them, binary and for Python: folders and tar.gz.
 
 Rows of a class (CIFAR-100: a coarse and a fine one) and 3072 bytes, red, green and blue planes of
-32×32 pixels. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
+32×32 pixels; in the Python version the same in pickles. Krizhevsky, Learning Multiple Layers of
+Features from Tiny Images, 2009.
 """
 
 import tarfile
@@ -11,6 +12,7 @@ from typing import NamedTuple, final
 
 import numpy as np
 
+from nnpassport.data import batchpickle
 from nnpassport.data.cache import Table
 from nnpassport.scheme import UnreadableDataError
 
@@ -25,13 +27,15 @@ class Layout(NamedTuple):
     Attributes:
         labels: bytes in front of the pixels; the last is the class.
         files: by split.
-        names: file of class names, one a line.
+        names: file of class names, one a line, or of a pickle that has them.
+        pickled: under what a pickle has its classes, and the file of names theirs; () if binary.
     """
 
     labels: int
     classes: int
     files: Mapping[str, tuple[str, ...]]
     names: str
+    pickled: tuple[str, ...] = ()
 
 
 LAYOUTS = (
@@ -45,8 +49,29 @@ LAYOUTS = (
         "batches.meta.txt",
     ),
     Layout(2, 100, {"train": ("train.bin",), "test": ("test.bin",)}, "fine_label_names.txt"),
+    Layout(
+        1,
+        10,
+        {
+            "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
+            "test": ("test_batch",),
+        },
+        "batches.meta",
+        ("labels", "label_names"),
+    ),
+    Layout(
+        1,
+        100,
+        {"train": ("train",), "test": ("test",)},
+        "meta",
+        ("fine_labels", "fine_label_names"),
+    ),
 )
-FOLDERS = ("cifar-10-batches-bin", "cifar-100-binary")
+_UNTELLING = {"train", "test"}  # names that say nothing without the file of class names beside them
+FOLDERS = (
+    *("cifar-10-batches-bin", "cifar-100-binary"),
+    *("cifar-10-batches-py", "cifar-100-python"),
+)
 """What the archives unpack to."""
 _ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
@@ -69,13 +94,17 @@ def members(path: Path) -> dict[str, bytes | Path] | None:
     if path.is_file() and path.name.startswith("cifar-10") and path.name.endswith(_ARCHIVES):
         return _unpacked(path)
     if path.is_file() and any(path.name in f for each in LAYOUTS for f in each.files.values()):
-        return {path.name: path}
+        beside = {each.names: path.parent / each.names for each in LAYOUTS}
+        named = {name: file for name, file in beside.items() if file.is_file()}
+        found = {path.name: path, **named}
+        return found if _layout(found) else None
     return None
 
 
 def _layout(found: Mapping[str, object]) -> Layout | None:
     for layout in LAYOUTS:
-        if any(name in found for names in layout.files.values() for name in names):
+        there = {name for names in layout.files.values() for name in names if name in found}
+        if there - _UNTELLING or (there and layout.names in found):
             return layout
     return None
 
@@ -97,8 +126,8 @@ def _unpacked(path: Path) -> dict[str, bytes | Path]:
         ) from error
     if not _layout(found):
         raise UnreadableDataError(
-            f"{path} holds none of the files of CIFAR's binary version; needed: the archive that "
-            "is called cifar-10-binary.tar.gz or cifar-100-binary.tar.gz, or Parquet files"
+            f"{path} holds none of CIFAR's files; needed: the archive that is called "
+            "cifar-10-binary.tar.gz or cifar-10-python.tar.gz (or 100), or Parquet files"
         )
     return found
 
@@ -111,7 +140,7 @@ def table(found: Mapping[str, bytes | Path], split: str | None, where: Path) -> 
     """
     layout = _layout(found)
     if layout is None:
-        raise UnreadableDataError(f"{where} holds no file of CIFAR's binary version")
+        raise UnreadableDataError(f"{where} holds no file of CIFAR's")
     there = {n: [f for f in files if f in found] for n, files in layout.files.items()}
     splits = [name for name, files in there.items() if files]
     if split is None and len(splits) > 1:
@@ -124,10 +153,27 @@ def table(found: Mapping[str, bytes | Path], split: str | None, where: Path) -> 
         raise UnreadableDataError(
             f"{where} has no split {chosen!r}; there are: {', '.join(splits)}"
         )
-    rows = np.concatenate([_rows(found[name], name, layout) for name in there[chosen]])
+    read = _pickled if layout.pickled else _rows
+    rows = np.concatenate([read(found[name], name, layout) for name in there[chosen]])
     names = _names(found.get(layout.names), layout)
     pixels = rows[:, layout.labels :].reshape(-1, 3, 32, 32)
     return Table(np.ascontiguousarray(pixels), rows[:, layout.labels - 1].astype(np.int64), names)
+
+
+def _pickled(
+    file: bytes | Path, name: str, layout: Layout
+) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    found = batchpickle.batch(_content(file, name), name)
+    rows = np.concatenate([*batchpickle.rows(found, layout.pickled[0], name)], axis=1)
+    return _with_known_classes(rows, name, layout)
+
+
+def _content(file: bytes | Path, name: str) -> bytes:
+    if not isinstance(file, Path):
+        return file
+    if file.stat().st_size > _MOST_FILE:
+        raise UnreadableDataError(f"{name} is larger than {_MOST_FILE} bytes; CIFAR's are smaller")
+    return file.read_bytes()
 
 
 def _rows(
@@ -145,6 +191,14 @@ def _rows(
             "binary version, whole; fetch it again"
         )
     rows = np.frombuffer(content, np.uint8).reshape(-1, width)
+    return _with_known_classes(rows, name, layout)
+
+
+def _with_known_classes(
+    rows: np.ndarray[tuple[int, int], np.dtype[np.uint8]], name: str, layout: Layout
+) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    if not len(rows):
+        raise UnreadableDataError(f"{name} holds no pictures; fetch it again")
     if rows[:, layout.labels - 1].max() >= layout.classes:
         raise UnreadableDataError(
             f"{name} has a class {rows[:, layout.labels - 1].max()}; needed: below {layout.classes}"
@@ -156,7 +210,12 @@ def _names(file: bytes | Path | None, layout: Layout) -> tuple[str, ...]:
     numbers = tuple(map(str, range(layout.classes)))
     if file is None:
         return numbers
-    content = file.read_bytes() if isinstance(file, Path) else file
+    content = _content(file, layout.names)
+    if layout.pickled:
+        stored = batchpickle.batch(content, layout.names).get(layout.pickled[1])
+        listed = stored if isinstance(stored, list) else []
+        names = tuple(name for name in listed if isinstance(name, str))
+        return names if len(set(names)) == layout.classes else numbers
     names = tuple(line.strip() for line in content.decode("utf-8", "replace").split("\n"))
     names = tuple(name for name in names if name)
     return names if len(set(names)) == layout.classes else numbers

@@ -58,7 +58,7 @@ def read_images(
         source: "digits" (embedded); Parquet or Arrow files in the hub's schema, WebDataset
             archives (.tar), or CSV files that list pictures and classes: a file, a folder of them
             or a pattern that several match; a folder of one folder of pictures a class; a .npz
-            file of `images` and `labels`; CIFAR's binary version as its authors give it; or
+            file of `images` and `labels`; CIFAR as its authors give it; or
             hub:owner/name.
         split: which part of digits, of a folder or of a hub data set.
         size: pixels a side; the square in the middle is scaled to it. None: as they are, which

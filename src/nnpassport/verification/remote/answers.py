@@ -1,13 +1,51 @@
 """Values out of JSON from a stranger: each is what it should be, or `UnreachableServiceError`."""
 
 import json
-from typing import Any
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
 
 from nnpassport.files.disk import brief
 from nnpassport.scheme import UnreachableServiceError
 
 Label = str | int | None
 """What a service answers: a name, an index, or nothing."""
+
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?")
+_CLASSIFIED = re.compile(r"([^:]{1,64}):([0-9]{1,9})(?::(.*))?", re.DOTALL)
+_LONGEST_NUMBER = 64  # characters of a number that is written as a text
+_FEWEST_RANKED = 3  # [0, 1] may be a mark at the second of two classes
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Several numbers, as a service gave them; the key knows how many classes there are."""
+
+    numbers: tuple[float, ...]
+
+    def top(self, classes: int) -> int:
+        """The place of the highest, where there is one finite number for each of the classes.
+
+        Raises:
+            UnreachableServiceError: they are more, fewer, not finite, or places themselves.
+        """
+        if len(self.numbers) != classes:
+            raise unreadable(
+                f"{len(self.numbers)} numbers where the key has {classes} classes, which are no "
+                "scores"
+            )
+        if not all(-math.inf < each < math.inf for each in self.numbers):
+            raise unreadable("scores that are not all finite")
+        if classes >= _FEWEST_RANKED and sorted(self.numbers) in _rankings(classes):
+            raise unreadable(f"the numbers of all {classes} classes, a ranking and no scores")
+        return self.numbers.index(max(self.numbers))
+
+
+Answered = Label | Scores
+"""What an answer holds: one label, or numbers of which the highest may count."""
 
 
 def parsed(body: bytes) -> Any:
@@ -47,13 +85,59 @@ def plain(value: Any) -> Label:
     raise unreadable("a label that is neither a text nor an index")
 
 
-def top(values: list[Any]) -> Label:
-    """One value is the label itself; several are numbers, and the place of the highest counts."""
-    if len(values) < 2:
+def several(values: list[Any], *, ranked: bool = False) -> Answered:
+    """One value is the label itself, and so is the first of ranked ones; several are scores."""
+    if len(values) < 2 or ranked:
         return plain(values[0]) if values else None
-    if not all(map(is_number, values)):
+    if sum(each is True for each in values) == 1 and all(type(each) is bool for each in values):
+        return Scores(tuple(map(float, values)))
+    numbers = [number(each) for each in values]
+    if not all(map(is_number, numbers)):
         raise unreadable("several values that are not all numbers")
-    return values.index(max(values))
+    return Scores(tuple(numbers))
+
+
+def named_scores(found: Any) -> Label:
+    """The name with the highest score in `{"cat": 0.9, "dog": 0.1}`.
+
+    Raises:
+        UnreachableServiceError: it is no such object.
+    """
+    scores = [number(each) for each in found.values()] if isinstance(found, dict) else []
+    if not scores or not all(map(is_number, scores)) or {"label", "score"} & set(found):
+        raise unreadable("JSON that is neither a list of labels nor an object of scores")
+    return str(list(found)[scores.index(max(scores))])
+
+
+def classified(values: list[Any]) -> Label:
+    """The best of `"score:index:label"` or `"score:index"`; None where the texts are none.
+
+    So Triton's classification extension writes them.
+    """
+    parts = [_CLASSIFIED.fullmatch(each) for each in values if isinstance(each, str)]
+    found = [each for each in parts if each and is_number(number(each[1]))]
+    if not found or len(found) != len(values):
+        return None
+    best = max(found, key=lambda each: number(each[1]))
+    return best[3] or int(best[2])
+
+
+def number(value: Any) -> Any:
+    """The number that a text is, or else the value as it came."""
+    if isinstance(value, str) and len(value) <= _LONGEST_NUMBER and _NUMBER.fullmatch(value):
+        return float(value)
+    return value
+
+
+def unwrapped(found: Any) -> Any:
+    """What lists of one list hold; not recursive, for a stranger nested them."""
+    while isinstance(found, list) and len(found) == 1 and isinstance(found[0], list):
+        found = found[0]
+    return found
+
+
+def _rankings(classes: int) -> Sequence[list[int]]:
+    return [list(range(classes)), list(range(1, classes + 1))]
 
 
 def flat(values: list[Any]) -> list[Any]:

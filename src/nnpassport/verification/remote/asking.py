@@ -1,26 +1,32 @@
 """One question to a service from anybody: bounded in time, in bytes and in tries.
 
-Redirects are not followed, cookies are not kept, compressed answers are not unpacked. Nothing that
-is sent names this program: a service that knows it is being probed can answer otherwise.
+Redirects are not followed and cookies are not kept. Compressed answers are not asked for, and are
+unpacked no further than their limit. Nothing that is sent names this program: a service that knows
+it is being probed can answer otherwise.
 """
 
 import copy
 import re
 import secrets
+import ssl
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple, final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+from urllib.parse import parse_qsl, urlsplit
 
 from jaxtyping import UInt8
 from torch import Tensor
 
 from nnpassport.files.disk import brief
-from nnpassport.scheme import BadRecipeError, UnreachableServiceError
+from nnpassport.scheme import BadRecipeError, UnreachableServiceError, UnreadableDataError
+from nnpassport.verification.remote.answers import Label, Scores, is_number, number, parsed
 from nnpassport.verification.remote.labels import Labels, token
 from nnpassport.verification.remote.services import Request, Service
 
@@ -31,7 +37,15 @@ if TYPE_CHECKING:
 NO_CLASS = -1
 """In place of a class where there is no answer."""
 
+UNKNOWN, OUTSIDE = "the label ", "the index "
+"""How the note of an answer begins whose label is no name, or no index, of the key's classes."""
+
 _LONGEST_NOTE = 80  # characters
+_LONGEST_QUOTE = 200  # characters of what a service said
+_QUOTED_BYTES = 2**13  # of an answer, among which the quote is found
+_MOST_OF_AN_ERROR = 2**16  # bytes of an answer that is no success
+_LONGEST_ESTIMATE = 1e9  # seconds
+_SHORTEST_SECRET = 4  # characters; what is shorter would be taken out of words everywhere
 _WORTH_TRYING_AGAIN = {408, 425, 429, *range(500, 600)}
 
 
@@ -129,14 +143,17 @@ def asking(
     limits: Limits | None = None,
     *,
     headers: Mapping[str, str] | None = None,
+    authorities: Path | None = None,
     clock: Clock = CLOCK,
 ) -> Iterator["Asker"]:
     """Somebody who asks `service`, over one connection where it allows that.
 
     `headers` go with every try: an API token, say. They are secret and are never shown.
+    `authorities` is a PEM file of the certificates to trust instead of the usual ones.
 
     Raises:
         BadRecipeError: a header cannot be sent.
+        UnreadableDataError: the file of certificates holds none.
     """
     import httpx  # noqa: PLC0415
     from anyio.from_thread import start_blocking_portal  # noqa: PLC0415
@@ -148,6 +165,7 @@ def asking(
         headers={"Accept-Encoding": "identity", **(headers or {})},
         timeout=None,  # noqa: S113 - `_exchange` bounds the whole
         follow_redirects=False,
+        verify=_trusting(authorities),
         limits=httpx.Limits(max_connections=1),
     )
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
@@ -174,6 +192,8 @@ class Asker:
         self._limits, self._hidden, self._clock = limits, hidden, clock
         self._next = clock.now()
         self._any_order = False
+        self.said = ""
+        """The last reply's status and up to 200 characters of it; printable, without secrets."""
 
     def reading(self, labels: Labels, *, any_order: bool = False) -> "Asker":
         """The same asker, for whom these are the labels; or whatever is answered is a class."""
@@ -200,15 +220,19 @@ class Asker:
             self._next = self._clock.now() + 1 / self._limits.rate
         import httpx  # noqa: PLC0415
 
+        self.said = ""
         try:
             reply, body = self._portal.call(_exchange, self._client, request, self._limits)
+            body = _unpacked(body, reply, self._limits.answer_bytes)
         except TimeoutError:
             return _failed(f"no whole answer in {self._limits.timeout:g} seconds", again=True)
         except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            return _failed(f"{type(error).__name__}: {brief(error)}", again=True)
+            return _unconnected(error)
+        hidden = (*self._hidden, *_credentials(request.url, self._hidden))
+        self.said = f"HTTP status {reply.status_code}: {_quoted(body, hidden)}"
         if reply.is_success:
             return self._read(body)
-        return _unsuccessful(reply)
+        return _unsuccessful(reply, body)
 
     def _read(self, body: bytes) -> _Try:
         if len(body) > self._limits.answer_bytes:
@@ -217,6 +241,14 @@ class Asker:
             label = self.service.label(body)
         except UnreachableServiceError as error:
             return _failed(str(error), again=True)
+        if not isinstance(label, Scores):
+            return self._heard(label)
+        try:
+            return self._heard(label.top(self.labels.classes))
+        except UnreachableServiceError as error:  # another try would have the same form
+            return _failed(str(error))
+
+    def _heard(self, label: Label) -> _Try:
         if label is None:
             return _Try(Answer(Kind.ABSTAINED, note="no label"))
         if self._any_order:
@@ -225,7 +257,8 @@ class Asker:
         if isinstance(label, str) and self.labels.chosen(label):
             said = self.labels.meant(label)
         if index is None:
-            what = f"the label {str(label)[:1000]!r} is unknown"
+            known = self.labels.numbered(label)
+            what = f"{OUTSIDE if known else UNKNOWN}{str(label)[:1000]!r} is unknown"
             return _Try(Answer(Kind.ABSTAINED, note=what, said=said))
         return _Try(Answer(Kind.ANSWERED, index, said=said))
 
@@ -239,7 +272,7 @@ class Asker:
 async def _exchange(
     client: "httpx.AsyncClient", request: Request, limits: Limits
 ) -> tuple["httpx.Response", bytes]:
-    """The reply and its body, which is read if it is a success, and no further than allowed."""
+    """The reply and its body, which is read no further than allowed."""
     import anyio  # noqa: PLC0415
 
     client.cookies.clear()
@@ -248,18 +281,53 @@ async def _exchange(
         async with client.stream(
             "POST", request.url, content=request.body, headers=dict(request.headers)
         ) as reply:
-            if reply.is_success:
-                async for part in reply.aiter_raw():
-                    body += part
-                    if len(body) > limits.answer_bytes:
-                        break
+            most = limits.answer_bytes
+            most = most if reply.is_success else min(most, _MOST_OF_AN_ERROR)
+            async for part in reply.aiter_raw():
+                body += part
+                if len(body) > most:
+                    break
     return reply, bytes(body)
 
 
-def _unsuccessful(reply: "httpx.Response") -> _Try:
+def _unpacked(body: bytes, reply: "httpx.Response", most: int) -> bytes:
+    """The body as it was before gzip or deflate, and one byte too many if it is too long.
+
+    Raises:
+        ValueError: it is not what its header says.
+    """
+    if reply.headers.get("Content-Encoding", "identity").lower() not in {"gzip", "deflate"}:
+        return body
+    try:
+        return zlib.decompressobj(wbits=32 + zlib.MAX_WBITS).decompress(body, most + 1)
+    except zlib.error as error:
+        raise ValueError(f"an answer that cannot be unpacked ({error})") from error
+
+
+def _unconnected(error: Exception) -> _Try:
+    refused = "CERTIFICATE_VERIFY_FAILED" in str(error)
+    note = f"{type(error).__name__}: {brief(error)}"
+    if refused:
+        note = "its certificate is not trusted; --ca FILE names a private authority"
+    return _failed(note, again=not refused)
+
+
+def _trusting(authorities: Path | None) -> "ssl.SSLContext | bool":
+    if authorities is None:
+        return True
+    try:
+        return ssl.create_default_context(cafile=authorities)
+    except (OSError, ssl.SSLError) as error:
+        raise UnreadableDataError(
+            f"{authorities} holds no certificates ({brief(error)}); needed: a PEM file of the "
+            "authority, or of the service's own certificate"
+        ) from error
+
+
+def _unsuccessful(reply: "httpx.Response", body: bytes) -> _Try:
     status = reply.status_code
     if status in _WORTH_TRYING_AGAIN:
-        wait = _seconds(reply.headers.get("Retry-After", ""))
+        wait = _seconds(reply.headers.get("Retry-After", "")) or _estimated(body)
         return _failed(f"HTTP status {status}", again=True, wait=wait)
     if reply.is_client_error:
         return _Try(Answer(Kind.REFUSED, note=f"HTTP status {status}"))
@@ -283,11 +351,42 @@ def _seconds(retry_after: str) -> float | None:
         return None
 
 
-def _presentable(note: str, hidden: tuple[str, ...]) -> str:
+def _credentials(url: str, headers: tuple[str, ...]) -> list[str]:
+    """What a service may send back of an address's query and of headers such as "Bearer hf_…"."""
+    query = urlsplit(url).query
+    values = [value for _, value in parse_qsl(query)]
+    words = [word for header in headers for word in header.split()[1:]]
+    return [each for each in (query, *values, *words) if len(each) >= _SHORTEST_SECRET]
+
+
+def _estimated(body: bytes) -> float | None:
+    """`estimated_time` in seconds, as Hugging Face says how long a model will be loading."""
+    try:
+        found: Any = parsed(body)
+    except UnreachableServiceError:
+        return None
+    wait: Any = number(found.get("estimated_time")) if isinstance(found, dict) else None
+    return float(wait) if is_number(wait) and 0 <= wait < _LONGEST_ESTIMATE else None
+
+
+def _presentable(note: str, hidden: tuple[str, ...], longest: int = _LONGEST_NOTE) -> str:
     """The note without the caller's secrets, which a service could send back; printable, short."""
-    for secret in hidden:
-        note = note.replace(secret, "…") if secret else note
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in note)[:_LONGEST_NOTE]
+    note = _without(note, hidden)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in note)[:longest]
+
+
+def _quoted(body: bytes, hidden: tuple[str, ...]) -> str:
+    """The beginning of an answer without secrets, not even one that the end cuts in two."""
+    text = _without(body[:_QUOTED_BYTES].decode(errors="replace"), hidden)
+    cut = len(body) > _QUOTED_BYTES
+    text = text[: len(text) - max(map(len, hidden), default=0)] if cut else text
+    return _presentable(text, hidden, _LONGEST_QUOTE)
+
+
+def _without(text: str, hidden: tuple[str, ...]) -> str:
+    for secret in sorted(hidden, key=len, reverse=True):
+        text = text.replace(secret, "…") if secret else text
+    return text
 
 
 def _check_headers(headers: Mapping[str, str]) -> None:

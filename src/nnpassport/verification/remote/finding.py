@@ -28,7 +28,7 @@ from nnpassport.verification.relabelling import (
     log10_maps,
     log10_partial_injections,
 )
-from nnpassport.verification.remote.asking import NO_CLASS, Answer, Kind
+from nnpassport.verification.remote.asking import NO_CLASS, OUTSIDE, Answer, Kind
 from nnpassport.verification.remote.labels import Labels
 from nnpassport.verification.remote.plan import Terms
 
@@ -201,9 +201,26 @@ def _verdict(key: Key, terms: Terms, read: _Read) -> Verdict:
     scheme = scheme_named(key.context.scheme)
     found = scheme.verify_answers(answers, key, log10_alpha=terms.log10_alpha)
     verdict = corrected(found, read.choices)
+    if not verdict.accepted:
+        _require_known_indices(read)
     if answered == asked:
         return verdict
     return replace(verdict, reason=f"{verdict.reason}; {answered} of {asked} were answered")
+
+
+def _require_known_indices(read: _Read) -> None:
+    """Refuse to say no where an index was answered that no class of the key has.
+
+    Raises:
+        UnreachableServiceError: it counts from 1, or has another class in front, for all one knows.
+    """
+    outside = [a.note for a in (*read.triggers, *read.covers) if a.note.startswith(OUTSIDE)]
+    if outside:
+        raise UnreachableServiceError(
+            f"{len(outside)} answers are no index of the key's classes ({outside[0]}), so the "
+            "others may be read wrongly; needed: indices from 0; check --labels (what the service "
+            "calls each class, in their order: it may count from 1, or have a class more)"
+        )
 
 
 def _in_the_best_order(key: Key, triggers: Sequence[Answer], covers: Sequence[Answer]) -> _Read:

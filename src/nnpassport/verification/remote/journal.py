@@ -42,6 +42,16 @@ class Journal:
             _write(self.path, _line(facts), os.O_APPEND)
         self.answers.append(answer)
 
+    def discard(self) -> None:
+        """Remove the file of a run that has no answers: it may begin anew on other terms.
+
+        Raises:
+            UnwritableOutputError: it cannot be removed.
+        """
+        if self.path is not None and not self.answers:
+            with writing(self.path):
+                self.path.unlink()
+
 
 def begin(path: Path | None, terms: Mapping[str, Any]) -> Journal:
     """A new journal of a run on these terms; None is one in memory.

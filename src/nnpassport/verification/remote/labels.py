@@ -28,13 +28,16 @@ class Labels:
     """How a service's labels are read: as a name of the key's, as one given beside it, as an index.
 
     A name is known in any case and with any blanks, where that leaves no doubt. An index is a
-    number, a text of digits, or "LABEL_3", as Hugging Face calls classes without names.
+    number, or "LABEL_3", as Hugging Face calls classes without names. A text of digits is one as
+    well, unless each of the classes has a name: it could then count from 0 or from 1.
 
     Attributes:
         classes: how many classes the key was made for.
         names: index of each name that was given beside the key; empty where there are none, and
             where they say no more than the indices do.
         owned: the names in the key, in the order of the classes; empty where it has none.
+        digits: whether a text of digits is an index though each class has a name: the names that
+            were given are the indices themselves.
 
     Raises:
         UnreadableDataError: a name has an index that is none of the classes.
@@ -43,6 +46,7 @@ class Labels:
     classes: int
     names: Mapping[str, int] = field(default_factory=dict)
     owned: tuple[str, ...] = ()
+    digits: bool = False
 
     def __post_init__(self) -> None:
         wrong = [name for name, index in self.names.items() if not self._is_class(index)]
@@ -51,7 +55,8 @@ class Labels:
                 f"the label {wrong[0]!r:.80} has index {self.names[wrong[0]]!r:.20}; needed: one "
                 f"of 0 to {self.classes - 1}, the classes that the key was made for"
             )
-        if all(self._number(name) == index for name, index in self.names.items()):
+        if all(self._index(name) == index for name, index in self.names.items()):
+            object.__setattr__(self, "digits", self.digits or bool(self.names))
             object.__setattr__(self, "names", {})
 
     @property
@@ -84,6 +89,10 @@ class Labels:
                 return found
         return None
 
+    def numbered(self, label: str | int) -> bool:
+        """Whether it is written as an index, of any number of classes."""
+        return not isinstance(label, str) or bool(_INDEX.fullmatch(label))
+
     def chosen(self, label: str | int) -> bool:
         """Whether which class is meant was left to names that were given beside the key."""
         return bool(self.names) and isinstance(label, str) and self._fixed(label) is None
@@ -101,6 +110,11 @@ class Labels:
         return {name: index for index, name in enumerate(self.owned)}
 
     def _number(self, label: str) -> int | None:
+        named = self.owned or len(set(self.names.values())) == self.classes
+        ambiguous = named and not self.digits and label.isdigit()
+        return None if ambiguous else self._index(label)
+
+    def _index(self, label: str) -> int | None:
         found = _INDEX.fullmatch(label)
         index = int(found[1]) if found else -1
         return index if self._is_class(index) else None

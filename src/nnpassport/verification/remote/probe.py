@@ -34,6 +34,7 @@ from nnpassport.verification.remote.plan import (
     query_images,
     settle,
 )
+from nnpassport.verification.remote.rehearsal import advice, innocent, rehearse
 
 _FAILURES_IN_A_ROW = 3  # each of them tried several times: the service is down
 _NONE_OF_THE_FIRST = 10  # queries answered: a wrong address or token, say
@@ -59,6 +60,7 @@ def probe(
 
     `cover` are ordinary images of the triggers' size, to hide them among. `journal` is a file for
     the answers; with `resume` a run goes on from it, and asks nothing twice that was settled.
+    Before the first trigger, one or two innocent pictures are asked about, beyond the budget.
 
     Raises:
         BadRecipeError: no answers whatever could reach α, or the terms are not the journal's.
@@ -76,11 +78,22 @@ def probe(
     available = 0 if cover is None else len(cover)
     order, chosen = asking_order(key, plan, kept.terms["nonce"], available)
     images = query_images(key, plan, cover, chosen)
+    if not kept.answers:
+        ordinary = None if cover is None else cover.images
+        _rehearse(asker, innocent(shape, ordinary, chosen), kept)
     _ask_all(asker, [images[query] for query in order], kept, show)
     answers = [kept.answers[place] for place in places(order)]
     used = cover.subset(torch.tensor(chosen)) if cover is not None and chosen else None
     parts = answers[: plan.triggers], answers[plan.triggers :]
     return finding(asker.service.description, key, terms, parts, used, labels)
+
+
+def _rehearse(asker: Asker, pictures: Tensor, journal: Journal) -> None:
+    try:
+        rehearse(asker, pictures)
+    except UnreachableServiceError:
+        journal.discard()
+        raise
 
 
 def _settled(
@@ -138,11 +151,12 @@ def _ask_all(asker: Asker, images: list[Tensor], journal: Journal, show: Show | 
             show(number + 1, len(images), text)
     if waiting and (not heard or _hopeless(waiting)):
         left = len(images) - len(journal.answers)
+        said = f"; it said {asker.said}" if asker.said else ""
         goes_on = "go on with --resume once it does" if journal.path else "ask again once it does"
         raise UnreachableServiceError(
-            f"the service does not answer ({waiting[-1].note}): the run is incomplete, "
+            f"the service does not answer ({waiting[-1].note}{said}): the run is incomplete, "
             f"{left} of {len(images)} queries are left; needed: a service that answers; check "
-            f"address, protocol and credentials, and {goes_on}"
+            f"{advice(asker, waiting[-1])}, and {goes_on}"
         )
     _all_kept(waiting, journal)
 

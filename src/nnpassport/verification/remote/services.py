@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, final
@@ -21,18 +22,31 @@ from torch import Tensor
 from nnpassport.data.images import Normalisation
 from nnpassport.scheme import UnreachableServiceError, UnsuitableModelError
 from nnpassport.verification.remote.answers import (
+    Answered,
     Label,
+    classified,
     flat,
     is_number,
+    named_scores,
+    number,
     parsed,
     plain,
+    several,
     step,
-    top,
     unreadable,
+    unwrapped,
 )
 
 PLACEHOLDER = "$IMAGE"
 """Stands in a template for the image, a PNG file in base64."""
+
+NUMBERS = '"$NUMBERS"'
+"""Stands in a template for nested lists of the image's normalised numbers; a text of its own."""
+
+INSTANCES = f'{{"instances": [{NUMBERS}]}}'
+"""The template for a model of numbers behind TF-Serving's REST interface or KServe v1."""
+
+SHOWN_NAMES = 8  # of a service's outputs, in an error
 
 
 class Request(NamedTuple):
@@ -53,8 +67,12 @@ class Service(Protocol):
     def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
         """What to send for one image."""
 
-    def label(self, body: bytes) -> Label:
-        """The one label in an answer, as the service writes it, or None if it has none.
+    @property
+    def options(self) -> str:
+        """What says where an answer has its label."""
+
+    def label(self, body: bytes) -> Answered:
+        """The one label in an answer as the service writes it, its scores, or None.
 
         Raises:
             UnreachableServiceError: it is no answer of this protocol.
@@ -67,7 +85,7 @@ class HuggingFace:
     """Image classification as the Hugging Face hub's endpoints do it: a PNG file for a list.
 
     The answer is `[{"label": "cat", "score": 0.9}, …]`; the highest score counts, and the first
-    label where there are no scores.
+    label where there are no scores. TorchServe's `{"cat": 0.9, …}` is read as well.
     """
 
     url: str
@@ -80,6 +98,11 @@ class HuggingFace:
         """The protocol and the address."""
         return f"Hugging Face image classification at {shown(self.url)}"
 
+    @property
+    def options(self) -> str:
+        """The protocol alone."""
+        return "--protocol (template with --pointer reads any JSON, multipart uploads a form)"
+
     def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
         """The picture itself."""
         headers = {"Content-Type": "image/png", "Accept": "application/json"}
@@ -87,12 +110,14 @@ class HuggingFace:
 
     def label(self, body: bytes) -> Label:
         """The label with the highest score."""
-        found = parsed(body)
-        if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        found = unwrapped(parsed(body))
+        if not isinstance(found, list):
+            return named_scores(found)
+        if not all(isinstance(each, dict) for each in found):
             raise unreadable("JSON, but no list of labels")
         if not found:
             return None
-        scores = [each.get("score", -math.inf) for each in found]
+        scores = [number(each.get("score", -math.inf)) for each in found]
         if not all(map(is_number, scores)):
             raise unreadable("a score that is no number")
         return plain(found[scores.index(max(scores))].get("label"))
@@ -103,8 +128,8 @@ class HuggingFace:
 class OpenInference:
     """A model behind the Open Inference Protocol v2.                                     [OIP]
 
-    The answer's output is an index, a text, or a number for each class, of which the highest
-    counts.
+    The answer's output is an index, a text, a number for each class, of which the highest counts,
+    or texts "score:index:label" as Triton's classification extension writes them.
 
     Attributes:
         url: the server's address, without "/v2/…".
@@ -113,6 +138,7 @@ class OpenInference:
         input_name: name of its input.
         output_name: name of the output to read; None is the first.
         channels_last: whether the input is (1 height width channels), not channels first.
+        ranked: whether the output lists labels or indices, the best first.
     """
 
     url: str
@@ -121,6 +147,7 @@ class OpenInference:
     input_name: str = "input"
     output_name: str | None = None
     channels_last: bool = False
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         check_url(self.url)
@@ -130,10 +157,14 @@ class OpenInference:
         """The protocol, the model and the address."""
         return f"Open Inference Protocol v2, model {self.model!r:.80} at {shown(self.url)}"
 
+    @property
+    def options(self) -> str:
+        """Which output, and how it is read."""
+        return "--output (which output to read), --top (it lists labels or indices, best first)"
+
     def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
         """The normalised picture as a batch of one, float32."""
-        numbers = self.normalise(pixels[None])
-        numbers = numbers.permute(0, 2, 3, 1) if self.channels_last else numbers
+        numbers = _numbers(pixels, self.normalise, self.channels_last)
         tensor = {
             "name": self.input_name,
             "shape": list(numbers.shape),
@@ -143,19 +174,24 @@ class OpenInference:
         address = f"{self.url.rstrip('/')}/v2/models/{quote(self.model, safe='')}/infer"
         return Request(address, json.dumps({"inputs": [tensor]}).encode(), _JSON_HEADERS)
 
-    def label(self, body: bytes) -> Label:
-        """The one value of the output, or the index of the highest."""
+    def label(self, body: bytes) -> Answered:
+        """The one value of the output, or its scores."""
         found = parsed(body)
         outputs = found.get("outputs") if isinstance(found, dict) else None
         if not isinstance(outputs, list) or not all(isinstance(each, dict) for each in outputs):
             raise unreadable("JSON, but without a list of outputs")
         named = [each for each in outputs if self.output_name in {None, each.get("name")}]
+        if not named and outputs:
+            names = ", ".join(f"{each.get('name')!r:.40}" for each in outputs[:SHOWN_NAMES])
+            raise unreadable(f"no output {self.output_name!r:.40}, but {names}")
         if not named:
             return None
         data = named[0].get("data")
         if not isinstance(data, list):
             raise unreadable("an output without data")
-        return top(flat(data))
+        values = flat(data)
+        best = classified(values)
+        return several(values, ranked=self.ranked) if best is None else best
 
 
 @final
@@ -165,10 +201,14 @@ class Template:
 
     Attributes:
         url: the address to post to.
-        template: the JSON to send, with "$IMAGE" in a text where the image goes: a PNG file in
-            base64.
+        template: the JSON to send, with "$IMAGE" in a text where the image goes, a PNG file in
+            base64; or with the text "$NUMBERS" where its numbers go, as nested lists.
         pointer: where the answer has the label (RFC 6901), such as "/predictions/0/label": a text,
-            an index, or a list of a number for each class, of which the highest counts.
+            an index, a list of a number for each class, of which the highest counts, or an object
+            of a number for each name.
+        normalise: what turns pixels into numbers; needed for "$NUMBERS" alone.
+        channels_last: whether those are (height width channels), not channels first.
+        ranked: whether the answer lists labels or indices, the best first.
 
     Raises:
         UnreachableServiceError: the template or the pointer is none.
@@ -177,49 +217,142 @@ class Template:
     url: str
     template: str
     pointer: str
+    normalise: Normalisation | None = None
+    channels_last: bool = False
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         check_url(self.url)
         try:
             json.loads(self.template)
-            valid = PLACEHOLDER in self.template
+            numbers = self.normalise is not None and NUMBERS in self.template
+            valid = PLACEHOLDER in self.template or numbers
         except (ValueError, RecursionError):
             valid = False
         if not valid:
             raise UnreachableServiceError(
                 f"the template is no JSON with {PLACEHOLDER} in it; needed: what the service takes,"
-                f' such as {{"image": "{PLACEHOLDER}"}}'
+                f' such as {{"image": "{PLACEHOLDER}"}}, or {INSTANCES} with mean and std'
             )
-        if self.pointer and not self.pointer.startswith("/"):
-            raise UnreachableServiceError(
-                f"the pointer {self.pointer!r:.80} is none of RFC 6901; needed: such as "
-                '"/predictions/0/label"'
-            )
+        check_pointer(self.pointer)
 
     @property
     def description(self) -> str:
         """The address."""
         return f"JSON service at {shown(self.url)}"
 
+    @property
+    def options(self) -> str:
+        """Where the label is, and how it is read."""
+        return _POINTED
+
     def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
         """The template with the picture in its place; base64 needs no escaping in JSON."""
-        picture = base64.b64encode(png(pixels)).decode("ascii")
-        return Request(
-            self.url, self.template.replace(PLACEHOLDER, picture).encode(), _JSON_HEADERS
-        )
+        text = self.template
+        if self.normalise is not None and NUMBERS in text:
+            numbers = _numbers(pixels, self.normalise, self.channels_last)[0]
+            text = text.replace(NUMBERS, json.dumps(numbers.tolist()))
+        if PLACEHOLDER in text:
+            picture = base64.b64encode(png(pixels)).decode("ascii")
+            text = text.replace(PLACEHOLDER, picture)
+        return Request(self.url, text.encode(), _JSON_HEADERS)
 
-    def label(self, body: bytes) -> Label:
+    def label(self, body: bytes) -> Answered:
         """What the pointer points at; nothing there is no label."""
-        found = parsed(body)
-        for token in self.pointer.split("/")[1:]:
-            found = step(found, token.replace("~1", "/").replace("~0", "~"))
-        return top(flat(found)) if isinstance(found, list) else plain(found)
+        return _pointed(body, self.pointer, ranked=self.ranked)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A form that a picture is uploaded with, multipart/form-data [RFC 7578]; it answers JSON.
+
+    Attributes:
+        url: the address to post to.
+        pointer: where the answer has the label, as for `Template`.
+        field: the form's name for the file.
+        ranked: whether the answer lists labels or indices, the best first.
+
+    Raises:
+        UnreachableServiceError: the field's name or the pointer cannot be one.
+    """
+
+    url: str
+    pointer: str
+    field: str = "file"
+    ranked: bool = False
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
+        check_pointer(self.pointer)
+        if not self.field.isprintable() or not self.field.isascii() or '"' in self.field:
+            raise UnreachableServiceError(
+                f"the field {self.field!r:.80} cannot be sent; needed: printable ASCII without "
+                'quotes, such as "file"'
+            )
+
+    @property
+    def description(self) -> str:
+        """The field and the address."""
+        return f"upload form with field {self.field!r:.80} at {shown(self.url)}"
+
+    @property
+    def options(self) -> str:
+        """Where the label is, and how it is read."""
+        return f"--field (the form's name for the file), {_POINTED}"
+
+    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+        """A form with one file."""
+        boundary = f"----{secrets.token_hex(16)}"
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{self.field}"; '
+            'filename="image.png"\r\nContent-Type: image/png\r\n\r\n'
+        )
+        body = head.encode() + png(pixels) + f"\r\n--{boundary}--\r\n".encode()
+        kind = f"multipart/form-data; boundary={boundary}"
+        return Request(self.url, body, {"Content-Type": kind, "Accept": "application/json"})
+
+    def label(self, body: bytes) -> Answered:
+        """What the pointer points at; nothing there is no label."""
+        return _pointed(body, self.pointer, ranked=self.ranked)
+
+
+_POINTED = "--pointer (where the answer has the label), --top (it lists labels, best first)"
+
+
+def _pointed(body: bytes, pointer: str, *, ranked: bool) -> Answered:
+    found = parsed(body)
+    for token in pointer.split("/")[1:]:
+        found = step(found, token.replace("~1", "/").replace("~0", "~"))
+    if isinstance(found, dict):
+        return named_scores(found)
+    return several(flat(found), ranked=ranked) if isinstance(found, list) else plain(found)
+
+
+def _numbers(
+    pixels: UInt8[Tensor, "channels height width"], normalise: Normalisation, channels_last: bool
+) -> Tensor:
+    numbers = normalise(pixels[None])
+    return numbers.permute(0, 2, 3, 1) if channels_last else numbers
 
 
 _JSON_HEADERS: Mapping[str, str] = {
     "Content-Type": "application/json",
     "Accept": "application/json",
 }
+
+
+def check_pointer(pointer: str) -> None:
+    """Refuse what RFC 6901 knows as no pointer.
+
+    Raises:
+        UnreachableServiceError: it is none.
+    """
+    if pointer and not pointer.startswith("/"):
+        raise UnreachableServiceError(
+            f"the pointer {pointer!r:.80} is none of RFC 6901; needed: such as "
+            '"/predictions/0/label"'
+        )
 
 
 def check_url(url: str) -> None:
