@@ -501,7 +501,7 @@ def test_what_is_no_answer_is_a_failure_after_all_tries(serve, answer):
     found = one_answer(server.url, limits=Limits(retries=2), waits=waits)
     assert (found.kind, found.label, found.retries) == (Kind.FAILED, -1, 2)
     assert found.note.isprintable()
-    assert len(found.note) <= 80
+    assert len(found.note) <= 160
     assert len(waits.slept) == 2
 
 

@@ -40,7 +40,7 @@ NO_CLASS = -1
 UNKNOWN, OUTSIDE = "the label ", "the index "
 """How the note of an answer begins whose label is no name, or no index, of the key's classes."""
 
-_LONGEST_NOTE = 80  # characters
+_LONGEST_NOTE = 160  # characters
 _LONGEST_QUOTE = 200  # characters of what a service said
 _QUOTED_BYTES = 2**13  # of an answer, among which the quote is found
 _MOST_OF_AN_ERROR = 2**16  # bytes of an answer that is no success
@@ -240,13 +240,13 @@ class Asker:
         try:
             label = self.service.label(body)
         except UnreachableServiceError as error:
-            return _failed(str(error), again=True)
+            return _failed(_what(error), again=True)
         if not isinstance(label, Scores):
             return self._heard(label)
         try:
             return self._heard(label.top(self.labels.classes))
         except UnreachableServiceError as error:  # another try would have the same form
-            return _failed(str(error))
+            return _failed(_what(error))
 
     def _heard(self, label: Label) -> _Try:
         if label is None:
@@ -333,6 +333,11 @@ def _unsuccessful(reply: "httpx.Response", body: bytes) -> _Try:
         return _Try(Answer(Kind.REFUSED, note=f"HTTP status {status}"))
     elsewhere = f", elsewhere: {reply.headers.get('Location', '')}" if reply.is_redirect else ""
     return _failed(f"HTTP status {status}{elsewhere}")
+
+
+def _what(error: UnreachableServiceError) -> str:
+    """What was found, without what is needed: whoever shows it says that."""
+    return str(error).partition("; needed")[0]
 
 
 def _failed(note: str, *, again: bool = False, wait: float | None = None) -> _Try:
