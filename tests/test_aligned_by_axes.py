@@ -15,8 +15,14 @@ from test_axes import EXPECTED, moved_off
 from test_startup import WITHOUT_TORCH
 
 from nnpassport.alignment.axes import Axes, Axis, Place
-from nnpassport.alignment.byaxes import BLIND, can_read, reference_of, verify_by_axes
-from nnpassport.alignment.table import AXES_FILE, LONGEST, check_table, read_table
+from nnpassport.alignment.byaxes import BLIND, reference_of, verify_by_axes
+from nnpassport.alignment.table import (
+    AXES_FILE,
+    LONGEST,
+    LONGEST_OF_KIND,
+    check_table,
+    read_table,
+)
 from nnpassport.attacks.obfuscation import combine
 from nnpassport.claims.claim import check_claim, claim_of, sign_claim
 from nnpassport.claims.claimfile import write_signed
@@ -215,6 +221,11 @@ def with_axes(*axes):
     [
         (with_axes(replace(AXIS, size=9)), "longer than"),
         (with_axes(replace(AXIS, size=LONGEST + 1)), "at most"),
+        (with_axes(*[replace(AXIS, kind="invertible", size=512)] * 65), "operations to solve"),
+        *(
+            (with_axes(replace(AXIS, kind=kind, size=LONGEST_OF_KIND[kind] + 1)), "needed")
+            for kind in LONGEST_OF_KIND
+        ),
         (with_axes(replace(AXIS, places=())), "nowhere"),
         (with_axes(replace(AXIS, places=(Place("c", 0),))), "no such dimension"),
         (with_axes(replace(AXIS, places=(Place("a.weight", 2),))), "no such dimension"),
@@ -262,15 +273,22 @@ def test_freedom_that_the_network_does_not_have_makes_no_stranger_match(house, k
         Axis(array.shape[side], kind, (), (Place(name, side),))
         for name, array in sorted(arrays.items())
         for side in (0, 1)
-        if array.ndim > 1 and 1 < array.shape[side] <= LONGEST
+        if array.ndim > 1 and 1 < array.shape[side] <= 100
     ]
+    assert len(free) >= 8
     reference = reference_of(replace(genuine, axes=tuple(free)), arrays, key)
     strange = read_arrays(folder / "strange").arrays
-    assert verify_by_axes(read_with(key), strange, reference).log10_p_value > -3
+    log10_p, said = 0.0, "fits noise"
+    try:
+        log10_p = verify_by_axes(read_with(key), strange, reference).log10_p_value
+    except UnsuitableModelError as error:
+        said = str(error)
+    assert log10_p > -3
+    assert "fits noise" in said
 
 
 def test_an_alignment_that_makes_strangers_match_is_refused(house):
-    """The forger's reference has his bits in rows that nothing takes out, and every freedom."""
+    """As a reading would be whose preference nothing had taken out: it is refused, not believed."""
     folder, key = house
     arrays = read_arrays(folder / "net").arrays
     reference = reference_of(read_table(folder / "net" / AXES_FILE), arrays, key)
@@ -282,10 +300,6 @@ def test_an_alignment_that_makes_strangers_match_is_refused(house):
 
     with pytest.raises(UnsuitableModelError, match="fits noise"):
         verify_by_axes(biased, read_arrays(folder / "strange").arrays, reference)
-
-
-def test_keys_whose_reading_cannot_be_taken_out_are_not_read_so(house):
-    assert can_read(house[1])
 
 
 @pytest.mark.parametrize("change", ["longer", "shorter", "zero", "huge", "vector"])

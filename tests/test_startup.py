@@ -57,7 +57,9 @@ GROUND = (
     *("report.tracks", "report.words", "report.charts", "report.verdict"),
     *("files.arrays", "files.weights", "files.config", "files.pickles.torchfile"),
     *("keys.reading", "keys.patches", "keys.adapters", "claims.facts"),
-    *("verification.verdicts", "verification.candidates"),
+    *("alignment.axes", "alignment.table", "alignment.byaxes", "alignment.rate"),
+    *("verification.verdicts", "verification.candidates", "verification.hearing"),
+    *("verification.aligning", "verification.bridge"),
 )
 """What a judge's side is made of: it does without torch, also where none is installed."""
 

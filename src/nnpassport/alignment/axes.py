@@ -146,6 +146,8 @@ class Axes:
     @classmethod
     def _parsed(cls, content: bytes) -> "Axes":
         try:
+            if content.count(b"{") > _MOST_AXES + 100:
+                raise ValueError(f"needed: at most {_MOST_AXES} axes")
             document = json.loads(content)
             if (document["format"], document["version"]) != (FORMAT, VERSION):
                 raise ValueError("format or version is another")

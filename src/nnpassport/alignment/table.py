@@ -21,6 +21,12 @@ MAX_AXES_BYTES = 2**24
 LONGEST = 8192
 """Indices on one axis, at most: to solve one takes the square of them in memory."""
 
+LONGEST_OF_KIND = {"orthogonal": 4096, "invertible": 512, "inner": 4096}
+"""The same for kinds that take longer: Sylvester's equation for thousands takes hours."""
+
+MOST_WORK = 2**33
+"""Operations to solve all such axes once, at most, as cubes of their sizes."""
+
 _MOST_SHARED = 4
 """In so many axes an index may be: a group, its inside, heads and their copies."""
 
@@ -42,6 +48,9 @@ def check_table(axes: Axes, shapes: Shapes) -> None:
     Raises:
         UnreadableModelError: naming the first thing that does not fit.
     """
+    work = sum(axis.size**3 for axis in axes.axes if axis.kind in LONGEST_OF_KIND)
+    if work > MOST_WORK:
+        raise _refused(f"its axes take {work:.0e} operations to solve; needed: {MOST_WORK:.0e}")
     for number, axis in enumerate(axes.axes):
         if (fault := _axis_fault(axis, shapes)) is not None:
             raise _refused(f"axis {number} {fault}")
@@ -60,8 +69,9 @@ def check_table(axes: Axes, shapes: Shapes) -> None:
 
 def _axis_fault(axis: Axis, shapes: Shapes) -> str | None:
     """What is wrong with an axis on its own."""
-    if axis.size > LONGEST:
-        return f"has {axis.size} indices; needed: at most {LONGEST}"
+    most = LONGEST_OF_KIND.get(axis.kind, LONGEST)
+    if axis.size > most:
+        return f"of kind {axis.kind} has {axis.size} indices; needed: at most {most}"
     if not axis.places:
         return "is nowhere"
     for place in axis.places:

@@ -1,4 +1,4 @@
-"""The one way from here to what runs networks: by name; without PyTorch it is a clear refusal."""
+"""The one way from here to what runs networks: by name, and without PyTorch a clear refusal."""
 
 from typing import Any
 
