@@ -94,7 +94,7 @@ def tensors(key: Key, blocks: int) -> Iterator[tuple[str, Tensor]]:
 
 def marked(rows: Tensor, key: Key, layer: LayerShape) -> Tensor:
     """The rows with the smallest change by which all γ = Wm have the signs of the key."""
-    mean_patch, signs = secret_of(key, layer)
+    mean_patch, signs = secret_of(key, layer)[:2]
     form = mean_patch[0, 0].float()
     gamma = rows @ form
     wanted = signs * gamma.abs().clamp(min=LEAST)

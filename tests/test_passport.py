@@ -227,7 +227,7 @@ def traces(key):
     yield "seed in hexadecimal", key.seed.hex().encode()
     if key.text:
         yield "text", key.text.encode()
-    for name, (patch, signs) in secrets_of(key).items():
+    for name, (patch, signs, *_) in secrets_of(key).items():
         passport, bits = key.layer_passport(name).numpy(), signs.numpy()
         whole = np.round(passport * 127).astype(np.int8)
         for dtype in (np.float16, np.float32, np.float64):
@@ -353,7 +353,7 @@ def test_a_longer_text_on_the_same_bits_is_no_longer_enough(owned, digits):
         network("batch"), example, layers=LAYERS, text=text, seed=SEED, passports="derived"
     )
     weights = deepcopy(owned("V1").released.state_dict())
-    for name, (patch, signs) in secrets_of(key).items():
+    for name, (patch, signs, *_) in secrets_of(key).items():
         # Rows along the passport: every bit is right.
         rows = signs[:, None] * patch[0, 0] / patch[0, 0].norm()
         weights[f"{name}.weight"] = rows.view_as(weights[f"{name}.weight"])
