@@ -59,7 +59,7 @@ def marked(key, *, dtype=torch.bfloat16, wrong=0):
     state = {"embed.weight": torch.randn(7, 5, generator=rng).to(dtype), "steps": torch.tensor(3)}
     rows = torch.randn(*key.context.layers[0].weight, generator=rng) * 0.02
     for layer in key.context.layers:
-        mean, signs = secret_of(key, layer)
+        mean, signs = secret_of(key, layer)[:2]
         form = mean[0, 0].float()
         signs[:wrong] *= -1
         need = signs * (rows @ form).abs().clamp(min=0.05) - rows @ form
