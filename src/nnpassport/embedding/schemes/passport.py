@@ -442,11 +442,14 @@ class Passport:
         """R of equation 5 summed over the passport layers, and the share of bits that match."""
         gamma = torch.cat([*gammas])
         signs = torch.cat([norm.wanted() for norm in passport_norms(model).values()])
-        gamma, signs = gamma[signs != 0], signs[signs != 0]
-        term = sign_loss(gamma, signs, margin=self.margin)
+        carrying = signs != 0  # no mask is indexed with: that would wait for a device
+        settled = torch.where(carrying, gamma, self.margin + 1), torch.where(carrying, signs, 1.0)
+        term = sign_loss(*settled, margin=self.margin)
         if self.decay and self.sign_weight:
-            term = term + self.decay / self.sign_weight * gamma.square().sum()
-        return term, (gamma.detach().sign() == signs).float().mean()
+            squares = torch.where(carrying, gamma, 0.0).square().sum()
+            term = term + self.decay / self.sign_weight * squares
+        right = (gamma.detach().sign() == signs) & carrying
+        return term, right.float().sum() / carrying.float().sum()
 
 
 V1 = Passport("passport-v1", two_branches=False)
