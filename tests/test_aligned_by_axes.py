@@ -177,10 +177,10 @@ def test_verify_with_alignment_says_the_same_where_torch_is_not_installed(house)
 
 def test_judge_reads_and_aligns_where_torch_is_not_installed(house):
     folder, key = house
-    for suspect, code in (("net", 0), ("turned", 3), ("strange", 1)):
+    for suspect, code in (("net", 0), ("turned", 1), ("strange", 1)):
         words = ["judge", f"{suspect}/model.safetensors", "alice", "--json"]
         done = in_a_process(WITHOUT_TORCH + RUN, words, folder)
-        assert done.returncode in ({code, 1} if suspect == "turned" else {code}), done.stderr
+        assert done.returncode == code, done.stderr
         (claimant,) = json.loads(done.stdout)["claimants"]
         assert set(claimant["readings"]) == {"as it stands", "aligned"}
         bits = key.context.bits
