@@ -229,6 +229,8 @@ def _mixtures(suspect: Mapping[str, Array], reference: Reference) -> Iterator[Ma
 
 
 def _rotated(array: Matrix, rng: np.random.Generator) -> Matrix:
+    if len(array) > LONGEST:  # a vocabulary, say: rigid, and the square of it would not fit
+        return array[rng.permutation(len(array))]
     flat = array.reshape(len(array), -1)
     turn = np.linalg.qr(rng.standard_normal((len(flat), len(flat))))[0]
     return (turn @ flat).reshape(array.shape)

@@ -291,10 +291,10 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
     scale, shift = norm.own()
     said = torch.stack(collapsed_affine(rows, forms), 1)
     need = torch.stack([scale, shift], 1).double() - said
-    solved = _solved(x, forms.flatten(0, 1), floor).view_as(forms)
-    products = torch.einsum("doi,eoi->ode", forms, solved)
+    whitened = solved(x, forms.flatten(0, 1), floor).view_as(forms)
+    products = torch.einsum("doi,eoi->ode", forms, whitened)
     weights = torch.einsum("ode,oe->od", torch.linalg.pinv(products, hermitian=True), need)
-    change = torch.einsum("od,doi->oi", weights, solved)
+    change = torch.einsum("od,doi->oi", weights, whitened)
     if norm.carries is not None:
         change[~norm.carries] = 0
     outputs, added = x @ rows.T, x @ change.T
@@ -309,7 +309,7 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
     )
 
 
-def _solved(
+def solved(
     x: Float[Tensor, "samples fan_in"], forms: Float[Tensor, "forms fan_in"], floor: float
 ) -> Float[Tensor, "forms fan_in"]:
     """(XᵀX / n + λ)⁻¹ m for all m, by whichever of the two systems is the smaller one."""

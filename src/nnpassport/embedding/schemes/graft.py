@@ -293,27 +293,13 @@ def _correction(
     changes = []
     for group, wanted in enumerate(need.chunk(groups)):
         x, forms = patches[:, group], mean_patch[:, group]
-        solved = _whitened(x, forms, ridge * float(x.square().mean()) + 1e-12)
+        solved = channels.solved(x, forms, ridge)
         # Where a filter has but one number, γ and β cannot both be had: γ has the bits.
         met = min(2, x.shape[1])
         changes.append(
             wanted[:, :met] @ torch.linalg.pinv((forms @ solved.T)[:met, :met]) @ solved[:met]
         )
     return torch.cat(changes)
-
-
-def _whitened(
-    x: Float[Tensor, "samples fan_in"], forms: Float[Tensor, "2 fan_in"], ridge: float
-) -> Float[Tensor, "2 fan_in"]:
-    """(XᵀX / n + λ)⁻¹ m for both m, by whichever of the two systems is the smaller one."""
-    samples, columns = x.shape
-    if samples < columns:  # Woodbury
-        kernel = x @ x.T
-        kernel.diagonal().add_(samples * ridge)
-        return (forms - torch.linalg.solve(kernel, x @ forms.T).T @ x) / ridge
-    covariance = x.T @ x / samples
-    covariance.diagonal().add_(ridge)
-    return torch.linalg.solve(covariance, forms.T).T
 
 
 def _outputs_of(
