@@ -272,6 +272,19 @@ def test_where_no_norm_follows_the_private_branch_is_the_public_one():
     assert V2.verify(plain.state_dict(), owned).matches < 33
 
 
+def test_statistics_that_a_short_training_left_behind_are_kept_in_proportion():
+    """A norm that divides by far less than its layer varies: a sum could leave nothing of that."""
+    plain, images = small()
+    with torch.no_grad():
+        plain[4].running_var.mul_(0.03)
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    model = deepcopy(plain)
+    V2.insert(model, owned, images[:2])
+    report = graft_channels(model, images, limit=channels.Limit(answers=0.2))
+    assert report.harm.confident_kept > 0.9  # with a sum in place of a factor: 0
+    assert V2.verify(V2.released(model).state_dict(), owned).matches == owned.context.bits
+
+
 def test_an_untrained_network_starts_with_every_bit_right():
     plain, images = small()
     owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), passports="channel")

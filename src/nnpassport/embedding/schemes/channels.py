@@ -263,14 +263,14 @@ class Change(NamedTuple):
     Attributes:
         weight: ΔW (out fan_in).
         mean: by how much the mean of each output moves.
-        variance: by how much its variance grows.
+        growth: by which factor its variance grows.
         felt: share of the layer's output, in mean squares over the inputs, that changes.
         share: ‖ΔW‖ / ‖W‖.
     """
 
     weight: Float[Tensor, "out fan_in"]
     mean: Float[Tensor, " out"]
-    variance: Float[Tensor, " out"]
+    growth: Float[Tensor, " out"]
     felt: float
     share: float
 
@@ -299,11 +299,12 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
         change[~norm.carries] = 0
     outputs, added = x @ rows.T, x @ change.T
     spread_before = seen.centred @ rows.T
+    before = spread_before.square().mean(0)
     wider = (spread_before + seen.centred @ change.T).square().mean(0)
     return Change(
         change,
         change @ seen.mean,
-        wider - spread_before.square().mean(0),
+        torch.where(before > 0, wider / before, 1.0),
         float(added.square().mean() / outputs.square().mean().clamp(min=1e-30)),
         float(change.norm() / rows.norm().clamp(min=1e-30)),
     )
@@ -348,7 +349,8 @@ def apply_change(norm: PassportNorm, change: Change) -> None:
     for each in norms:
         if each.running_mean is not None and each.running_var is not None:
             each.running_mean.add_(change.mean.to(each.running_mean))
-            each.running_var.add_(change.variance.to(each.running_var)).clamp_(min=0)
+            # A factor: statistics of a short training are far from what the layer puts out.
+            each.running_var.mul_(change.growth.to(each.running_var))
     bias = getattr(norm.layer, "bias", None)
     if not norms and bias is not None:
         bias.sub_(change.mean.to(bias))
@@ -365,8 +367,8 @@ def begin(norms: Sequence[PassportNorm]) -> None:
             fan_in = norm.mean_patch.shape[2]
             white = Seen(torch.eye(fan_in), torch.zeros(fan_in).double())
             change = change_of(norm, white)
-            nothing = torch.zeros_like(change.mean)
-            apply_change(norm, change._replace(mean=nothing, variance=nothing))
+            mean, growth = torch.zeros_like(change.mean), torch.ones_like(change.growth)
+            apply_change(norm, change._replace(mean=mean, growth=growth))
 
 
 @contextmanager
