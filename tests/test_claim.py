@@ -86,6 +86,7 @@ CLAIM = claim_of(
 SIGNED = sign_claim(CLAIM, SIGNING)
 FACTS = Facts("ab" * 32, ("cat", "café"), (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2, 0.25, 1e-05))
 WITH_FACTS = replace(CLAIM, network=FACTS)
+WITH_AXES = replace(WITH_FACTS, axes="ab" * 32)
 REFUSALS = (BadSignatureError, UnreadableClaimError)
 
 
@@ -991,9 +992,9 @@ def test_the_commands_of_the_specification_check_a_claim_by_hand(tmp_path):
 
 def test_the_page_lists_exactly_the_fields_of_a_claim():
     table = page().split("## The claim\n")[1].split("\n\n**")[0]
-    document = json.loads(WITH_FACTS.encode())
+    document = json.loads(WITH_AXES.encode())
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == set(document)
-    assert set(document) - set(json.loads(CLAIM.encode())) == {"network"}
+    assert set(document) - set(json.loads(CLAIM.encode())) == {"network", "axes"}
 
 
 def test_the_page_lists_exactly_the_facts_of_a_network():
@@ -1008,6 +1009,13 @@ def test_a_claim_with_facts_stays_readable():
     data = (GOLDEN / "claim-v1-network.json").read_bytes()
     assert opened(data) == WITH_FACTS
     assert data == encode_signed(sign_claim(WITH_FACTS, SIGNING))
+
+
+def test_a_claim_with_axes_stays_readable():
+    """Written on 2026-11-28; its bytes are what this version signs as well."""
+    data = (GOLDEN / "claim-v1-axes.json").read_bytes()
+    assert opened(data) == WITH_AXES
+    assert data == encode_signed(sign_claim(WITH_AXES, SIGNING))
 
 
 def test_a_stronger_signing_key_made_with_openssl_opens(pems, tmp_path):
