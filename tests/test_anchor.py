@@ -1,6 +1,8 @@
 """The network before the mark: suspects are aligned to it, exactly, and it is nobody else's."""
 
+import json
 import shutil
+import stat
 from copy import deepcopy
 from dataclasses import replace
 
@@ -19,18 +21,25 @@ from nnpassport.claims.claimfile import write_signed
 from nnpassport.claims.standing import standing_of
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.axes import axes_of_folder
-from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.owner import Sets, bind_key, draw_key, embed
 from nnpassport.embedding.schemes.graft import graft_channels
 from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.train.loop import Journal, Recipe
 from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.weights import read_arrays
 from nnpassport.keys.keyfile import save_key
-from nnpassport.scheme import UnreadableClaimError, UnsuitableModelError
+from nnpassport.scheme import (
+    UnreadableClaimError,
+    UnsuitableModelError,
+    UnwritableOutputError,
+)
 from nnpassport.verification.anchor import (
     ALIKE,
     ANCHOR,
     distance,
+    needs_anchor,
     read_anchor,
     require_secret,
 )
@@ -249,3 +258,144 @@ def test_a_judge_says_where_the_anchor_is_missing_or_another(house, tmp_path):
     assert list(found.claimants[0].readings) == ["as it stands"]
     with pytest.raises(UnsuitableModelError, match="not the key's anchor"):
         disclose(tmp_path / "claim.json", key, tmp_path / "b", anchor=folder / "strange")
+
+
+# Embedding takes it, keeps it, and binds the key to it
+
+
+@pytest.fixture(scope="module")
+def digit_sets(digits):
+    train, test, normalise = digits
+    part = train.resized(32).subset(torch.arange(96))
+    return Sets(part, test.resized(32).subset(torch.arange(32)), None, normalise)
+
+
+SMALL = ModelConfig(
+    architecture="alexnet",
+    arguments={"classes": 10, "norm": "batch", "width": 0.125, "channels": 1},
+    classes=tuple("0123456789"),
+    input_size=(1, 32, 32),
+    mean=(0.5,),
+    std=(0.5,),
+)
+BRIEF = Recipe(epochs=2, batch=32, rate=0.01, augment=False)
+
+
+@pytest.fixture(scope="module")
+def from_scratch(digit_sets, tmp_path_factory):
+    """A key that was drawn before there was a network, bound; and the folder."""
+    folder = tmp_path_factory.mktemp("scratch") / "alice"
+    drawn = draw_key(SMALL, "passport-v2")
+    journal = Journal(folder / "training")
+    bound = bind_key(folder, SMALL, drawn, digit_sets, BRIEF, journal=journal)
+    embed(folder, SMALL, bound, digit_sets, BRIEF, journal=journal)
+    return folder, drawn, bound
+
+
+def test_a_training_from_scratch_leaves_its_anchor_beside_the_marked_network(from_scratch):
+    folder, drawn, bound = from_scratch
+    assert needs_anchor(drawn)
+    assert (bound.seed, bound.context.nonce) == (drawn.seed, drawn.context.nonce)
+    assert read_anchor(folder, bound).digests
+    assert stat.S_IMODE((folder / ANCHOR).stat().st_mode) == 0o700
+    assert {path.name for path in (folder / "training").iterdir()} == {
+        "metrics.jsonl",
+        "training.pt",
+    }
+    found = verify(folder, bound)
+    assert found.matches == found.bits
+    turned = combine(load_model(folder).model, torch.Generator().manual_seed(1)).model
+    save_model(folder.parent / "turned", turned, SMALL)
+    aligned = verify(folder.parent / "turned", bound, options=Options(alignment=Alignment(folder)))
+    assert aligned.accepted
+    assert abs(verify(folder, drawn).match_rate - 0.5) < 0.25
+
+
+def test_a_run_that_is_resumed_finds_its_anchor_and_another_leaves_it_alone(
+    from_scratch, digit_sets
+):
+    folder, drawn, bound = from_scratch
+    resumed = Journal(folder / "training", resume=True)
+    again = bind_key(folder, SMALL, drawn, digit_sets, BRIEF, journal=resumed)
+    assert again.fingerprint == bound.fingerprint
+    other = draw_key(SMALL, "passport-v2")
+    with pytest.raises(UnwritableOutputError, match="a key may be bound to it"):
+        bind_key(folder, SMALL, other, digit_sets, BRIEF)
+    strange = replace(bound, context=replace(bound.context, anchor="0" * 64))
+    with pytest.raises(UnwritableOutputError, match="is another key's"):
+        embed(folder, SMALL, strange, digit_sets, BRIEF)
+
+
+@pytest.fixture(scope="module")
+def plain(digit_sets, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain")
+    save_model(folder, reader(build(width=0.125), digit_sets.train, digit_sets.normalise), SMALL)
+    return folder
+
+
+def build(width):
+    return small_alexnet("batch", seed=3, width=width)
+
+
+def test_a_trained_network_is_its_own_anchor(plain, digit_sets, tmp_path):
+    weights, graft = load_model(plain).model.state_dict(), replace(BRIEF, epochs=0)
+    drawn = draw_key(SMALL, "passport-v2")
+    bound = bind_key(tmp_path, SMALL, drawn, digit_sets, graft, initial=weights)
+    assert bound.context.anchor == arrays_digest(read_arrays(plain).arrays)
+    lenient = replace(V2, harm=1.0)
+    embed(tmp_path, SMALL, bound, digit_sets, graft, scheme=lenient, initial=weights)
+    assert verify(tmp_path, bound).accepted
+    assert read_anchor(tmp_path, bound).digests
+    with pytest.raises(UnsuitableModelError, match="others have that"):
+        bind_key(tmp_path / "b", SMALL, drawn, digit_sets, graft, initial=weights, public=[plain])
+    with pytest.raises(UnsuitableModelError, match="others have that"):
+        draw_key(SMALL, "passport-v2", trained=plain, seen=digit_sets.train, public=[plain])
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_bound_key_goes_into_no_other_network(plain, digit_sets, from_scratch, tmp_path):
+    _, _, bound = from_scratch
+    weights = load_model(plain).model.state_dict()
+    for initial in (None, weights):
+        with pytest.raises(UnsuitableModelError, match="bound to the network before its mark"):
+            embed(tmp_path / "b", SMALL, bound, digit_sets, BRIEF, initial=initial)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_key_is_claimed_once_it_is_bound(call, from_scratch, tmp_path):
+    folder, drawn, bound = from_scratch
+    save_key(drawn, tmp_path / "drawn.key")
+    save_key(bound, tmp_path / "bound.key")
+    call("claim", "keygen", "-o", tmp_path / "me.pem")
+    words = ("claim", "new", "--signing", tmp_path / "me.pem", "-o", tmp_path / "claim.json")
+    code, _, said = call(*words, "--key", tmp_path / "drawn.key")
+    assert code == 2
+    assert "embed first" in " ".join(said.split())
+    given = ("--key", tmp_path / "bound.key", "--anchor", folder)
+    code, out, _ = call(*words, *given, "--reference", folder, "--json")
+    assert code == 0
+    assert json.loads(out)["anchor"] == bound.context.anchor
+    code, _, said = call(*words, *given, "--reference", folder / ANCHOR)
+    assert code == 2
+    assert "subtract the mark" in " ".join(said.split())
+    code, _, said = call(*words, *given, "--public", folder / ANCHOR)
+    assert code == 2
+
+
+def test_nothing_publishes_an_anchor(call, from_scratch, tmp_path):
+    folder, _, bound = from_scratch
+    save_key(bound, tmp_path / "bound.key")
+    call("claim", "keygen", "-o", tmp_path / "me.pem")
+    words = ("--key", tmp_path / "bound.key", "-o", tmp_path / "claim.json")
+    assert call("claim", "new", "--signing", tmp_path / "me.pem", *words)[0] == 0
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        shutil.copy(folder / ANCHOR / name, alone)
+    for source in (alone, folder):
+        claim = ("--claim", tmp_path / "claim.json", "-o", tmp_path / "hub")
+        code, _, said = call("package", source, *claim)
+        assert code == 2
+        assert "secret" in said
+    code, _, said = call("release", folder / ANCHOR, *words[:2], "-o", tmp_path / "released")
+    assert code == 2

@@ -102,6 +102,7 @@ def new(
     )
     from nnpassport.claims import signing as signatures
     from nnpassport.claims.claimfile import write_signed
+    from nnpassport.verification.anchor import needs_anchor
 
     if (authority is None) != (authority_root is None):
         raise typer.BadParameter("--authority and --authority-root go together; give both")
@@ -109,6 +110,11 @@ def new(
         signing, passphrase=_signing_passphrase(signing_passphrase, new=False)
     )
     secret = key_from(key, passphrase)
+    if needs_anchor(secret):
+        raise typer.BadParameter(
+            f"{key} is bound to no network yet: `embed` binds it to the one before the mark, and "
+            "then it is another key; embed first"
+        )
     if anchor is None and secret.context.anchor is not None:
         errors.print("note: --anchor was not given; the key names one, and it was not looked at.")
     aligned_to = reference if anchor is None else _checked(anchor, secret, public or [])

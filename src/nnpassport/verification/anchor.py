@@ -43,13 +43,22 @@ def require_alignable(key: Key) -> None:
     Raises:
         UnsuitableModelError: it has a passport for each channel, and no anchor.
     """
-    of_channels = any(layer.channels is not None for layer in key.context.layers)
-    if of_channels and key.context.anchor is None:
+    if needs_anchor(key):
         raise UnsuitableModelError(
             "the key has a passport for each channel and no anchor: aligning to the marked network "
             "is not blind to it; verify it as it is, or let `embed` bind a new key to the network "
             "before the mark"
         )
+
+
+def of_channels(key: Key) -> bool:
+    """Whether a key has a passport for each channel."""
+    return any(layer.channels is not None for layer in key.context.layers)
+
+
+def needs_anchor(key: Key) -> bool:
+    """Whether a key has a passport for each channel and is bound to no network yet."""
+    return of_channels(key) and key.context.anchor is None
 
 
 def anchor_in(folder: Path) -> Path:
