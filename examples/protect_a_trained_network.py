@@ -32,7 +32,8 @@ before = deepcopy(model).eval()
 print(f"accuracy {accuracy(before, test, normalise):.3f} before")
 
 images = normalise(data.images[:256])
-key = nnpassport.V2.draw_key(model, images[:2], owner="Alice", layers=["4"])  # keep it: save_key
+# A passport for each channel, for this very network: keep the key (save_key), and `before`.
+key = nnpassport.V2.draw_key(model, images[:2], owner="Alice", layers=["4"], seen=images)
 print(f"bits right before {nnpassport.V2.verify(model.state_dict(), key).matches} of 128")
 marked = nnpassport.mark(model, key, images[:2])
 marked.graft(images)  # no labels, no steps

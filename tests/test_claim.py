@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from authority import Signer, Website, certificate, new_key, pem
@@ -55,8 +56,8 @@ from nnpassport.claims.signing import (
 from nnpassport.claims.timestamp import check_timestamp, load_roots, request_timestamp
 from nnpassport.embedding.network.equations import Geometry
 from nnpassport.embedding.network.tensors import tensors_digest
-from nnpassport.keys.context import Context, LayerShape, canonical_json
-from nnpassport.keys.key import Key
+from nnpassport.keys.context import ChannelForm, Context, LayerShape, canonical_json
+from nnpassport.keys.key import Key, metric_digest
 from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import (
     BadSignatureError,
@@ -86,6 +87,26 @@ CLAIM = claim_of(
 SIGNED = sign_claim(CLAIM, SIGNING)
 FACTS = Facts("ab" * 32, ("cat", "café"), (3, 32, 32), (0.4914, 0.4822, 0.4465), (0.2, 0.25, 1e-05))
 WITH_FACTS = replace(CLAIM, network=FACTS)
+METRIC = np.array([[300, 2**15 - 1, *[0] * 9], [-256, 0, 2**14, *[-(2**13)] * 8]], np.int16)
+FORM = ChannelForm("norm", (2**24, 3 * 2**20), "fef0", metric_digest(METRIC))
+ANCHORED = Key(
+    SEED,
+    Context(
+        "passport-v2",
+        "Zoë",
+        (LayerShape("fc", (13, 10), (10, 1), Geometry(), channels=FORM),),
+        None,
+        bytes(range(16)),
+        anchor=hashlib.sha256(b"before").hexdigest(),
+    ),
+    metrics={"fc": METRIC},
+)
+WITH_ANCHOR = replace(
+    CLAIM,
+    context=ANCHORED.context,
+    fingerprint=ANCHORED.fingerprint,
+    axes=hashlib.sha256(b"axes").hexdigest(),
+)
 WITH_AXES = replace(WITH_FACTS, axes="ab" * 32)
 REFUSALS = (BadSignatureError, UnreadableClaimError)
 
@@ -1016,6 +1037,17 @@ def test_a_claim_with_axes_stays_readable():
     data = (GOLDEN / "claim-v1-axes.json").read_bytes()
     assert opened(data) == WITH_AXES
     assert data == encode_signed(sign_claim(WITH_AXES, SIGNING))
+
+
+def test_a_claim_with_an_anchor_stays_readable():
+    """Written on 2026-11-28: passports of channels, for the network before the mark."""
+    data = (GOLDEN / "claim-v1-anchor.json").read_bytes()
+    assert opened(data) == WITH_ANCHOR
+    assert data == encode_signed(sign_claim(WITH_ANCHOR, SIGNING))
+    assert ANCHORED.signs_array("fc").tolist() == [-1, -1, 1, 1, -1, 1, 1, -1, 1, 1, 1]
+    ((_, arrays),) = ANCHORED.channel_arrays("fc")
+    drawn = hashlib.sha256(arrays.astype("<f8").tobytes()).hexdigest()
+    assert drawn == "d2a253643c36552db541c594d939661a09613cf15d442d93cf06c62630135f59"
 
 
 def test_a_stronger_signing_key_made_with_openssl_opens(pems, tmp_path):

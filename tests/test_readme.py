@@ -81,7 +81,7 @@ def test_the_readme_s_commands_do_what_they_say(folder, authority, call, monkeyp
         words for words in commands((ROOT / "README.md").read_text()) if words[0] == "nnpassport"
     ]
     assert [words[1] for words in ours] == [
-        *("claim", "key", "embed", "release", "verify", "claim"),
+        *("claim", "key", "embed", "claim", "release", "verify", "claim"),
         *("train", "layers", "key", "embed", "verify"),
         *("attack", "verify", "verify", "claim", "judge"),
         *("attacks", "attack", "audit"),

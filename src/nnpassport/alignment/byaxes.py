@@ -96,6 +96,13 @@ class Reference(NamedTuple):
         arrays = {name: restored(self.axes, self.tensors, name, t) for name, t in found.items()}
         return Placed(arrays, cosines, 0, missing)
 
+    def with_own_scales(self, placed: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Such arrays, and this network's norms where they were folded: filters are for these."""
+        norms, gains = self.axes.batch_norms, self.axes.gains
+        names = {norms[name].weight for name in placed if name in norms}
+        names |= {gains[name] for name in placed if name in gains}
+        return {**placed, **{n: self.tensors[n] for n in names if n in self.tensors}}
+
 
 def reference_of(axes: Axes, tensors: Mapping[str, Array], key: Key) -> Reference:
     """The owner's network, checked against its table, with what the key reads projected out.
@@ -179,16 +186,8 @@ def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference)
     """
     placed = anchor.place(suspect)
     stranger = anchor.place(next(_mixtures(suspect, anchor)))
-    found = read({**placed.arrays, **_own_scales(anchor, placed.arrays)})
+    found = read(anchor.with_own_scales(placed.arrays))
     return exact(found, placed, stranger.cosines)
-
-
-def _own_scales(anchor: Reference, placed: Mapping[str, Array]) -> Mapping[str, Array]:
-    """Scales that were folded, as the anchor has them: filters that were put back are for these."""
-    norms, gains = anchor.axes.batch_norms, anchor.axes.gains
-    names = {norms[name].weight for name in placed if name in norms}
-    names |= {gains[name] for name in placed if name in gains}
-    return {name: anchor.tensors[name] for name in names if name in anchor.tensors}
 
 
 def _require_blind(found: Verdict, others: list[Other]) -> None:

@@ -1,6 +1,7 @@
 """The command `layers`: what in a network can carry a passport, and what that would cost."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +15,9 @@ from nnpassport.cli.options import (
     Norm,
     Size,
     config_from,
+    images_from,
 )
-from nnpassport.cli.terminal import errors, print_table
+from nnpassport.cli.terminal import errors, print_table, progress_bar
 
 
 def layers(
@@ -29,20 +31,33 @@ def layers(
         list[str] | None,
         typer.Option(help="Layers to protect, such as 'layer4.*'; repeatable (default: ours)."),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Images as the network of a trained model folder was trained on: a mark is put "
+            "into a copy, and what becomes of the answers is measured."
+        ),
+    ] = None,
+    images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
     factory: Factory = None,
     as_json: AsJson = False,
 ) -> None:
-    """What in a network can carry a passport, what cannot and why, and what training would cost."""
+    """What in a network can carry a passport, what cannot and why, and what it would cost."""
     from nnpassport.scheme import UnsuitableModelError
 
     given = model or architecture
     config = config_from(given, norm, arguments, None, (channels, size, size), factory)
     network = config.build(trusted_factory=factory or None)
+    seen = None
+    if images is not None:
+        if not Path(given).is_dir():
+            raise typer.BadParameter("--images is for a trained network; give its model folder")
+        network, seen = _trained(Path(given), config, factory, images, images_split)
     found = _survey(network, config)
     facts: dict[str, Any] = {"layers": found[0], "refused": found[1]}
     unsuitable = None
     try:
-        facts |= _choice(network, config, layer)
+        facts |= _choice(network, config, layer, seen)
     except UnsuitableModelError as error:
         unsuitable = error
     if as_json:
@@ -61,36 +76,44 @@ def _show(facts: dict[str, Any]) -> None:
             each["kind"],
             str(each["bits"]),
             f"{100 * each['harm']:.1f} %",
+            f"{each['step_cost']:.2f}",
             each["before"],
         )
         for name, each in facts["layers"].items()
     ]
-    print_table(("layer", "kind", "bits", "harm", "before"), rows)
+    print_table(("layer", "kind", "bits", "harm", "step", "before"), rows)
     for name, reason in facts["refused"].items():
         errors.print(f"  {name}: no passport; {reason}", markup=False)
     if chosen:
         errors.print(
-            f"→ carries passports: {facts['bits']} bits. Harm: of a layer's output, the share that "
-            "a graft is predicted to change. V2 and V3 fork the batch at "
-            f"{', '.join(facts['fork'])}: a step takes about {facts['step_cost']:.2f} times the "
-            "plain network's arithmetic.",
+            f"→ carries passports: {facts['bits']} bits, predicted harm "
+            f"{100 * facts['harm']:.1f} % at most. Harm: of a layer's output, the share that a "
+            "graft changes. Step: times the plain network's arithmetic, with this layer as the "
+            f"first. V2 and V3 fork the batch at {', '.join(facts['fork'])}: a step takes about "
+            f"{facts['step_cost']:.2f} times the plain network's arithmetic.",
             markup=False,
         )
+    if "measured" in facts:
+        errors.print(f"Measured on held-out images: {facts['measured']['said']}.", markup=False)
 
 
 def _survey(network: Any, config: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     import torch
 
     from nnpassport.embedding.network.equations import filters
+    from nnpassport.embedding.network.fork import step_costs
     from nnpassport.embedding.network.survey import predicted_harm, survey
 
-    found = survey(network, torch.zeros(2, *config.input_size))
+    example = torch.zeros(2, *config.input_size)
+    found = survey(network, example)
+    costs = step_costs(network, example, {name: s.layer for name, s in found.sites.items()})
     sites = {
         name: {
             "kind": type(site.layer).__name__,
             "weight": list(site.layer.get_parameter("weight").shape),
             "bits": len(filters(site.layer.get_parameter("weight"), site.geometry)),
             "harm": predicted_harm(site),
+            "step_cost": costs[name],
             "before": _follows(network, site),
         }
         for name, site in found.sites.items()
@@ -104,20 +127,47 @@ def _follows(network: Any, site: Any) -> str:
     return site.activation or "neither norm nor activation"
 
 
-def _choice(network: Any, config: Any, patterns: list[str] | None) -> dict[str, Any]:
+def _choice(network: Any, config: Any, patterns: list[str] | None, seen: Any) -> dict[str, Any]:
     import torch
 
+    from nnpassport.embedding.network.survey import predicted_harm, survey
     from nnpassport.embedding.schemes.passport import V2
 
     example = torch.zeros(2, *config.input_size)
-    key = V2.draw_key(network, example, layers=patterns)
+    sites = survey(network, example).sites
+    key = V2.draw_key(network, example, layers=patterns, passports="channel", seen=seen)
     fork = V2.insert(network, key, example)
     if fork is None:  # V2 always has one
         raise RuntimeError("two branches without a fork")
+    chosen = [each.name for each in key.context.layers]
     return {
-        "chosen": [each.name for each in key.context.layers],
+        "chosen": chosen,
         "bits": key.context.bits,
+        "harm": max(predicted_harm(sites[name]) for name in chosen),
         "fork": list(fork.at),
         "followers": list(fork.followers),
         "step_cost": fork.step_cost,
+        **({} if seen is None else _measured(network, seen)),
     }
+
+
+def _measured(network: Any, seen: Any) -> dict[str, Any]:
+    """What a mark does to the answers, and of each layer's output the share that it changes."""
+    from nnpassport.embedding.schemes.channels import ANY
+    from nnpassport.embedding.schemes.graft import graft_channels
+
+    with progress_bar("grafting") as show:
+        done = graft_channels(network, seen, limit=ANY, show=show)
+    felt = {name: each.felt for name, each in done.layers.items()}
+    return {"measured": {**done.harm._asdict(), "said": str(done.harm), "felt": felt}}
+
+
+def _trained(folder: Path, config: Any, factory: str | None, source: str, split: str | None) -> Any:
+    """The network of a model folder, and images as it takes them."""
+    from nnpassport.data.images import Normalisation
+    from nnpassport.embedding.checkpoint import load_model
+    from nnpassport.embedding.schemes.passport import GRAFTED_ON
+
+    network = load_model(folder, trusted_factory=factory).model
+    pictures = images_from(source, split, config).sample(GRAFTED_ON, seed=0).images
+    return network, Normalisation(config.mean, config.std)(pictures)

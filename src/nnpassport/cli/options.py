@@ -338,7 +338,7 @@ def journal_in(out: Path, resume: bool, tensorboard: bool) -> Iterator[Any]:
             show(now.step, now.steps, f"{text}  {now.images_per_second:.0f} images/s")
 
         folder = out / "training"
-        yield Journal(folder, resume=resume, show=step, tensorboard=tensorboard)
+        yield Journal(folder, resume=resume, show=step, prepare=show, tensorboard=tensorboard)
 
 
 def _value(text: str) -> str | int | float | bool:

@@ -6,7 +6,6 @@ gets one on the way: after the first part of its training, without any mark, a s
 key is bound to it, and from there on the training is with the mark.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from nnpassport.data.images import Images, Normalisation
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.network.tensors import tensors_digest
+from nnpassport.embedding.schemes.channels import ANY
 from nnpassport.embedding.schemes.passport import GRAFTED_ON, Passport, bound_to
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.train.loop import Journal, Recipe, classification, fit
@@ -54,7 +54,7 @@ def gently(scheme: Scheme) -> Scheme:
     """The scheme for a snapshot, which training goes on to change: nobody is taught its answers."""
     if not isinstance(scheme, Passport):
         return scheme
-    return replace(scheme, teaching=0.0, harm=1.0, harm_error=math.inf)
+    return replace(scheme, teaching=0.0, harm=ANY.answers, harm_error=ANY.error)
 
 
 def bind(

@@ -11,6 +11,7 @@ from nnpassport.data.images import Normalisation
 from nnpassport.embedding.network.fork import Fork
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.network.survey import refuse_lossy_wrapper
+from nnpassport.embedding.schemes.channels import LIMIT, Limit
 from nnpassport.embedding.schemes.graft import Grafted, graft
 from nnpassport.embedding.schemes.passport import Passport
 from nnpassport.embedding.train.loop import Task, read_measure
@@ -69,18 +70,20 @@ class Marked:
         """
         return {name: read_measure(value) for name, value in self._measured.items()}
 
-    def graft(self, inputs: Example) -> Mapping[str, Grafted]:
+    def graft(self, inputs: Example, *, limit: Limit = LIMIT) -> Mapping[str, Grafted]:
         """Start from the trained weights that the network has: see `schemes.graft`.
 
         `inputs` are a few hundred of what it was trained on, without labels. Right after it every
-        bit is right, and with batch norm both branches compute about what the network did; with
-        other norms, or none, the private one is to be trained.
+        bit is right, and both branches compute about what the network did; with one passport for a
+        whole layer only where a batch norm follows, else the private one is to be trained. A
+        network in the middle of its training takes any change: `limit=channels.ANY`.
 
         Raises:
+            HarmfulGraftError: with passports of channels, more changed than `limit` allows.
             UnsuitableModelError: the scheme has no passports, or `graft` refuses the network or the
                 inputs; the model is as it was.
         """
-        return graft(self.model, inputs)
+        return graft(self.model, inputs, limit=limit)
 
     def released(self) -> nn.Module:
         """A plain copy that may leave the house; see `Passport.released`.

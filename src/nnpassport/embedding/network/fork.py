@@ -7,6 +7,7 @@ its outputs equal those of two separate passes.
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -293,6 +294,29 @@ def _step_cost(model: nn.Module, example: Example) -> float:
     """
     plain, both = (_flops(model, example, branch) for branch in (Branch.PUBLIC, Branch.BOTH))
     return both / plain if plain else 2.0
+
+
+def step_costs(
+    model: nn.Module, example: Example, layers: Mapping[str, nn.Module]
+) -> dict[str, float]:
+    """By layer, FLOPs of a step of two branches that part right behind it, over a plain one's.
+
+    What a fork costs at least, if this is the first layer with a passport.
+    """
+    reached: dict[str, int] = {}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    with ExitStack() as stack, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        for name, layer in layers.items():
+
+            def note(*_: Any, name: str = name) -> None:
+                reached.setdefault(name, counter.get_total_flops())
+
+            stack.callback(layer.register_forward_hook(note).remove)
+        call(model, example)
+    whole = counter.get_total_flops()
+    return {name: 1 + (whole - flops) / whole if whole else 2.0 for name, flops in reached.items()}
 
 
 def _flops(model: nn.Module, example: Example, branch: Branch) -> int:

@@ -7,8 +7,9 @@ makes the mark one singular vector of its weight, which anybody finds and subtra
 filter moves along a direction of its own.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,117 +23,22 @@ from nnpassport.embedding.network.layers import Branch, PassportNorm, on_branch
 from nnpassport.embedding.network.outputs import (
     Example,
     call,
-    length_of,
     logits_of,
-    part_of,
     tensors_in,
 )
 from nnpassport.embedding.network.survey import Site
-from nnpassport.embedding.schemes.patches import input_patches
+from nnpassport.embedding.schemes.seen import FLOOR, Seen, metric_of, parts
 from nnpassport.keys.context import ChannelForm, LayerShape
 from nnpassport.keys.derive import UNIT_VARIANCE
 from nnpassport.keys.key import metric_digest
 from nnpassport.scheme import UnsuitableModelError
 
-FLOOR = 1.0
-"""λ of m, and of the metric in which the graft's change is least, over the mean eigenvalue. Far
-less of it puts the mark where inputs do not go, and from there it is taken away at no cost."""
-DIRECTIONS = 32
-"""Directions in which a key says what a layer sees; in all others it has the floor."""
 BITS = 1_000
 """Bits that are enough: layers are chosen until there are so many."""
-_AT_ONCE = 16  # inputs that run together
-_PATCHES = 4096
-_NUMBERS = 2**23  # of a layer's patches that are kept
 _GAIN = 2.0**24
 _DEAD, _MUTE = 1e-3, 0.05  # of the median variance, of the median |γ°|
 _CONFIDENT = 0.5
 _ENOUGH = 10  # confident answers that say something of harm
-
-
-class Seen(NamedTuple):
-    """What a layer was seen to receive: patches, and their first and second centred moments."""
-
-    patches: Float[Tensor, "samples fan_in"]
-    mean: Float[Tensor, " fan_in"]
-
-    @property
-    def centred(self) -> Float[Tensor, "samples fan_in"]:
-        """The patches about their mean, in double precision."""
-        return self.patches.double() - self.mean
-
-
-@torch.no_grad()
-def watch(
-    model: nn.Module, layers: Mapping[str, nn.Module], inputs: Example, *, seed: int = 0
-) -> dict[str, Seen]:
-    """What the kernels of these layers meet while `model` runs once over `inputs`, in parts.
-
-    The patches of a grouped layer's groups are taken together. A layer keeps at most 2²³ numbers.
-
-    Raises:
-        UnsuitableModelError: a layer does not run, or meets numbers that are not finite.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    runs = -(-length_of(inputs) // _AT_ONCE)
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            note = _note(layer, found[name], runs, generator)
-            stack.callback(layer.register_forward_hook(note).remove)
-        for part in _parts(inputs):
-            call(model, part)
-    for name, each in found.items():
-        finite = bool(each) and all(bool(x.isfinite().all()) for x in each)
-        if not finite:
-            met = "receives numbers that are not finite" if each else "does not run"
-            raise UnsuitableModelError(
-                f"no key can be grafted at {name!r}: its layer {met} on these inputs; give all "
-                "that the network takes, a few hundred of what it was trained on"
-            )
-    whole = {name: torch.cat(each) for name, each in found.items()}
-    return {name: Seen(x, x.double().mean(0)) for name, x in whole.items()}
-
-
-def _note(
-    layer: nn.Module, found: list[Tensor], runs: int, generator: torch.Generator
-) -> Callable[..., None]:
-    geometry = geometry_of(layer)
-    shape = filters(layer.get_parameter("weight"), geometry).shape
-    count = min(_PATCHES, _NUMBERS // shape[1:].numel()) // (runs * geometry.groups)
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-        x = args[0].detach()
-        drawn = input_patches(x, tuple(shape[2:]), geometry, max(1, count), generator)
-        found.append(drawn.flatten(0, 1).float())
-
-    return hook
-
-
-def _parts(inputs: Example) -> Iterator[Example]:
-    for start in range(0, length_of(inputs), _AT_ONCE):
-        yield part_of(inputs, start, start + _AT_ONCE)
-
-
-def metric_of(seen: Seen) -> NDArray[np.int16]:
-    """What a key keeps of it (directions 1+fan_in): see `keys.derive.spread`.
-
-    A direction in which inputs never go, as behind a layer norm, has the strength −1: m has
-    nothing there.
-    """
-    x = seen.centred
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    values = values.clamp(min=0)
-    mean = values.mean().clamp(min=1e-30)
-    empty = torch.nonzero(values < 1e-9 * mean).flatten() if len(x) > len(values) else values[:0]
-    empty = empty.long()[:DIRECTIONS] if len(empty) <= DIRECTIONS // 4 else empty.long()[:0]
-    top = torch.arange(max(len(empty), len(values) - (DIRECTIONS - len(empty))), len(values))
-    rest = values[: int(top[0])].mean() if len(top) and int(top[0]) else values.new_zeros(())
-    strengths = ((values[top] + FLOOR * mean) / (rest + FLOOR * mean)).sqrt() - 1
-    chosen = torch.cat([vectors[:, empty], vectors[:, top]], 1).T
-    said = torch.cat([strengths.new_full((len(empty),), -1.0), strengths])
-    whole = torch.cat([said[:, None] * 2.0**8, chosen * 2.0**15], 1).round()
-    return whole.clamp(-(2**15 - 1), 2**15 - 1).numpy().astype(np.int16)
 
 
 def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShape, Any]:
@@ -149,7 +55,7 @@ def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShap
     scale, shift = own_affine_of(model, site)
     carrying = scale.abs() > _MUTE * scale.abs().median()
     if seen is not None:
-        variance = (seen.centred @ flat.T).square().mean(0)
+        variance = seen.about(centred=True).power(flat)
         carrying &= variance > _DEAD * variance.median()
     if not bool(carrying.any()):
         raise UnsuitableModelError(
@@ -224,6 +130,9 @@ class Limit(NamedTuple):
 LIMIT = Limit()
 """What is accepted if nothing else is said."""
 
+ANY = Limit(answers=1.0, error=math.inf)
+"""Any harm: of a network that is trained on afterwards, or to see how much it is."""
+
 
 class Harm(NamedTuple):
     """What marking did to the answers on held-out inputs.
@@ -283,46 +192,27 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
     where γ° and β° are the norm's own, or 1 and 0 where there is none.
     """
     geometry = geometry_of(norm.layer)
-    rows = filters(norm.layer.get_parameter("weight"), geometry).double().flatten(1)
-    x = seen.centred
-    if not _has_place(norm):  # the mean's move would be felt
-        x = seen.patches.double()
-    forms = norm.mean_patch.double()
-    scale, shift = norm.own()
+    rows = filters(norm.layer.get_parameter("weight"), geometry).cpu().double().flatten(1)
+    about = seen.about(centred=True)
+    # Without a place for it, the mean's move would be felt.
+    felt = about if _has_place(norm) else seen.about(centred=False)
+    forms = norm.mean_patch.cpu().double()
     said = torch.stack(collapsed_affine(rows, forms), 1)
-    need = torch.stack([scale, shift], 1).double() - said
-    whitened = solved(x, forms.flatten(0, 1), floor).view_as(forms)
+    need = torch.stack([own.cpu().double() for own in norm.own()], 1) - said
+    whitened = felt.solved(forms.flatten(0, 1), floor).view_as(forms)
     products = torch.einsum("doi,eoi->ode", forms, whitened)
     weights = torch.einsum("ode,oe->od", torch.linalg.pinv(products, hermitian=True), need)
     change = torch.einsum("od,doi->oi", weights, whitened)
     if norm.carries is not None:
-        change[~norm.carries] = 0
-    outputs, added = x @ rows.T, x @ change.T
-    spread_before = seen.centred @ rows.T
-    before = spread_before.square().mean(0)
-    wider = (spread_before + seen.centred @ change.T).square().mean(0)
+        change[~norm.carries.cpu()] = 0
+    before = about.power(rows)
     return Change(
         change,
         change @ seen.mean,
-        torch.where(before > 0, wider / before, 1.0),
-        float(added.square().mean() / outputs.square().mean().clamp(min=1e-30)),
+        torch.where(before > 0, about.power(rows + change) / before, 1.0),
+        float(felt.power(change).mean() / felt.power(rows).mean().clamp(min=1e-30)),
         float(change.norm() / rows.norm().clamp(min=1e-30)),
     )
-
-
-def solved(
-    x: Float[Tensor, "samples fan_in"], forms: Float[Tensor, "forms fan_in"], floor: float
-) -> Float[Tensor, "forms fan_in"]:
-    """(XᵀX / n + λ)⁻¹ m for all m, by whichever of the two systems is the smaller one."""
-    ridge = floor * float(x.square().mean()) + 1e-12
-    samples, columns = x.shape
-    if samples < columns:  # Woodbury
-        kernel = x @ x.T
-        kernel.diagonal().add_(samples * ridge)
-        return (forms - torch.linalg.solve(kernel, x @ forms.T).T @ x) / ridge
-    covariance = x.T @ x / samples
-    covariance.diagonal().add_(ridge)
-    return torch.linalg.solve(covariance, forms.T).T
 
 
 def _has_place(norm: PassportNorm) -> bool:
@@ -343,7 +233,7 @@ def apply_change(norm: PassportNorm, change: Change) -> None:
     """Write ΔW, and keep what follows true of what the layer puts out now, in place."""
     geometry, weight = geometry_of(norm.layer), norm.layer.get_parameter("weight")
     rows = filters(weight, geometry)
-    added = (rows.double().flatten(1) + change.weight).view(rows.shape)
+    added = (rows.double().flatten(1) + change.weight.to(rows.device)).view(rows.shape)
     weight.copy_(own_order(added, geometry))
     norms = _batch_norms(norm)
     for each in norms:
@@ -365,7 +255,8 @@ def begin(norms: Sequence[PassportNorm]) -> None:
     for norm in norms:
         if norm.carries is not None:
             fan_in = norm.mean_patch.shape[2]
-            white = Seen(torch.eye(fan_in), torch.zeros(fan_in).double())
+            eye = torch.eye(fan_in).double()
+            white = Seen(fan_in, torch.zeros(fan_in).double(), eye / fan_in)
             change = change_of(norm, white)
             mean, growth = torch.zeros_like(change.mean), torch.ones_like(change.growth)
             apply_change(norm, change._replace(mean=mean, growth=growth))
@@ -405,7 +296,7 @@ class Answers(NamedTuple):
 def answers(model: nn.Module, inputs: Example, branch: Branch) -> Answers:
     """What `model` puts out in a branch: class scores, or all of its numbers side by side."""
     with on_branch(model, branch):
-        told = [_told(call(model, part)) for part in _parts(inputs)]
+        told = [_told(call(model, part)) for part in parts(inputs)]
     return Answers(torch.cat([each.numbers for each in told]), all(each.scores for each in told))
 
 

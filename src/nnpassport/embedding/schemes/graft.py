@@ -41,6 +41,7 @@ from nnpassport.embedding.network.outputs import (
 from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.pan import own_affine, say
 from nnpassport.embedding.schemes.patches import input_patches
+from nnpassport.embedding.schemes.seen import solved, watch
 from nnpassport.keys.geometry import Geometry
 from nnpassport.scheme import HarmfulGraftError, UnsuitableModelError
 
@@ -50,6 +51,9 @@ the inputs do not have, from where it can be projected out at no cost (`docs/log
 QUIET = 0.2
 """g, and the least |γ| of any channel: twice the margin γ0 of the sign loss."""
 _PATCHES = 4096
+
+Show = Callable[[float, float, str], None]
+"""Told how much is done, of how much, and what is next."""
 
 
 class Grafted(NamedTuple):
@@ -76,6 +80,7 @@ def graft(
     ridge: float = RIDGE,
     seed: int = 0,
     limit: channels.Limit = channels.LIMIT,
+    show: Show = lambda *_: None,
 ) -> Mapping[str, Grafted]:
     """Make the inserted passports of a trained network say what its norms say, in place.
 
@@ -92,7 +97,7 @@ def graft(
     """
     norms = passport_norms(model)
     if any(norm.carries is not None for norm in norms.values()):
-        return graft_channels(model, inputs, seed=seed, limit=limit).layers
+        return graft_channels(model, inputs, seed=seed, limit=limit, show=show).layers
     generator = torch.Generator().manual_seed(seed)
     with on_branch(model, Branch.PUBLIC):
         order = _in_order(model, norms, inputs)
@@ -114,12 +119,13 @@ def graft_channels(
     held_out: Example | None = None,
     limit: channels.Limit = channels.LIMIT,
     seed: int = 0,
+    show: Show = lambda *_: None,
 ) -> Report:
     """Make the passports of channels say what the norms say, in place, and measure the harm.
 
     One pass over `inputs` sees what every layer receives; each layer then changes as little as it
     can (`channels.change_of`). Harm is measured on `held_out`: by default the last quarter of
-    `inputs`, which then is not looked at otherwise.
+    `inputs`, which then is not looked at otherwise. `show` is told how much of it is done.
 
     Raises:
         HarmfulGraftError: more changed than `limit` allows; the model is as it was. It names the
@@ -133,10 +139,21 @@ def graft_channels(
         cut = max(1, length_of(inputs) * 3 // 4)
         held_out = part_of(inputs, min(cut, length_of(inputs) - 1), length_of(inputs))
         inputs = part_of(inputs, 0, cut)
+    of = length_of(inputs) + length_of(held_out) * 3
+    show(0, of, "answers before the mark")
     before = channels.answers(model, held_out, Branch.PUBLIC)
+    done = length_of(held_out)
+
+    def watched(inputs_done: int, _of: int) -> None:
+        show(done + inputs_done, of, "what the layers receive")
+
     with on_branch(model, Branch.PUBLIC):
-        seen = channels.watch(model, {n: norms[n].layer for n in order}, inputs, seed=seed)
-    changes = {name: channels.change_of(norms[name], seen.pop(name)) for name in order}
+        layers = {name: norms[name].layer for name in order}
+        seen = watch(model, layers, inputs, seed=seed, show=watched)
+    changes = {}
+    for name in order:
+        show(done + length_of(inputs), of, f"the least change of {name}")
+        changes[name] = channels.change_of(norms[name], seen.pop(name))
     with channels.undone([norms[name] for name in order]) as put_back:
 
         def tried(names: Sequence[str]) -> channels.Harm:
@@ -147,7 +164,9 @@ def graft_channels(
                 before, *(channels.answers(model, held_out, branch) for branch in branches)
             )
 
+        show(done + length_of(inputs), of, "answers with the mark")
         harm = tried(order)
+        show(of, of, f"{harm}")
         if not harm.within(limit):
             costs = {name: change.felt for name, change in changes.items()}
             raise _too_harmful(harm, limit, costs, tried, put_back)
@@ -298,11 +317,11 @@ def _correction(
     changes = []
     for group, wanted in enumerate(need.chunk(groups)):
         x, forms = patches[:, group], mean_patch[:, group]
-        solved = channels.solved(x, forms, ridge)
+        whitened = solved(x, forms, ridge)
         # Where a filter has but one number, γ and β cannot both be had: γ has the bits.
         met = min(2, x.shape[1])
         changes.append(
-            wanted[:, :met] @ torch.linalg.pinv((forms @ solved.T)[:met, :met]) @ solved[:met]
+            wanted[:, :met] @ torch.linalg.pinv((forms @ whitened.T)[:met, :met]) @ whitened[:met]
         )
     return torch.cat(changes)
 

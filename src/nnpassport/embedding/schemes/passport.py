@@ -40,6 +40,7 @@ from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.pan import encode
 from nnpassport.embedding.schemes.protocol import Scheme
+from nnpassport.embedding.schemes.seen import Seen, watch
 from nnpassport.embedding.schemes.signature import (
     as_published,
     presented_accuracy,
@@ -300,7 +301,8 @@ class Passport:
             seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
             try:
                 limit = channels.Limit(self.harm, self.harm_error)
-                graft(model, normalise(seen).to(example), limit=limit)
+                show = (journal or Journal()).prepare
+                graft(model, normalise(seen).to(example), limit=limit, show=show)
             except (HarmfulGraftError, UnsuitableModelError):
                 surgery.remove(model)
                 raise
@@ -476,10 +478,10 @@ def _shape_of(site: Site) -> LayerShape:
 def _channel_shapes(
     model: nn.Module, sites: Sequence[Site], seen: Example | None
 ) -> tuple[tuple[LayerShape, ...], dict[str, Any]]:
-    watched: Mapping[str, channels.Seen] = {}
+    watched: Mapping[str, Seen] = {}
     if seen is not None:
         with on_branch(model, Branch.PUBLIC):
-            watched = channels.watch(model, {site.name: site.layer for site in sites}, seen)
+            watched = watch(model, {site.name: site.layer for site in sites}, seen)
     found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
     metrics = {shape.name: metric for shape, metric in found if metric is not None}
     return tuple(shape for shape, _ in found), metrics

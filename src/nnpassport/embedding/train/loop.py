@@ -153,6 +153,8 @@ class Journal:
         folder: gets `metrics.jsonl` and `training.pt`; None writes nothing.
         resume: continue from the folder's checkpoint, if it has one.
         show: called every tenth step.
+        prepare: called while what comes before the first step is done, with how much of it is, of
+            how much, and what is next.
         tensorboard: also write TensorBoard events (needs the `tensorboard` extra).
         checkpoint_every: seconds between checkpoints within an epoch.
     """
@@ -160,6 +162,7 @@ class Journal:
     folder: Path | None = None
     resume: bool = False
     show: "Callable[[Progress], None]" = lambda _: None
+    prepare: Callable[[float, float, str], None] = lambda *_: None
     tensorboard: bool = False
     checkpoint_every: float = 120.0
 
