@@ -256,7 +256,7 @@ class Aligner:
             if attention.copies is None
             else {
                 (spot.tensor, spot.dimension): spot
-                for spot in _crossed(axes, outer, axes.axes[attention.copies])
+                for spot in crossed(axes, outer, axes.axes[attention.copies])
             }
         )
         alone = order[::copies] // copies
@@ -290,7 +290,7 @@ def aligner(axes: Axes, tensors: Mapping[str, Matrix]) -> Aligner:
         axes,
         canonical(axes, tensors),
         tuple(_units(axes)),
-        tuple(_attentions(axes)),
+        tuple(attentions(axes)),
         {name: frozenset(numbers) for name, numbers in on.items()},
     )
 
@@ -304,7 +304,7 @@ def _units(axes: Axes) -> list[_Unit]:
             if outer == inner or {outer, inner} & paired:
                 continue
             axis, other = axes.axes[outer], axes.axes[inner]
-            spots = _crossed(axes, axis, other)
+            spots = crossed(axes, axis, other)
             together = len(spots) == len(axis.places) == len(other.places)
             if together and _is_outer(spots[0], axis, other):
                 size = axis.size * other.size
@@ -332,7 +332,7 @@ def _spots(axes: Axes, axis: Axis) -> list[Spot]:
     ]
 
 
-def _crossed(axes: Axes, outer: Axis, inner: Axis) -> list[Spot]:
+def crossed(axes: Axes, outer: Axis, inner: Axis) -> list[Spot]:
     """Where both axes are in one dimension: rows by the outer index, then by the inner one."""
     found = []
     for place in inner.places:
@@ -360,7 +360,7 @@ def _meeting(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.
     return both[np.argsort(cell, kind="stable")].reshape(len(counts), -1)
 
 
-def _attentions(axes: Axes) -> list[_Attention]:
+def attentions(axes: Axes) -> list[_Attention]:
     """Heads that are computed side by side, with the insides that they have."""
     inner = [number for number, axis in enumerate(axes.axes) if axis.kind == "inner"]
     batched = [number for number in inner if "batched" in axes.axes[number].traits]
@@ -400,12 +400,12 @@ def _sides(axes: Axes, heads: int, copies: int | None, inner: int) -> list[_Side
     """Matrices, not biases, that have heads and their inside in one dimension."""
     outer, inside = axes.axes[heads], axes.axes[inner]
     found = []
-    for spot in _crossed(axes, outer, inside):
+    for spot in crossed(axes, outer, inside):
         if spot.tensor not in axes.reads:
             continue
         single = None
         if copies is not None:
-            both = _crossed(axes, outer, axes.axes[copies])
+            both = crossed(axes, outer, axes.axes[copies])
             place = (spot.tensor, spot.dimension)
             rows = next((each for each in both if (each.tensor, each.dimension) == place), None)
             column = next((each for each in _spots(axes, inside) if each[:2] == place), None)
