@@ -144,8 +144,10 @@ def test_a_channel_negated_with_its_norm_reads_the_same_and_one_alone_does_not()
     assert read_passports(alone, owned).layers["host"] == (OUT // 2, OUT)
     silent = {**weights, "host.weight": weights["host.weight"] * 0}
     assert read_passports(silent, owned).layers["host"] == (0, OUT)
-    with pytest.raises(UnsuitableModelError, match=r"norm\.weight is missing"):
-        read_passports({"host.weight": weights["host.weight"]}, owned)
+    folded = {"host.weight": weights["host.weight"] * weights["norm.weight"][:, None]}
+    assert read_passports(folded, owned).layers["host"] == (OUT, OUT)
+    with pytest.raises(UnsuitableModelError, match=r"norm\.weight is \(3,\)"):
+        read_passports({**folded, "norm.weight": np.ones(3)}, owned)
 
 
 def test_channels_that_carry_nothing_are_not_counted():
@@ -401,7 +403,7 @@ def test_no_other_network_is_taken_for_the_anchor(grafted):
     with torch.no_grad():
         almost.features[0].weight[0, 0, 0, 0] += 1e-3
     for other in (released, almost):
-        with pytest.raises(UnsuitableModelError, match="this is not its anchor"):
+        with pytest.raises(UnsuitableModelError, match="not the key's anchor"):
             verify_aligned(released.state_dict(), owned, other)
     alone = V2.draw_key(anchor, torch.zeros(2, 1, 32, 32), passports="channel")
     with pytest.raises(UnsuitableModelError, match="and no anchor"):

@@ -34,7 +34,7 @@ FLOORS = (
     "embedding.train",
     "embedding.schemes",
     "embedding.measured embedding.axes",
-    "embedding.marked",
+    "embedding.marked embedding.anchoring",
     "embedding.owner",
     "embedding.publish",
     "attacks",

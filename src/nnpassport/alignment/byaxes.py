@@ -9,6 +9,9 @@ compared, so no inner product sees it. What preference is left is measured: the 
 on networks that have nothing to do with the reference, and the p-value is taken at the best rate
 that any of them reaches. A table with more freedom than the network has fits those as well, so it
 gains nothing; one by which they match far more than half is refused.
+
+Aligned to a key's anchor, the network before the mark, nothing is projected out and no null taken:
+what knows nothing of the bits cannot prefer any.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.canonical import Weights, restored
-from nnpassport.alignment.rate import MIXTURES, Other, against
+from nnpassport.alignment.rate import MIXTURES, Other, against, exact
 from nnpassport.alignment.solve import Aligner, aligner
 from nnpassport.alignment.table import LONGEST, check_table
 from nnpassport.files.arrays import Array, arrays_digest, is_floating
@@ -106,11 +109,27 @@ def reference_of(axes: Axes, tensors: Mapping[str, Array], key: Key) -> Referenc
     return Reference(axes, known, aligner(axes, _blind(known, key)))
 
 
+def anchor_of(axes: Axes, tensors: Mapping[str, Array]) -> Reference:
+    """The network before the mark, checked against its table.
+
+    Raises:
+        UnreadableModelError: the table is not of this network.
+    """
+    check_table(axes, {name: array.shape for name, array in tensors.items()})
+    known = _floating(tensors)
+    return Reference(axes, known, aligner(axes, known))
+
+
 def can_read(key: Key) -> bool:
-    """Whether a key's bits are linear in each filter, in few enough directions to take out."""
+    """Whether a key's bits can be read aligned: to its anchor, or once they are projected out.
+
+    For the latter they are linear in each filter, in few enough directions.
+    """
     reader = READERS.get(key.context.scheme)
-    if reader is read_passports:
+    if reader is not None and key.context.anchor is not None:
         return True
+    if reader is read_passports:
+        return all(layer.channels is None for layer in key.context.layers)
     if reader not in (read_projection, read_words):
         return False
     (layer,) = key.context.layers
@@ -150,6 +169,26 @@ def verify_by_axes(
         )
     _require_blind(found, others)
     return against(found, placed, others, origin, skipped)
+
+
+def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference) -> Verdict:
+    """V on the suspect once it is aligned to the network before the mark; its p-value is exact.
+
+    Raises:
+        UnsuitableModelError: the suspect cannot be aligned.
+    """
+    placed = anchor.place(suspect)
+    stranger = anchor.place(next(_mixtures(suspect, anchor)))
+    found = read({**placed.arrays, **_own_scales(anchor, placed.arrays)})
+    return exact(found, placed, stranger.cosines)
+
+
+def _own_scales(anchor: Reference, placed: Mapping[str, Array]) -> Mapping[str, Array]:
+    """Scales that were folded, as the anchor has them: filters that were put back are for these."""
+    norms, gains = anchor.axes.batch_norms, anchor.axes.gains
+    names = {norms[name].weight for name in placed if name in norms}
+    names |= {gains[name] for name in placed if name in gains}
+    return {name: anchor.tensors[name] for name in names if name in anchor.tensors}
 
 
 def _require_blind(found: Verdict, others: list[Other]) -> None:

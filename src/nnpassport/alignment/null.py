@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.alignment.names import Aligned, Forms, align_to, prepared
-from nnpassport.alignment.rate import MIXTURES, Other, against
-from nnpassport.alignment.shapes import Choice, Search, mixed
+from nnpassport.alignment.rate import MIXTURES, Other, against, exact
+from nnpassport.alignment.shapes import Choice, Placed, Search, mixed
 from nnpassport.scheme import UnsuitableModelError, Verdict
 
 Read = Callable[[Mapping[str, Tensor]], Verdict]
@@ -83,6 +83,40 @@ def aligned_verdict(
     return AlignedVerdict(against(found, aligned, others, unrelated.origin, skipped), aligned)
 
 
+def anchored_verdict(
+    read: Read, weights: Mapping[str, Tensor], anchor: nn.Module, stranger: Mapping[str, Tensor]
+) -> AlignedVerdict:
+    """V on the suspect with these weights once it is aligned to the network before the mark.
+
+    Nothing is hidden from alignment, and no null is taken: see `rate.exact`. The `stranger` is
+    another network's weights, by which likeness is measured.
+
+    Raises:
+        UnsuitableModelError: suspect and anchor cannot be aligned, or the stranger cannot.
+    """
+    ready = prepared(anchor, {})
+    aligned, other = align_to(ready, weights), align_to(ready, stranger)
+    return AlignedVerdict(exact(read(aligned.model.state_dict()), aligned, other.cosines), aligned)
+
+
+def anchored_by_shape(
+    read: Read, weights: Mapping[str, Tensor], anchor: nn.Module, rng: torch.Generator
+) -> ShapedVerdict:
+    """V on tensors of the suspect that are the anchor's layers by their shapes (`shapes`).
+
+    Of the few choices that fit best the one that matches best is taken, and the verdict has still
+    to pay for all. `read` is given filters alone, with the anchor's signs and lengths.
+
+    Raises:
+        UnsuitableModelError: no choice of tensors fits.
+    """
+    search = Search(weights, anchor, {})
+    choice, placed = _best_of(search, read)
+    stranger = search.placed(mixed(search.matrices(choice), rng))
+    verdict = exact(read(placed.tensors), placed, stranger.cosines)
+    return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
+
+
 def verdict_by_shape(
     read: Read,
     weights: Mapping[str, Tensor],
@@ -100,11 +134,7 @@ def verdict_by_shape(
         UnsuitableModelError: no choice of tensors fits, or no unrelated network can be aligned.
     """
     search = Search(weights, reference, forms)
-    choices: dict[object, Choice] = {}
-    for each in search.best():
-        choices.setdefault(search.alike(each), each)
-    tried = [(each, search.placed(search.matrices(each))) for each in choices.values()]
-    choice, placed = max(tried, key=lambda each: read(each[1].tensors).matches)
+    choice, placed = _best_of(search, read)
     found = read(placed.tensors)
     others: list[Other] = []
     skipped = 0
@@ -125,8 +155,20 @@ def verdict_by_shape(
     origin = f"{MIXTURES} mixtures of the suspect's own filters"
     origin = origin if unrelated is None else f"{unrelated.origin} and {origin}"
     verdict = against(found, placed, others, origin, skipped)
-    taken = {layer: each.name for layer, each in choice.taken.items()}
-    return ShapedVerdict(verdict, taken, search.log10_choices)
+    return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
+
+
+def _best_of(search: Search, read: Read) -> tuple[Choice, Placed]:
+    """Of the choices that fit best, the one that matches best."""
+    choices: dict[object, Choice] = {}
+    for each in search.best():
+        choices.setdefault(search.alike(each), each)
+    tried = [(each, search.placed(search.matrices(each))) for each in choices.values()]
+    return max(tried, key=lambda each: read(each[1].tensors).matches)
+
+
+def _taken(choice: Choice) -> dict[str, str]:
+    return {layer: each.name for layer, each in choice.taken.items()}
 
 
 def _require(others: Sequence[Other], origin: str) -> None:

@@ -21,6 +21,11 @@ MIXTURES = 8
 READINGS = 2
 """A suspect can be read as it stands and aligned; whoever shows one may have looked at both."""
 
+ANCHOR = "anchor"
+"""What an alignment was to, if to the network before the mark."""
+REFERENCE = "reference"
+"""What it was to, if to the one that has the mark."""
+
 RELATED = 0.5
 """How far from the best unrelated network's cosines to 1 a copy's must be, over the layers' median.
 
@@ -59,6 +64,8 @@ def against(
     cautious = with_null(found, matches)
     alike = likeness(aligned.cosines, [other.cosines for other in others])
     facts = {
+        "to": REFERENCE,
+        "bound": False,
         "likeness": alike,
         "related": alike >= RELATED,
         "cosines": dict(aligned.cosines),
@@ -75,6 +82,37 @@ def against(
         "readings": READINGS,
     }
     return replace(cautious, alignment=facts)
+
+
+def exact(found: Verdict, aligned: Matched, stranger: Mapping[str, float]) -> Verdict:
+    """The verdict on a network aligned to one that knows nothing of the bits, and what was found.
+
+    Committed bits are then coins whatever alignment did, so the binomial tail is exact; only that
+    there is a reading without alignment too is paid for. The cosines of a `stranger`, by layer, say
+    what is alike by chance.
+    """
+    alike = likeness(aligned.cosines, [stranger])
+    facts = {
+        "to": ANCHOR,
+        "bound": True,
+        "likeness": alike,
+        "related": alike >= RELATED,
+        "cosines": dict(aligned.cosines),
+        "dropped": aligned.dropped,
+        "missing": aligned.missing,
+        "null": {
+            "networks": "none is needed: what it was aligned to knows nothing of the bits",
+            "bits": found.bits,
+            "matches": [],
+            "log10_p_analytic": found.log10_p_value,
+            "skipped": 0,
+            "log10_p_empirical": None,
+        },
+        "readings": READINGS,
+    }
+    reason = "aligned to the network before the mark, for which bits are coins"
+    paid = found.paid(math.log10(READINGS), reason)
+    return replace(paid, alignment=facts)
 
 
 def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:

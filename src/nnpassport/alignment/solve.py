@@ -63,6 +63,8 @@ class _Unit(NamedTuple):
     Attributes:
         numbers: of its axes; the outer first.
         groups: of how many it is; 1 for an axis.
+        either_sign: each row may be negated.
+        normed: each group may be negated, together with a group norm behind it.
     """
 
     numbers: tuple[int, ...]
@@ -70,6 +72,7 @@ class _Unit(NamedTuple):
     size: int
     groups: int
     either_sign: bool
+    normed: bool
     spots: tuple[Spot, ...]
 
     @property
@@ -191,6 +194,7 @@ class Aligner:
         """Put the suspect's rows into the order of the reference's."""
         longer = _longer(unit, spots, weights, self.reference)
         cosines = np.zeros((unit.size, longer or unit.size))
+        turned = np.zeros_like(cosines)  # what a group that is negated with its norm has negated
         for spot in spots:
             mine = weights[spot.tensor]
             theirs = spot.rows(self.reference[spot.tensor])
@@ -200,10 +204,14 @@ class Aligner:
                 else spot.rows(mine)
             )
             found = _unit(theirs) @ _unit(rows).T
-            cosines += np.abs(found) if unit.either_sign else found
-        order = (
-            _assigned(cosines) if unit.groups == 1 else _assigned_in_groups(cosines, unit.groups)
-        )
+            if unit.normed and not longer and not spot.reads and mine.ndim > 1:
+                turned += found
+            else:
+                cosines += np.abs(found) if unit.either_sign else found
+        if not unit.normed or longer:
+            order = _assigned(cosines)
+        else:
+            cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
         likeness[unit.last] = float(cosines[np.arange(unit.size), order].mean() / len(spots))
         for spot in unit.spots:
             tensor = weights.get(spot.tensor)
@@ -238,7 +246,7 @@ class Aligner:
                 for source in (self.reference, weights)
             )
             cosines += theirs @ mine.T
-        order = _assigned_in_groups(cosines, heads) if copies > 1 else _assigned(cosines)
+        order = _in_groups(cosines, heads) if copies > 1 else _assigned(cosines)
         rows = np.arange(len(order))
         likeness[attention.heads] = float(cosines[rows, order].mean() / len(attention.insides))
         self._reorder_heads(attention, order, weights)
@@ -308,14 +316,14 @@ def _units(axes: Axes) -> list[_Unit]:
             together = len(spots) == len(axis.places) == len(other.places)
             if together and _is_outer(spots[0], axis, other):
                 size = axis.size * other.size
-                pair = _Unit((outer, inner), "permute", size, axis.size, False, tuple(spots))
+                pair = _Unit((outer, inner), "permute", size, axis.size, False, True, tuple(spots))
                 found.append(pair)
                 paired |= {outer, inner}
     for number, axis in enumerate(axes.axes):
         if number not in paired and axis.kind != "inner":
-            sign = "product" in axis.traits
+            sign, turns = "product" in axis.traits, number in normed
             spots = _spots(axes, axis)
-            found.append(_Unit((number,), axis.kind, axis.size, 1, sign, tuple(spots)))
+            found.append(_Unit((number,), axis.kind, axis.size, 1, sign, turns, tuple(spots)))
     return found
 
 
@@ -452,8 +460,29 @@ def _assigned(cosines: Matrix) -> NDArray[np.int64]:
     return np.asarray(linear_sum_assignment(np.nan_to_num(cosines), maximize=True)[1])
 
 
-def _assigned_in_groups(cosines: Matrix, groups: int) -> NDArray[np.int64]:
-    """The same where groups stay together: inside each pair of groups, and then of the groups."""
+def _assigned_in_groups(
+    cosines: Matrix, turned: Matrix, groups: int
+) -> tuple[Matrix, NDArray[np.int64]]:
+    """The same where groups stay together, either of them negated in what is `turned`.
+
+    Also returned is the sum of both matrices, with the sign that fits each pair of groups better.
+    """
+    inside = len(cosines) // groups
+    best = np.zeros_like(cosines)
+    for a in range(groups):
+        for b in range(groups):
+            block = np.s_[a * inside : (a + 1) * inside, b * inside : (b + 1) * inside]
+            signs = (cosines[block] + turned[block], cosines[block] - turned[block])
+            best[block] = max(signs, key=_best_sum)
+    return best, _in_groups(best, groups)
+
+
+def _best_sum(cosines: Matrix) -> float:
+    return float(cosines[np.arange(len(cosines)), _assigned(cosines)].sum())
+
+
+def _in_groups(cosines: Matrix, groups: int) -> NDArray[np.int64]:
+    """By row, its column, where groups stay together: inside each pair, and then of the groups."""
     inside = len(cosines) // groups
     orders = np.zeros((groups, groups, inside), np.int64)
     sums = np.zeros((groups, groups))

@@ -65,8 +65,9 @@ class Claim:
         date: the day by the owner's own clock, ISO 8601. Only a timestamp proves one.
         network: what the weights of `reference` do not say; None in claims from before there was
             such a field, and where there is no config.
-        axes: SHA-256 (hex) of the table of axes of the reference (`alignment.table`); None in
-            claims from before there was such a field, and where nothing was traced.
+        axes: SHA-256 (hex) of the table of axes (`alignment.table`) of the network that suspects
+            are aligned to: the anchor that the context names, or else the reference. None in claims
+            from before there was such a field, and where nothing was traced.
     """
 
     owner_key: str
@@ -105,8 +106,13 @@ class Claim:
             _require(committed, "facts of a network, and no reference", "both, or no facts")
             if (fault := self.network.fault()) is not None:
                 _require(False, *fault)
-        traced = self.axes is None or self.reference is not None
+        anchor = self.context.anchor
+        traced = self.axes is None or self.reference is not None or anchor is not None
         _require(traced, "axes of a network, and no reference", "both, or no axes")
+        if anchor is not None:
+            apart = "one network as reference and as anchor"
+            needed = "the network before the mark as anchor: whoever has it can subtract the mark"
+            _require(anchor != self.reference, apart, needed)
 
     def encode(self) -> bytes:
         """The one encoding of this claim: sorted keys, ASCII, no whitespace, no floats."""
@@ -146,6 +152,7 @@ class Claim:
             "date": self.date,
             "network": None if self.network is None else self.network.as_json(),
             "axes": self.axes,
+            "anchor": self.context.anchor,
         }
 
 

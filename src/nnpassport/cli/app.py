@@ -44,6 +44,7 @@ from nnpassport.cli.options import (
     Out,
     Passphrase,
     Precision,
+    Public,
     Rate,
     Reading,
     RecipeName,
@@ -62,7 +63,9 @@ from nnpassport.cli.options import (
     journal_in,
     key_from,
     new_passphrase,
+    opened_key,
     recipe_from,
+    save_bound,
     sets_from,
 )
 from nnpassport.cli.terminal import (
@@ -142,8 +145,8 @@ def key_new(
     passports: Annotated[
         str | None,
         typer.Option(
-            help="channel: one for each channel (default with a trained --model and --images). One "
-            "for each layer: derived (default else), or the paper's random, image, shuffle."
+            help="channel: one for each channel (default). One for each layer: derived (default "
+            "of pan), or the paper's random, image, shuffle."
         ),
     ] = None,
     images: Annotated[
@@ -157,6 +160,7 @@ def key_new(
     plain: Annotated[
         Path | None, typer.Option(help="Beside --images: a trained plain model folder.")
     ] = None,
+    public: Public = None,
     triggers: Annotated[
         Path | None,
         typer.Option(
@@ -189,6 +193,7 @@ def key_new(
         passports=passports if passports in {None, "channel", "derived"} else "derived",
         trained=Path(model) if Path(model).is_dir() else None,
         seen=source,
+        public=public or (),
     )
     if passports not in {None, "channel", "derived"}:
         drawn = ownership.redraw_as_published(drawn, passports, plain, source)
@@ -329,6 +334,20 @@ def embed(
             help="V3, adi: trigger images in each step (default: 2); more if epochs are few."
         ),
     ] = None,
+    harm: Annotated[
+        float | None,
+        typer.Option(
+            help="With --init: share of confident answers that the mark may change (default: "
+            "0.02); beyond it everything is put back."
+        ),
+    ] = None,
+    harm_error: Annotated[
+        float | None,
+        typer.Option(
+            help="The same where no answer is confident: relative error of outputs (default: 0.1)."
+        ),
+    ] = None,
+    public: Public = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -349,13 +368,19 @@ def embed(
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network that carries your key. Interrupt at will; --resume goes on exactly there."""
+    """Train a network that carries your key. Interrupt at will; --resume goes on exactly there.
+
+    A key with a passport for each channel is bound to the network before the mark, which is written
+    into anchor/: what --init names, or what comes of the first part of training.
+    """
     from nnpassport.catalog import read_settings, scheme_named, with_settings
     from nnpassport.embedding import owner as ownership
 
-    secret = key_from(key, passphrase)
+    secret, phrase = opened_key(key, passphrase)
     named = scheme_named(secret.context.scheme)
-    chosen = with_settings(named, late=late, triggers_per_step=triggers_per_step)
+    chosen = with_settings(
+        named, late=late, triggers_per_step=triggers_per_step, harm=harm, harm_error=harm_error
+    )
     scheme = with_settings(chosen, **read_settings(setting or ()))
     run = recipe_from(
         recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
@@ -363,11 +388,24 @@ def embed(
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
     reading = Reading(image_column, label_column, skip_corrupt)
     sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
+    config = base.config_for(sets)
     with journal_in(out, resume, tensorboard) as journal:
+        bound = ownership.bind_key(
+            out,
+            config,
+            secret,
+            sets,
+            run,
+            initial=base.weights,
+            public=public or (),
+            journal=journal,
+        )
+        if bound is not secret:
+            save_bound(bound, key, phrase, out)
         done = ownership.embed(
             out,
-            base.config_for(sets),
-            secret,
+            config,
+            bound,
             sets,
             run,
             scheme=scheme,

@@ -61,6 +61,20 @@ def new(
     reference: Annotated[
         Path | None, typer.Option(help="Your released model folder: its digest is committed to.")
     ] = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(
+            help="The secret network before the mark, of a key that has one: it is checked, and "
+            "the table of its axes is committed to, if it has one."
+        ),
+    ] = None,
+    public: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Beside --anchor: a network that others have too, such as the base yours began "
+            "from; repeatable. The anchor must be none of them."
+        ),
+    ] = None,
     authority: Annotated[
         str | None, typer.Option(help="URL of an RFC 3161 timestamp authority.")
     ] = None,
@@ -88,22 +102,32 @@ def new(
     )
     from nnpassport.claims import signing as signatures
     from nnpassport.claims.claimfile import write_signed
+    from nnpassport.verification.anchor import needs_anchor
 
     if (authority is None) != (authority_root is None):
         raise typer.BadParameter("--authority and --authority-root go together; give both")
     owner = signatures.load_signing_key(
         signing, passphrase=_signing_passphrase(signing_passphrase, new=False)
     )
+    secret = key_from(key, passphrase)
+    if needs_anchor(secret):
+        raise typer.BadParameter(
+            f"{key} is bound to no network yet: `embed` binds it to the one before the mark, and "
+            "then it is another key; embed first"
+        )
+    if anchor is None and secret.context.anchor is not None:
+        errors.print("note: --anchor was not given; the key names one, and it was not looked at.")
+    aligned_to = reference if anchor is None else _checked(anchor, secret, public or [])
     declared = None if target is None else claim.Declared(_ppm(target), _ppm(tolerance))
     made = claim.claim_of(
-        key_from(key, passphrase),
+        secret,
         owner.public_key(),
         reference=None if reference is None else _digest_of(reference),
         log10_alpha=alpha,
         fidelity=declared,
         date=date,
         network=None if reference is None else _facts_of(reference),
-        axes=None if reference is None else _axes_of(reference),
+        axes=None if aligned_to is None else _axes_of(aligned_to),
     )
     signed = claim.sign_claim(made, owner)
     if authority is not None and authority_root is not None:
@@ -117,7 +141,11 @@ def new(
 @app.command()
 def axes(
     reference: Annotated[
-        Path, typer.Argument(help="Your released model folder; axes.json is written into it.")
+        Path,
+        typer.Argument(
+            help="Your released model folder, or the key's anchor where it has one; axes.json is "
+            "written into it."
+        ),
     ],
     factory: Annotated[
         str | None, typer.Option(help='Your own "package.module:factory" that builds the network.')
@@ -140,7 +168,11 @@ def axes(
         "digest": table.digest,
     }
     _print(facts, as_json)
-    errors.print(f"{reference / AXES_FILE}: claim new --reference {reference} commits to it")
+    errors.print(
+        f"{reference / AXES_FILE}: claim new --reference {reference} (of an anchor --anchor) "
+        "commits to it",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -214,13 +246,30 @@ def disclose(
     reference: Annotated[
         Path | None, typer.Option(help="The released model folder that the claim commits to.")
     ] = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(help="The secret network before the mark, of a key that has one."),
+    ] = None,
     passphrase: Passphrase = False,
 ) -> None:
-    """Put claim, key and reference into a folder for a judge. The key is secret no longer."""
+    """Put claim, key, reference and anchor into a folder for a judge: they are secret no longer."""
     from nnpassport.verification import hearing
 
-    hearing.disclose(path, key_from(key, passphrase), out, reference=reference)
+    secret = key_from(key, passphrase)
+    if anchor is None and secret.context.anchor is not None:
+        errors.print("note: without --anchor no suspect can be aligned; the key names one.")
+    hearing.disclose(path, secret, out, reference=reference, anchor=anchor)
     errors.print(f"{out}: give it to the judge, and to nobody else before.", soft_wrap=True)
+
+
+def _checked(anchor: Path, key: Any, public: list[Path]) -> Path:
+    """The folder of the key's anchor, which is neither released nor public."""
+    from nnpassport.files.weights import read_arrays
+    from nnpassport.verification.anchor import anchor_in, read_anchor, require_secret
+
+    weights = read_anchor(anchor, key)
+    require_secret(weights.arrays, {str(path): read_arrays(path).arrays for path in public})
+    return anchor_in(anchor)
 
 
 def _digest_of(reference: Path) -> str:

@@ -80,6 +80,13 @@ Stream = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 Initial = Annotated[Path | None, typer.Option("--init", help="Start from this model folder.")]
+Public = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A network that others have too, such as the base yours began from; repeatable. The "
+        "network before the mark must be none of them."
+    ),
+]
 Flip = Annotated[
     bool, typer.Option("--augment/--no-augment", help="Random crops and horizontal flips.")
 ]
@@ -280,12 +287,33 @@ def say_read(images: Any) -> None:
 
 def key_from(path: Path, ask: bool) -> Any:
     """The key in a file; its passphrase is the environment's, or asked for."""
+    return opened_key(path, ask)[0]
+
+
+def opened_key(path: Path, ask: bool) -> tuple[Any, str | None]:
+    """The key in a file, and the passphrase that opened it."""
     from nnpassport.keys.keyfile import load_key
 
     passphrase = os.environ.get("NNPASSPORT_PASSPHRASE")
     if passphrase is None and ask:
         passphrase = typer.prompt("Passphrase of the key", hide_input=True, err=True)
-    return load_key(path, passphrase=passphrase)
+    return load_key(path, passphrase=passphrase), passphrase
+
+
+def save_bound(key: Any, path: Path, passphrase: str | None, out: Path) -> None:
+    """Put a key that was bound to its anchor in the place of the one that was not."""
+    from nnpassport.embedding.train.team import together
+    from nnpassport.keys.keyfile import save_key
+    from nnpassport.verification.anchor import ANCHOR
+
+    team = together()
+    team.from_leader(lambda: save_key(key, path, passphrase=passphrase, overwrite=True))
+    if team.leads:
+        errors.print(
+            f"{path} is now bound to {out / ANCHOR}, the network before the mark: copies of the "
+            "key from before are of no use. Keep both, and show them to nobody.",
+            soft_wrap=True,
+        )
 
 
 def new_passphrase() -> str:

@@ -80,13 +80,18 @@ def print_verdict(verdict: Verdict, as_json: bool) -> None:
         likeness = ", ".join(f"{name} {value:.2f}" for name, value in a["cosines"].items())
         rows += [
             ("alignment", f"mean |cosine|: {likeness}"),
-            ("null", f"{null['networks']}: {null['matches']} of {null['bits']} match"),
+            ("null", _null(null)),
         ]
     if verdict.claim is not None:
         rows += [("claim", f"{verdict.claim['reason']}; {verdict.claim['age']}")]
     rows += [("reason", verdict.reason)]
     rows += [(f"sha256 {name}", digest) for name, digest in verdict.digests.items()]
     print_table(("", ""), rows)
+
+
+def _null(null: Any) -> str:
+    matches = f": {null['matches']} of {null['bits']} match" if null["matches"] else ""
+    return f"{null['networks']}{matches}"
 
 
 def print_ruling(facts: Any) -> None:

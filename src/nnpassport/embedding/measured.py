@@ -4,9 +4,10 @@ Every function here either gives a verdict or raises, and then nothing was decid
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,12 @@ from torch import Tensor, nn
 from nnpassport.alignment.channels import channels_of
 from nnpassport.alignment.null import (
     AlignedVerdict,
+    Read,
     ShapedVerdict,
     Unrelated,
     aligned_verdict,
+    anchored_by_shape,
+    anchored_verdict,
     mixtures,
     verdict_by_shape,
 )
@@ -39,6 +43,7 @@ from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
 from nnpassport.verification import candidates
+from nnpassport.verification.anchor import ANCHOR, anchor_in, require_alignable, require_anchor
 from nnpassport.verification.relabelling import best_map, corrected, log10_injections
 from nnpassport.verification.verdicts import Options, Trial, named, prefixed, under_claim, without
 
@@ -95,7 +100,8 @@ def verify_aligned(
     That is a released network, and alignment is then blind to what the key reads of it; or the
     key's anchor, which knows nothing of the bits.
 
-    Without `unrelated` networks the null is `MIXTURES` of the suspect's own filters, drawn from the
+    Aligned to the anchor, bits are coins and `unrelated` networks are not looked at. To another,
+    without `unrelated` networks the null is `MIXTURES` of the suspect's own filters, drawn from the
     digest of its weights: whoever repeats it finds the same.
 
     Raises:
@@ -112,10 +118,10 @@ def verify_aligned(
     def read(tensors: Mapping[str, Tensor]) -> Verdict:
         return scheme.verify(tensors, key, log10_alpha=log10_alpha)
 
-    forms, named = _blind_to(scheme, key, reference), None
+    ways = _ways(scheme, key, read, weights, reference, others)
+    named = None
     try:
-        null = others or of_its_own(weights, reference)
-        named = aligned_verdict(read, weights, reference, forms, null)
+        named = ways.by_name()
     except UnsuitableModelError as error:
         refused = error
     else:
@@ -124,7 +130,7 @@ def verify_aligned(
         if named.verdict.marked:
             return named
     try:
-        shaped = verdict_by_shape(read, weights, reference, forms, others, _seeded(weights))
+        shaped = ways.by_shape()
     except UnsuitableModelError as error:
         if named is not None:
             return named
@@ -133,29 +139,53 @@ def verify_aligned(
     return AlignedVerdict(paid, None) if named is None or paid.marked else named
 
 
-def _blind_to(scheme: Scheme, key: Key, reference: nn.Module) -> Mapping[str, Tensor]:
-    """What alignment to this network must not look at, by layer: of an anchor nothing.
+class _Ways(NamedTuple):
+    """How a suspect is aligned: its tensors known by their names, or by their shapes."""
+
+    by_name: Callable[[], AlignedVerdict]
+    by_shape: Callable[[], ShapedVerdict]
+
+
+def _ways(
+    scheme: Scheme,
+    key: Key,
+    read: Read,
+    weights: Mapping[str, Tensor],
+    reference: nn.Module,
+    unrelated: Unrelated | None,
+) -> _Ways:
+    """To the key's anchor, exactly; to a released network blind, beside a null.
 
     Raises:
         UnsuitableModelError: the key has passports of channels and this is not its anchor.
     """
-    of_channels = any(layer.channels is not None for layer in key.context.layers)
-    anchor = key.context.anchor
-    if anchor is not None and anchor == tensors_digest(reference.state_dict()):
-        sizes = {each.name: math.prod(each.weight[1:]) for each in key.context.layers}
-        return {name: torch.empty(0, size) for name, size in sizes.items()}
-    if not of_channels:
-        return scheme.forms(key)
-    if anchor is None:
-        raise UnsuitableModelError(
-            "the key has a passport for each channel and no anchor: aligning to the marked network "
-            "is not blind to it; verify it as it is, or draw a key for the trained network with "
-            "some of its inputs"
+    if key.context.anchor is None:
+        require_alignable(key)
+        forms = scheme.forms(key)
+        null = unrelated or of_its_own(weights, reference)
+        return _Ways(
+            lambda: aligned_verdict(read, weights, reference, forms, null),
+            lambda: verdict_by_shape(read, weights, reference, forms, unrelated, _seeded(weights)),
         )
-    raise UnsuitableModelError(
-        "the key has a passport for each channel, and this is not its anchor; needed: the network "
-        "as it was before the mark, the one that the key was drawn for"
+    require_anchor(tensors_digest(reference.state_dict()), key)
+    own = {name: tensor for name, tensor in reference.state_dict().items() if name in _scales(key)}
+    return _Ways(
+        lambda: anchored_verdict(read, weights, reference, _stranger(weights, reference)),
+        # Filters have the anchor's signs there, so its own scales are what they are read with.
+        lambda: anchored_by_shape(
+            lambda found: read({**own, **found}), weights, reference, _seeded(weights)
+        ),
     )
+
+
+def _scales(key: Key) -> set[str]:
+    """Names of the norms' scales that bits are read together with."""
+    forms = (layer.channels for layer in key.context.layers)
+    return {f"{form.norm}.weight" for form in forms if form is not None}
+
+
+def _stranger(weights: Mapping[str, Tensor], anchor: nn.Module) -> Mapping[str, Tensor]:
+    return next(iter(of_its_own(weights, anchor).networks))
 
 
 def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
@@ -230,8 +260,11 @@ def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     """The verdict, the aligned network if there is one, and the config of the reference."""
     assert options.alignment is not None  # noqa: S101 - the caller has looked
     weights = _without_prefixes(read_suspect(suspect), key)
-    reference = load_model(options.alignment.reference, trusted_factory=options.trusted_factory)
-    _check_committed(options.alignment.reference, options.standing)
+    anchored, folder = key.context.anchor is not None, options.alignment.reference
+    folder = anchor_in(folder) if anchored else folder
+    reference = load_model(folder, trusted_factory=options.trusted_factory)
+    if not anchored:
+        _check_committed(folder, options.standing)
     unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
     found = verify_aligned(
         weights.tensors,
@@ -240,17 +273,19 @@ def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         log10_alpha=options.threshold,
         unrelated=given(unrelated) if unrelated else None,
     )
-    digests = {**weights.digests, **named("reference", reference.digests)}
+    what = ANCHOR if anchored else "reference"
+    digests = {**weights.digests, **named(what, reference.digests)}
     for name, each in unrelated.items():
         digests |= named(name, each.digests)
     verdict = without(weights.left_out, found.verdict)
-    if options.standing is None:
+    if options.standing is None and not anchored:
         reason = "that the network it was aligned to is older than the suspect is your word"
         verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
     verdict = replace(verdict, digests=digests)
     if found.aligned is None:
         return verdict, None
-    return verdict, reference._replace(model=found.aligned.model)
+    config = reference.config if options.facts is None else options.facts.put_into(reference.config)
+    return verdict, Loaded(found.aligned.model, config, reference.digests)
 
 
 def _answered(suspect: Path, key: Key, options: Options) -> Verdict:

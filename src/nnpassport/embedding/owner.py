@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
+from nnpassport.embedding import anchoring
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network import surgery
@@ -39,6 +40,7 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
+from nnpassport.verification.anchor import needs_anchor
 
 MEASURED_ON = 2_048
 """Images of a stream whose mean and deviation stand for those of all."""
@@ -85,12 +87,14 @@ def draw_key(
     passports: str | None = None,
     trained: Path | None = None,
     seen: ImageSet | None = None,
+    public: Sequence[Path] = (),
 ) -> Key:
     """A key, all of it derived from one seed, for networks that `config` describes.
 
-    `passports` is "channel" or "derived" (see `Passport.draw_key`). Those of channels are for the
-    network in the folder `trained`, if there is one, and in proportion to what its layers receive
-    from the images `seen`; without it they are for a network that is trained from scratch.
+    `passports` is "channel" or "derived" (see `Passport.draw_key`), by default the former, but for
+    PAN. Those of channels are for the network in the folder `trained`, and in proportion to what
+    its layers receive from the images `seen`, where both are given; else `embed` binds them to the
+    network before the mark.
     """
     chosen = scheme_named(scheme)
     model = config.build(trusted_factory=config.architecture)
@@ -102,13 +106,14 @@ def draw_key(
         if seen is not None and trained is not None:
             pictures = seen.sample(GRAFTED_ON, seed=0).images
             watched = Normalisation(config.mean, config.std)(pictures)
+            anchoring.check_secret(model.state_dict(), public)
         key = chosen.draw_key(
             model,
             example,
             owner=owner,
             layers=layers,
             text=text,
-            passports=None if chosen.encoded else passports,
+            passports=None if chosen.encoded else passports or "channel",
             seen=watched,
         )
     else:
@@ -237,16 +242,23 @@ def embed(
 ) -> ModelConfig:
     """Train a network that carries `key` into `folder`; returns its config with metrics.
 
-    The folder holds the plain architecture's weights and no secret. V2 and V3 can be used as they
-    are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own
-    with other settings; None leaves them as in the catalog. `initial` are the weights of a trained
+    The folder holds the plain architecture's weights and no secret, but for `anchor/`, the network
+    before the mark, if the key is bound to one (`bind_key`). V2 and V3 can be used as they are; a
+    V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own with
+    other settings; None leaves them as in the catalog. `initial` are the weights of a trained
     network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
 
     Raises:
         BadRecipeError: the recipe has no epochs, and the scheme has something to be learnt.
+        UnsuitableModelError: the key is bound to another network than `initial`.
     """
     scheme = scheme or scheme_named(key.context.scheme)
     _check_learns(scheme, recipe, trained=initial is not None)
+    if key.context.anchor is not None:
+        if anchoring.is_taken_on_the_way(key, initial):
+            scheme, recipe = anchoring.gently(scheme), anchoring.after(recipe)
+        kept = _described(config, sets, {}, {})
+        initial = anchoring.start(folder, kept, key, initial)
     model = _initial(config, recipe, initial)
     scheme.embed(
         model,
@@ -263,6 +275,46 @@ def embed(
     described = _described(config, sets, metrics, {"scheme": scheme.name})
     _write(folder, model, described)
     return described
+
+
+def bind_key(
+    folder: Path,
+    config: ModelConfig,
+    key: Key,
+    sets: Sets,
+    recipe: Recipe,
+    *,
+    initial: Mapping[str, Tensor] | None = None,
+    public: Sequence[Path] = (),
+    journal: Journal | None = None,
+) -> Key:
+    """The key as `embed` needs it, with the same arguments; save it before you call that.
+
+    A key with passports of channels that is bound to no network yet is bound to the one before the
+    mark, which is written into `folder`/anchor: `initial`, or what comes of the first part of a
+    training from scratch, which is done here. Every other key is returned as it is.
+
+    Raises:
+        UnsuitableModelError: that network is one of the `public` ones, which others have too.
+        UnwritableOutputError: the folder has an anchor already, and the run is not resumed.
+    """
+    if key.context.anchor is not None and initial is not None:
+        anchoring.check_secret(initial, public)
+    if not needs_anchor(key):
+        return key
+    scheme = scheme_named(key.context.scheme)
+    _check_learns(scheme, recipe, trained=initial is not None)
+    return anchoring.bind(
+        folder,
+        _described(config, sets, {}, {}),
+        key,
+        sets.train,
+        recipe,
+        normalise=sets.normalise,
+        initial=initial,
+        public=public,
+        journal=journal,
+    )
 
 
 def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None = None) -> Verdict:

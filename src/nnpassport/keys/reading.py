@@ -36,6 +36,7 @@ DROPPED = 0.1
 ORDER = 5
 """Of the projective plane whose lines are the `USERS`: a (31, 6, 1) design."""
 
+_KEPT = 2**24  # numbers of a layer's passports of channels
 _WIDENED = 2**20  # numbers that are float64 at a time
 _PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
@@ -284,31 +285,52 @@ def _channels(weights: Weights, key: Key, layer: LayerShape) -> tuple[int, int]:
     A channel negated together with its norm's scale reads the same. A product of zero matches
     neither bit. The bits are in what `channel_arrays` gives: what is right is positive.
     """
-    rows = host_filters(weights, layer).reshape(layer.weight[0], -1)
-    scale = norm_scale(weights, layer)
-    matches = 0
-    for part, arrays in key.channel_arrays(layer.name):
-        some = slice(part.start, part.stop)
-        said = np.einsum("oi,oi->o", rows[some].astype(np.float64), arrays[0])
-        matches += int((np.sign(said) * np.sign(scale[some]) > 0).sum())
-    return matches, layer.length
+    said = channel_products(key, layer)(host_filters(weights, layer))
+    return int((np.sign(said) * np.sign(norm_scale(weights, layer)) > 0).sum()), layer.length
+
+
+def channel_products(key: Key, layer: LayerShape) -> Callable[[Array], Read]:
+    """c·b_o·⟨W_o, m_γ,o⟩ (out) of filters (out fan_in *kernel), zero where a channel has no bit.
+
+    What is derived is kept for other filters, unless it is large.
+    """
+    kept = list(_gammas(key, layer)) if math.prod(layer.weight) <= _KEPT else None
+
+    def products(rows: Array) -> Read:
+        flat = rows.reshape(layer.weight[0], -1)
+        parts = _gammas(key, layer) if kept is None else kept
+        return np.concatenate(
+            [
+                np.einsum("oi,oi->o", flat[part.start : part.stop].astype(np.float64), gammas)
+                for part, gammas in parts
+            ]
+        )
+
+    return products
+
+
+def _gammas(key: Key, layer: LayerShape) -> Iterator[tuple[range, Read]]:
+    return ((part, arrays[0]) for part, arrays in key.channel_arrays(layer.name))
 
 
 def norm_scale(weights: Weights, layer: LayerShape) -> Read:
     """γ of the norm behind a layer (out); ones where there is none.
 
+    Ones too where the weights have no such norm: folded into its layer, it is in the filters.
+
     Raises:
-        UnsuitableModelError: the norm's scale is missing or has another shape.
+        UnsuitableModelError: the norm's scale has another shape.
     """
     form, out = layer.channels, layer.weight[0]
     if form is None or not form.norm:
         return np.ones(out)
     name = f"{form.norm}.weight"
-    if name not in weights or tuple(weights[name].shape) != (out,):
-        there = tuple(weights[name].shape) if name in weights else "missing"
+    if name not in weights:
+        return np.ones(out)
+    if tuple(weights[name].shape) != (out,):
         raise UnsuitableModelError(
-            f"{name} is {there}, and the bits of {layer.name} are read together with its {out} "
-            "numbers; needed: a network of the owner's architecture, its norms not folded away"
+            f"{name} is {tuple(weights[name].shape)}, and the bits of {layer.name} are read "
+            f"together with its {out} numbers; needed: a network of the owner's architecture"
         )
     return np.asarray(weights[name], np.float64)
 

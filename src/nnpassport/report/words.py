@@ -147,7 +147,8 @@ def uncounted(found: Facts) -> bool:
     """Whether bits match once aligned, to a network not proved older than the suspect."""
     claim, log10_p = found["claim"], found["log10_p_value"]
     undated = claim is not None and claim["holds"] and not claim["older_than_the_suspect"]
-    aligned = found["alignment"] is not None and log10_p is not None
+    fitted = found["alignment"] is not None and not found["alignment"].get("bound")
+    aligned = fitted and log10_p is not None
     return bool(undated and aligned and log10_p <= found["log10_alpha"])
 
 

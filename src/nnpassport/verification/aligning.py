@@ -1,6 +1,7 @@
 """V on a suspect aligned over a table of axes that its owner's claim commits to: no network runs.
 
-A table that is not in the claim does not count: whoever has the suspect could have fitted it.
+A table that is not in the claim does not count: whoever has the suspect could have fitted it. It is
+the table of what is aligned to: of the key's anchor where there is one, else of the reference.
 """
 
 from collections.abc import Mapping
@@ -9,7 +10,13 @@ from hashlib import sha256
 from pathlib import Path
 
 from nnpassport.alignment.axes import Axes
-from nnpassport.alignment.byaxes import can_read, reference_of, verify_by_axes
+from nnpassport.alignment.byaxes import (
+    anchor_of,
+    can_read,
+    reference_of,
+    verify_anchored,
+    verify_by_axes,
+)
 from nnpassport.alignment.table import AXES_FILE, MAX_AXES_BYTES
 from nnpassport.claims.claim import Claim
 from nnpassport.claims.facts import check_config
@@ -21,6 +28,7 @@ from nnpassport.keys.chance import LOG10_BY_NAME
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.verification.anchor import ANCHOR, anchor_in
 
 
 def committed_claim(key: Key, standing: Standing | None) -> Claim | None:
@@ -30,19 +38,21 @@ def committed_claim(key: Key, standing: Standing | None) -> Claim | None:
 
 
 def read_committed(folder: Path, claim: Claim) -> tuple[Axes, Arrays]:
-    """The network and the table in the owner's folder, if they are those of the claim.
+    """The network to align to and the table in the owner's folder, if they are those of the claim.
 
     Raises:
         UnreadableModelError: one of them cannot be read.
         UnsuitableModelError: the claim commits to another.
     """
-    weights = read_arrays(folder)
-    if arrays_digest(weights.arrays) != claim.reference:
+    weights, anchor = read_arrays(folder), claim.context.anchor
+    if arrays_digest(weights.arrays) != (claim.reference if anchor is None else anchor):
+        which = "--reference" if anchor is None else "--anchor"
         raise UnsuitableModelError(
             "the network to align to is not the one that the claim commits to; needed: the folder "
-            "that `claim new --reference` was given, or no claim"
+            f"that `claim new {which}` was given, or no claim"
         )
-    check_config(folder, claim.network)
+    if anchor is None:
+        check_config(folder, claim.network)
     refuse_leaving(folder, folder / AXES_FILE)
     content = read_once(folder / AXES_FILE, MAX_AXES_BYTES)
     if sha256(content).hexdigest() != claim.axes:
@@ -66,18 +76,26 @@ def aligned_by_axes(
     Raises:
         OwnershipError: it could not be checked; which kind says why.
     """
+    anchored = key.context.anchor is not None
+    folder = anchor_in(folder) if anchored else folder
     axes, weights = read_committed(folder, claim)
 
     def read(arrays: Mapping[str, Array]) -> Verdict:
         reader = READERS[key.context.scheme]
         return verdict_on(reader(arrays, key), key, log10_alpha=log10_alpha)
 
-    others = [each.arrays for each in unrelated.values()] if unrelated else None
-    reference = reference_of(axes, weights.arrays, key)
-    verdict = verify_by_axes(read, suspect.arrays, reference, others)
+    if anchored:
+        verdict = verify_anchored(read, suspect.arrays, anchor_of(axes, weights.arrays))
+        # The table is the claimant's choice, layer by layer: only its date keeps it from fitting.
+        verdict = replace(verdict, alignment={**(verdict.alignment or {}), "bound": False})
+    else:
+        others = [each.arrays for each in unrelated.values()] if unrelated else None
+        reference = reference_of(axes, weights.arrays, key)
+        verdict = verify_by_axes(read, suspect.arrays, reference, others)
     verdict = verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names, over the claim's axes")
-    digests = {**suspect.digests, **_named("reference", weights.digests)}
-    digests[f"reference/{AXES_FILE}"] = str(claim.axes)
+    what = ANCHOR if anchored else "reference"
+    digests = {**suspect.digests, **_named(what, weights.digests)}
+    digests[f"{what}/{AXES_FILE}"] = str(claim.axes)
     for name, each in unrelated.items():
         digests |= _named(name, each.digests)
     return replace(verdict, digests=digests)

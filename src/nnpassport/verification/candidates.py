@@ -8,10 +8,15 @@ read off the one that matches best; chance could have matched as well in any of 
     P[max over choices ≥ m]  ≤  Π_l k_l · P[Binomial(n, ½) ≥ m],
 
 with k_l candidates for layer l: so the p-value is exact as before and multiplied by their product.
+
+Bits of channels are read together with the scale of the norm behind the layer. Every vector of a
+layer's length may be that, or it was folded into the filters and is all ones: these are candidates
+too, and multiply those of the layer.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -22,8 +27,8 @@ from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.patches import filters, mean_patch, own_shape
-from nnpassport.keys.reading import check_host, scales
-from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
+from nnpassport.keys.reading import channel_products, check_host, scales
+from nnpassport.scheme import UnreadableModelError, Verdict
 
 Headers = Mapping[str, Array | Described]
 """By name, what is known of tensors without their numbers."""
@@ -98,11 +103,16 @@ def verify_by_shape(
     for layer in key.context.layers:
         if not found[layer.name]:
             check_host(described, layer)  # it says what is missing
-    best = _best(read, weights, key, found)
     shapes = {layer.name: _shape(layer) for layer in key.context.layers}
-    chosen = _Chosen(weights, best, shapes)
-    verdict = read(chosen)
     log10_choices = sum(math.log10(len(each)) for each in found.values())
+    if any(layer.channels is not None for layer in key.context.layers):
+        vectors = {layer.name: _scales(described, layer) for layer in key.context.layers}
+        best, scales = _best_of_channels(weights, key, found, vectors)
+        verdict = read({**_Chosen(weights, best, shapes), **scales})
+        log10_choices += sum(math.log10(1 + len(each)) for each in vectors.values())
+    else:
+        best = _best(read, weights, key, found)
+        verdict = read(_Chosen(weights, best, shapes))
     facts = by_shape({n: each.name for n, each in best.items()}, described, log10_choices)
     reason = (
         f"read from the tensors of the layers' shapes that match best, 10^{log10_choices:.1f} "
@@ -144,11 +154,6 @@ def _best(
     One that cannot be read, as it holds NaN, matches nothing.
     """
     layers = {layer.name: layer for layer in key.context.layers}
-    if any(layer.channels is not None for layer in layers.values()):
-        raise UnsuitableModelError(
-            "the suspect's layers have other names than the key's, whose bits are read together "
-            "with the norm behind each layer; needed: the names of the owner's architecture"
-        )
     if len(layers) == 1:
         ((name, each),) = found.items()
         shapes = {name: _shape(layers[name])}
@@ -182,6 +187,50 @@ def _best(
     if unreadable is not None and len(best) < len(found):
         raise unreadable
     return {name: candidate for name, (_, candidate) in best.items()}
+
+
+def _scales(described: Headers, layer: LayerShape) -> list[str]:
+    """Vectors that may be the scale of the norm behind a layer, if one is read with its bits."""
+    if layer.channels is None or not layer.channels.norm:
+        return []
+    shape = (layer.weight[0],)
+    return [n for n, each in described.items() if is_floating(each) and each.shape == shape]
+
+
+def _best_of_channels(
+    weights: Mapping[str, Array],
+    key: Key,
+    found: Mapping[str, list[Candidate]],
+    vectors: Mapping[str, list[str]],
+) -> tuple[dict[str, Candidate], dict[str, Array]]:
+    """By layer the candidate that matches best with any scale; and by name the norms' scales."""
+    best, scales = dict[str, Candidate](), dict[str, Array]()
+    for layer in key.context.layers:
+        products, most = channel_products(key, layer), -1
+        ones = np.ones(layer.weight[0])
+        read = [ones, *(weights[each] for each in _readable(weights, vectors[layer.name]))]
+        signs = np.sign(np.stack(read).astype(np.float64))
+        readable = _readable(weights, [each.name for each in found[layer.name]])
+        for each in (one for one in found[layer.name] if one.name in readable):
+            rows = filters(_as(weights[each.name], each, _shape(layer)), layer.geometry)
+            matches = (signs * np.sign(products(rows)) > 0).sum(1)
+            if matches.max() > most:
+                most, best[layer.name] = int(matches.max()), each
+                if layer.channels is not None and layer.channels.norm:
+                    scales[f"{layer.channels.norm}.weight"] = read[int(matches.argmax())]
+        if layer.name not in best:
+            weights[found[layer.name][0].name]  # it says why none of them can be read
+    return best, scales
+
+
+def _readable(weights: Mapping[str, Array], names: list[str]) -> list[str]:
+    """Of these tensors those that hold numbers alone."""
+    readable = []
+    for name in dict.fromkeys(names):
+        with suppress(UnreadableModelError):
+            weights[name]
+            readable.append(name)
+    return readable
 
 
 class _Chosen(Mapping[str, Array]):

@@ -1,8 +1,9 @@
 """Hear a case: one suspect, rival claimants, everything derived again from what they disclose.
 
 An exhibit is a folder that a claimant hands in: `claim.json`, `disclosed.key` (the key, which is
-secret no longer) and, if the claim commits to one, `reference/`, the released network. `nnpassport
-claim disclose` makes it. Nothing in it is believed before it is checked.
+secret no longer), if the claim commits to one, `reference/`, the released network, and if the key
+has one, `anchor/`, the network before the mark. `nnpassport claim disclose` makes it. Nothing in it
+is believed before it is checked.
 """
 
 import math
@@ -18,7 +19,7 @@ from cryptography import x509
 from nnpassport.alignment.rate import READINGS
 from nnpassport.alignment.table import AXES_FILE
 from nnpassport.catalog import entry_named
-from nnpassport.claims.claim import open_claim
+from nnpassport.claims.claim import Claim, open_claim
 from nnpassport.claims.claimfile import read_signed, write_signed
 from nnpassport.claims.facts import Facts, check_config
 from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
@@ -47,6 +48,7 @@ from nnpassport.scheme import (
     Verdict,
 )
 from nnpassport.verification.aligning import read_committed
+from nnpassport.verification.anchor import ANCHOR, anchor_in, require_anchor
 from nnpassport.verification.bridge import MEASURED, RELATIONS, running
 from nnpassport.verification.verdicts import (
     Alignment,
@@ -136,13 +138,14 @@ class Hearing:
 
 
 class Exhibit(NamedTuple):
-    """What a claimant has handed in, checked; `reference` only if it is what he committed to."""
+    """What a claimant has handed in, checked; networks only if they are what he committed to."""
 
     standing: Standing
     key: Key
     reference: Path | None
     config: ModelConfig | None
-    note: str | None
+    notes: tuple[str, ...] = ()
+    anchor: Path | None = None
 
 
 def hear(
@@ -266,36 +269,54 @@ def _committed_in(folder: Path) -> Facts | None:
         return None
 
 
-def disclose(claim: Path, key: Key, folder: Path, *, reference: Path | None = None) -> None:
+def disclose(
+    claim: Path,
+    key: Key,
+    folder: Path,
+    *,
+    reference: Path | None = None,
+    anchor: Path | None = None,
+) -> None:
     """Make the folder that a claimant hands to a judge; the key in it is not encrypted.
 
     Raises:
         BadSignatureError: the claim does not hold with this key.
-        UnsuitableModelError: `reference` is not the network that the claim commits to.
+        UnsuitableModelError: `reference` is not the network that the claim commits to, or `anchor`
+            not the key's.
         UnwritableOutputError: the folder cannot be written to, or holds a key already.
     """
     signed = read_signed(claim)
     standing = standing_of(signed, public_from_hex(signed.envelope.keyid), key)
     if not standing.finding.holds or standing.claim is None:
         raise BadSignatureError(f"{claim} does not hold with this key: {standing.finding.reason}")
-    files = {}
+    files = dict[Path, bytes]()
     if reference is not None:
-        weights = read_arrays(reference)
-        if arrays_digest(weights.arrays) != standing.claim.reference:
-            raise UnsuitableModelError(
-                f"{reference} is not the network that {claim} commits to; needed: the released "
-                "folder that `claim new --reference` was given, or none"
-            )
-        names = [CONFIG_FILE, *weights.digests]
-        if standing.claim.axes is not None:
-            read_committed(reference, standing.claim)
-            names.append(AXES_FILE)
-        files = {name: read_once(reference / name, MAX_MODEL_BYTES) for name in names}
-    with writing(folder), make_folder(folder / REFERENCE if files else folder):
+        files |= _files_of(reference, REFERENCE, standing.claim, standing.claim.reference)
+    if anchor is not None:
+        at = anchor_in(anchor)
+        require_anchor(arrays_digest(read_arrays(at).arrays), key)
+        files |= _files_of(at, ANCHOR, standing.claim, key.context.anchor)
+    with writing(folder), make_folder(folder):
         save_key(key, folder / KEY_FILE)
         write_signed(signed, folder / CLAIM_FILE)
         for name, content in files.items():
-            write_atomically(folder / REFERENCE / name, content)
+            write_atomically(folder / name, content)
+
+
+def _files_of(folder: Path, name: str, claim: Claim, digest: str | None) -> dict[Path, bytes]:
+    """The files of a network to hand in, and of its table of axes, if the claim has this one."""
+    weights = read_arrays(folder)
+    if digest is None or arrays_digest(weights.arrays) != digest:
+        raise UnsuitableModelError(
+            f"{folder} is not the network that the claim commits to; needed: the folder that "
+            f"`claim new --{name}` was given, or none"
+        )
+    names = [CONFIG_FILE, *weights.digests]
+    aligned_to = REFERENCE if claim.context.anchor is None else ANCHOR
+    if claim.axes is not None and name == aligned_to:
+        read_committed(folder, claim)
+        names.append(AXES_FILE)
+    return {Path(name) / each: read_once(folder / each, MAX_MODEL_BYTES) for each in names}
 
 
 def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
@@ -309,24 +330,45 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     entry_named(key.context.scheme)  # refuses one that there is not
     owner = public_from_hex(signed.envelope.keyid)
     standing = standing_of(signed, owner, key, roots=bench.roots, appeared=bench.appeared)
+    path, why = _reference_in(folder, standing)
+    config = None if path is None else read_config(path)
+    anchor, missing = _anchor_in(folder, key)
+    notes = tuple(note for note in (why, missing) if note is not None)
+    return Exhibit(standing, key, path, config, notes, anchor)
+
+
+def _reference_in(folder: Path, standing: Standing) -> tuple[Path | None, str | None]:
+    """The network that the claim commits to, or None; and what there is to say of it."""
     committed = None if standing.claim is None else standing.claim.reference
     path = folder / REFERENCE
     if committed is None:
         note = "no reference network was committed to, so nothing can be aligned to one"
-        return Exhibit(standing, key, None, None, note if path.exists() else None)
+        return None, note if path.exists() else None
     if not path.exists():
-        note = "the network that the claim commits to is not there"
-        return Exhibit(standing, key, None, None, note)
+        return None, "the network that the claim commits to is not there"
     if arrays_digest(read_arrays(path).arrays) != committed:
         note = "the reference network is not the one that the claim commits to, so it is not used"
-        return Exhibit(standing, key, None, None, note)
+        return None, note
     try:
         check_config(path, None if standing.claim is None else standing.claim.network)
     except UnsuitableModelError:
         note = "the reference's config is not the one that the claim commits to, so it is not used"
-        return Exhibit(standing, key, None, None, note)
+        return None, note
     refuse_leaving(path, path / CONFIG_FILE)
-    return Exhibit(standing, key, path, read_config(path), None)
+    return path, None
+
+
+def _anchor_in(folder: Path, key: Key) -> tuple[Path | None, str | None]:
+    """The key's anchor, or None; and why it is not used."""
+    path = folder / ANCHOR
+    if key.context.anchor is None:
+        note = "the key names no anchor, so what was handed in as one is not used"
+        return None, note if path.exists() else None
+    if not path.exists():
+        return None, "the network before the mark is not there, so nothing can be aligned to it"
+    if arrays_digest(read_arrays(path).arrays) != key.context.anchor:
+        return None, "the network handed in as anchor is not the key's, so it is not used"
+    return path, None
 
 
 class _Readings(NamedTuple):
@@ -336,7 +378,7 @@ class _Readings(NamedTuple):
 
 def _claimant(name: str, exhibit: Exhibit) -> Claimant:
     finding, token = exhibit.standing.finding, exhibit.standing.timestamp
-    notes = [exhibit.standing.age, *([] if exhibit.note is None else [exhibit.note])]
+    notes = [exhibit.standing.age, *exhibit.notes]
     return Claimant(
         name,
         owner=exhibit.key.context.owner,
@@ -404,8 +446,9 @@ def _readings(
     unrelated: tuple[Path, ...],
     trial: Trial | None = None,
 ) -> _Readings:
-    """A claimant's mark in a network: as it stands, and aligned to his own reference."""
-    own, ways = exhibit.reference, {AS_IT_STANDS: base}
+    """A claimant's mark in a network: as it stands, and aligned to his anchor or reference."""
+    ways = {AS_IT_STANDS: base}
+    own = exhibit.reference if exhibit.key.context.anchor is None else exhibit.anchor
     if own is not None and reads_weights(exhibit.key):
         ways[ALIGNED] = replace(base, alignment=Alignment(own, unrelated))
     found = _Readings({}, {})

@@ -46,7 +46,8 @@ class Alignment:
     """What to align a suspect to.
 
     Attributes:
-        reference: the owner's released model folder.
+        reference: the owner's released model folder; for a key that has one, its anchor, or a
+            folder that holds it.
         unrelated: models that have nothing to do with it, of the same architecture: the null.
     """
 
@@ -210,11 +211,13 @@ def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
 
     Nor is it after alignment, unless the claim, and with it the reference, is older than the
     suspect: whoever has the suspect can turn a copy of it until it reads as any bits, and call that
-    copy his reference.
+    copy his reference. With an anchor he cannot: it is in the key's context, and turning it draws
+    every bit anew.
     """
     holds = standing.finding.holds
     reason = standing.age if holds else f"the claim does not hold: {standing.finding.reason}"
-    fitted = verdict.alignment is not None and not standing.older
+    alignment = verdict.alignment
+    fitted = alignment is not None and not alignment.get("bound") and not standing.older
     if fitted and holds and verdict.marked:
         reason = f"{reason}; {DATED_ONLY}"
     return replace(

@@ -15,6 +15,7 @@ from typing import Any, final
 from nnpassport.claims.claim import Claim, check_claim
 from nnpassport.claims.claimfile import encode_signed, read_signed
 from nnpassport.claims.signing import public_from_hex
+from nnpassport.embedding.anchoring import NEVER_RELEASED
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.publish.card import CARD_FILE, Facts, model_card
 from nnpassport.files.config import CONFIG_FILE, MAX_CONFIG_BYTES, read_config
@@ -37,7 +38,11 @@ _ALLOWED = (
     *("tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja", "*.onnx", "*.onnx.data"),
     *("LICENSE", "LICENSE.txt", "LICENSE.md"),
 )
-_SECRETS = {b"nnpassport-key": "a secret key", b"PRIVATE KEY-----": "a private key"}
+_SECRETS = {
+    b"nnpassport-key": "a secret key",
+    b"PRIVATE KEY-----": "a private key",
+    NEVER_RELEASED.encode(): "of the secret network before a mark",
+}
 _SEARCHED = 2**24  # bytes at the start of a file, which is all of any but the weights
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 

@@ -70,7 +70,12 @@ class Grafted(NamedTuple):
 
 @torch.no_grad()
 def graft(
-    model: nn.Module, inputs: Example, *, ridge: float = RIDGE, seed: int = 0
+    model: nn.Module,
+    inputs: Example,
+    *,
+    ridge: float = RIDGE,
+    seed: int = 0,
+    limit: channels.Limit = channels.LIMIT,
 ) -> Mapping[str, Grafted]:
     """Make the inserted passports of a trained network say what its norms say, in place.
 
@@ -80,14 +85,14 @@ def graft(
     passport of its own this is `graft_channels`, whose figures tell of harm as well.
 
     Raises:
-        HarmfulGraftError: with passports of channels, more changed than `channels.Limit` allows.
+        HarmfulGraftError: with passports of channels, more changed than `limit` allows.
         UnsuitableModelError: there is no passport, a passport layer does not run on `inputs` or
             meets numbers there that are not finite, or its weight is sharded or another layer's
             too; the model is as it was.
     """
     norms = passport_norms(model)
     if any(norm.carries is not None for norm in norms.values()):
-        return graft_channels(model, inputs, seed=seed).layers
+        return graft_channels(model, inputs, seed=seed, limit=limit).layers
     generator = torch.Generator().manual_seed(seed)
     with on_branch(model, Branch.PUBLIC):
         order = _in_order(model, norms, inputs)

@@ -14,7 +14,7 @@ makes a fourth row, `pan`:
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
@@ -100,6 +100,9 @@ class Passport:
         teaching: in a network that is trained already, the share in [0, 1] of each branch's loss
             that imitates what the network answered before.
         encoded: the private branch hears its passport through small networks; see `pan`.
+        harm: share of confident answers, in [0, 1], that putting passports of channels into a
+            trained network may change; beyond it everything is put back.
+        harm_error: the same where there are no confident answers: relative error of the outputs.
     """
 
     name: str
@@ -115,6 +118,8 @@ class Passport:
     private_every: int = 1
     teaching: float = 0.7
     encoded: bool = False
+    harm: float = channels.LIMIT.answers
+    harm_error: float = channels.LIMIT.error
 
     def __post_init__(self) -> None:
         for name, right, needed in (
@@ -122,6 +127,8 @@ class Passport:
             ("late", 0 <= self.late < 1, "at least 0 and below 1"),
             ("private_share", 0 < self.private_share <= 1, "above 0 and at most 1"),
             ("private_every", self.private_every >= 1, "1 or more steps"),
+            ("harm", 0 <= self.harm <= 1, "at least 0 and at most 1"),
+            ("harm_error", self.harm_error >= 0, "at least 0"),
         ):
             if not right:
                 raise BadRecipeError(f"{name} is {getattr(self, name)}; needed: {needed}")
@@ -292,7 +299,8 @@ class Passport:
         if trained:
             seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
             try:
-                graft(model, normalise(seen).to(example))
+                limit = channels.Limit(self.harm, self.harm_error)
+                graft(model, normalise(seen).to(example), limit=limit)
             except (HarmfulGraftError, UnsuitableModelError):
                 surgery.remove(model)
                 raise
@@ -475,6 +483,25 @@ def _channel_shapes(
     found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
     metrics = {shape.name: metric for shape, metric in found if metric is not None}
     return tuple(shape for shape, _ in found), metrics
+
+
+@torch.no_grad()
+def bound_to(key: Key, model: nn.Module, seen: Example) -> Key:
+    """The key of the same seed, name and layers for this very network, its *anchor*.
+
+    Its passports are in proportion to what the layers receive from `seen`, and its context names
+    the network: so all that is derived is new.
+
+    Raises:
+        UnsuitableModelError: a layer of the key cannot carry passports of channels there.
+    """
+    names = [layer.name for layer in key.context.layers]
+    found = survey(model, part_of(seen, 0, 2))
+    sites = [site for site in choose(model, found, names) if site.name in names]
+    shapes, metrics = _channel_shapes(model, sites, seen)
+    anchor = tensors_digest(model.state_dict())
+    context = replace(key.context, layers=shapes, anchor=anchor)
+    return replace(key, context=context, metrics=metrics or None)
 
 
 def draw_by_layer(
