@@ -32,10 +32,10 @@ from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
 from nnpassport.alignment.solve import Spot, attentions, crossed
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
+from nnpassport.embedding.axes import axes_of, put_tensor, untied
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
-from nnpassport.embedding.network.prove import TOLERANCE, prove, reordered
+from nnpassport.embedding.network.prove import TOLERANCE, reordered
 from nnpassport.embedding.network.survey import Site, survey
-from nnpassport.embedding.network.trace import trace
 from nnpassport.scheme import BadRecipeError
 
 SPREAD = 4.0
@@ -106,9 +106,9 @@ class _Subject:
     """A copy of the network in double precision, its axes, and the state as it is by now."""
 
     def __init__(self, model: nn.Module, example: Example) -> None:
-        self.exact = _untied(deepcopy(model)).double().eval()
+        self.exact = untied(deepcopy(model)).double().eval()
         self.inputs = with_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
-        self.axes = prove(self.exact, self.inputs, trace(self.exact, self.inputs))
+        self.axes = axes_of(self.exact, self.inputs)
         _add_biases(self.exact, self.axes)
         self.sites = survey(self.exact, self.inputs).sites
         self.state: State = {n: t.detach().clone() for n, t in self.exact.state_dict().items()}
@@ -131,7 +131,7 @@ class _Subject:
 
     def result(self, model: nn.Module) -> nn.Module:
         """A copy of the network with the state, in its own precision and mode."""
-        found = _untied(deepcopy(model))
+        found = untied(deepcopy(model))
         _add_biases(found, self.axes)
         _fit(found, self.state)
         for name, tensor in found.state_dict(keep_vars=True).items():
@@ -139,7 +139,7 @@ class _Subject:
             if value.shape == tensor.shape:
                 tensor.detach().copy_(value)
             else:
-                _replace(found, name, value)
+                put_tensor(found, name, value)
         return found
 
     def _done(self, acts: Sequence[Act], state: State, rng: torch.Generator) -> bool:
@@ -278,39 +278,41 @@ def _regain(subject: _Subject) -> Iterator[Act]:
 def _fix(subject: _Subject) -> Iterator[Act]:
     axes = subject.axes
     for name, (dimension, gain) in axes.reads.items():
-        if gain is None or gain not in axes.norms or not axes.norms[gain].centred:
-            continue
-
-        def readers(
-            state: State,
-            rng: torch.Generator,
-            name: str = name,
-            dimension: int = dimension,
-            gain: str = gain,
-        ) -> None:
-            weight, shift = state[name], axes.norms[gain].shift
-            if weight.dim() != 2 or _bias(name) not in state:
-                return
-            by_reader = weight.movedim(dimension, 1)[:, : len(state[gain])]
-            constant = torch.randn(len(by_reader), generator=rng, dtype=weight.dtype)
-            constant *= 3 * by_reader.norm(dim=1) / by_reader.shape[1] ** 0.5
-            by_reader += constant[:, None] / state[gain]
-            if shift is not None:
-                state[_bias(name)] -= constant * (state[shift] / state[gain]).sum()
-
-        yield readers
+        if gain is not None and gain in axes.norms and axes.norms[gain].centred:
+            yield _fixed_reader(axes, name, dimension, gain)
     for axis in axes.axes:
-        if "layer norm" not in axis.traits:
-            continue
+        if "layer norm" in axis.traits:
+            yield _fixed_writers(axes, axis)
 
-        def writers(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
-            for place in axis.places:
-                if state[place.tensor].dim() > 1 and not reads(axes, place):
-                    rows = _rows(state, place, axis.size)
-                    added = torch.randn(rows.shape[1], generator=rng, dtype=rows.dtype)
-                    _put(state, place, rows + added * rows.std())
 
-        yield writers
+def _fixed_reader(axes: Axes, name: str, dimension: int, gain: str) -> Act:
+    """Add to every column of a reader what a centred input cancels."""
+
+    def do(state: State, rng: torch.Generator) -> None:
+        weight, shift = state[name], axes.norms[gain].shift
+        if weight.dim() != 2 or _bias(name) not in state:
+            return
+        by_reader = weight.movedim(dimension, 1)[:, : len(state[gain])]
+        constant = torch.randn(len(by_reader), generator=rng, dtype=weight.dtype)
+        constant *= 3 * by_reader.norm(dim=1) / by_reader.shape[1] ** 0.5
+        by_reader += constant[:, None] / state[gain]
+        if shift is not None:
+            state[_bias(name)] -= constant * (state[shift] / state[gain]).sum()
+
+    return do
+
+
+def _fixed_writers(axes: Axes, axis: Axis) -> Act:
+    """Add to all that a stream is given a constant, which its norms take away."""
+
+    def do(state: State, rng: torch.Generator) -> None:
+        for place in axis.places:
+            if state[place.tensor].dim() > 1 and not reads(axes, place):
+                rows = _rows(state, place, axis.size)
+                added = torch.randn(rows.shape[1], generator=rng, dtype=rows.dtype)
+                _put(state, place, rows + added * rows.std())
+
+    return do
 
 
 def _rotate(subject: _Subject) -> Iterator[Act]:
@@ -616,21 +618,11 @@ def _invertible(size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return left @ torch.diag(values) @ right, right.T @ torch.diag(1 / values) @ left.T
 
 
-def _untied(model: nn.Module) -> nn.Module:
-    """The network with a parameter of its own under each name, in place."""
-    seen = set[int]()
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) in seen:
-            _replace(model, name, parameter.detach().clone())
-        seen.add(id(parameter))
-    return model
-
-
 def _add_biases(model: nn.Module, axes: Axes) -> None:
     """Zeros where a Linear that reads a norm has no bias: they can take the norm's shift."""
     for name, (_, gain) in axes.reads.items():
         module = model.get_submodule(name.rpartition(".")[0])
-        shifted = gain in axes.norms and axes.norms[gain].shift is not None
+        shifted = gain is not None and gain in axes.norms and axes.norms[gain].shift is not None
         if shifted and isinstance(module, nn.Linear) and module.bias is None:
             module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
 
@@ -646,13 +638,3 @@ def _fit(model: nn.Module, state: State) -> None:
                 module.groups = module.in_channels = len(weight)
         elif isinstance(getattr(module, "nf", None), int):  # Hugging Face's Conv1D
             module.nf = weight.shape[1]
-
-
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    """Another parameter or buffer under this name; its shape may be another too."""
-    home, _, own = name.rpartition(".")
-    module = model.get_submodule(home)
-    if own in module._parameters:
-        module._parameters[own] = nn.Parameter(value, requires_grad=value.is_floating_point())
-    else:
-        module._buffers[own] = value
