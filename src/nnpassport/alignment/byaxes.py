@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes
-from nnpassport.alignment.canonical import Weights, restored
+from nnpassport.alignment.canonical import Weights, canonical, restored
 from nnpassport.alignment.rate import MIXTURES, Other, against, exact
 from nnpassport.alignment.solve import Aligner, aligner
 from nnpassport.alignment.table import LONGEST, check_table
@@ -66,11 +66,17 @@ class Placed(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The owner's network, ready for any number of suspects."""
+    """The owner's network, ready for any number of suspects.
+
+    Attributes:
+        means: what layer norms take away of its tensors. A suspect's own cannot be known; those of
+            a network that knows nothing of the bits stand in for it.
+    """
 
     axes: Axes
     tensors: Weights
     to: Aligner
+    means: Weights = {}  # noqa: RUF012 - never changed
 
     def place(self, suspect: Mapping[str, Array]) -> Placed:
         """Align one network.
@@ -79,7 +85,7 @@ class Reference(NamedTuple):
             UnsuitableModelError: its tensors are not those of such a network.
         """
         try:
-            found = self.to.align(_alike(suspect, self.tensors)).weights
+            found = dict(self.to.align(_alike(suspect, self.tensors)).weights)
         except (ValueError, IndexError, np.linalg.LinAlgError) as error:
             raise UnsuitableModelError(
                 f"the suspect cannot be aligned over these axes ({type(error).__name__}); needed: "
@@ -93,6 +99,9 @@ class Reference(NamedTuple):
                 fits = mine is not None and mine.shape == theirs.shape
                 cosines[name] = _cosine(mine, theirs) if mine is not None and fits else 0.0
                 missing += 0 if fits else len(theirs)
+        for name, mean in self.means.items():
+            if name in found and found[name].shape == mean.shape:
+                found[name] = found[name] + mean
         arrays = {name: restored(self.axes, self.tensors, name, t) for name, t in found.items()}
         return Placed(arrays, cosines, 0, missing)
 
@@ -116,7 +125,7 @@ def reference_of(axes: Axes, tensors: Mapping[str, Array], key: Key) -> Referenc
     return Reference(axes, known, aligner(axes, _blind(known, key)))
 
 
-def anchor_of(axes: Axes, tensors: Mapping[str, Array]) -> Reference:
+def anchor_of(axes: Axes, tensors: Mapping[str, Array], key: Key) -> Reference:
     """The network before the mark, checked against its table.
 
     Raises:
@@ -124,7 +133,10 @@ def anchor_of(axes: Axes, tensors: Mapping[str, Array]) -> Reference:
     """
     check_table(axes, {name: array.shape for name, array in tensors.items()})
     known = _floating(tensors)
-    return Reference(axes, known, aligner(axes, known))
+    marked = {f"{layer.name}.weight" for layer in key.context.layers}
+    to, whole = aligner(axes, known, marked), canonical(axes, known, centred=False)
+    means = {name: whole[name] - each for name, each in to.reference.items()}
+    return Reference(axes, known, to, {name: each for name, each in means.items() if each.any()})
 
 
 def can_read(key: Key) -> bool:

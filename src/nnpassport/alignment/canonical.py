@@ -15,8 +15,13 @@ from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 Weights = dict[str, NDArray[np.float64]]
 
 
-def canonical(axes: Axes, tensors: Mapping[str, NDArray[np.float64]]) -> Weights:
-    """Copies of the tensors in that form; where a norm is missing its layers stay as they are."""
+def canonical(
+    axes: Axes, tensors: Mapping[str, NDArray[np.float64]], *, centred: bool = True
+) -> Weights:
+    """Copies of the tensors in that form; where a norm is missing its layers stay as they are.
+
+    Unless `centred`, what a layer norm takes away stays where it is.
+    """
     found: Weights = {name: np.array(tensor, np.float64) for name, tensor in tensors.items()}
     _fold_batch_norms(axes, tensors, found)
     for name, gain in axes.gains.items():
@@ -26,9 +31,10 @@ def canonical(axes: Axes, tensors: Mapping[str, NDArray[np.float64]]) -> Weights
         known = before is not None and before in tensors and before in axes.norms
         if name in found and before is not None and known:
             _scale(found[name], dimension, np.ravel(tensors[before]))
-            if axes.norms[before].centred and dimension < found[name].ndim:
+            if centred and axes.norms[before].centred and dimension < found[name].ndim:
                 found[name] -= found[name].mean(dimension, keepdims=True)
-    for place in (place for axis in axes.axes if _centred(axes, axis) for place in axis.places):
+    streams = [axis for axis in axes.axes if centred and _centred(axes, axis)]
+    for place in (place for axis in streams for place in axis.places):
         tensor = found.get(place.tensor)
         if tensor is not None and tensor.ndim > 1 and not reads(axes, place):
             tensor -= tensor.mean(place.dimension, keepdims=True)

@@ -10,7 +10,7 @@ It begins with axes whose tensors are anchored elsewhere, and goes over all of t
 network is aligned to decides what a match is worth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -22,7 +22,11 @@ from nnpassport.alignment.canonical import Weights, canonical, reads
 
 Matrix = NDArray[np.float64]
 SWEEPS = 3
+_NOT_LINEAR = {"pointwise", "layer norm", "square", "group norm", "bilinear"}
+"""Traits with which a positive factor does not pass through an axis."""
 _TINY = 1e-300
+_MARKED = 1e-3
+"""What a tensor that may carry the mark counts when rotations are found."""
 
 
 class Aligned(NamedTuple):
@@ -112,13 +116,18 @@ class _Attention(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True, repr=False)
 class Aligner:
-    """Aligns suspects to one reference; made by `aligner`."""
+    """Aligns suspects to one reference; made by `aligner`.
+
+    `marked` are tensors in which the suspect may differ from the reference by a mark: what can be
+    told from others is told from them, so that no rotation takes up the mark.
+    """
 
     axes: Axes
     reference: Weights
     units: tuple[_Unit, ...]
     attentions: tuple[_Attention, ...]
     on: Mapping[str, frozenset[int]]
+    marked: frozenset[str]
 
     def align(self, tensors: Mapping[str, Matrix]) -> Aligned:
         """The suspect's tensors in the reference's coordinates.
@@ -139,6 +148,8 @@ class Aligner:
                 self._solve(unit, weights, likeness, settled)
         for attention in self.attentions:
             self._solve_heads(attention, weights, likeness)
+        for unit in self.units:
+            self._rescale(unit, weights)
         return Aligned(weights, likeness)
 
     def _usable(self, unit: _Unit, weights: Weights, known: set[int]) -> list[Spot]:
@@ -166,19 +177,19 @@ class Aligner:
         if unit.kind == "permute":
             self._match(unit, spots, weights, likeness)
             return
+        fitting = [spot for spot in spots if self._fits(spot, weights)]
+        if not fitting:
+            return
         pairs = [
             (spot.rows(weights[spot.tensor]), spot.rows(self.reference[spot.tensor]))
-            for spot in spots
-            if self._fits(spot, weights)
+            for spot in fitting
         ]
-        if not pairs:
-            return
+        trust = [_MARKED if spot.tensor in self.marked else 1.0 for spot in fitting]
         if unit.kind == "orthogonal":
-            forward = _procrustes(pairs)
+            forward = _procrustes(pairs, trust)
             back = forward.T
         else:
-            written = [not spot.reads for spot in spots if self._fits(spot, weights)]
-            back, forward = _mixture(pairs, written)
+            back, forward = _mixture(pairs, [not spot.reads for spot in fitting], trust)
         for spot in unit.spots:
             if (
                 spot.tensor in weights
@@ -208,10 +219,13 @@ class Aligner:
                 turned += found
             else:
                 cosines += np.abs(found) if unit.either_sign else found
+        signs = None
         if not unit.normed or longer:
             order = _assigned(cosines)
         else:
             cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
+            felt = turned[np.arange(unit.size), order].reshape(unit.groups, -1).sum(1)
+            signs = np.repeat(np.where(felt < 0, -1.0, 1.0), unit.size // unit.groups)
         likeness[unit.last] = float(cosines[np.arange(unit.size), order].mean() / len(spots))
         for spot in unit.spots:
             tensor = weights.get(spot.tensor)
@@ -221,7 +235,41 @@ class Aligner:
                 if tensor.shape[spot.dimension] == longer:
                     weights[spot.tensor] = np.take(tensor, order, spot.dimension)
             elif self._fits(spot, weights):
-                spot.put(tensor, spot.rows(tensor)[order])
+                rows = spot.rows(tensor)[order]
+                spot.put(tensor, rows if signs is None else self._turned(spot, rows, signs))
+
+    def _turned(self, spot: Spot, rows: Matrix, signs: Matrix) -> Matrix:
+        """Rows of groups that were negated with their norm, and the norm's weight, negated back.
+
+        Readers do not feel it; the norm's shift does not take part.
+        """
+        matrix = self.reference[spot.tensor].ndim > 1
+        if spot.reads or not (matrix or spot.tensor.endswith("weight")):
+            return rows
+        return rows * signs[:, None]
+
+    def _rescale(self, unit: _Unit, weights: Weights) -> None:
+        """Give rows the reference's scale where each may have any, and its sign where that is free.
+
+        Behind a ReLU a reader may be multiplied by what its writer is divided by; of two factors of
+        a product one may be negated with the reader.
+        """
+        traits = {trait for number in unit.numbers for trait in self.axes.axes[number].traits}
+        free = "rectified" in traits and not traits & _NOT_LINEAR
+        if unit.kind != "permute" or not (free or unit.either_sign):
+            return
+        for spot in unit.spots:
+            mine = weights.get(spot.tensor)
+            comparable = mine is not None and mine.shape == self.reference[spot.tensor].shape
+            if mine is None or not comparable or mine.ndim < 2:
+                continue
+            rows, theirs = spot.rows(mine), spot.rows(self.reference[spot.tensor])
+            factor = (rows * theirs).sum(1) / np.maximum((rows * rows).sum(1), _TINY)
+            if not unit.either_sign:
+                factor = np.maximum(factor, 0.0)
+            if not spot.reads:
+                factor = np.sign(factor)
+            spot.put(mine, rows * np.where(factor == 0, 1.0, factor)[:, None])
 
     def _fits(self, spot: Spot, weights: Weights) -> bool:
         mine, theirs = weights[spot.tensor], self.reference[spot.tensor]
@@ -264,7 +312,7 @@ class Aligner:
             if attention.copies is None
             else {
                 (spot.tensor, spot.dimension): spot
-                for spot in _crossed(axes, outer, axes.axes[attention.copies])
+                for spot in crossed(axes, outer, axes.axes[attention.copies])
             }
         )
         alone = order[::copies] // copies
@@ -277,18 +325,19 @@ class Aligner:
 
     def _solve_inside(self, inside: tuple[_Side, _Side], weights: Weights, heads: int) -> None:
         spots = [side.whole for side in inside]
+        trust = [_MARKED if spot.tensor in self.marked else 1.0 for spot in spots]
         mine = [_blocks(spot, weights, heads) for spot in spots]
         theirs = [_blocks(spot, self.reference, heads) for spot in spots]
         for head in range(heads):
             pairs = [(mine[side][head], theirs[side][head]) for side in (0, 1)]
-            back, forward = _mixture(pairs, [True, False])
+            back, forward = _mixture(pairs, [True, False], trust)
             mine[0][head] = back @ mine[0][head]
             mine[1][head] = forward.T @ mine[1][head]
         for spot, blocks in zip(spots, mine, strict=True):
             spot.put(weights[spot.tensor], blocks.reshape(len(spot.positions), -1))
 
 
-def aligner(axes: Axes, tensors: Mapping[str, Matrix]) -> Aligner:
+def aligner(axes: Axes, tensors: Mapping[str, Matrix], marked: Collection[str] = ()) -> Aligner:
     """An aligner to the network that has these tensors and these (proved) axes."""
     on: dict[str, set[int]] = {}
     for number, axis in enumerate(axes.axes):
@@ -298,8 +347,9 @@ def aligner(axes: Axes, tensors: Mapping[str, Matrix]) -> Aligner:
         axes,
         canonical(axes, tensors),
         tuple(_units(axes)),
-        tuple(_attentions(axes)),
+        tuple(attentions(axes)),
         {name: frozenset(numbers) for name, numbers in on.items()},
+        frozenset(marked),
     )
 
 
@@ -312,7 +362,7 @@ def _units(axes: Axes) -> list[_Unit]:
             if outer == inner or {outer, inner} & paired:
                 continue
             axis, other = axes.axes[outer], axes.axes[inner]
-            spots = _crossed(axes, axis, other)
+            spots = crossed(axes, axis, other)
             together = len(spots) == len(axis.places) == len(other.places)
             if together and _is_outer(spots[0], axis, other):
                 size = axis.size * other.size
@@ -340,7 +390,7 @@ def _spots(axes: Axes, axis: Axis) -> list[Spot]:
     ]
 
 
-def _crossed(axes: Axes, outer: Axis, inner: Axis) -> list[Spot]:
+def crossed(axes: Axes, outer: Axis, inner: Axis) -> list[Spot]:
     """Where both axes are in one dimension: rows by the outer index, then by the inner one."""
     found = []
     for place in inner.places:
@@ -368,7 +418,7 @@ def _meeting(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.
     return both[np.argsort(cell, kind="stable")].reshape(len(counts), -1)
 
 
-def _attentions(axes: Axes) -> list[_Attention]:
+def attentions(axes: Axes) -> list[_Attention]:
     """Heads that are computed side by side, with the insides that they have."""
     inner = [number for number, axis in enumerate(axes.axes) if axis.kind == "inner"]
     batched = [number for number in inner if "batched" in axes.axes[number].traits]
@@ -408,12 +458,12 @@ def _sides(axes: Axes, heads: int, copies: int | None, inner: int) -> list[_Side
     """Matrices, not biases, that have heads and their inside in one dimension."""
     outer, inside = axes.axes[heads], axes.axes[inner]
     found = []
-    for spot in _crossed(axes, outer, inside):
+    for spot in crossed(axes, outer, inside):
         if spot.tensor not in axes.reads:
             continue
         single = None
         if copies is not None:
-            both = _crossed(axes, outer, axes.axes[copies])
+            both = crossed(axes, outer, axes.axes[copies])
             place = (spot.tensor, spot.dimension)
             rows = next((each for each in both if (each.tensor, each.dimension) == place), None)
             column = next((each for each in _spots(axes, inside) if each[:2] == place), None)
@@ -500,30 +550,30 @@ def _unit(rows: Matrix) -> Matrix:
     return rows / np.maximum(length, _TINY)
 
 
-def _procrustes(pairs: Sequence[tuple[Matrix, Matrix]]) -> Matrix:
+def _procrustes(pairs: Sequence[tuple[Matrix, Matrix]], trust: Sequence[float]) -> Matrix:
     """The rotation that turns rows of the suspect into the reference's: reference ≈ Rᵀ·suspect."""
     total = np.zeros((len(pairs[0][0]),) * 2)
-    for mine, theirs in pairs:
+    for (mine, theirs), weight in zip(pairs, trust, strict=True):
         length = float(np.linalg.norm(mine)) * float(np.linalg.norm(theirs))
-        total += mine @ theirs.T / max(length, _TINY)
+        total += weight * mine @ theirs.T / max(length, _TINY)
     u, _, v = np.linalg.svd(total)
     return np.asarray(u @ v)
 
 
 def _mixture(
-    pairs: Sequence[tuple[Matrix, Matrix]], written: Sequence[bool]
+    pairs: Sequence[tuple[Matrix, Matrix]], written: Sequence[bool], trust: Sequence[float]
 ) -> tuple[Matrix, Matrix]:
     """G⁻¹ and G, where writers are about G·reference and readers G⁻ᵀ·reference.
 
     Least squares in G over writers (|W - G R|²) and over readers (|Gᵀ W - R|²), each divided by the
-    reference's energy, is Sylvester's equation B·G + G·A = C.
+    reference's energy and times how far it is trusted, is Sylvester's equation B·G + G·A = C.
     """
     from scipy.linalg import solve_sylvester  # noqa: PLC0415 - slow to import
 
     size = len(pairs[0][0])
     a, b, c = (np.zeros((size, size)) for _ in range(3))
-    for (mine, theirs), writes in zip(pairs, written, strict=True):
-        weight = 1 / max(float(np.square(theirs).sum()), _TINY)
+    for (mine, theirs), writes, trusted in zip(pairs, written, trust, strict=True):
+        weight = trusted / max(float(np.square(theirs).sum()), _TINY)
         if writes:
             a += weight * theirs @ theirs.T
         else:

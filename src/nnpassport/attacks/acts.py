@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
+
 from nnpassport.attacks import (
     ambiguity,
     forging,
@@ -13,6 +15,7 @@ from nnpassport.attacks import (
 )
 from nnpassport.attacks import substitution as fully_connected
 from nnpassport.attacks.extraction import distil_soft, extract_hard
+from nnpassport.attacks.moves import move
 from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.passports import draw_seed
 from nnpassport.attacks.projection import project
@@ -132,6 +135,12 @@ def _obfuscated(
     return run
 
 
+def _moved(subject: Subject, _: float) -> Attacked:
+    rng = subject.rng("free moves")
+    noise = torch.randn(subject.example.shape, generator=rng)
+    return move(subject.model, noise, rng).attacked
+
+
 def _forged(attack: Callable[..., Forged]) -> Callable[[Subject, float], Forged]:
     def run(subject: Subject, number: float) -> Forged:
         rng = subject.rng(f"{attack.__name__} {number}")
@@ -247,6 +256,7 @@ ACTS: Mapping[str, Act] = {
     "insert-dummies": _obfuscated(obfuscation.insert_dummies, "share"),
     "split-channels": _obfuscated(obfuscation.split_channels, "share"),
     "combine": _obfuscated(obfuscation.combine),
+    "free-moves": _moved,
     "fake1": _forged(ambiguity.random_passport),
     "grind": _ground,
     "solve": _forged(ambiguity.solve_passport),

@@ -223,6 +223,11 @@ ATTACKS: Mapping[str, Attack] = {
         act("combine"),
         quick=ONCE,
     ),
+    "free-moves": Attack(
+        OBFUSCATION,
+        "every free move along the axes of any network: also rotated streams, mixed heads, twins",
+        act("free-moves"),
+    ),
     # Keys.
     "fake1": Attack(
         AMBIGUITY,

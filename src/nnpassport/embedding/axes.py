@@ -1,16 +1,49 @@
-"""The axes of a network in a model folder: traced on noise, proved by reordering."""
+"""The axes of a network: traced, proved by reordering; in a model folder on noise."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.table import check_table
 from nnpassport.embedding.checkpoint import load_model
+from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
 
 IMAGES = 2
+
+
+def axes_of(model: nn.Module, example: Example) -> Axes:
+    """The proved axes of a network whose tied parameters may part: whoever has it may untie them.
+
+    Raises:
+        UnsuitableModelError: its scores are not found among its outputs.
+    """
+    apart = untied(deepcopy(model))
+    return prove(apart, example, trace(apart, example))
+
+
+def untied(model: nn.Module) -> nn.Module:
+    """The network with a parameter of its own under each name, in place."""
+    seen = set[int]()
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if id(parameter) in seen:
+            put_tensor(model, name, parameter.detach().clone())
+        seen.add(id(parameter))
+    return model
+
+
+def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Another parameter or buffer under this name, in place; its shape may be another too."""
+    home, _, own = name.rpartition(".")
+    module = model.get_submodule(home)
+    if own in module._parameters:
+        module._parameters[own] = nn.Parameter(value, requires_grad=value.is_floating_point())
+    else:
+        module._buffers[own] = value
 
 
 def axes_of_folder(folder: Path, trusted_factory: str | None = None) -> Axes:
@@ -22,7 +55,7 @@ def axes_of_folder(folder: Path, trusted_factory: str | None = None) -> Axes:
     loaded = load_model(folder, trusted_factory=trusted_factory)
     rng = torch.Generator().manual_seed(0)
     example = torch.randn(IMAGES, *loaded.config.input_size, generator=rng)
-    found = prove(loaded.model, example, trace(loaded.model, example))
+    found = axes_of(loaded.model, example)
     state = loaded.model.state_dict()
     check_table(found, {name: tuple(tensor.shape) for name, tensor in state.items()})
     return found

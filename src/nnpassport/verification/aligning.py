@@ -85,7 +85,7 @@ def aligned_by_axes(
         return verdict_on(reader(arrays, key), key, log10_alpha=log10_alpha)
 
     if anchored:
-        verdict = verify_anchored(read, suspect.arrays, anchor_of(axes, weights.arrays))
+        verdict = verify_anchored(read, suspect.arrays, anchor_of(axes, weights.arrays, key))
         # The table is the claimant's choice, layer by layer: only its date keeps it from fitting.
         verdict = replace(verdict, alignment={**(verdict.alignment or {}), "bound": False})
     else:

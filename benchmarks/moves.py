@@ -1,0 +1,328 @@
+"""What free moves do to a mark on networks that others wrote, and what alignment makes of it.
+
+    python benchmarks/moves.py run [NETWORK ...]     results/moves.json
+    python benchmarks/moves.py render                results/moves.md from it
+
+Each network of tests/zoo.py is trained a little on digits or text: that is the anchor. It gets a
+passport for each channel by a graft and is released. A thief makes every free move along its axes
+(`attack free-moves`), and on top of them one thing more. Strangers are networks of the same
+architecture, from other initialisations, trained alike and moved alike; each is aligned once, and
+read with many keys, whose bits have nothing to do with it or with one another.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+import zoo  # noqa: E402
+
+from nnpassport import V2  # noqa: E402
+from nnpassport.alignment.byaxes import Reference, anchor_of, verify_anchored  # noqa: E402
+from nnpassport.attacks.moves import KINDS, move  # noqa: E402
+from nnpassport.attacks.perturbation import prune_layerwise, quantise  # noqa: E402
+from nnpassport.embedding.axes import axes_of  # noqa: E402
+from nnpassport.embedding.network.outputs import call, logits_of  # noqa: E402
+from nnpassport.embedding.schemes.channels import Limit  # noqa: E402
+from nnpassport.embedding.schemes.graft import graft_channels  # noqa: E402
+from nnpassport.files.disk import write_atomically  # noqa: E402
+from nnpassport.keys.chance import log10_binomial_tail  # noqa: E402
+from nnpassport.keys.key import Key  # noqa: E402
+from nnpassport.report.provenance import provenance  # noqa: E402
+
+RESULT = ROOT / "results" / "moves.json"
+STEPS, BATCH, SEEN = 200, 32, 128
+TUNED = 500
+STRANGERS, KEYS = 4, 200
+ANY = Limit(1.0, 1e9)
+HEAD = f"""\
+# Free moves on networks that others wrote
+
+`python benchmarks/moves.py run`, then `render`. Networks of `tests/zoo.py`, {STEPS} steps on digits
+or text (CREPE as published), marked by a graft with a passport for each channel. *As it stands* is
+after every move that keeps the shapes; all other columns are aligned to the network before the
+mark. *Harm* is the relative error of the outputs that the graft made: in layers of so few numbers
+it is large, and no limit was set here. Tuning is at a third of the rate of training."""
+SAME_SHAPE = [kind for kind in KINDS if kind != "split"]
+
+
+class Owned(NamedTuple):
+    """A network before and after its mark, its key, and the network to align to."""
+
+    anchor: nn.Module
+    released: nn.Module
+    key: Key
+    to: Reference
+
+
+def run(names: Sequence[str]) -> None:
+    """Measure these networks; others that were measured before stay as they are."""
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    for name in names:
+        started = time.process_time()
+        row = measured(name)
+        row |= {"seconds": time.process_time() - started, **provenance()}
+        found[name] = row
+        write_atomically(RESULT, json.dumps(found, indent=1).encode() + b"\n")
+        print(name, row["bits"], row["after"], row["strangers"]["mean"], flush=True)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """All figures of one network."""
+    network = zoo.ZOO[name]
+    anchor = network.build().eval() if network.trained else trained(network, seed=0)
+    key, released, harm = marked(network, anchor)
+    example, _ = network.batch(2, 0)
+    started = time.process_time()
+    axes = axes_of(anchor, example)
+    tracing = time.process_time() - started
+    to = anchor_of(axes, arrays(anchor.state_dict()), key)
+    owned = Owned(anchor, released, key, to)
+    moved = move(released, example, rng(1))
+    started = time.process_time()
+    whole = aligned(moved.model, owned)
+    aligning = time.process_time() - started
+    after = {"every free move": whole}
+    for label, change in CHANGES.items():
+        after[label] = aligned(move(change(owned, network), example, rng(1)).model, owned)
+    return {
+        "bits": key.context.bits,
+        "layers": len(key.context.layers),
+        "harm": harm,
+        "axes": {kind: sum(a.kind == kind for a in axes.axes) for kind in sorted(kinds_of(axes))},
+        "unknown": list(axes.unknown),
+        "moves": {kind: moved.done[kind] for kind in KINDS if moved.done[kind]},
+        "error": moved.error,
+        "as it stands": as_it_stands(released, example, key),
+        "after": after,
+        "tracing": tracing,
+        "aligning": aligning,
+        "strangers": strangers(network, owned),
+    }
+
+
+def kinds_of(axes: Any) -> set[str]:
+    """Of axes."""
+    return {axis.kind for axis in axes.axes}
+
+
+def trained(network: zoo.Network, *, seed: int, model: nn.Module | None = None, data: int = 0,
+            steps: int = STEPS, turned: bool = False) -> nn.Module:  # fmt: skip
+    """A network of this kind after some steps; `turned`: on classes in another order.
+
+    One that is given is tuned, at a third of the rate.
+    """
+    fresh = model is None
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = network.build() if model is None else deepcopy(model)
+        model.train()
+        rate = network.rate if fresh else network.rate / 3
+        optimiser = torch.optim.AdamW(model.parameters(), rate)
+        for step in range(steps):
+            inputs, labels = network.batch(BATCH, 1000 * (data + 1) + step)
+            if turned and network.task is None:
+                labels = (labels + 1) % (int(labels.max()) + 1)
+            output = call(model, inputs)
+            loss = (
+                F.cross_entropy(logits_of(output), labels)
+                if network.task is None
+                else network.task(output, labels)
+            )
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+    return model.eval()
+
+
+def marked(network: zoo.Network, anchor: nn.Module) -> tuple[Key, nn.Module, float]:
+    """A key for this network, the network with the mark, and the relative error of its outputs."""
+    example, _ = network.batch(2, 0)
+    seen, _ = network.batch(SEEN, 1)
+    layers = [each for each in network.layers if each != "conv2"]  # CREPE's of 8,192 numbers
+    key = V2.draw_key(anchor, example, seed=bytes(32), layers=layers, seen=seen)
+    owned = deepcopy(anchor)
+    V2.insert(owned, key, example)
+    report = graft_channels(owned, seen, limit=ANY)
+    return key, V2.released(owned).eval(), report.harm.error
+
+
+def aligned(model: nn.Module, owned: Owned) -> int:
+    """Bits that are found once the suspect is aligned to the network before the mark."""
+
+    def read(found: Mapping[str, Any]) -> Any:
+        tensors = {n: torch.from_numpy(np.array(t)).float() for n, t in found.items()}
+        return V2.verify({**owned.anchor.state_dict(), **tensors}, owned.key)
+
+    return verify_anchored(read, arrays(model.state_dict()), owned.to).matches
+
+
+def as_it_stands(released: nn.Module, example: Any, key: Key) -> int:
+    """The same without alignment, after all moves that keep the shapes."""
+    model = move(released, example, rng(1), kinds=SAME_SHAPE).model
+    return V2.verify(model.state_dict(), key).matches
+
+
+def tuned(owned: Owned, network: zoo.Network) -> nn.Module:
+    """Trained on, to other classes where there are any."""
+    return trained(network, seed=5, model=owned.released, data=7, steps=TUNED, turned=True)
+
+
+def pruned(owned: Owned, _: zoo.Network) -> nn.Module:
+    """The smallest weights of each layer are zero."""
+    return prune_layerwise(owned.released, share=0.6).model
+
+
+def rounded(owned: Owned, _: zoo.Network) -> nn.Module:
+    """Rounded."""
+    return quantise(owned.released, "int8-tensor").model
+
+
+def merged(owned: Owned, network: zoo.Network) -> nn.Module:
+    """Half the released network, half the anchor after training of its own."""
+    other = trained(network, seed=6, model=owned.anchor, data=8, steps=STEPS).state_dict()
+    found = deepcopy(owned.released)
+    for name, tensor in found.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.lerp_(other[name], 0.5)
+    return found
+
+
+CHANGES: Mapping[str, Callable[[Owned, zoo.Network], nn.Module]] = {
+    "500 steps on other data": tuned,
+    "60 % of each layer pruned": pruned,
+    "int8, a scale for each tensor": rounded,
+    "half merged with the anchor, tuned": merged,
+}
+
+
+def strangers(network: zoo.Network, owned: Owned) -> dict[str, Any]:
+    """p-values of many keys on networks that have nothing to do with the owner's."""
+    example, _ = network.batch(2, 0)
+    keys = [replace(owned.key, seed=number.to_bytes(32, "big")) for number in range(1, KEYS + 1)]
+    matches = list[int]()
+    for number in range(STRANGERS):
+        if network.trained:
+            with torch.random.fork_rng():
+                torch.manual_seed(50 + number)
+                other = deepcopy(owned.anchor)
+                for parameter in other.parameters():
+                    parameter.data = torch.randn_like(parameter) * parameter.std()
+        else:
+            other = trained(network, seed=50 + number, data=20 + number, steps=STEPS // 2)
+        suspect = arrays(move(other, example, rng(number)).model.state_dict())
+        placed = owned.to.place(suspect).arrays
+        tensors = {n: torch.from_numpy(np.array(t)).float() for n, t in placed.items()}
+        state: dict[str, Tensor] = {**owned.anchor.state_dict(), **tensors}
+        matches += [V2.verify(state, key).matches for key in keys]
+    bits = owned.key.context.bits
+    draw = np.random.default_rng(0).random(len(matches))
+    values = [p_between(m, bits, u) for m, u in zip(matches, draw, strict=True)]
+    return {
+        "readings": len(matches),
+        "mean": float(np.mean(matches)) / bits,
+        "least": min(log10_binomial_tail(m, bits, 0.5) for m in matches),
+        "p_values": [round(value, 4) for value in values],
+    }
+
+
+def with_p(matches: int, bits: int) -> str:
+    """A count and its p-value."""
+    return f"{matches}, 10^{log10_binomial_tail(matches, bits, 0.5):.0f}"
+
+
+def p_between(matches: int, bits: int, share: float) -> float:
+    """A p-value that is uniform for coins: between this count's and the next one's."""
+    upper, lower = stats.binom.sf([matches - 1, matches], bits, 0.5)
+    return float(lower + share * (upper - lower))
+
+
+def arrays(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """As numpy has them."""
+    return {name: tensor.detach().numpy() for name, tensor in state.items()}
+
+
+def rng(seed: int) -> torch.Generator:
+    """Randomness of one act."""
+    return torch.Generator().manual_seed(seed)
+
+
+def render() -> None:
+    """Write the page."""
+    found = json.loads(RESULT.read_text())
+    labels = ["every free move", *CHANGES]
+    lines = [
+        *HEAD.splitlines(),
+        "",
+        "| network | bits | harm | axes | moves | error | as it stands | "
+        + " | ".join(labels) + " |",
+        "| --- " * (7 + len(labels)) + "|",
+    ]  # fmt: skip
+    for name, row in found.items():
+        cells = [
+            name,
+            row["bits"],
+            f"{row['harm']:.3f}",
+            ", ".join(f"{n} {kind}" for kind, n in row["axes"].items()),
+            sum(row["moves"].values()),
+            f"{row['error']:.0e}",
+            row["as it stands"],
+            *(with_p(row["after"][label], row["bits"]) for label in labels),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    values = [p for row in found.values() for p in row["strangers"]["p_values"]]
+    test = stats.kstest(values, "uniform")
+    means = [row["strangers"]["mean"] for row in found.values()]
+    lines += [
+        "",
+        "## Strangers",
+        "",
+        f"{len(values):,} readings of {STRANGERS} networks of each architecture, aligned to the",
+        f"anchor: between {min(means):.4f} and {max(means):.4f} of the bits, the least p 10^"
+        f"{min(row['strangers']['least'] for row in found.values()):.1f}.",
+        "Against uniform (between neighbouring counts at random): Kolmogorov–Smirnov p "
+        f"{test.pvalue:.2f}.",
+        "",
+        "| network | readings | mean | least log₁₀ p | seconds to trace and prove | to align |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found.items():
+        seen = row["strangers"]
+        lines.append(
+            f"| {name} | {seen['readings']} | {seen['mean']:.4f} | {seen['least']:.1f} | "
+            f"{row['tracing']:.1f} | {row['aligning']:.1f} |"
+        )
+    commits = sorted({row["commit"][:12] for row in found.values()})
+    lines += ["", f"Commit {', '.join(commits)}; seconds are of one processor, others running."]
+    RESULT.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    """Run or render."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("run", "render"))
+    parser.add_argument("networks", nargs="*", default=sorted(zoo.ZOO))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if asked.what == "run":
+        run(asked.networks)
+    render()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,640 @@
+"""Removal at no cost, on any network: moves along its axes that leave what it computes as it is.
+
+`obfuscation` knows two architectures by name; here the network is traced, and every move is tried:
+in double precision, on the inputs that were given. One that moves the outputs is taken back. What
+an attacker can do without data, training or loss is therefore what is done, whatever the network.
+
+    reorder    indices of every axis
+    negate     channels before a norm, the norm's weight with them
+    scale      channels before a batch norm, its statistics with them
+    stretch    channels behind a norm or a layer by positive factors, readers by the inverse
+    regain     norms' weights, readers by the inverse; vectors that multiply a layer's output
+    fix        the mean that a layer norm takes away: into writers, and out of readers
+    rotate     residual streams, once norms' weights are in their readers
+    mix        linear bottlenecks by any invertible matrix
+    heads      the inside of every attention head by any invertible matrix
+    balance    the two factors of a product of hidden units (gated layers), signs too
+    split      hidden units into two that share what one did: the network grows
+
+Table of these: `docs/attacks.md`. Rounding in the network's own precision is all that is lost.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
+from nnpassport.alignment.canonical import reads, writing
+from nnpassport.alignment.solve import Spot, attentions, crossed
+from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
+from nnpassport.embedding.axes import axes_of, put_tensor, untied
+from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
+from nnpassport.embedding.network.prove import TOLERANCE, reordered
+from nnpassport.embedding.network.survey import Site, survey
+from nnpassport.scheme import BadRecipeError
+
+SPREAD = 4.0
+"""Factors are log-uniform between its inverse and it."""
+MIXED = 2.0
+"""Singular values of invertible matrices are between its inverse and it."""
+SHARE = 0.1
+"""Of the units of an axis that `split` splits."""
+
+State = dict[str, Tensor]
+Act = Callable[[State, torch.Generator], None]
+"""Changes a state dict, whose tensors it may overwrite."""
+
+
+class Moved(NamedTuple):
+    """A network that computes the same with other weights.
+
+    Attributes:
+        model: the changed copy; tied parameters are no longer tied.
+        cost: what the attacker spent.
+        done: by kind of move, in how many places it was made.
+        undone: by kind of move, in how many places it would have moved the outputs.
+        error: how far the outputs moved in double precision, relative to the largest.
+    """
+
+    model: nn.Module
+    cost: Cost
+    done: Mapping[str, int]
+    undone: Mapping[str, int]
+    error: float
+
+    @property
+    def attacked(self) -> Attacked:
+        """The same as what every removal attack returns."""
+        return Attacked(self.model, self.cost)
+
+
+@torch.no_grad()
+def move(
+    model: nn.Module,
+    example: Example,
+    rng: torch.Generator,
+    *,
+    kinds: Sequence[str] | None = None,
+) -> Moved:
+    """Make all free moves of these kinds, one kind after the other; None is all, in their order.
+
+    `example` is what the network takes, a batch of one or two: random numbers will do for images.
+
+    Raises:
+        BadRecipeError: there is no such kind.
+        UnsuitableModelError: the network is wrapped, or its scores are not found.
+    """
+    stop = stopwatch("W")
+    chosen = tuple(KINDS) if kinds is None else tuple(kinds)
+    if unknown := sorted(set(chosen) - KINDS.keys()):
+        raise BadRecipeError(f"there is no move {unknown[0]!r}; needed: some of {', '.join(KINDS)}")
+    subject = _Subject(model, example)
+    done, undone = dict[str, int](), dict[str, int]()
+    for kind in chosen:
+        acts = list(KINDS[kind](subject))
+        made = subject.attempt(acts, rng) if acts else 0
+        done[kind], undone[kind] = made, len(acts) - made
+    return Moved(subject.result(model), stop(), done, undone, subject.error())
+
+
+class _Subject:
+    """A copy of the network in double precision, its axes, and the state as it is by now."""
+
+    def __init__(self, model: nn.Module, example: Example) -> None:
+        self.exact = untied(deepcopy(model)).double().eval()
+        self.inputs = with_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
+        self.axes = axes_of(self.exact, self.inputs)
+        _add_biases(self.exact, self.axes)
+        self.sites = survey(self.exact, self.inputs).sites
+        self.state: State = {n: t.detach().clone() for n, t in self.exact.state_dict().items()}
+        self.before = self._outputs(self.state)
+
+    def attempt(self, acts: Sequence[Act], rng: torch.Generator) -> int:
+        """Do what leaves the outputs where they are, found by halves; returns how many acts."""
+        tried = {name: tensor.clone() for name, tensor in self.state.items()}
+        if self._done(acts, tried, rng) and self._error(tried) <= TOLERANCE:
+            self.state = tried
+            return len(acts)
+        if len(acts) == 1:
+            return 0
+        half = len(acts) // 2
+        return self.attempt(acts[:half], rng) + self.attempt(acts[half:], rng)
+
+    def error(self) -> float:
+        """How far the outputs have moved, relative to the largest."""
+        return self._error(self.state)
+
+    def result(self, model: nn.Module) -> nn.Module:
+        """A copy of the network with the state, in its own precision and mode."""
+        found = untied(deepcopy(model))
+        _add_biases(found, self.axes)
+        _fit(found, self.state)
+        for name, tensor in found.state_dict(keep_vars=True).items():
+            value = self.state[name].to(tensor.dtype)
+            if value.shape == tensor.shape:
+                tensor.detach().copy_(value)
+            else:
+                put_tensor(found, name, value)
+        return found
+
+    def _done(self, acts: Sequence[Act], state: State, rng: torch.Generator) -> bool:
+        """Whether these fit the network at all; what the table takes for a reader may be more."""
+        try:
+            for act in acts:
+                act(state, rng)
+        except RuntimeError:
+            return False
+        return True
+
+    def _error(self, state: State) -> float:
+        try:
+            after = self._outputs(state)
+        except RuntimeError:  # shapes that do not fit: the network reads this axis elsewhere too
+            return math.inf
+        largest = self.before.abs().max().clamp(min=torch.finfo(self.before.dtype).tiny)
+        error = float((after - self.before).abs().max() / largest)
+        return math.inf if math.isnan(error) else error
+
+    def _outputs(self, state: State) -> Tensor:
+        _fit(self.exact, state)
+        if isinstance(self.inputs, Mapping):
+            output = functional_call(self.exact, state, (), dict(self.inputs), tie_weights=False)
+        else:
+            given = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
+            output = functional_call(self.exact, state, given, tie_weights=False)
+        return logits_of(output).detach()
+
+
+# The moves
+
+
+def _reorder(subject: _Subject) -> Iterator[Act]:
+    def act(axis: Axis) -> Act:
+        def do(state: State, rng: torch.Generator) -> None:
+            state |= reordered(state, axis, torch.randperm(axis.size, generator=rng))
+
+        return do
+
+    yield from map(act, subject.axes.axes)
+
+
+def _negate(subject: _Subject) -> Iterator[Act]:
+    for weight, norm, groups in _normed(subject):
+
+        def do(
+            state: State,
+            rng: torch.Generator,
+            weight: str = weight,
+            norm: str = norm,
+            groups: int | None = groups,
+        ) -> None:
+            if f"{norm}.weight" not in state:
+                return
+            count = len(state[f"{norm}.weight"])
+            signs = _signs(groups or count, rng).repeat_interleave(count // (groups or count))
+            _times(state, weight, writing(subject.axes, weight), signs)
+            for name in (_bias(weight), f"{norm}.weight", f"{norm}.running_mean"):
+                if name in state:
+                    state[name] *= signs
+
+        yield do
+
+
+def _scale(subject: _Subject) -> Iterator[Act]:
+    for weight, norm in subject.axes.batch_norms.items():
+
+        def do(
+            state: State, rng: torch.Generator, weight: str = weight, norm: Statistics = norm
+        ) -> None:
+            if norm.weight is None:
+                return
+            factor = _factors(len(state[norm.mean]), rng)
+            _times(state, weight, writing(subject.axes, weight), factor)
+            for name in (_bias(weight), norm.mean):
+                if name in state:
+                    state[name] *= factor
+            before = state[norm.variance] + norm.epsilon
+            state[norm.variance] = (before * factor**2 - norm.epsilon).clamp(min=0)
+            state[norm.weight] *= ((state[norm.variance] + norm.epsilon) / before).sqrt() / factor
+
+        yield do
+
+
+def _stretch(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    normed = {weight for weight, _, _ in _normed(subject)}
+    statistics = {n for each in axes.batch_norms.values() for n in (each.mean, each.variance)}
+    left_alone = normed | {_bias(weight) for weight in normed} | statistics
+    for axis in axes.axes:
+        if not {"rectified"} <= set(axis.traits) or {"layer norm", "bilinear"} & set(axis.traits):
+            continue
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            factor = _factors(axis.size, rng)
+            for place in axis.places:
+                grouped = place.tensor in normed and state[place.tensor].shape[1:2] == (1,)
+                if reads(axes, place) or (grouped and place.dimension == 0):
+                    _times_at(state, place, axis.size, 1 / factor)
+                elif place.tensor not in left_alone:
+                    _times_at(state, place, axis.size, factor)
+
+        yield do
+
+
+def _regain(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for gain, norm in axes.norms.items():
+
+        def norms(
+            state: State, rng: torch.Generator, gain: str = gain, shift: str | None = norm.shift
+        ) -> None:
+            factor = _factors(len(state[gain]), rng) * _signs(len(state[gain]), rng)
+            state[gain] *= factor
+            if shift is not None:
+                state[shift] *= factor
+            for name, dimension in _readers(axes, gain):
+                _times(state, name, dimension, 1 / factor)
+
+        yield norms
+    for weight, gain in axes.gains.items():
+
+        def layers(
+            state: State, rng: torch.Generator, weight: str = weight, gain: str = gain
+        ) -> None:
+            factor = _factors(state[gain].numel(), rng) * _signs(state[gain].numel(), rng)
+            _times(state, weight, writing(axes, weight), factor)
+            if _bias(weight) in state:
+                state[_bias(weight)] *= factor
+            state[gain] /= factor.view(state[gain].shape)
+
+        yield layers
+
+
+def _fix(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for name, (dimension, gain) in axes.reads.items():
+        if gain is not None and gain in axes.norms and axes.norms[gain].centred:
+            yield _fixed_reader(axes, name, dimension, gain)
+    for axis in axes.axes:
+        if "layer norm" in axis.traits:
+            yield _fixed_writers(axes, axis)
+
+
+def _fixed_reader(axes: Axes, name: str, dimension: int, gain: str) -> Act:
+    """Add to every column of a reader what a centred input cancels."""
+
+    def do(state: State, rng: torch.Generator) -> None:
+        weight, shift = state[name], axes.norms[gain].shift
+        if weight.dim() != 2 or _bias(name) not in state:
+            return
+        by_reader = weight.movedim(dimension, 1)[:, : len(state[gain])]
+        constant = torch.randn(len(by_reader), generator=rng, dtype=weight.dtype)
+        constant *= 3 * by_reader.norm(dim=1) / by_reader.shape[1] ** 0.5
+        by_reader += constant[:, None] / state[gain]
+        if shift is not None:
+            state[_bias(name)] -= constant * (state[shift] / state[gain]).sum()
+
+    return do
+
+
+def _fixed_writers(axes: Axes, axis: Axis) -> Act:
+    """Add to all that a stream is given a constant, which its norms take away."""
+
+    def do(state: State, rng: torch.Generator) -> None:
+        for place in axis.places:
+            if state[place.tensor].dim() > 1 and not reads(axes, place):
+                rows = _rows(state, place, axis.size)
+                added = torch.randn(rows.shape[1], generator=rng, dtype=rows.dtype)
+                _put(state, place, rows + added * rows.std())
+
+    return do
+
+
+def _rotate(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for axis in axes.axes:
+        if axis.kind != "orthogonal":
+            continue
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            vectors = _fold_gains(state, axes, axis)
+            fixed = torch.ones(axis.size) if "layer norm" in axis.traits else None
+            turn = _rotation(axis.size, rng, fixed)
+            for place in axis.places:
+                if place.tensor not in vectors:
+                    _put(state, place, turn @ _rows(state, place, axis.size))
+
+        yield do
+
+
+def _mix(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for axis in axes.axes:
+        if axis.kind != "invertible":
+            continue
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            by, back = _invertible(axis.size, rng)
+            settled = set[str]()
+            for place in axis.places:
+                norm = axes.batch_norms.get(place.tensor)
+                if reads(axes, place):
+                    _put(state, place, back.T @ _rows(state, place, axis.size))
+                elif norm is not None and norm.weight is not None and norm.bias is not None:
+                    _fold_statistics(state, place.tensor, norm, writing(axes, place.tensor))
+                    _put(state, place, by @ _rows(state, place, axis.size))
+                    state[norm.bias] = by @ state[norm.bias]
+                    settled |= {norm.weight, norm.bias, norm.mean, norm.variance}
+                    settled.add(_bias(place.tensor))
+                elif place.tensor not in settled and state[place.tensor].dim() > 1:
+                    _put(state, place, by @ _rows(state, place, axis.size))
+
+        yield do
+
+
+def _heads(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for attention in attentions(axes):
+        for inside in attention.insides:
+            tensors = [side.whole.tensor for side in inside]
+            inner = _inside_of(axes, tensors)
+            if inner is None:
+                continue
+            outer = axes.axes[attention.heads]
+            spots = crossed(axes, outer, inner)
+
+            def do(
+                state: State,
+                rng: torch.Generator,
+                spots: Sequence[Spot] = spots,
+                first: str = tensors[0],
+                second: Spot = inside[1].whole,
+                size: tuple[int, int] = (outer.size, inner.size),
+            ) -> None:
+                turns = [_invertible(size[1], rng) for _ in range(size[0])]
+                there = torch.block_diag(*(by for by, _ in turns))
+                back = torch.block_diag(*(inverse.T for _, inverse in turns))
+                for spot in spots:
+                    of_second = _is_of(spot, second, first)
+                    by = back if of_second else there
+                    _put_spot(state, spot, by @ _rows_of_spot(state, spot))
+
+            yield do
+
+
+def _balance(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for axis in axes.axes:
+        if "product" not in axis.traits:
+            continue
+        for writer in axis.places:
+            if reads(axes, writer) or subject.state[writer.tensor].dim() < 2:
+                continue
+
+            def do(
+                state: State, rng: torch.Generator, axis: Axis = axis, writer: Place = writer
+            ) -> None:
+                factor = _factors(axis.size, rng) * _signs(axis.size, rng)
+                for place in axis.places:
+                    if reads(axes, place):
+                        _times_at(state, place, axis.size, 1 / factor)
+                    elif place.tensor in {writer.tensor, _bias(writer.tensor)}:
+                        _times_at(state, place, axis.size, factor)
+
+            yield do
+
+
+def _split(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for axis in axes.axes:
+        whole = all(
+            subject.state[p.tensor].shape[p.dimension] == axis.size and not p.offset
+            for p in axis.places
+        )
+        if axis.kind != "permute" or not whole:
+            continue
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            count = max(1, round(SHARE * axis.size))
+            chosen = torch.randperm(axis.size, generator=rng)[:count]
+            share = torch.rand(count, generator=rng, dtype=torch.float64) * 0.8 + 0.1
+            order = torch.randperm(axis.size + count, generator=rng)
+            for place in axis.places:
+                tensor = state[place.tensor].movedim(place.dimension, 0)
+                twins = tensor[chosen]
+                if reads(axes, place):
+                    by = share.view(-1, *[1] * (tensor.dim() - 1))
+                    twins = twins * (1 - by)
+                    tensor = tensor.clone()
+                    tensor[chosen] *= by
+                grown = torch.cat([tensor, twins])[order]
+                state[place.tensor] = grown.movedim(0, place.dimension).contiguous()
+
+        yield do
+
+
+KINDS: Mapping[str, Callable[[_Subject], Iterator[Act]]] = {
+    "negate": _negate,
+    "scale": _scale,
+    "stretch": _stretch,
+    "regain": _regain,
+    "fix": _fix,
+    "balance": _balance,
+    "heads": _heads,
+    "mix": _mix,
+    "rotate": _rotate,
+    "reorder": _reorder,
+    "split": _split,
+}
+"""All kinds of moves, in the order in which `move` makes them; growing comes last."""
+
+
+# What they are made of
+
+
+def _normed(subject: _Subject) -> Iterator[tuple[str, str, int | None]]:
+    """Weights that a norm follows, the norm, and how many groups it takes; None: one a channel."""
+    there = set[str]()
+    for site in subject.sites.values():
+        if site.norm is not None:
+            there.add(f"{site.name}.weight")
+            yield f"{site.name}.weight", site.norm, _groups(subject.exact, site)
+    for weight, norm in subject.axes.batch_norms.items():
+        if weight not in there:
+            yield weight, norm.mean.rpartition(".")[0], None
+
+
+def _groups(model: nn.Module, site: Site) -> int | None:
+    assert site.norm is not None  # noqa: S101 - the caller has looked
+    norm = model.get_submodule(site.norm)
+    if isinstance(norm, nn.GroupNorm):
+        return norm.num_groups
+    return None if isinstance(norm, nn.modules.batchnorm._NormBase) else 1
+
+
+def _fold_gains(state: State, axes: Axes, axis: Axis) -> set[str]:
+    """Put norms' weights and shifts, and layers' factors, into matrices; returns the vectors."""
+    on_axis = {place.tensor for place in axis.places}
+    found = set[str]()
+    for gain, norm in axes.norms.items():
+        if gain not in on_axis:
+            continue
+        for name, dimension in _readers(axes, gain):
+            by_reader = state[name].movedim(dimension, 1)
+            if norm.shift is not None and _bias(name) in state and by_reader.dim() == 2:
+                shift = _repeated(state[norm.shift], by_reader.shape[1])
+                state[_bias(name)] += by_reader @ shift
+            _times(state, name, dimension, state[gain])
+        state[gain].fill_(1)
+        found.add(gain)
+        if norm.shift is not None:
+            state[norm.shift].zero_()
+            found.add(norm.shift)
+    for weight, gain in axes.gains.items():
+        if gain in on_axis:
+            factor = state[gain].flatten().clone()
+            _times(state, weight, writing(axes, weight), factor)
+            if _bias(weight) in state:
+                state[_bias(weight)] *= factor
+            state[gain].fill_(1)
+            found.add(gain)
+    return found
+
+
+def _readers(axes: Axes, gain: str) -> Iterator[tuple[str, int]]:
+    """Tensors that read what a norm gives, and along which dimension."""
+    for name, (dimension, before) in axes.reads.items():
+        if before == gain:
+            yield name, dimension
+
+
+def _fold_statistics(state: State, weight: str, norm: Statistics, dimension: int) -> None:
+    """Put a batch norm into the layer before it; what is left of it is a bias."""
+    assert norm.weight is not None and norm.bias is not None  # noqa: S101, PT018
+    factor = state[norm.weight] / (state[norm.variance] + norm.epsilon).sqrt()
+    added = state[norm.bias] - factor * state[norm.mean]
+    if _bias(weight) in state:
+        added = added + factor * state[_bias(weight)]
+        state[_bias(weight)].zero_()
+    _times(state, weight, dimension, factor)
+    state[norm.bias] = added
+    state[norm.mean].zero_()
+    state[norm.variance].fill_(1 - norm.epsilon)
+    state[norm.weight].fill_(1)
+
+
+def _inside_of(axes: Axes, tensors: Sequence[str]) -> Axis | None:
+    """The axis inside the heads between these two matrices."""
+    for axis in axes.axes:
+        if axis.kind == "inner" and "batched" not in axis.traits:
+            on = {place.tensor for place in axis.places}
+            if set(tensors) <= on and len(tensors) == 2:
+                return axis
+    return None
+
+
+def _is_of(spot: Spot, second: Spot, first: str) -> bool:
+    """Whether a spot, or the bias of one, is on the second side of a head."""
+    if spot.tensor in {second.tensor, _bias(second.tensor)}:
+        fused = first == second.tensor
+        return not fused or bool((spot.positions == second.positions).all())
+    return False
+
+
+def _bias(weight: str) -> str:
+    """Name of a layer's bias, by that of its weight."""
+    return f"{weight.removesuffix('weight')}bias"
+
+
+def _times(state: State, name: str, dimension: int, factor: Tensor) -> None:
+    tensor = state[name]
+    values = _repeated(factor.to(tensor), tensor.shape[dimension])
+    tensor *= values.view([-1 if n == dimension else 1 for n in range(tensor.dim())])
+
+
+def _repeated(values: Tensor, length: int) -> Tensor:
+    """As often as a dimension holds them, where the same is read several times side by side."""
+    return values.repeat(max(1, length // len(values)))
+
+
+def _times_at(state: State, place: Place, size: int, factor: Tensor) -> None:
+    _put(state, place, _rows(state, place, size) * factor[:, None])
+
+
+def _rows(state: State, place: Place, size: int) -> Tensor:
+    """A tensor's rows along an axis (size rest), a copy."""
+    at = torch.from_numpy(place.positions(size))
+    return state[place.tensor].movedim(place.dimension, 0)[at.flatten()].reshape(size, -1)
+
+
+def _put(state: State, place: Place, rows: Tensor) -> None:
+    at = torch.from_numpy(place.positions(len(rows))).flatten()
+    moved = state[place.tensor].movedim(place.dimension, 0)
+    moved[at] = rows.reshape(len(at), *moved.shape[1:])
+
+
+def _rows_of_spot(state: State, spot: Spot) -> Tensor:
+    at = torch.from_numpy(spot.positions)
+    return state[spot.tensor].movedim(spot.dimension, 0)[at.flatten()].reshape(len(at), -1)
+
+
+def _put_spot(state: State, spot: Spot, rows: Tensor) -> None:
+    at = torch.from_numpy(spot.positions).flatten()
+    moved = state[spot.tensor].movedim(spot.dimension, 0)
+    moved[at] = rows.reshape(len(at), *moved.shape[1:])
+
+
+def _signs(count: int, rng: torch.Generator) -> Tensor:
+    return torch.randint(2, (count,), generator=rng, dtype=torch.float64) * 2 - 1
+
+
+def _factors(count: int, rng: torch.Generator) -> Tensor:
+    exponent = torch.rand(count, generator=rng, dtype=torch.float64) * 2 - 1
+    return (exponent * math.log(SPREAD)).exp()
+
+
+def _rotation(size: int, rng: torch.Generator, fixed: Tensor | None = None) -> Tensor:
+    """A random rotation (size size); of `fixed` it leaves every multiple where it is."""
+    random = torch.randn(size, size, generator=rng, dtype=torch.float64)
+    if fixed is None:
+        return torch.linalg.qr(random).Q
+    random[:, 0] = fixed
+    basis = torch.linalg.qr(random).Q
+    inside = _rotation(size - 1, rng)
+    turn = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), inside)
+    return basis @ turn @ basis.T
+
+
+def _invertible(size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A random matrix (size size) of bounded condition, and its inverse."""
+    left, right = _rotation(size, rng), _rotation(size, rng)
+    exponent = torch.rand(size, generator=rng, dtype=torch.float64) * 2 - 1
+    values = (exponent * math.log(MIXED)).exp()
+    return left @ torch.diag(values) @ right, right.T @ torch.diag(1 / values) @ left.T
+
+
+def _add_biases(model: nn.Module, axes: Axes) -> None:
+    """Zeros where a Linear that reads a norm has no bias: they can take the norm's shift."""
+    for name, (_, gain) in axes.reads.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        shifted = gain is not None and gain in axes.norms and axes.norms[gain].shift is not None
+        if shifted and isinstance(module, nn.Linear) and module.bias is None:
+            module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
+
+
+def _fit(model: nn.Module, state: State) -> None:
+    """Let modules that keep a width of their own have that of the state."""
+    for name, module in model.named_modules():
+        weight = state.get(f"{name}.weight")
+        if weight is None:
+            continue
+        if isinstance(module, nn.modules.conv._ConvNd):
+            if module.groups == module.in_channels > 1:  # depthwise
+                module.groups = module.in_channels = len(weight)
+        elif isinstance(getattr(module, "nf", None), int):  # Hugging Face's Conv1D
+            module.nf = weight.shape[1]
