@@ -106,6 +106,10 @@ class UnwritableOutputError(OwnershipError):
     """A result could not be saved; files that existed before are as they were."""
 
 
+class UnmarkedWarning(UserWarning):
+    """A network is released that does not carry the mark."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -366,7 +366,7 @@ def embed(
     with journal_in(out, resume, tensorboard) as journal:
         done = ownership.embed(
             out,
-            base.config_for(sets),
+            base.config_of_its_task(sets),
             secret,
             sets,
             run,

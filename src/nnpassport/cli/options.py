@@ -118,6 +118,24 @@ class Base:
             config = replace(config, arguments={**config.arguments, "classes": len(names)})
         return replace(config, classes=names)
 
+    def config_of_its_task(self, sets: Any) -> Any:
+        """The same, of a network that goes on with the task which it was trained for.
+
+        Raises:
+            UnreadableDataError: it was trained for other classes than the images'.
+        """
+        from nnpassport.files.config import other_classes
+        from nnpassport.scheme import UnreadableDataError
+
+        differ = other_classes(sets.train.classes, self.config.classes)
+        if self.weights is not None and differ is not None:
+            raise UnreadableDataError(
+                f"the images of --data are of other classes than the network of --init ({differ}); "
+                "needed: images of the task that it was trained for; `train --init` trains it for "
+                "another"
+            )
+        return self.config_for(sets)
+
 
 def base_from(
     init: Path | None,

@@ -32,7 +32,7 @@ from nnpassport.embedding.schemes.deepmarks import Trace, trace
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
-from nnpassport.files.config import ModelConfig
+from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.derive import triggers_of
@@ -342,10 +342,11 @@ def with_fidelity(
 ) -> Verdict:
     """The verdict and F, of the aligned network if there is one."""
     loaded = _load(suspect, options) if aligned is None else aligned
-    if len(trial.data.classes) != len(loaded.config.classes):
+    if (differ := other_classes(trial.data.classes, loaded.config.classes)) is not None:
         raise UnreadableDataError(
-            f"the images have {len(trial.data.classes)} classes and the suspect "
-            f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
+            f"the images are of other classes than the suspect ({differ}); needed: images of the "
+            "suspect's own task, with its classes in its order; if the suspect's config names them "
+            "wrongly, the owner's in its place (--like FOLDER, in Python Options.reference)"
         )
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
     answers = logits_of(loaded.model(normalise(trial.data.images[:2]))).shape[-1]
@@ -356,6 +357,12 @@ def with_fidelity(
         )
     own = accuracy(loaded.model, trial.data, normalise)
     target = own if trial.target is None else min(own, trial.target)
+    if target <= 1 / answers:
+        raise UnreadableDataError(
+            f"F has nothing to hold on to: its target is {100 * target:.2f} %, and guessing among "
+            f"{answers} classes is right in {100 / answers:.2f} %; needed: images that the network "
+            "itself does well on, with their classes in its order, and a target above chance"
+        )
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}

@@ -138,6 +138,25 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
     return [s for s in found.sites.values() if any(_matches(s.name, p) for p in patterns)]
 
 
+def choose_provable(
+    model: nn.Module, found: Survey, patterns: Sequence[str] | None, *, bits: int
+) -> list[Site]:
+    """As `choose`; where its own choice has fewer than `bits`, also the layers before, from behind.
+
+    Raises:
+        UnsuitableModelError: as `choose`.
+    """
+    sites = choose(model, found, patterns)
+    if patterns is None:
+        names, count = {site.name for site in sites}, sum(map(_channels, sites))
+        for site in reversed(found.sites.values()):
+            if count < bits and site.name not in names:
+                names.add(site.name)
+                count += _channels(site)
+        sites = [site for site in found.sites.values() if site.name in names]
+    return sites
+
+
 def predicted_harm(site: Site) -> float:
     """Share of a layer's output that a passport for each channel will change, in mean squares.
 
@@ -184,7 +203,10 @@ def choose_enough(
 
 
 def _channels(site: Site) -> int:
-    return len(filters(site.layer.get_parameter("weight"), site.geometry))
+    host: Any = site.layer
+    if hasattr(host, "get_base_layer"):  # peft's
+        host = host.get_base_layer()
+    return len(filters(host.get_parameter("weight"), site.geometry))
 
 
 def refuse_wrapped(model: nn.Module) -> None:

@@ -157,7 +157,8 @@ class Passport:
         default is the paper's form, which can be aligned to the released network.
 
         Raises:
-            UnsuitableModelError: a pattern names no layer that can carry a passport.
+            UnsuitableModelError: a pattern names no layer that can carry a passport, or all layers
+                together have too few channels for a verdict.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
         found, anchor = survey(model, example), None
@@ -170,6 +171,8 @@ class Passport:
         else:
             sites = choose(model, found, layers)
             shapes, metrics = tuple(_shape_of(site) for site in sites), {}
+        if layers is None:
+            mark.check_can_be_proved(self.name, shapes, mark.PROVABLE_DATED)
         return mark.new_key(
             self.name,
             owner=owner,

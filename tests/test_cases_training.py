@@ -1,0 +1,188 @@
+"""Training loops and images as people have them: a mark that cannot go in is said, never silent."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from constructed import marked as marked_network
+from constructed import small_alexnet
+from torch import nn
+
+import nnpassport
+from nnpassport import verify
+from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.owner import divide
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.files.config import ModelConfig, other_classes
+from nnpassport.scheme import UnmarkedWarning, UnreadableDataError, UnsuitableModelError
+from nnpassport.verification.verdicts import Trial
+
+EXAMPLE = torch.zeros(2, 1, 16, 16)
+NORMALISE = Normalisation((0.5,), (0.5,))
+
+
+def small(width=128):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(8),
+        nn.Flatten(),
+        nn.Linear(width, 10),
+    )
+
+
+def key_for(model, scheme=V2):
+    return scheme.draw_key(model, EXAMPLE, layers=["4"], seed=bytes(32))
+
+
+def batch(count=8):
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(count, 1, 16, 16, generator=rng), torch.arange(count) % 10
+
+
+# A mark that cannot go in
+
+
+def freeze(model):
+    for name, each in model.named_parameters():
+        each.requires_grad_(name.startswith("9"))
+
+
+@pytest.mark.parametrize("scheme", [nnpassport.V1, V2], ids=lambda each: each.name)
+def test_34_a_frozen_layer_cannot_be_marked(scheme):
+    model = small()
+    key = key_for(model, scheme)
+    freeze(model)
+    before = [type(each) for each in model.modules()]
+    with pytest.raises(UnsuitableModelError, match=r"weights of 4 are frozen .*requires_grad_\(Tr"):
+        nnpassport.mark(model, key, EXAMPLE)
+    assert [type(each) for each in model.modules()] == before
+
+
+def test_34_one_that_is_frozen_after_mark_is_refused_at_the_first_loss():
+    model = small()
+    marked = nnpassport.mark(model, key_for(model), EXAMPLE)
+    freeze(model)
+    with pytest.raises(UnsuitableModelError, match=r"weights of 4 are frozen"):
+        marked.loss(*batch())
+
+
+def test_34_one_that_was_grafted_may_be_frozen():
+    model = small()
+    key = key_for(model)
+    marked = nnpassport.mark(model, key, EXAMPLE)
+    marked.graft(batch(64)[0])
+    freeze(model)
+    marked.loss(*batch()).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert V2.verify(marked.released().state_dict(), key).accepted
+
+
+def test_34_what_the_optimiser_does_not_have_is_named_when_it_is_released():
+    model = small()
+    marked = nnpassport.mark(model, key_for(model), EXAMPLE)
+    optimizer = torch.optim.AdamW(model[-1].parameters(), 1e-3)
+    marked.loss(*batch()).backward()
+    optimizer.step()
+    with pytest.warns(UnmarkedWarning, match=r"of 128 bits match.*weights of 4 have not changed"):
+        marked.released()
+    marked.loss(*batch()).backward()
+    torch.optim.SGD(model.parameters(), 1e-4).step()
+    with pytest.warns(UnmarkedWarning, match="train for longer"):
+        marked.released()
+
+
+def test_a_key_that_no_verdict_could_accept_is_not_drawn():
+    tiny = nn.Sequential(nn.Conv2d(1, 20, 3), nn.ReLU(), nn.Flatten(), nn.Linear(20 * 14 * 14, 3))
+    with pytest.raises(UnsuitableModelError, match=r"20 bits together, and 100 are needed"):
+        V2.draw_key(tiny, EXAMPLE)
+    assert V2.draw_key(tiny, EXAMPLE, layers=["0"]).context.bits == 20
+
+
+def test_an_adapter_s_key_takes_as_many_layers_as_a_verdict_needs():
+    peft = pytest.importorskip("peft")
+
+    def adapted(*sides):
+        torch.manual_seed(0)
+        pairs = zip((16, *sides), sides, strict=False)
+        plain = nn.Sequential(*(nn.Linear(a, b) for a, b in pairs), nn.Linear(sides[-1], 4))
+        names = [str(index) for index in range(len(sides))]
+        return peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=names))
+
+    key = nnpassport.LORA.draw_key(adapted(48, 48, 48))
+    assert [layer.name for layer in key.context.layers] == ["0", "1", "2"]  # a third has 48 bits
+    with pytest.raises(UnsuitableModelError, match="48 bits together, and 100 are needed"):
+        nnpassport.LORA.draw_key(adapted(48))
+
+
+# Classes
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "said"),
+    [
+        (("ant", "bee"), ("Ant ", "BEE"), None),
+        (("dump_truck", "x"), ("dump truck", "X"), None),
+        (("0", "1"), ("ant", "bee"), None),
+        (("ant", "bee"), ("0", "1"), None),
+        (("ant", "bee"), ("bee", "cat"), "other names: class 0 is 'ant' against 'bee'"),
+        (("ant", "bee"), ("bee", "ant"), "the same names in another order"),
+        (("0", "1", "10", "2"), ("0", "1", "2", "3"), None),
+        (("0", "2", "1"), ("0", "1", "2"), "another order: class 1 is '2' against '1'"),
+        (("ant",), ("ant", "bee"), "1 classes against 2"),
+    ],
+)
+def test_names_that_both_sides_state_are_compared(one, other, said):
+    found = other_classes(one, other)
+    assert found is None if said is None else said in found
+
+
+@pytest.fixture(scope="module")
+def owned(tmp_path_factory):
+    """A released network's folder, its key, and images that it knows."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 1, 32, 32), generator=rng).to(torch.uint8)
+    names = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibis", "jay")
+    data = ImageSet(pixels, torch.arange(64) % 10, names, "noise")
+    model = small_alexnet()
+    key = V2.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    released = marked_network(V2, model, key, data, NORMALISE)
+    folder = tmp_path_factory.mktemp("owned")
+    arguments = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}
+    config = ModelConfig("alexnet", arguments, names, (1, 32, 32), (0.5,), (0.5,))
+    save_model(folder, released, config)
+    return folder, key, data
+
+
+def test_26_images_of_other_classes_test_no_fidelity(owned):
+    folder, key, data = owned
+    assert verify(folder, key, trial=Trial(data)).fidelity.passed
+    moved = replace(data, classes=(*data.classes[1:], "kiwi"))
+    with pytest.raises(UnreadableDataError, match=r"class 0 is 'bee' against 'ant'.*--like"):
+        verify(folder, key, trial=Trial(moved))
+    counted = replace(data, classes=tuple("0123456789"))
+    assert verify(folder, key, trial=Trial(counted)).fidelity.passed
+
+
+def test_26_a_target_that_guessing_meets_is_none(owned):
+    folder, key, data = owned
+    wrong = replace(data, labels=(data.labels + 1) % 10, classes=tuple("0123456789"))
+    with pytest.raises(UnreadableDataError, match=r"target is \d.\d\d %, and guessing .* 10.00 %"):
+        verify(folder, key, trial=Trial(wrong))
+    with pytest.raises(UnreadableDataError, match=r"target is 10.00 %"):
+        verify(folder, key, trial=Trial(data, target=0.1))
+
+
+def test_26_training_and_test_images_are_of_the_same_classes(owned):
+    _, _, data = owned
+    with pytest.raises(UnreadableDataError, match=r"test images are of other classes"):
+        divide(data, replace(data, classes=data.classes[::-1]), validation=0.1, seed=0)
