@@ -5,6 +5,7 @@ A "no" is given only when what was read is what the network computes.
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -22,14 +23,19 @@ from constructed import marked, small_alexnet
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 
+import nnpassport
 from nnpassport import verify
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.files.config import ModelConfig, read_config
 from nnpassport.files.quantised import dequantise, restored
 from nnpassport.files.weights import read_arrays, read_suspect
-from nnpassport.scheme import OwnershipError, UnreadableModelError
+from nnpassport.scheme import FoldedNormsError, OwnershipError, UnreadableModelError
+from nnpassport.verification.verdicts import Alignment, Options
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 
@@ -444,3 +450,90 @@ def test_pickled_objects_in_an_archive_of_numpy_s_are_left_alone(owner, tmp_path
         with pytest.raises(OwnershipError):
             verify(tmp_path / name, owner[1])
     assert (tmp_path / "kept").is_dir()
+
+
+# Norms folded into the layers before them
+
+
+def fused(model):
+    """As `torch.nn.utils.fusion` leaves a network: biases in place of batch norms."""
+    made = deepcopy(model).eval()
+    for parent in list(made.modules()):
+        children = list(parent.named_children())
+        for (one, layer), (other, norm) in itertools.pairwise(children):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, one, fuse_conv_bn_eval(layer, norm))
+                setattr(parent, other, nn.Identity())
+    return made
+
+
+@pytest.fixture(scope="module")
+def grafted(tmp_path_factory):
+    """A network whose norms' scales have the bits' signs, as grafting leaves it; key and folder."""
+    torch.manual_seed(0)
+    model = small_alexnet()
+    key = V2.draw_key(model, EXAMPLE, seed=bytes(32))
+    ready = nnpassport.mark(model, key, EXAMPLE)
+    ready.graft(torch.randn(64, 1, 32, 32))
+    released = ready.released().eval()
+    folder = tmp_path_factory.mktemp("grafted")
+    arguments = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}
+    names = tuple("0123456789")
+    save_model(
+        folder, released, ModelConfig("alexnet", arguments, names, (1, 32, 32), (0.5,), (0.5,))
+    )
+    return released, key, folder
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pt", "module"])
+def test_09_folded_norms_are_no_ground_for_a_no(grafted, container, tmp_path):
+    released, key, folder = grafted
+    assert V2.verify(released.state_dict(), key).accepted
+    made, path = fused(released), tmp_path / f"fused.{container}"
+    x = torch.randn(4, 1, 32, 32)
+    torch.testing.assert_close(made(x), released(x), atol=1e-3, rtol=1e-3)
+    if container == "safetensors":
+        save_file({name: each.contiguous() for name, each in made.state_dict().items()}, path)
+    else:
+        torch.save(made if container == "module" else made.state_dict(), path)
+    with pytest.raises(FoldedNormsError, match=r"folded into features.*verify --align FOLDER"):
+        verify(path, key)
+    found = verify(path, key, options=Options(alignment=Alignment(folder)))
+    assert (found.accepted, found.matches) == (True, found.bits)
+    torch.testing.assert_close(
+        load_suspect(path, read_config(folder)).model(x), released(x), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_36_folded_norms_of_v1_are_no_ground_for_a_no_either(tmp_path):
+    model = small_alexnet()
+    key = V1.draw_key(model, EXAMPLE, seed=bytes(32))
+    ready = nnpassport.mark(model, key, EXAMPLE)
+    ready.graft(torch.randn(64, 1, 32, 32))
+    torch.save(fused(ready.released()).state_dict(), tmp_path / "fused.pt")
+    with pytest.raises(FoldedNormsError, match="folded into features"):
+        verify(tmp_path / "fused.pt", key)
+
+
+def test_a_folded_network_with_passports_of_channels_is_read_as_it_is(tmp_path):
+    """γ is in the filters, and the bits are the signs of both together."""
+    plain, inputs = small_alexnet(), torch.randn(64, 1, 32, 32)
+    key = V2.draw_key(plain, EXAMPLE, seed=bytes(32), seen=inputs)
+    ready = nnpassport.mark(plain, key, EXAMPLE)
+    ready.graft(inputs)
+    made = fused(ready.released())
+    torch.save(made.state_dict(), tmp_path / "fused.pt")
+    found = verify(tmp_path / "fused.pt", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    assert "norms are folded into" in found.reason
+    torch.save(fused(small_alexnet(seed=5)).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(FoldedNormsError):
+        verify(tmp_path / "other.pt", key)
+
+
+def test_biases_alone_are_no_folded_norms(owner, tmp_path):
+    """A stranger's network with its norms in place, or a key's layers that never had one: no."""
+    _, key = owner
+    state = {**stranger(), **{f"{n}.bias": torch.ones(64) for n in ("features.8",)}}
+    torch.save(state, tmp_path / "other.pt")
+    assert not verify(tmp_path / "other.pt", key).accepted

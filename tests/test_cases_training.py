@@ -176,9 +176,9 @@ def test_26_images_of_other_classes_test_no_fidelity(owned):
 def test_26_a_target_that_guessing_meets_is_none(owned):
     folder, key, data = owned
     wrong = replace(data, labels=(data.labels + 1) % 10, classes=tuple("0123456789"))
-    with pytest.raises(UnreadableDataError, match=r"target is \d.\d\d %, and guessing .* 10.00 %"):
+    with pytest.raises(UnreadableDataError, match=r"target of \d.\d\d %: .*classes in 10.00 %"):
         verify(folder, key, trial=Trial(wrong))
-    with pytest.raises(UnreadableDataError, match=r"target is 10.00 %"):
+    with pytest.raises(UnreadableDataError, match=r"target of 10.00 %"):
         verify(folder, key, trial=Trial(data, target=0.1))
 
 

@@ -144,8 +144,12 @@ def test_a_channel_negated_with_its_norm_reads_the_same_and_one_alone_does_not()
     assert read_passports(alone, owned).layers["host"] == (OUT // 2, OUT)
     silent = {**weights, "host.weight": weights["host.weight"] * 0}
     assert read_passports(silent, owned).layers["host"] == (0, OUT)
+    folded = {"host.weight": weights["host.weight"] * both["norm.weight"][:, None]}
+    assert read_passports(folded, owned).layers["host"] == (OUT // 2, OUT)  # turned twice
+    folded = {"host.weight": both["host.weight"] * both["norm.weight"][:, None] / 3}
+    assert read_passports(folded, owned).layers["host"] == (OUT, OUT)
     with pytest.raises(UnsuitableModelError, match=r"norm\.weight is missing"):
-        read_passports({"host.weight": weights["host.weight"]}, owned)
+        read_passports({**folded, "norm.bias": folded["host.weight"][:, 0]}, owned)
 
 
 def test_channels_that_carry_nothing_are_not_counted():

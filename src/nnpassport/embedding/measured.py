@@ -358,10 +358,17 @@ def with_fidelity(
     own = accuracy(loaded.model, trial.data, normalise)
     target = own if trial.target is None else min(own, trial.target)
     if target <= 1 / answers:
+        why = (
+            f"the network itself is right in {100 * own:.2f} %, and guessing among {answers} "
+            f"classes in {100 / answers:.2f} %"
+        )
+        if trial.target is not None and trial.target > 1 / answers:
+            # A thief's moved classes, say: they are no reason not to read the mark.
+            return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
         raise UnreadableDataError(
-            f"F has nothing to hold on to: its target is {100 * target:.2f} %, and guessing among "
-            f"{answers} classes is right in {100 / answers:.2f} %; needed: images that the network "
-            "itself does well on, with their classes in its order, and a target above chance"
+            f"F has nothing to hold on to with a target of {100 * target:.2f} %: {why}; needed: "
+            "images that the network does well on, with their classes in its order, and a target "
+            "above chance"
         )
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)

@@ -297,6 +297,9 @@ def _channels(weights: Weights, key: Key, layer: LayerShape) -> tuple[int, int]:
 def norm_scale(weights: Weights, layer: LayerShape) -> Read:
     """γ of the norm behind a layer (out); ones where there is none.
 
+    So it is where nothing of the norm is left: folded into the layer, it has given the filters its
+    signs, and ⟨W_o γ_o/σ_o, m_o⟩ has the sign that is read.
+
     Raises:
         UnsuitableModelError: the norm's scale is missing or has another shape.
     """
@@ -304,11 +307,13 @@ def norm_scale(weights: Weights, layer: LayerShape) -> Read:
     if form is None or not form.norm:
         return np.ones(out)
     name = f"{form.norm}.weight"
+    if not any(each.rpartition(".")[0] == form.norm for each in weights):
+        return np.ones(out)
     if name not in weights or tuple(weights[name].shape) != (out,):
         there = tuple(weights[name].shape) if name in weights else "missing"
         raise UnsuitableModelError(
             f"{name} is {there}, and the bits of {layer.name} are read together with its {out} "
-            "numbers; needed: a network of the owner's architecture, its norms not folded away"
+            "numbers; needed: a network of the owner's architecture"
         )
     return np.asarray(weights[name], np.float64)
 
