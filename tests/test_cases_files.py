@@ -345,6 +345,48 @@ def test_every_network_of_a_container_is_read(owner, name, tmp_path):
     assert (found.accepted, found.matches) == (True, found.bits)
 
 
+def test_13_the_verdict_says_which_of_a_file_s_networks_it_read(owner, tmp_path):
+    model, key = owner
+    torch.save(CONTAINERS["teacher"](model), tmp_path / "two.pt")
+    assert "those under 'teacher'" in verify(tmp_path / "two.pt", key).reason
+
+
+def in_order(model, *axes):
+    """Kernels with their axes in this order, and matrices turned."""
+    return {
+        name: tensor.permute(axes).contiguous() if tensor.dim() == len(axes) else tensor.t().clone()
+        for name, tensor in state_of(model).items()
+        if tensor.dim() > 1
+    }
+
+
+@pytest.mark.parametrize("axes", [(2, 3, 1, 0), (0, 2, 3, 1)], ids=["TensorFlow", "MLX"])
+def test_30_kernels_in_the_order_of_another_framework_are_read(owner, axes, tmp_path):
+    model, key = owner
+    for network, accepted in ((model, True), (small_alexnet(seed=5), False)):
+        torch.save(in_order(network, *axes), tmp_path / "turned.pt")
+        if accepted:
+            assert verify(tmp_path / "turned.pt", key).accepted
+        else:
+            with pytest.raises(OwnershipError, match="none has the mark"):
+                verify(tmp_path / "turned.pt", key)
+
+
+def test_30_a_square_matrix_that_is_turned_is_read(tmp_path):
+    """Under its own name and of its own shape: GPT-2's Conv1D is a Linear of others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
+    key = V2.draw_key(model, torch.zeros(2, 128), seed=bytes(32), layers=["0"])
+    weight = model[0].weight.data
+    form, signs = V2.forms(key)["0"].flatten().float(), key.layer_signs("0").float()
+    weight += (signs * 0.1 - weight @ form)[:, None] * form / form.square().sum()
+    for state in (model.state_dict(), {"0.weight": weight.t().contiguous()}):
+        torch.save(state, tmp_path / "own.pt")
+        assert verify(tmp_path / "own.pt", key).matches == 128
+    torch.save({"0.weight": torch.randn(128, 128)}, tmp_path / "other.pt")
+    assert not verify(tmp_path / "other.pt", key).accepted
+
+
 def test_a_container_of_strangers_is_none_of_ours(owner, tmp_path):
     """Under the key's own names that is a no; under others it could have been moved."""
     _, key = owner

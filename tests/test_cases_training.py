@@ -1,5 +1,6 @@
 """Training loops and images as people have them: a mark that cannot go in is said, never silent."""
 
+import functools
 import warnings
 from dataclasses import replace
 
@@ -8,13 +9,16 @@ import torch
 from constructed import marked as marked_network
 from constructed import small_alexnet
 from torch import nn
+from torch.nn import functional as F
 
 import nnpassport
 from nnpassport import verify
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.owner import divide
-from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.passport import V2, V3
+from nnpassport.embedding.schemes.triggers import branch_loss
+from nnpassport.embedding.train.labels import rows, with_triggers
 from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.scheme import UnmarkedWarning, UnreadableDataError, UnsuitableModelError
 from nnpassport.verification.verdicts import Trial
@@ -186,3 +190,117 @@ def test_26_training_and_test_images_are_of_the_same_classes(owned):
     _, _, data = owned
     with pytest.raises(UnreadableDataError, match=r"test images are of other classes"):
         divide(data, replace(data, classes=data.classes[::-1]), validation=0.1, seed=0)
+
+
+# Labels of every task
+
+INDICES = torch.arange(8) % 10
+SOFT = F.one_hot(INDICES, 10) * 0.7 + 0.03
+
+
+def losses(labels, task=None, scheme=V2, model=None):
+    """Loss and measures of one step."""
+    model = small() if model is None else model
+    key = key_for(model, scheme)
+    normalise = NORMALISE if scheme is V3 else None
+    marked = nnpassport.mark(model, key, EXAMPLE, task=task, normalise=normalise)
+    loss = marked.loss(batch()[0], labels)
+    loss.backward()
+    return loss, marked.measures
+
+
+def mixup(output, labels):
+    one, other, share = labels
+    return share * F.cross_entropy(output, one) + (1 - share) * F.cross_entropy(output, other)
+
+
+MULTI = (torch.arange(80).view(8, 10) % 3 == 0).float()
+TASKS = {
+    "int32": (INDICES.int(), None),
+    "soft": (SOFT, None),
+    "soft, task": (SOFT, F.cross_entropy),
+    "several": (MULTI, F.binary_cross_entropy_with_logits),
+    "not reduced": (INDICES, functools.partial(F.cross_entropy, reduction="none")),
+    "smoothed": (INDICES, functools.partial(F.cross_entropy, label_smoothing=0.1)),
+    "mixed pairs": ((INDICES, INDICES.flip(0), 0.3), mixup),
+}
+
+
+@pytest.mark.parametrize("scheme", [nnpassport.V1, V2, V3], ids=lambda each: each.name)
+@pytest.mark.parametrize("name", TASKS)
+def test_33_measures_mean_something_for_every_task(name, scheme):
+    labels, task = TASKS[name]
+    loss, measures = losses(labels, task, scheme)
+    assert torch.isfinite(loss)
+    accuracies = [value for each, value in measures.items() if "accuracy" in each]
+    assert len(accuracies) == (0 if task else 1 if scheme is nnpassport.V1 else 2)
+    assert all(0 <= value <= 1 for value in accuracies)
+    assert ("task_loss" in measures) == (task is not None)
+
+
+def test_33_an_unreduced_loss_is_its_mean():
+    torch.manual_seed(0)
+    one, _ = losses(INDICES, F.cross_entropy)
+    other, _ = losses(INDICES, functools.partial(F.cross_entropy, reduction="none"))
+    torch.testing.assert_close(one, other)
+
+
+ONE = torch.ones(8, 1)
+WRONG = {
+    "several classes": (MULTI, None, "are no shares"),
+    "one score": (ONE, 1, "cross-entropy of one is always zero"),
+    "one score, indices": (ONE[:, 0].long(), 1, "cross-entropy of one is always zero"),
+    "out of range": (INDICES + 5, None, "from 5 to 12, and the network has scores for 10"),
+    "numbers": (ONE[:, 0], None, "of float32, which are neither"),
+    "a tuple": ((INDICES, INDICES, 0.5), None, "the labels are tuple"),
+    "hot ones": (F.one_hot(INDICES, 10), None, "of int64, which are neither"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_33_labels_of_another_task_ask_for_one(name):
+    labels, outputs, said = WRONG[name]
+    model = small()
+    if outputs is not None:
+        model[-1] = nn.Linear(128, outputs)
+    with pytest.raises(UnsuitableModelError, match=said) as refused:
+        losses(labels, model=model)
+    assert "pass task=" in str(refused.value)
+
+
+def test_33_triggers_keep_their_class_among_soft_labels():
+    """The step's loss is that of the images by their labels, and of the triggers by their own."""
+    count, wanted = 2, torch.tensor([3, 4])
+    torch.manual_seed(0)
+    scores = torch.randn(8 + count, 10)
+    for labels, task in ((SOFT, None), ((INDICES, INDICES.flip(0), 0.3), mixup)):
+        joined = with_triggers(labels, 8, wanted)
+        loss, _ = branch_loss(scores, joined, count, None, task)
+        own = (task or F.cross_entropy)(scores[:8], labels)
+        expected = (8 * own + count * F.cross_entropy(scores[8:], wanted)) / (8 + count)
+        torch.testing.assert_close(loss, expected)
+        last = rows(joined, 5, 10)
+        assert last.images == 3
+        assert torch.equal(last.triggers, wanted)
+
+
+def test_33_dense_outputs_count_places_that_have_a_label():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Conv2d(64, 5, 1),
+    )
+    key = V2.draw_key(model, EXAMPLE, layers=["3"], seed=bytes(32))
+    marked = nnpassport.mark(model, key, EXAMPLE)
+    images, dense = batch()[0], torch.randint(0, 5, (8, 16, 16))
+    dense[:, 4:] = -100
+    loss = marked.loss(images, dense)
+    assert torch.isfinite(loss)
+    assert 0 < marked.measures["accuracy"] < 1
+    with pytest.raises(UnsuitableModelError, match=r"from 0 to 255, and .*pass task="):
+        marked.loss(images, dense.where(dense >= 0, 255))

@@ -52,8 +52,10 @@ class Marked:
         """The whole of equation 1: task loss of every branch, triggers, sign loss.
 
         `inputs` are what the network takes: a tensor, a tuple of positional or a mapping of named
-        inputs. `labels` are class indices, or what `task` of `mark` takes. `model` is the network
-        as it is wrapped by now, for distributed or compiled training; None is the network itself.
+        inputs. `labels` are class indices (batch …), −100 where there is none, shares of the
+        classes (batch classes …) as mixing makes them, or what `task` of `mark` takes. `model` is
+        the network as it is wrapped by now, for distributed or compiled training; None is the
+        network itself.
 
         Raises:
             UnsuitableModelError: the loss or its gradients would not come through that wrapper; or
@@ -73,7 +75,8 @@ class Marked:
     def measures(self) -> dict[str, float]:
         """Of the last loss: the share of signature bits that match, and each branch's accuracy.
 
-        Where the task's loss is the caller's own, each branch's loss in place of its accuracy.
+        Of dense outputs the accuracy counts places that have a label, of shares the largest. Where
+        the task's loss is the caller's own, each branch's loss in place of its accuracy.
         Reading them waits for the device, so a loop that logs every tenth step waits in every
         tenth step alone.
         """
@@ -158,7 +161,8 @@ def mark(
 
     `example` is what the network runs on, with all the inputs that training has. `normalise` is
     needed by V3, whose triggers are kept as pixels. `task` is a loss of your own, called with the
-    output of one branch and the labels; None is cross-entropy on the class scores.
+    output of one branch and the labels, whose mean is taken; None is cross-entropy on the class
+    scores. Triggers of V3 keep their class whatever the other labels are.
 
     Raises:
         UnsuitableModelError: the key was made for another network, the network is wrapped already,

@@ -33,7 +33,7 @@ from nnpassport.embedding.network.layers import (
     passport_norms,
     public_count,
 )
-from nnpassport.embedding.network.outputs import Example, call, length_of, logits_of, part_of
+from nnpassport.embedding.network.outputs import Example, call, length_of, part_of
 from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
@@ -50,6 +50,8 @@ from nnpassport.embedding.schemes.signature import (
 from nnpassport.embedding.schemes.teaching import taught
 from nnpassport.embedding.schemes.triggers import branch_loss, mixing, trigger_batch, trigger_shape
 from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.labels import rows as rows_of
+from nnpassport.embedding.train.labels import share_right_with
 from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
@@ -59,7 +61,6 @@ from nnpassport.embedding.train.loop import (
     Recipe,
     Task,
     fit,
-    share_right,
     total_steps,
 )
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
@@ -256,7 +257,7 @@ class Passport:
             )
             if task is None:
                 names = ("accuracy", "private_accuracy")
-                shown = [share_right(logits_of(output), labels) for output, labels in branches]
+                shown = [share_right_with(output, labels, count) for output, labels in branches]
             else:
                 names = ("task_loss", "private_task_loss")
                 shown = [each.detach() for each, _ in losses]
@@ -433,7 +434,7 @@ class Passport:
         images = public_count(rows, self.private_share)
         of_private = batch.labels
         if self.private_share < 1:
-            of_private = part_of(of_private, 2 * images - rows, images)
+            of_private = rows_of(of_private, 2 * images - rows, images)
         return (
             (part_of(both, 0, images), batch.labels),
             (part_of(both, images, rows), of_private),
