@@ -304,3 +304,141 @@ def test_33_dense_outputs_count_places_that_have_a_label():
     assert 0 < marked.measures["accuracy"] < 1
     with pytest.raises(UnsuitableModelError, match=r"from 0 to 255, and .*pass task="):
         marked.loss(images, dense.where(dense >= 0, 255))
+
+
+# Loops and networks as people have them
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """A norm and its activation in one module, as timm has them."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act()
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.Hardswish, nn.Identity])
+@pytest.mark.parametrize("scheme", [nnpassport.V1, V2], ids=lambda each: each.name)
+def test_37_a_norm_with_its_activation_carries_a_passport(scheme, act):
+    model = small()
+    for index in (1, 5):
+        model[index], model[index + 1] = (
+            BatchNormAct2d(model[index].num_features, act),
+            nn.Identity(),
+        )
+    key = key_for(model, scheme)
+    marked = nnpassport.mark(model, key, EXAMPLE)
+    marked.graft(batch(64)[0])
+    assert torch.isfinite(marked.loss(*batch()))
+    released = marked.released().eval()
+    torch.testing.assert_close(released(batch()[0]), model.eval()(batch()[0]))
+    assert scheme.verify(released.state_dict(), key).accepted
+
+
+def test_36_networks_of_timm_are_marked():
+    try:
+        import timm
+    except (ImportError, AttributeError):  # the second where torchvision does not fit torch
+        pytest.skip("timm is not installed")
+    model = timm.create_model("efficientnet_lite0", num_classes=10)
+    key = V2.draw_key(model, torch.zeros(2, 3, 64, 64), layers=["conv_head"], seed=bytes(32))
+    marked = nnpassport.mark(model, key, torch.zeros(2, 3, 64, 64))
+    assert torch.isfinite(marked.loss(torch.randn(4, 3, 64, 64), torch.arange(4)))
+
+
+def ready():
+    """A network whose mark is in, and its key."""
+    model = small()
+    key = key_for(model)
+    marked = nnpassport.mark(model, key, EXAMPLE)
+    marked.graft(batch(64)[0])
+    return model, marked, key
+
+
+def average(model):
+    rate = torch.optim.swa_utils.get_ema_multi_avg_fn(0.8)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=rate, use_buffers=True)
+
+
+@pytest.mark.parametrize("make", [average, torch.optim.swa_utils.AveragedModel])
+def test_32_an_average_is_released_by_the_scheme_or_through_the_marked_network(make):
+    model, marked, key = ready()
+    averaged = make(model)
+    for _ in range(2):
+        marked.loss(*batch())
+        averaged.update_parameters(model)
+    x = batch()[0]
+    by_scheme = V2.released(averaged.module).eval()
+    model.load_state_dict(averaged.module.state_dict())
+    through = marked.released().eval()
+    torch.testing.assert_close(by_scheme(x), averaged.module.eval()(x))
+    torch.testing.assert_close(through(x), by_scheme(x))
+    for released in (by_scheme, through):
+        assert V2.verify(released.state_dict(), key).accepted
+        assert not [name for name in released.state_dict() if "passport" in name]
+
+
+def test_31_accumulated_and_scaled_gradients_are_those_of_the_mean():
+    """Of a network without batch norm, whose statistics would be another batch's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3),
+        nn.ReLU(),
+        nn.Conv2d(16, 128, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(18432, 4),
+    )
+    key = V2.draw_key(model, EXAMPLE, layers=["2"], seed=bytes(32))
+    marked = nnpassport.mark(model, key, EXAMPLE)
+    images, labels = batch()[0], torch.arange(8) % 4
+    marked.loss(images, labels).backward()
+    whole = [each.grad.clone() for each in model.parameters()]
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    for part in (slice(0, 4), slice(4, 8)):
+        scaler.scale(marked.loss(images[part], labels[part]) / 2).backward()
+    scaler.unscale_(optimizer)
+    for each, expected in zip(model.parameters(), whole, strict=True):
+        torch.testing.assert_close(each.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_35_a_prepared_network_s_release_is_a_network_of_its_own(precision):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    model, marked, key = ready()
+    accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-5))
+    for _ in range(2):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(marked.loss(*batch(), model=prepared))
+            optimizer.step()
+            optimizer.zero_grad()
+    released, x = marked.released().eval(), batch()[0]
+    before = released(x)
+    with torch.no_grad():
+        for each in model.parameters():
+            each.zero_()
+    assert torch.equal(released(x), before)
+    assert V2.verify(released.state_dict(), key).accepted
+    AcceleratorState._reset_state(True)
+
+
+def test_a_detector_s_backbone_is_grafted_alone(tmp_path):
+    """What takes targets with its inputs is not marked whole; its file is verified as it is."""
+    detector = nn.ModuleDict({"backbone": small()[:8], "head": nn.Linear(128, 4)})
+    key = key_for(detector["backbone"])
+    marked = nnpassport.mark(detector["backbone"], key, EXAMPLE)
+    marked.graft(batch(64)[0])
+    detector["backbone"] = marked.released()
+    torch.save(detector.state_dict(), tmp_path / "detector.pt")
+    found = verify(tmp_path / "detector.pt", key)
+    assert (found.accepted, found.matches) == (True, 128)
+    assert "those under 'backbone'" in found.reason

@@ -29,7 +29,8 @@ Images = Annotated[
     typer.Option(
         "--data",
         help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder of "
-        "such files or of one folder per class; CIFAR's own files; .npz; hub:owner/name.",
+        "such files or of one folder per class; CIFAR's own files; .npz; hub:owner/name; or "
+        "factory:package.module:function, your own code, which gives a data set of PyTorch.",
     ),
 ]
 OptionalImages = Annotated[str | None, typer.Option("--data", help="Images to measure F on.")]
@@ -86,6 +87,10 @@ Flip = Annotated[
 Best = Annotated[
     bool, typer.Option("--keep-best", help="Keep the epoch that is best on held-out images.")
 ]
+
+
+MADE = "factory:"
+"""Before the name of a function of the caller's own that gives images."""
 
 
 class Reading(NamedTuple):
@@ -251,13 +256,18 @@ def images_from(source: str, split: str | None, config: Any, reading: Reading = 
     from nnpassport.data.images import read_images, read_images_skipping
 
     channels, size, _ = config.input_size
+    given: Any = source
+    if source.startswith(MADE):
+        from nnpassport.data.datasets import made_by
+
+        given, split = made_by(source.removeprefix(MADE), split), None
     named = {"image_column": reading.image, "label_column": reading.label}
     with progress_bar(f"reading {Path(source).name}") as show:
         wanted = {"split": split, "size": size, "channels": channels, **named, "progress": show}
         if reading.skip_corrupt:
-            images, skipped = read_images_skipping(source, **wanted)
+            images, skipped = read_images_skipping(given, **wanted)
         else:
-            images, skipped = read_images(source, **wanted), ()
+            images, skipped = read_images(given, **wanted), ()
     say_read(images)
     for each in skipped[:_NAMED]:
         errors.print(f"left out: {each}", markup=False)
