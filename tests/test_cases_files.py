@@ -5,6 +5,7 @@ A "no" is given only when what was read is what the network computes.
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -22,14 +23,19 @@ from constructed import marked, small_alexnet
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
 
+import nnpassport
 from nnpassport import verify
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.checkpoint import load_suspect, save_model
+from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.files.config import ModelConfig, read_config
 from nnpassport.files.quantised import dequantise, restored
 from nnpassport.files.weights import read_arrays, read_suspect
-from nnpassport.scheme import OwnershipError, UnreadableModelError
+from nnpassport.scheme import FoldedNormsError, OwnershipError, UnreadableModelError
+from nnpassport.verification.verdicts import Alignment, Options
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 
@@ -339,6 +345,48 @@ def test_every_network_of_a_container_is_read(owner, name, tmp_path):
     assert (found.accepted, found.matches) == (True, found.bits)
 
 
+def test_13_the_verdict_says_which_of_a_file_s_networks_it_read(owner, tmp_path):
+    model, key = owner
+    torch.save(CONTAINERS["teacher"](model), tmp_path / "two.pt")
+    assert "those under 'teacher'" in verify(tmp_path / "two.pt", key).reason
+
+
+def in_order(model, *axes):
+    """Kernels with their axes in this order, and matrices turned."""
+    return {
+        name: tensor.permute(axes).contiguous() if tensor.dim() == len(axes) else tensor.t().clone()
+        for name, tensor in state_of(model).items()
+        if tensor.dim() > 1
+    }
+
+
+@pytest.mark.parametrize("axes", [(2, 3, 1, 0), (0, 2, 3, 1)], ids=["TensorFlow", "MLX"])
+def test_30_kernels_in_the_order_of_another_framework_are_read(owner, axes, tmp_path):
+    model, key = owner
+    for network, accepted in ((model, True), (small_alexnet(seed=5), False)):
+        torch.save(in_order(network, *axes), tmp_path / "turned.pt")
+        if accepted:
+            assert verify(tmp_path / "turned.pt", key).accepted
+        else:
+            with pytest.raises(OwnershipError, match="none has the mark"):
+                verify(tmp_path / "turned.pt", key)
+
+
+def test_30_a_square_matrix_that_is_turned_is_read(tmp_path):
+    """Under its own name and of its own shape: GPT-2's Conv1D is a Linear of others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 4))
+    key = V2.draw_key(model, torch.zeros(2, 128), seed=bytes(32), layers=["0"])
+    weight = model[0].weight.data
+    form, signs = V2.forms(key)["0"].flatten().float(), key.layer_signs("0").float()
+    weight += (signs * 0.1 - weight @ form)[:, None] * form / form.square().sum()
+    for state in (model.state_dict(), {"0.weight": weight.t().contiguous()}):
+        torch.save(state, tmp_path / "own.pt")
+        assert verify(tmp_path / "own.pt", key).matches == 128
+    torch.save({"0.weight": torch.randn(128, 128)}, tmp_path / "other.pt")
+    assert not verify(tmp_path / "other.pt", key).accepted
+
+
 def test_a_container_of_strangers_is_none_of_ours(owner, tmp_path):
     """Under the key's own names that is a no; under others it could have been moved."""
     _, key = owner
@@ -444,3 +492,90 @@ def test_pickled_objects_in_an_archive_of_numpy_s_are_left_alone(owner, tmp_path
         with pytest.raises(OwnershipError):
             verify(tmp_path / name, owner[1])
     assert (tmp_path / "kept").is_dir()
+
+
+# Norms folded into the layers before them
+
+
+def fused(model):
+    """As `torch.nn.utils.fusion` leaves a network: biases in place of batch norms."""
+    made = deepcopy(model).eval()
+    for parent in list(made.modules()):
+        children = list(parent.named_children())
+        for (one, layer), (other, norm) in itertools.pairwise(children):
+            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, one, fuse_conv_bn_eval(layer, norm))
+                setattr(parent, other, nn.Identity())
+    return made
+
+
+@pytest.fixture(scope="module")
+def grafted(tmp_path_factory):
+    """A network whose norms' scales have the bits' signs, as grafting leaves it; key and folder."""
+    torch.manual_seed(0)
+    model = small_alexnet()
+    key = V2.draw_key(model, EXAMPLE, seed=bytes(32))
+    ready = nnpassport.mark(model, key, EXAMPLE)
+    ready.graft(torch.randn(64, 1, 32, 32))
+    released = ready.released().eval()
+    folder = tmp_path_factory.mktemp("grafted")
+    arguments = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 1}
+    names = tuple("0123456789")
+    save_model(
+        folder, released, ModelConfig("alexnet", arguments, names, (1, 32, 32), (0.5,), (0.5,))
+    )
+    return released, key, folder
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pt", "module"])
+def test_09_folded_norms_are_no_ground_for_a_no(grafted, container, tmp_path):
+    released, key, folder = grafted
+    assert V2.verify(released.state_dict(), key).accepted
+    made, path = fused(released), tmp_path / f"fused.{container}"
+    x = torch.randn(4, 1, 32, 32)
+    torch.testing.assert_close(made(x), released(x), atol=1e-3, rtol=1e-3)
+    if container == "safetensors":
+        save_file({name: each.contiguous() for name, each in made.state_dict().items()}, path)
+    else:
+        torch.save(made if container == "module" else made.state_dict(), path)
+    with pytest.raises(FoldedNormsError, match=r"folded into features.*verify --align FOLDER"):
+        verify(path, key)
+    found = verify(path, key, options=Options(alignment=Alignment(folder)))
+    assert (found.accepted, found.matches) == (True, found.bits)
+    torch.testing.assert_close(
+        load_suspect(path, read_config(folder)).model(x), released(x), atol=1e-3, rtol=1e-3
+    )
+
+
+def test_36_folded_norms_of_v1_are_no_ground_for_a_no_either(tmp_path):
+    model = small_alexnet()
+    key = V1.draw_key(model, EXAMPLE, seed=bytes(32))
+    ready = nnpassport.mark(model, key, EXAMPLE)
+    ready.graft(torch.randn(64, 1, 32, 32))
+    torch.save(fused(ready.released()).state_dict(), tmp_path / "fused.pt")
+    with pytest.raises(FoldedNormsError, match="folded into features"):
+        verify(tmp_path / "fused.pt", key)
+
+
+def test_a_folded_network_with_passports_of_channels_is_read_as_it_is(tmp_path):
+    """γ is in the filters, and the bits are the signs of both together."""
+    plain, inputs = small_alexnet(), torch.randn(64, 1, 32, 32)
+    key = V2.draw_key(plain, EXAMPLE, seed=bytes(32), seen=inputs)
+    ready = nnpassport.mark(plain, key, EXAMPLE)
+    ready.graft(inputs)
+    made = fused(ready.released())
+    torch.save(made.state_dict(), tmp_path / "fused.pt")
+    found = verify(tmp_path / "fused.pt", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    assert "norms are folded into" in found.reason
+    torch.save(fused(small_alexnet(seed=5)).state_dict(), tmp_path / "other.pt")
+    with pytest.raises(FoldedNormsError):
+        verify(tmp_path / "other.pt", key)
+
+
+def test_biases_alone_are_no_folded_norms(owner, tmp_path):
+    """A stranger's network with its norms in place, or a key's layers that never had one: no."""
+    _, key = owner
+    state = {**stranger(), **{f"{n}.bias": torch.ones(64) for n in ("features.8",)}}
+    torch.save(state, tmp_path / "other.pt")
+    assert not verify(tmp_path / "other.pt", key).accepted

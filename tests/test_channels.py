@@ -144,10 +144,12 @@ def test_a_channel_negated_with_its_norm_reads_the_same_and_one_alone_does_not()
     assert read_passports(alone, owned).layers["host"] == (OUT // 2, OUT)
     silent = {**weights, "host.weight": weights["host.weight"] * 0}
     assert read_passports(silent, owned).layers["host"] == (0, OUT)
-    folded = {"host.weight": weights["host.weight"] * weights["norm.weight"][:, None]}
+    folded = {"host.weight": weights["host.weight"] * both["norm.weight"][:, None]}
+    assert read_passports(folded, owned).layers["host"] == (OUT // 2, OUT)  # turned twice
+    folded = {"host.weight": both["host.weight"] * both["norm.weight"][:, None] / 3}
     assert read_passports(folded, owned).layers["host"] == (OUT, OUT)
-    with pytest.raises(UnsuitableModelError, match=r"norm\.weight is \(3,\)"):
-        read_passports({**folded, "norm.weight": np.ones(3)}, owned)
+    with pytest.raises(UnsuitableModelError, match=r"norm\.weight is missing"):
+        read_passports({**folded, "norm.bias": folded["host.weight"][:, 0]}, owned)
 
 
 def test_channels_that_carry_nothing_are_not_counted():
@@ -343,12 +345,12 @@ def test_keys_for_a_network_that_was_seen_have_passports_of_channels_and_others_
         assert all(layer.channels is not None for layer in drawn.context.layers)
         assert (drawn.context.anchor is not None) == ("seen" in given)
     for given in ({}, {"passports": "derived"}, {"passports": "derived", "seen": images}):
-        derived = scheme.draw_key(plain, images[:2], seed=bytes(32), **given)
+        derived = scheme.draw_key(plain, images[:2], seed=bytes(32), layers=["0"], **given)
         assert all(layer.channels is None for layer in derived.context.layers)
         assert derived.context.anchor is None
     with pytest.raises(UnsuitableModelError, match="channel, derived"):
         scheme.draw_key(plain, images[:2], passports="best")
-    pan = PAN.draw_key(plain, images[:2], seen=images)
+    pan = PAN.draw_key(plain, images[:2], layers=["0"], seen=images)
     assert all(layer.channels is None for layer in pan.context.layers)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from pyarrow import feather, ipc, parquet
 
@@ -487,3 +488,117 @@ def test_gaps_and_what_was_left_out_are_said(tmp_path, call):
     assert "2,998 of these classes have no image" in said
     assert "left out: gaps.parquet row 23 (23.png)" in said
     assert code == 0, err
+
+
+# Data sets in Python
+
+
+def numbers_of(index):
+    rng = np.random.default_rng(index)
+    return rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """A data set of PyTorch; `make` gives the picture from its pixels."""
+
+    classes = ("ant", "bee", "cat")
+
+    def __init__(self, make):
+        self.make = make
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.make(numbers_of(index)), index % 3
+
+
+def as_floats(pixels):
+    return torch.from_numpy(pixels).permute(2, 0, 1) / 255
+
+
+MAKERS = {
+    "Pillow": Image.fromarray,
+    "numpy": lambda pixels: pixels,
+    "uint8 tensor": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1),
+    "ToTensor": as_floats,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("form", ["set", "subset", "loader", "mappings", "generator"])
+def test_any_data_set_of_pytorch_is_read(name, form):
+    pairs = Pairs(MAKERS[name])
+    forms = {
+        "set": pairs,
+        "subset": torch.utils.data.Subset(pairs, range(12)),
+        "loader": torch.utils.data.DataLoader(pairs, batch_size=5),
+        "mappings": [dict(zip(("img", "fine_label"), each, strict=True)) for each in pairs],
+        "generator": ((each, label) for each, label in pairs),
+    }
+    if form == "loader" and name == "Pillow":
+        pytest.skip("PyTorch's own loader refuses these")
+    data = read_images(forms[form])
+    expected = np.stack([numbers_of(index).transpose(2, 0, 1) for index in range(12)])
+    assert np.array_equal(data.images.numpy(), expected)
+    assert data.labels.tolist() == [0, 1, 2] * 4
+    assert data.classes == (pairs.classes if form in {"set", "subset", "loader"} else tuple("012"))
+    assert read_images([*pairs], size=8, channels=1).images.shape == (12, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ([(as_floats(numbers_of(0)) * 4 - 2, 0)], r"run from -2 to 2.*leave out Normalize"),
+        ([(numbers_of(0).astype(np.int64), 0)], "it is int64"),
+        ([(numbers_of(0), np.ones(3))], "label 0 is float64"),
+        ([(numbers_of(0), 0), (numbers_of(1)[:9], 1)], "pictures differ"),
+        ([{"photo": 1, "kind": 2}], "photo, kind, and which is the picture"),
+        ([numbers_of(0)], r"needed: \(picture, label\)"),
+        ([], "gives no picture"),
+    ],
+)
+def test_data_sets_that_cannot_be_used_say_why(items, said):
+    with pytest.raises(UnreadableDataError, match=said):
+        read_images(items)
+
+
+def test_a_label_beyond_a_data_set_s_classes_is_named():
+    pairs = Pairs(lambda pixels: pixels)
+    pairs.classes = ("ant", "bee")
+    with pytest.raises(UnreadableDataError, match="label 2 is none of its 2 classes"):
+        read_images(pairs)
+
+
+def test_the_command_takes_data_from_code_of_one_s_own(tmp_path, call, monkeypatch):
+    (tmp_path / "mydata.py").write_text(
+        "import numpy as np\n"
+        "def pictures(split='train'):\n"
+        "    rng = np.random.default_rng(0)\n"
+        "    count = 24 if split == 'train' else 6\n"
+        "    return [(rng.integers(0, 99, (20, 20, 3), np.uint8), i % 3) for i in range(count)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    small = ("--model", "resnet18", "--norm", "batch", "--set", "width=0.125", "--size", 16)
+    given = (
+        "train",
+        *small,
+        "--epochs",
+        1,
+        "--batch",
+        8,
+        "--validation",
+        0.25,
+        "-o",
+        tmp_path / "net",
+    )
+    test = ("--test", "factory:mydata:pictures", "--test-split", "test")
+    code, _, err = call(*given, "--data", "factory:mydata:pictures", *test)
+    assert code == 0, err
+    assert "24 images in 3 classes" in err
+    assert "6 images in 3 classes" in err
+    code, _, err = call(*given, "--data", "factory:mydata:nothing")
+    assert code == 2
+    assert "needed: package.module:function" in " ".join(err.split())

@@ -523,7 +523,7 @@ def test_convolutions_can_be_adapted_and_grouped_ones_are_refused():
     model = get_peft_model(plain, LoraConfig(r=2, target_modules=["0", "2"]))
     with pytest.raises(UnsuitableModelError, match="grouped"):
         LORA.draw_key(model, layers=["2"])
-    key = LORA.draw_key(model, seed=bytes(32))
+    key = LORA.draw_key(model, layers=["0"], seed=bytes(32))
     assert [layer.weight for layer in key.context.layers] == [(8, 2, 3, 3)]
     layer = model.base_model.model[0]
     nn.init.normal_(layer.lora_B["default"].weight)

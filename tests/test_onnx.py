@@ -33,7 +33,7 @@ from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.files import onnx as onnxfile
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.keyfile import save_key
-from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
+from nnpassport.scheme import FoldedNormsError, UnreadableModelError, UnsuitableModelError
 from nnpassport.verification import verdicts as verification
 
 SEED = bytes(range(32))
@@ -398,7 +398,8 @@ def test_folding_takes_the_signature_of_v1_away_and_alignment_gives_it_back(tmp_
     released = V1.released(released).eval()
     save_model(tmp_path / "released", released, NORMED)
     older_export(released, tmp_path / "x.onnx")
-    assert not nnpassport.verify(tmp_path / "x.onnx", key).accepted
+    with pytest.raises(FoldedNormsError, match="norms seem to be folded into"):
+        nnpassport.verify(tmp_path / "x.onnx", key)
     assert nnpassport.verify(tmp_path / "x.onnx", key, options=aligned_to(tmp_path)).accepted
     export_onnx(released, PIXELS, tmp_path / "y.onnx")
     assert nnpassport.verify(tmp_path / "y.onnx", key).accepted

@@ -18,7 +18,7 @@ from nnpassport.embedding.network.layers import Branch, on_branch, passport_norm
 from nnpassport.embedding.network.outputs import call, length_of, part_of, tensors_in
 from nnpassport.embedding.network.survey import survey
 from nnpassport.embedding.network.tensors import read_weights
-from nnpassport.embedding.schemes.triggers import plain_loss
+from nnpassport.embedding.train.labels import plain_loss
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
 

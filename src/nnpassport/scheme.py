@@ -7,6 +7,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
 
     OwnershipError (ValueError)
     ├── UnsuitableModelError     the network or the named layer cannot carry this scheme
+    ├── FoldedNormsError         norms are folded into layers, and a mark is not read off these
     ├── HarmfulGraftError        marking a trained network would have changed its answers too much
     ├── UnreadableModelError     a model file is missing, corrupt, hostile or of another shape
     ├── UnreadableKeyError       a key file is missing, corrupt, locked or made for something else
@@ -58,6 +59,10 @@ class UnsuitableModelError(OwnershipError):
     """The network, or a layer named in it, cannot carry this scheme."""
 
 
+class FoldedNormsError(OwnershipError):
+    """Norms are folded into the layers that carry a mark, and it is not to be read off these."""
+
+
 class HarmfulGraftError(OwnershipError):
     """A graft that would have changed what the network answers by more than was allowed."""
 
@@ -104,6 +109,10 @@ class MiscountedError(OwnershipError):
 
 class UnwritableOutputError(OwnershipError):
     """A result could not be saved; files that existed before are as they were."""
+
+
+class UnmarkedWarning(UserWarning):
+    """A network is released that does not carry the mark."""
 
 
 @final

@@ -388,7 +388,7 @@ def embed(
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
     reading = Reading(image_column, label_column, skip_corrupt)
     sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
-    config = base.config_for(sets)
+    config = base.config_of_its_task(sets)
     with journal_in(out, resume, tensorboard) as journal:
         bound = ownership.bind_key(
             out,

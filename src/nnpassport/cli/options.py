@@ -29,7 +29,8 @@ Images = Annotated[
     typer.Option(
         "--data",
         help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder of "
-        "such files or of one folder per class; CIFAR's own files; .npz; hub:owner/name.",
+        "such files or of one folder per class; CIFAR's own files; .npz; hub:owner/name; or "
+        "factory:package.module:function, your own code, which gives a data set of PyTorch.",
     ),
 ]
 OptionalImages = Annotated[str | None, typer.Option("--data", help="Images to measure F on.")]
@@ -95,6 +96,10 @@ Best = Annotated[
 ]
 
 
+MADE = "factory:"
+"""Before the name of a function of the caller's own that gives images."""
+
+
 class Reading(NamedTuple):
     """How images are read, where that is not as usual.
 
@@ -124,6 +129,24 @@ class Base:
         if self.weights is None and "classes" in config.arguments:
             config = replace(config, arguments={**config.arguments, "classes": len(names)})
         return replace(config, classes=names)
+
+    def config_of_its_task(self, sets: Any) -> Any:
+        """The same, of a network that goes on with the task which it was trained for.
+
+        Raises:
+            UnreadableDataError: it was trained for other classes than the images'.
+        """
+        from nnpassport.files.config import other_classes
+        from nnpassport.scheme import UnreadableDataError
+
+        differ = other_classes(sets.train.classes, self.config.classes)
+        if self.weights is not None and differ is not None:
+            raise UnreadableDataError(
+                f"the images of --data are of other classes than the network of --init ({differ}); "
+                "needed: images of the task that it was trained for; `train --init` trains it for "
+                "another"
+            )
+        return self.config_for(sets)
 
 
 def base_from(
@@ -240,13 +263,18 @@ def images_from(source: str, split: str | None, config: Any, reading: Reading = 
     from nnpassport.data.images import read_images, read_images_skipping
 
     channels, size, _ = config.input_size
+    given: Any = source
+    if source.startswith(MADE):
+        from nnpassport.data.datasets import made_by
+
+        given, split = made_by(source.removeprefix(MADE), split), None
     named = {"image_column": reading.image, "label_column": reading.label}
     with progress_bar(f"reading {Path(source).name}") as show:
         wanted = {"split": split, "size": size, "channels": channels, **named, "progress": show}
         if reading.skip_corrupt:
-            images, skipped = read_images_skipping(source, **wanted)
+            images, skipped = read_images_skipping(given, **wanted)
         else:
-            images, skipped = read_images(source, **wanted), ()
+            images, skipped = read_images(given, **wanted), ()
     say_read(images)
     for each in skipped[:_NAMED]:
         errors.print(f"left out: {each}", markup=False)

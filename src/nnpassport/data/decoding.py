@@ -148,12 +148,20 @@ def same_shape(
     Raises:
         UnreadableDataError: one is not, and how to make them equal.
     """
-    found = Counter(pixels.shape for _, pixels in good)
-    found.setdefault(expected, 0)
+    alike([expected, *(pixels.shape for _, pixels in good)], source)
+
+
+def alike(shapes: Sequence[tuple[int, ...]], source: str) -> None:
+    """Check that these shapes (channels height width) are one.
+
+    Raises:
+        UnreadableDataError: they are not, and how to make them equal.
+    """
+    found = Counter(shapes)
     if len(found) > 1:
-        shapes = [_geometry(shape) for shape, _ in found.most_common(6)]
+        shown = [_geometry(shape) for shape, _ in found.most_common(6)]
         raise UnreadableDataError(
-            f"{source}: pictures differ, among the first are {', '.join(shapes)}; needed: one "
+            f"{source}: pictures differ, among the first are {', '.join(shown)}; needed: one "
             "size and one number of channels. Pass size= (pixels) and channels= to make them equal"
         )
 
@@ -182,10 +190,19 @@ def _decode(picture: Encoded, wanted: Wanted) -> Pixels | str:
         with _opened(picture.content) as stored:
             if stored.width * stored.height > MOST_PIXELS:
                 return f"{stored.width}x{stored.height} is more than {MOST_PIXELS:,} pixels"
-            return _pixels(_scaled(_flat(stored, wanted.channels), wanted.size))
+            return fitted(stored, wanted)
     # Pillow's decoders raise a dozen types on corrupt files, not all of them documented.
     except Exception as error:
         return str(error) or type(error).__name__
+
+
+def fitted(picture: Image.Image, wanted: Wanted) -> Pixels:
+    """uint8 (channels height width) of a picture that is decoded, upright and scaled.
+
+    Raises:
+        ValueError: its pixels have no known range.
+    """
+    return _pixels(_scaled(_flat(picture, wanted.channels), wanted.size))
 
 
 def _opened(content: bytes | Path) -> Image.Image:

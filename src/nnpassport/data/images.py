@@ -5,7 +5,7 @@ Everything about images is imported from here; the parts live in `imageset` (wha
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,6 +19,7 @@ from nnpassport.data.batching import (
     evaluation_batches,
     steps_per_epoch,
 )
+from nnpassport.data.datasets import read_dataset
 from nnpassport.data.decoding import Progress, Wanted, decode_all
 from nnpassport.data.imageset import CIFAR10, IMAGENET, ImageSet, Normalisation
 from nnpassport.scheme import UnreadableDataError
@@ -42,7 +43,7 @@ _WORTH_CACHING = 256  # pictures; fewer decode in no time
 
 
 def read_images(
-    source: str | Path,
+    source: Any,
     *,
     split: str | None = None,
     size: int | None = None,
@@ -58,8 +59,9 @@ def read_images(
         source: "digits" (embedded); Parquet or Arrow files in the hub's schema, WebDataset
             archives (.tar), or CSV files that list pictures and classes: a file, a folder of them
             or a pattern that several match; a folder of one folder of pictures a class; a .npz
-            file of `images` and `labels`; CIFAR as its authors give it; or
-            hub:owner/name.
+            file of `images` and `labels`; CIFAR as its authors give it; or hub:owner/name. Or a
+            `Dataset` or `DataLoader` of PyTorch, or anything else that gives pairs of a picture and
+            a label.
         split: which part of digits, of a folder or of a hub data set.
         size: pixels a side; the square in the middle is scaled to it. None: as they are, which
             must then be all the same.
@@ -82,7 +84,7 @@ def read_images(
 
 
 def read_images_skipping(
-    source: str | Path,
+    source: Any,
     *,
     split: str | None = None,
     size: int | None = None,
@@ -105,7 +107,7 @@ def read_images_skipping(
 
 
 def _read(
-    source: str | Path,
+    source: Any,
     split: str | None,
     wanted: Wanted,
     asked: sources.Asked,
@@ -119,6 +121,13 @@ def _read(
             f"size is {wanted.size} and channels is {wanted.channels}; "
             "needed: at least 1 pixel (or None), and 1 or 3 channels (or None)"
         )
+    if not isinstance(source, str | Path):
+        if split is not None:
+            raise UnreadableDataError(
+                f"split {split!r} was asked of {type(source).__name__}, which is one already; "
+                "leave it out"
+            )
+        return _fitted(read_dataset(source, wanted, asked, progress), "images", wanted), ()
     location = str(source)
     if source == "digits":  # and not Path("digits"), which is a folder
         name = f"digits/{split}" if split else "digits"

@@ -128,17 +128,17 @@ def load_suspect(
                 f"one of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like "
                 "FOLDER)"
             )
-        model = _assemble(weights.tensors, own, None, path, without_strangers)
+        model = _assemble(weights.tensors, own, None, path, _unfolded)
         return Loaded(model, own, {**digests, **weights.digests})
     own, digests = _stated(path)
     try:
-        model = _assemble(weights.tensors, reference, trusted_factory, path, without_strangers)
+        model = _assemble(weights.tensors, reference, trusted_factory, path, _unfolded)
         return Loaded(model, reference, {**digests, **weights.digests})
     except UnreadableModelError:
         if own is None:
             raise
     facts = replace(reference, architecture=own.architecture, arguments=own.arguments)
-    model = _assemble(weights.tensors, facts, None, path, without_strangers)
+    model = _assemble(weights.tensors, facts, None, path, _unfolded)
     return Loaded(model, facts, {**digests, **weights.digests})
 
 
@@ -218,6 +218,18 @@ _Chosen = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
 def _all_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Of a network of one's own: one that differs is another file than was meant."""
     return dict(tensors)
+
+
+def _unfolded(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Of a stranger's: what is no part of the network is left out, and folded norms are undone."""
+    there = without_strangers(tensors, model)
+    expected = model.state_dict()
+    if there.keys() >= expected.keys():
+        return there
+    state = state_from(there, model)
+    moved = {id(tensor) for name, tensor in state.items() if name not in there}
+    strange = {n: t for n, t in there.items() if n not in expected and id(t) not in moved}
+    return state | strange
 
 
 def _assemble(

@@ -36,7 +36,7 @@ from nnpassport.embedding.schemes.deepmarks import Trace, trace
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
-from nnpassport.files.config import ModelConfig
+from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.derive import triggers_of
@@ -377,10 +377,11 @@ def with_fidelity(
 ) -> Verdict:
     """The verdict and F, of the aligned network if there is one."""
     loaded = _load(suspect, options) if aligned is None else aligned
-    if len(trial.data.classes) != len(loaded.config.classes):
+    if (differ := other_classes(trial.data.classes, loaded.config.classes)) is not None:
         raise UnreadableDataError(
-            f"the images have {len(trial.data.classes)} classes and the suspect "
-            f"{len(loaded.config.classes)}; needed: images of the suspect's own task"
+            f"the images are of other classes than the suspect ({differ}); needed: images of the "
+            "suspect's own task, with its classes in its order; if the suspect's config names them "
+            "wrongly, the owner's in its place (--like FOLDER, in Python Options.reference)"
         )
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
     answers = logits_of(loaded.model(normalise(trial.data.images[:2]))).shape[-1]
@@ -391,6 +392,19 @@ def with_fidelity(
         )
     own = accuracy(loaded.model, trial.data, normalise)
     target = own if trial.target is None else min(own, trial.target)
+    if target <= 1 / answers:
+        why = (
+            f"the network itself is right in {100 * own:.2f} %, and guessing among {answers} "
+            f"classes in {100 / answers:.2f} %"
+        )
+        if trial.target is not None and trial.target > 1 / answers:
+            # A thief's moved classes, say: they are no reason not to read the mark.
+            return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
+        raise UnreadableDataError(
+            f"F has nothing to hold on to with a target of {100 * target:.2f} %: {why}; needed: "
+            "images that the network does well on, with their classes in its order, and a target "
+            "above chance"
+        )
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}

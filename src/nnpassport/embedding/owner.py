@@ -31,7 +31,7 @@ from nnpassport.embedding.schemes.triggered import with_published_triggers
 from nnpassport.embedding.train.fidelity import plain_evaluation
 from nnpassport.embedding.train.loop import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.embedding.train.team import sharing, together
-from nnpassport.files.config import ModelConfig
+from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.keys.key import Key
 from nnpassport.scheme import (
     BadRecipeError,
@@ -67,10 +67,10 @@ class Sets:
 
 def divide(data: Images, test: Images | None, *, validation: float, seed: int) -> Sets:
     """Hold a share of the training images out for validation, and measure mean and deviation."""
-    if test is not None and len(test.classes) != len(data.classes):
+    if test is not None and (differ := other_classes(test.classes, data.classes)) is not None:
         raise UnreadableDataError(
-            f"the test images have {len(test.classes)} classes and the training images "
-            f"{len(data.classes)}; needed: two parts of one data set"
+            f"the test images are of other classes than the training images ({differ}); needed: "
+            "two parts of one data set, with the same classes in the same order"
         )
     train, held_out = data.split(validation, seed=seed)
     seen = train if isinstance(train, ImageSet) else train.sample(MEASURED_ON, seed=seed)

@@ -6,7 +6,8 @@ It may come from anybody: it is strict JSON of bounded size, and reading it impo
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final, get_origin, get_type_hints
@@ -108,6 +109,30 @@ def read_config(folder: Path) -> ModelConfig:
         UnreadableModelError: missing, too large, not strict JSON, or a field is not as it must be.
     """
     return read_config_file(folder / CONFIG_FILE).config
+
+
+def other_classes(one: Sequence[str], other: Sequence[str]) -> str | None:
+    """How two lists of class names, each in the order of its indices, contradict one another.
+
+    None if they do not. Spelling (case, blanks, underscores) counts for nothing, and a list that
+    only counts from 0, as of labels that are numbers, names no class: it fits any but itself in
+    another order.
+    """
+    if len(one) != len(other):
+        return f"{len(one)} classes against {len(other)}"
+    first, second = ([_plain(name) for name in names] for names in (one, other))
+    counted = [str(index) for index in range(len(first))]
+    moved = sorted(first) == sorted(second)
+    if first == second or (counted in (first, second) and not moved):
+        return None
+    index = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+    how = "the same names in another order" if moved else "other names"
+    return f"{how}: class {index} is {one[index]!r:.50} against {other[index]!r:.50}"
+
+
+def _plain(name: str) -> str:
+    folded = unicodedata.normalize("NFKC", name).casefold()
+    return " ".join(folded.replace("_", " ").replace("-", " ").split())
 
 
 class ConfigFile(NamedTuple):

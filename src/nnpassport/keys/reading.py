@@ -316,7 +316,8 @@ def _gammas(key: Key, layer: LayerShape) -> Iterator[tuple[range, Read]]:
 def norm_scale(weights: Weights, layer: LayerShape) -> Read:
     """γ of the norm behind a layer (out); ones where there is none.
 
-    Ones too where the weights have no such norm: folded into its layer, it is in the filters.
+    So it is where nothing of the norm is left: folded into the layer, it has given the filters its
+    signs, and ⟨W_o γ_o/σ_o, m_o⟩ has the sign that is read.
 
     Raises:
         UnsuitableModelError: the norm's scale has another shape.
@@ -325,12 +326,13 @@ def norm_scale(weights: Weights, layer: LayerShape) -> Read:
     if form is None or not form.norm:
         return np.ones(out)
     name = f"{form.norm}.weight"
-    if name not in weights:
+    if not any(each.rpartition(".")[0] == form.norm for each in weights):
         return np.ones(out)
-    if tuple(weights[name].shape) != (out,):
+    if name not in weights or tuple(weights[name].shape) != (out,):
+        there = tuple(weights[name].shape) if name in weights else "missing"
         raise UnsuitableModelError(
-            f"{name} is {tuple(weights[name].shape)}, and the bits of {layer.name} are read "
-            f"together with its {out} numbers; needed: a network of the owner's architecture"
+            f"{name} is {there}, and the bits of {layer.name} are read together with its {out} "
+            "numbers; needed: a network of the owner's architecture"
         )
     return np.asarray(weights[name], np.float64)
 

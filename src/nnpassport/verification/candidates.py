@@ -36,21 +36,23 @@ Headers = Mapping[str, Array | Described]
 Read = Callable[[Mapping[str, Array]], Verdict]
 """V on tensors under the names that the key knows."""
 
+_SHOWN = 3
 MOST_LISTED = 40
 """So many names of tensors are listed, and of the others the number."""
 
 
 class Candidate(NamedTuple):
-    """A tensor that may be a layer; `turned`: with its two axes exchanged."""
+    """A tensor that may be a layer; `axes`: the order in which its own become the layer's."""
 
     name: str
-    turned: bool = False
+    axes: tuple[int, ...] = ()
 
 
 def candidates_for(described: Headers, layer: LayerShape) -> list[Candidate]:
     """The tensors that hold as many filters as the layer, of as many numbers each.
 
-    A matrix may be a convolution as wide as what it reads, and may be turned.
+    A matrix may be a convolution as wide as what it reads, and may be turned. A kernel may have its
+    axes in the orders of other frameworks: space first and the outputs last, or the inputs last.
     """
     shape = _shape(layer)
     found = []
@@ -62,8 +64,18 @@ def candidates_for(described: Headers, layer: LayerShape) -> list[Candidate]:
         if alike and (rows, numbers) == (shape[0], math.prod(shape[1:])):
             found.append(Candidate(name))
         if len(tensor.shape) == 2 and (numbers, rows) == (shape[0], math.prod(shape[1:])):
-            found.append(Candidate(name, turned=True))
+            found.append(Candidate(name, (1, 0)))
+        if len(tensor.shape) == len(shape) > 2:
+            orders = _orders(len(shape))
+            there = {order: tuple(tensor.shape[axis] for axis in order) for order in orders}
+            found += [Candidate(name, order) for order in orders if there[order] == tuple(shape)]
     return found
+
+
+def _orders(axes: int) -> tuple[tuple[int, ...], ...]:
+    """Of kernels of TensorFlow and Flax (space, in, out; depthwise space, out, in), and of MLX."""
+    *space, last, outermost = range(axes)
+    return (outermost, last, *space), (last, outermost, *space), (0, outermost, *range(1, axes - 1))
 
 
 def rivals(described: Headers, key: Key) -> list[str]:
@@ -115,11 +127,21 @@ def verify_by_shape(
         verdict = read(_Chosen(weights, best, shapes))
     facts = by_shape({n: each.name for n, each in best.items()}, described, log10_choices)
     reason = (
-        f"read from the tensors of the layers' shapes that match best, 10^{log10_choices:.1f} "
-        "ways to choose them being paid for"
+        f"read from the tensors of the layers' shapes that match best, {_where(best)}, "
+        f"10^{log10_choices:.1f} ways to choose them being paid for"
     )
     paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason)
     return replace(paid, candidates=facts)
+
+
+def _where(best: Mapping[str, Candidate]) -> str:
+    """Which tensors were read, in words: of networks that lie in one file this says which."""
+    starts = {each.name.removesuffix(f"{layer}.weight") for layer, each in best.items()}
+    under = starts.pop()
+    if not starts and all(each.name == f"{under}{layer}.weight" for layer, each in best.items()):
+        return f"those under {under.rstrip('.')[:100]!r}" if under else "those under its own names"
+    shown = [f"{each.name[:100]!r} for {layer}" for layer, each in [*best.items()][:_SHOWN]]
+    return ", ".join(shown) + (", …" if len(best) > _SHOWN else "")
 
 
 def by_name(verdict: Verdict, unread: list[str]) -> Verdict:
@@ -257,7 +279,7 @@ class _Chosen(Mapping[str, Array]):
 
 
 def _as(tensor: Array, candidate: Candidate, shape: tuple[int, ...]) -> Array:
-    return (tensor.T if candidate.turned else tensor).reshape(shape)
+    return (tensor.transpose(candidate.axes) if candidate.axes else tensor).reshape(shape)
 
 
 def _shape(layer: LayerShape) -> tuple[int, ...]:

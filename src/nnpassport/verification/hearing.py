@@ -41,6 +41,7 @@ from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import (
     BadSignatureError,
+    FoldedNormsError,
     OwnershipError,
     UnreadableDataError,
     UnreadableModelError,
@@ -451,13 +452,25 @@ def _readings(
     own = exhibit.reference if exhibit.key.context.anchor is None else exhibit.anchor
     if own is not None and reads_weights(exhibit.key):
         ways[ALIGNED] = replace(base, alignment=Alignment(own, unrelated))
-    found = _Readings({}, {})
+    found, folded = _Readings({}, {}), None
     for how, each in ways.items():
         try:
             found.verdicts[how] = _read(network, exhibit.key, trial, each)
+        except FoldedNormsError as error:
+            folded = error
         except Exception as error:  # as above: what a key or reference does is its claimant's
             found.failures[how] = _said(error)
-    return found
+    return found if folded is None else _unfolded(found, folded)
+
+
+def _unfolded(found: _Readings, folded: FoldedNormsError) -> _Readings:
+    """Alignment unfolds norms: what it refuses is refused, though nothing else could be read."""
+    aligned = found.verdicts.get(ALIGNED)
+    p = None if aligned is None else aligned.log10_p_value
+    if aligned is None or p is None or p <= aligned.log10_alpha:  # what does not count stays open
+        return _Readings(found.verdicts, {**found.failures, AS_IT_STANDS: _said(folded)})
+    reason = f"{aligned.reason}; as it stands it was not read, as norms are folded into its layers"
+    return _Readings({**found.verdicts, ALIGNED: replace(aligned, reason=reason)}, found.failures)
 
 
 def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:

@@ -25,6 +25,7 @@ from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdic
 from nnpassport.verification import candidates
 from nnpassport.verification.aligning import aligned_by_axes, committed_claim
 from nnpassport.verification.bridge import MEASURED, running
+from nnpassport.verification.folding import folded_layers, refuse_folded
 
 if TYPE_CHECKING:
     from nnpassport.data.images import ImageSet
@@ -175,6 +176,13 @@ def _unaligned(suspect: Path, key: Key, options: Options) -> Verdict:
         return found
     opened = _opened(suspect, key)
     verdict = _as_it_stands(opened, key, options.threshold)
+    if not verdict.marked:
+        refuse_folded(opened.described, key, verdict.reason)
+    elif any(layer.channels for layer in key.context.layers) and (
+        folded := folded_layers(opened.described, key)
+    ):
+        reason = f"norms are folded into {len(folded)} of the layers, and were read with them"
+        verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
     return without(opened.left_out, replace(verdict, digests=opened.digests()))
 
 
@@ -202,6 +210,8 @@ def verify_as_published(suspect: Path, key: Key, *, options: Options | None = No
         if not _in_pairs(key):
             _check_names(opened.described, key)
         verdict = _read(opened.weights, key, options.threshold)
+        if not entry.scheme.verify_as_published(verdict).marked:
+            refuse_folded(opened.described, key, verdict.reason)
         verdict = without(opened.left_out, replace(verdict, digests=opened.digests()))
     return entry.scheme.verify_as_published(verdict)
 

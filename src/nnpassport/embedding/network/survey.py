@@ -1,6 +1,7 @@
 """Find the layers of a network that can carry a passport, by watching it run."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -138,6 +139,25 @@ def choose(model: nn.Module, found: Survey, patterns: Sequence[str] | None = Non
     return [s for s in found.sites.values() if any(_matches(s.name, p) for p in patterns)]
 
 
+def choose_provable(
+    model: nn.Module, found: Survey, patterns: Sequence[str] | None, *, bits: int
+) -> list[Site]:
+    """As `choose`; where its own choice has fewer than `bits`, also the layers before, from behind.
+
+    Raises:
+        UnsuitableModelError: as `choose`.
+    """
+    sites = choose(model, found, patterns)
+    if patterns is None:
+        names, count = {site.name for site in sites}, sum(map(_channels, sites))
+        for site in reversed(found.sites.values()):
+            if count < bits and site.name not in names:
+                names.add(site.name)
+                count += _channels(site)
+        sites = [site for site in found.sites.values() if site.name in names]
+    return sites
+
+
 def predicted_harm(site: Site) -> float:
     """Share of a layer's output that a passport for each channel will change, in mean squares.
 
@@ -184,7 +204,10 @@ def choose_enough(
 
 
 def _channels(site: Site) -> int:
-    return len(filters(site.layer.get_parameter("weight"), site.geometry))
+    host: Any = site.layer
+    if hasattr(host, "get_base_layer"):  # peft's
+        host = host.get_base_layer()
+    return len(filters(host.get_parameter("weight"), site.geometry))
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -392,8 +415,9 @@ def _over_channels(norm: nn.Module, layer: nn.Module, output: Tensor) -> bool:
         return False
     # Of both signs, since γ is; and in full precision, where a norm of half precision would round.
     factors = torch.linspace(-1.5, 1.5, len(weight) + 1)[1:].to(weight.device)
+    bare = _without_children(norm)
     try:
-        plain, scaled = (_normalised(norm, output, w) for w in (torch.ones_like(factors), factors))
+        plain, scaled = (_normalised(bare, output, w) for w in (torch.ones_like(factors), factors))
     except Exception:  # the user's own code may raise anything, or need more than its input
         return False
     shape = [1] * output.dim()
@@ -401,6 +425,16 @@ def _over_channels(norm: nn.Module, layer: nn.Module, output: Tensor) -> bool:
     return plain.shape == output.shape and torch.allclose(
         scaled, plain * factors.view(shape).to(plain), rtol=1e-3, atol=1e-5
     )
+
+
+def _without_children(norm: nn.Module) -> nn.Module:
+    """The norm without what some have in one module with it: timm's `BatchNormAct2d`, its `act`."""
+    if not norm._modules:
+        return norm
+    bare = deepcopy(norm)
+    for name in bare._modules:
+        bare._modules[name] = nn.Identity()
+    return bare
 
 
 def _normalised(norm: nn.Module, x: Tensor, weight: Tensor) -> Tensor:

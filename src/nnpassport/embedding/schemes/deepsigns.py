@@ -51,11 +51,11 @@ from nnpassport.embedding.schemes.pictures import generator_of, shuffled
 from nnpassport.embedding.schemes.triggered import with_pictures
 from nnpassport.embedding.schemes.triggers import (
     mixing,
-    plain_loss,
     taking,
     trigger_batch,
     trigger_shape,
 )
+from nnpassport.embedding.train.labels import mean_loss, plain_loss
 from nnpassport.embedding.train.loop import Objective, Outcome, Task
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.derive import triggers_of
@@ -163,7 +163,7 @@ class DeepSigns(Mark):
             shown = mix(batch._replace(labels=torch.zeros(images)))
             with _listening(unwrapped(model).get_submodule(layout.layer.name)) as heard:
                 output = part_of(call(model, shown.images), 0, images)
-            task_loss = (task or plain_loss)(output, batch.labels)
+            task_loss = mean_loss((task or plain_loss)(output, batch.labels))
             features = _activations(heard, layout.layer)[images:]
             # Full precision even under autocast, as for passports.
             with torch.autocast(features.device.type, enabled=False):

@@ -29,8 +29,9 @@ from nnpassport.embedding.network.outputs import Example, call, logits_of, tenso
 from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import read_answers
-from nnpassport.embedding.schemes.triggers import answers_to, plain_loss
+from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
+from nnpassport.embedding.train.labels import mean_loss, plain_loss, share_right
 from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
@@ -39,7 +40,6 @@ from nnpassport.embedding.train.loop import (
     Outcome,
     Recipe,
     Task,
-    share_right,
 )
 from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
@@ -224,7 +224,7 @@ class Mark(Protocol):
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             output = call(model, batch.images)
-            task_loss = (task or plain_loss)(output, batch.labels)
+            task_loss = mean_loss((task or plain_loss)(output, batch.labels))
             hosts = self.hosts(unwrapped(model), layers)
             pairs = list(zip(hosts, secrets, strict=True))
             # Brought to where the weights are in the first step.

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from nnpassport.embedding.network.equations import geometry_of, sign_loss
 from nnpassport.embedding.network.outputs import Example
-from nnpassport.embedding.network.survey import Site, Survey, choose
+from nnpassport.embedding.network.survey import Site, Survey, choose_provable
 from nnpassport.embedding.network.tensors import as_array
+from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.files.arrays import Array
 from nnpassport.keys.adapters import base_digest, committed
@@ -81,14 +82,19 @@ class Lora(Mark):
         """Layers that the adapter changes, and the digest of the base below it.
 
         `layers` are patterns as in `survey.choose`, on the names that the network has without the
-        adapter; by default the last third of them. The network is not run.
+        adapter; by default the last third of them, or more where a verdict needs them. The network
+        is not run.
 
         Raises:
-            UnsuitableModelError: peft's adapter is not there, or not on the layers named.
+            UnsuitableModelError: peft's adapter is not there, not on the layers named, or has too
+                few channels to be proved.
         """
-        sites = choose(model, _survey(model), layers)
+        sites = choose_provable(model, _survey(model), layers, bits=mark.PROVABLE)
+        shapes = tuple(_shape_of(site) for site in sites)
+        if layers is None:
+            mark.check_can_be_proved(self.name, shapes, mark.PROVABLE)
         bases = {site.name: as_array(_base(site.layer)) for site in sites}
-        return Carriers(tuple(_shape_of(site) for site in sites), nonce=base_digest(bases))
+        return Carriers(shapes, nonce=base_digest(bases))
 
     def check(self, model: nn.Module, key: Key, example: Example) -> None:
         """Refuse a key for another adapter or base.

@@ -1,5 +1,6 @@
 """Steps that schemes share, be they made by the `engine` or not: new keys, checks, training."""
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,9 +12,15 @@ from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import trigger_shape
 from nnpassport.embedding.train.loop import History, Journal, Recipe, fit, total_steps
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context, LayerShape, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
+
+PROVABLE = math.ceil(-LOG10_ALPHA_UNCOMMITTED / math.log10(2) - 1e-9)
+"""Bits that a key needs at least, to be accepted where all of them match."""
+PROVABLE_DATED = math.ceil(-LOG10_ALPHA_COMMITTED / math.log10(2) - 1e-9)
+"""The same under a dated claim."""
 
 
 def new_key(
@@ -54,6 +61,24 @@ def check_scheme(scheme: str, key: Key) -> None:
         raise UnsuitableModelError(
             f"the key is for {key.context.scheme}, and this is {scheme}; "
             "draw a key with this scheme's draw_key, or use the key's own scheme"
+        )
+
+
+def check_can_be_proved(scheme: str, layers: Sequence[LayerShape], needed: int) -> None:
+    """Refuse a key of fewer than `needed` bits: all of them right could still be chance.
+
+    It is asked of layers that nobody named; who names them has chosen how many bits there are.
+
+    Raises:
+        UnsuitableModelError: there are too few.
+    """
+    bits = sum(layer.length for layer in layers)
+    if bits < needed:
+        raise UnsuitableModelError(
+            f"the layers that a key of {scheme} takes by itself have {bits} bits together, and "
+            f"{PROVABLE} are needed to be accepted, {PROVABLE_DATED} under a dated claim; needed: "
+            "more of its layers, by name (layers=[…], on the command line --layer), or a network "
+            "with more channels"
         )
 
 

@@ -33,7 +33,7 @@ from nnpassport.embedding.network.layers import (
     passport_norms,
     public_count,
 )
-from nnpassport.embedding.network.outputs import Example, call, length_of, logits_of, part_of
+from nnpassport.embedding.network.outputs import Example, call, length_of, part_of
 from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
@@ -51,6 +51,8 @@ from nnpassport.embedding.schemes.signature import (
 from nnpassport.embedding.schemes.teaching import taught
 from nnpassport.embedding.schemes.triggers import branch_loss, mixing, trigger_batch, trigger_shape
 from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.embedding.train.labels import rows as rows_of
+from nnpassport.embedding.train.labels import share_right_with
 from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
@@ -60,7 +62,6 @@ from nnpassport.embedding.train.loop import (
     Recipe,
     Task,
     fit,
-    share_right,
     total_steps,
 )
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
@@ -165,7 +166,8 @@ class Passport:
         default is the paper's form, which can be aligned to the released network.
 
         Raises:
-            UnsuitableModelError: a pattern names no layer that can carry a passport.
+            UnsuitableModelError: a pattern names no layer that can carry a passport, or all layers
+                together have too few channels for a verdict.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
         found, anchor = survey(model, example), None
@@ -178,6 +180,8 @@ class Passport:
         else:
             sites = choose(model, found, layers)
             shapes, metrics = tuple(_shape_of(site) for site in sites), {}
+        if layers is None:
+            mark.check_can_be_proved(self.name, shapes, mark.PROVABLE_DATED)
         return mark.new_key(
             self.name,
             owner=owner,
@@ -261,7 +265,7 @@ class Passport:
             )
             if task is None:
                 names = ("accuracy", "private_accuracy")
-                shown = [share_right(logits_of(output), labels) for output, labels in branches]
+                shown = [share_right_with(output, labels, count) for output, labels in branches]
             else:
                 names = ("task_loss", "private_task_loss")
                 shown = [each.detach() for each, _ in losses]
@@ -440,7 +444,7 @@ class Passport:
         images = public_count(rows, self.private_share)
         of_private = batch.labels
         if self.private_share < 1:
-            of_private = part_of(of_private, 2 * images - rows, images)
+            of_private = rows_of(of_private, 2 * images - rows, images)
         return (
             (part_of(both, 0, images), batch.labels),
             (part_of(both, images, rows), of_private),

@@ -25,7 +25,8 @@ from nnpassport.embedding.schemes.triggers import (
     trigger_shape,
     triggers_here,
 )
-from nnpassport.embedding.train.loop import Objective, Outcome, Task, share_right
+from nnpassport.embedding.train.labels import parted, share_right
+from nnpassport.embedding.train.loop import Objective, Outcome, Task
 from nnpassport.keys.chance import matches_needed
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import as_published
@@ -95,11 +96,11 @@ class TriggerSet(Mark):
             output = call(model, batch.images)
             count = self.triggers_per_step
             loss, _ = branch_loss(output, batch.labels, count, None, task, batch.part)
-            images = len(batch.labels) - triggers_here(count, batch.part)
-            triggers_right = share_right(logits_of(output)[images:], batch.labels[images:])
+            labels, images, classes = parted(batch.labels, triggers_here(count, batch.part))
+            triggers_right = share_right(logits_of(output)[images:], classes)
             measures = {"trigger_accuracy": triggers_right}
             if task is None:
-                right = share_right(logits_of(output)[:images], batch.labels[:images])
+                right = share_right(logits_of(output)[:images], labels)
                 measures = {"accuracy": right, **measures}
             return Outcome(loss, measures)
 

@@ -7,11 +7,17 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding.network.layers import Branch, on_branch
 from nnpassport.embedding.network.outputs import Example, call, logits_of, part_of, tensors_in
+from nnpassport.embedding.train.labels import (
+    WithTriggers,
+    mean_loss,
+    parted,
+    plain_loss,
+    with_triggers,
+)
 from nnpassport.embedding.train.loop import Task
 from nnpassport.keys.context import TriggerShape
 from nnpassport.keys.key import Key
@@ -145,7 +151,8 @@ def mixed(batch: Batch, triggers: Batch, count: int) -> Batch:
                 f"{[tuple(tensor.shape) for tensor in tensors_in(other)]}; needed: one tensor of "
                 "images of that shape; scheme V2 has no triggers"
             )
-    labels = torch.cat([batch.labels, triggers.labels[turn].to(batch.labels)])
+    count = len(tensors_in(batch.images)[0])
+    labels = with_triggers(batch.labels, count, triggers.labels[turn])
     return batch._replace(images=inputs, labels=labels)
 
 
@@ -153,11 +160,6 @@ def _are_images(values: list[Any], shown: Tensor) -> bool:
     return len(values) == 1 and all(
         isinstance(value, Tensor) and value.shape[1:] == shown.shape[1:] for value in values
     )
-
-
-def plain_loss(output: Any, labels: Tensor) -> Float[Tensor, ""]:
-    """L_c: cross-entropy of the class scores."""
-    return F.cross_entropy(logits_of(output), labels)
 
 
 def branch_loss(
@@ -178,19 +180,20 @@ def branch_loss(
         BadRecipeError: the branch sees triggers and no images.
     """
     loss, here = task or plain_loss, triggers_here(count, part)
-    if count == 0 or (part.of == 1 and weight is None and task is None):
-        whole = loss(output, labels)
+    alone = part.of == 1 and weight is None and task is None
+    if count == 0 or (alone and not isinstance(labels, WithTriggers)):
+        whole = mean_loss(loss(output, labels))
         return whole, torch.zeros_like(whole)
-    images = len(labels) - here
+    of_task, images, classes = parted(labels, here)
     if images < 1:
         raise BadRecipeError(
-            f"a branch sees {len(labels)} images of a step, and all may be triggers ({here} of "
+            f"a branch sees {images + here} images of a step, and all may be triggers ({here} of "
             "them); needed: a larger private_share or batch, or fewer triggers a step"
         )
-    of_images = loss(part_of(output, 0, images), labels[:images])
+    of_images = mean_loss(loss(part_of(output, 0, images), of_task))
     of_triggers = torch.zeros_like(of_images)
     if here:
-        of_triggers = plain_loss(part_of(output, images, len(labels)), labels[images:])
+        of_triggers = plain_loss(part_of(output, images, images + here), classes)
         of_triggers = of_triggers * (here * part.of / count)
     if weight is not None:
         return of_images, of_triggers

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,6 +33,7 @@ from nnpassport.data.images import (
 )
 from nnpassport.embedding.checkpoint import load_training, save_training
 from nnpassport.embedding.network.outputs import logits_of
+from nnpassport.embedding.train.labels import share_right
 from nnpassport.embedding.train.team import (
     Team,
     dealt_like,
@@ -193,13 +193,6 @@ def classification(model: nn.Module, batch: Batch) -> Outcome:
     logits = logits_of(model(batch.images))
     right = share_right(logits, batch.labels)
     return Outcome(F.cross_entropy(logits, batch.labels), {"accuracy": right})
-
-
-def share_right(logits: Tensor, labels: Tensor) -> Float[Tensor, "2"]:
-    """Accuracy on a part of a batch, as a count: right answers, and answers."""
-    right = (logits.detach().argmax(1) == labels).sum()
-    # Not new_tensor: it copies a number from the CPU, and an accelerator would wait for that.
-    return torch.stack([right, right.new_full((), len(labels))]).float()
 
 
 def read_measure(value: Tensor) -> float:

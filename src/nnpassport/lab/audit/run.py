@@ -18,6 +18,7 @@ from nnpassport.data.images import ImageSet
 from nnpassport.embedding.measured import verify_aligned, verify_model
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.files.config import other_classes
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.report.provenance import provenance
@@ -152,10 +153,10 @@ def before_attacks(subject: Subject) -> dict[str, Any]:
         UnreadableDataError: there are no test images, or they are of another task.
     """
     test = _test(subject)
-    if len(test.classes) != len(subject.config.classes):
+    if (differ := other_classes(test.classes, subject.config.classes)) is not None:
         raise UnreadableDataError(
-            f"the images have {len(test.classes)} classes and the network "
-            f"{len(subject.config.classes)}; needed: images of the network's own task"
+            f"the images are of other classes than the network ({differ}); needed: images of the "
+            "network's own task, with its classes in its order"
         )
     marks = _marks(subject, subject.model)
     for mark in marks.values():
