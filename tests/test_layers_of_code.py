@@ -177,7 +177,9 @@ GROUND = (
     *("alignment.axes", "alignment.table", "alignment.canonical", "alignment.solve"),
     *("alignment.byaxes", "alignment.rate"),
     *("verification.verdicts", "verification.candidates", "verification.aligning"),
-    *("verification.bridge", "verification.hearing"),
+    *("verification.bridge", "verification.hearing", "verification.compare"),
+    *("verification.difference", "verification.equal", "verification.lineage"),
+    *("verification.inorder", "verification.alike", "alignment.order", "alignment.inside"),
 )
 
 

@@ -1,6 +1,6 @@
 """The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted.
 
-`judge` also has 3: it was checked, and the evidence does not tell whose the network is.
+`judge` and `compare` also have 3: it was checked, and the evidence does not tell.
 """
 
 import json
@@ -16,6 +16,7 @@ import typer
 from nnpassport import __version__
 from nnpassport.cli import attack as attacking
 from nnpassport.cli import claim as claiming
+from nnpassport.cli import compare as comparing
 from nnpassport.cli import layers as inspecting
 from nnpassport.cli import leaderboard as ranking
 from nnpassport.cli import probe as probing
@@ -78,7 +79,8 @@ from nnpassport.scheme import OwnershipError
 app = typer.Typer(
     name="nnpassport",
     help="Prove that a neural network is yours, and make sure that nobody else can claim it.",
-    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge: 3 undecided. "
+    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge, compare: 3 "
+    "undecided. "
     "Start with: nnpassport demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -429,6 +431,7 @@ def bench(
 app.command()(inspecting.layers)
 app.command()(judging.verify)
 app.command()(judging.judge)
+app.command()(comparing.compare)
 app.command()(probing.probe)
 app.command()(publishing.export)
 app.command()(publishing.package)
