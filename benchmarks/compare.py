@@ -29,9 +29,9 @@ from nnpassport.verification.compare import compare
 from nnpassport.verification.lineage import Network
 
 RESULTS = Path(__file__).parent.parent / "results"
-INDEPENDENT = 24  # networks of a kind; all pairs of them are compared
+INDEPENDENT = {"mlp": 24, "cnn": 24, "vit": 16, "gpt2": 16}  # networks; all pairs are compared
+OWNERS = {"mlp": 6, "cnn": 6, "vit": 4, "gpt2": 4}
 STRANGERS = 8
-OWNERS = 6
 STEPS = {"mlp": 200, "cnn": 120, "vit": 120, "gpt2": 150}
 
 
@@ -315,15 +315,15 @@ def looked(a, b, axes, strangers, **facts):
 def run(kind):
     """All pairs of a kind of network."""
     started, data = time.monotonic(), KINDS[kind][1]()
-    models = [trained(kind, data, seed) for seed in range(INDEPENDENT)]
+    models = [trained(kind, data, seed) for seed in range(INDEPENDENT[kind])]
     example, _ = data.batch(torch.Generator().manual_seed(0))
     axes = prove(models[0], example[:2], trace(models[0], example[:2]))
     strangers = [tensors_of(trained(kind, data, 900 + n)) for n in range(STRANGERS)]
     pairs = []
-    for i, j in itertools.combinations(range(INDEPENDENT), 2):
+    for i, j in itertools.combinations(range(len(models)), 2):
         one, other = tensors_of(models[i]), tensors_of(models[j])
         pairs.append(looked(one, other, axes, strangers, what="independent", group="independent"))
-    for number in range(OWNERS):
+    for number in range(OWNERS[kind]):
         owner = models[number]
         for name, group, tensors in derived(kind, data, owner, 200 + 10 * number, axes):
             found = looked(tensors, tensors_of(owner), axes, strangers, what=name, group=group)
@@ -357,8 +357,8 @@ def render():
     lines = [
         "# `compare`: how often it errs, and what it sees",
         "",
-        "Rendered by `python benchmarks/compare.py render` from `results/compare/*.json`, each made "
-        "by `python benchmarks/compare.py run KIND`. Tiny networks, trained here on embedded "
+        "Rendered by `python benchmarks/compare.py render` from `results/compare/*.json`, each "
+        "made by `python benchmarks/compare.py run KIND`. Tiny networks, trained here on embedded "
         "digits and text. *Bare*: two files, no axes. *Table*: the order test over a table of axes "
         "that were traced and proved. *Aligned*: likeness of matched units against eight unrelated "
         "networks and eight mixtures. p-values are log₁₀.",
@@ -373,16 +373,16 @@ def render():
         "",
         "## What is found",
         "",
-        "Pairs that are called related, of how many; in parentheses the least telling p-value, log₁₀. "
-        "Over the table the outcome counts, which the order or the aligned reading may decide.",
+        "Pairs that are called related, of how many; in parentheses the least telling p-value, "
+        "log₁₀. Over the table the outcome counts, which the order or the aligned reading may decide.",
         "",
         *_power(known),
         "",
         "## Traps",
         "",
         "No copies. *One seed*: two trainings that begin alike, on disjoint data; the outcome says "
-        "“not independently initialised”, which is true. *Answers*: a network of its own start that "
-        "was trained on the other's answers. *Tunings*: both were made from one base; the base is "
+        "“not independently initialised”, which is true. *Answers*: a network of its own start "
+        "that was trained on the other's answers. *Tunings*: both were made from one base; the base is "
         "not given here, and given with `--unrelated` it explains the order.",
         "",
         *_traps(known),
@@ -453,8 +453,8 @@ def _chance(known):
     axes = sum(p["axes"] for e in known.values() for p in _of(e, "independent"))
     yield (
         f"Over the tables, {fixed:,} units were in one place on {axes:,} axes: {fixed / axes:.3f} "
-        f"on average, where chance gives 1 ± {1 / axes**0.5:.3f} (one standard error, were all axes "
-        "independent)."
+        f"on average, where chance gives 1 ± {1 / axes**0.5:.3f} (one standard error, were all "
+        "axes independent)."
     )
 
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nnpassport.files.arrays import Array
+from nnpassport.files.arrays import DTYPES, Array
 
 Matrix = NDArray[np.float64]
 KINDS = (
@@ -57,12 +57,17 @@ class Difference(NamedTuple):
 
 def difference(a: Array, b: Array) -> Difference:
     """How `a` differs from `b`, of the same shape; either may have been made from the other."""
+    if a.size > _MOST_NUMBERS and a.ndim > 1 and not np.array_equal(a, b):
+        step = -(-a.size // _MOST_NUMBERS)
+        some = difference(a[::step], b[::step])
+        detail = some.detail if step >= len(a) else f"of every {step}th row: {some.detail}"
+        return some._replace(detail=detail, numbers=a.size)
     mine, theirs = (np.asarray(each, np.float64) for each in (a, b))
     size = float(np.linalg.norm(theirs))
     gap = mine - theirs
     relative = float(np.linalg.norm(gap)) / max(size, 1e-300) if gap.any() else 0.0
     alike = _correlation(mine.ravel(), theirs.ravel())
-    kind, detail = _kind(a, b, mine, theirs, alike)
+    kind, detail = _kind(mine, theirs, alike)
     return Difference(kind, detail, alike, relative, mine.size)
 
 
@@ -72,10 +77,10 @@ def _correlation(a: Matrix, b: Matrix) -> float:
     return float(a @ b) / lengths if lengths > 0 else 1.0 if not (a.any() or b.any()) else 0.0
 
 
-def _kind(a: Array, b: Array, mine: Matrix, theirs: Matrix, alike: float) -> tuple[str, str]:
+def _kind(mine: Matrix, theirs: Matrix, alike: float) -> tuple[str, str]:
     if np.array_equal(mine, theirs):
         return "none", "the same numbers"
-    if (cast := _cast(a, b, mine, theirs)) is not None:
+    if (cast := _cast(mine, theirs)) is not None:
         return "cast", f"the same numbers in {cast}"
     if alike < ALIKE:
         chance = 1 / math.sqrt(mine.size)
@@ -94,15 +99,19 @@ def _in_few_numbers(mine: Matrix, theirs: Matrix) -> tuple[str, str] | None:
     return None if bits is None else ("rounded", bits)
 
 
-def _cast(a: Array, b: Array, mine: Matrix, theirs: Matrix) -> str | None:
-    from nnpassport.files.arrays import DTYPES  # noqa: PLC0415 - beside what it is used for
-
+def _cast(mine: Matrix, theirs: Matrix) -> str | None:
+    few = slice(0, _MOST_SIDE)
     for name in _KINDS_OF_NUMBER:
         for fine, coarse in ((mine, theirs), (theirs, mine)):
-            with np.errstate(all="ignore"):
-                if np.array_equal(fine.astype(DTYPES[name]).astype(np.float64), coarse):
-                    return name
+            parts = ((e.reshape(-1)[few] for e in (fine, coarse)), (fine, coarse))
+            if all(_is_cast(one, other, name) for one, other in parts):
+                return name
     return None
+
+
+def _is_cast(fine: Matrix, coarse: Matrix, name: str) -> bool:
+    with np.errstate(all="ignore"):
+        return np.array_equal(fine.astype(DTYPES[name]).astype(np.float64), coarse)
 
 
 def _pruned(a: Matrix, b: Matrix) -> float | None:
