@@ -374,7 +374,8 @@ def render():
         "## What is found",
         "",
         "Pairs that are called related, of how many; in parentheses the least telling p-value, "
-        "log₁₀. Over the table the outcome counts, which the order or the aligned reading may decide.",
+        "log₁₀. Over the table the outcome counts, which the order or the aligned reading may "
+        "decide.",
         "",
         *_power(known),
         "",
@@ -382,8 +383,8 @@ def render():
         "",
         "No copies. *One seed*: two trainings that begin alike, on disjoint data; the outcome says "
         "“not independently initialised”, which is true. *Answers*: a network of its own start "
-        "that was trained on the other's answers. *Tunings*: both were made from one base; the base is "
-        "not given here, and given with `--unrelated` it explains the order.",
+        "that was trained on the other's answers. *Tunings*: both were made from one base; the base "
+        "is not given here, and given with `--unrelated` it explains the order.",
         "",
         *_traps(known),
         "",

@@ -17,7 +17,7 @@ FLOORS = (
     "keys.geometry keys.chance keys.context keys.validity keys.pictures",
     "keys.patches keys.derive",
     "keys.key",
-    "keys.keyfile keys.reading",
+    "keys.keyfile keys.reading keys.order",
     "keys.adapters",
     "files.quantised",
     "files.pickles",
@@ -35,7 +35,7 @@ FLOORS = (
     "embedding.schemes",
     "embedding.measured embedding.axes",
     "embedding.marked",
-    "embedding.owner",
+    "embedding.owner embedding.licensing",
     "embedding.publish",
     "attacks",
     "lab.audit",
@@ -179,7 +179,14 @@ GROUND = (
     *("verification.verdicts", "verification.candidates", "verification.aligning"),
     *("verification.bridge", "verification.hearing", "verification.compare"),
     *("verification.difference", "verification.equal", "verification.lineage"),
-    *("verification.inorder", "verification.alike", "alignment.order", "alignment.inside"),
+    *(
+        "verification.licensees",
+        "alignment.reorder",
+        "verification.inorder",
+        "verification.alike",
+        "alignment.order",
+        "alignment.inside",
+    ),
 )
 
 

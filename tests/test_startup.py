@@ -61,6 +61,7 @@ GROUND = (
     *("verification.verdicts", "verification.candidates", "verification.hearing"),
     *("verification.aligning", "verification.bridge", "verification.compare"),
     *("alignment.order", "alignment.inside", "report.comparison"),
+    *("keys.order", "verification.licensees"),
 )
 """What a judge's side is made of: it does without torch, also where none is installed."""
 

@@ -384,6 +384,13 @@ def release(
     source: Annotated[Path, typer.Argument(help="Model folder, from `embed`.")],
     key: KeyFile,
     out: Out,
+    licensee: Annotated[
+        str | None,
+        typer.Option(
+            help="Who gets this copy: its hidden units are put into an order of their own, and "
+            "`trace` tells whose copy leaked. The answers stay the same."
+        ),
+    ] = None,
     factory: Factory = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
@@ -391,8 +398,14 @@ def release(
     """Write the network that may leave the house: plain, with no trace of the secret."""
     from nnpassport.embedding import owner as ownership
 
-    verdict = ownership.release(source, key_from(key, passphrase), out, trusted_factory=factory)
+    secret = key_from(key, passphrase)
+    verdict = ownership.release(source, secret, out, trusted_factory=factory)
     print_verdict(verdict, as_json)
+    if licensee is not None:
+        from nnpassport.embedding.licensing import license_to
+
+        axes = license_to(out, secret, licensee, trusted_factory=factory)
+        errors.print(f"The copy for {licensee}: {axes} axes are in an order of their own.")
     errors.print(f"Released to {out}. The key stays with you.")
 
 
