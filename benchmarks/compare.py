@@ -383,8 +383,8 @@ def render():
         "",
         "No copies. *One seed*: two trainings that begin alike, on disjoint data; the outcome says "
         "“not independently initialised”, which is true. *Answers*: a network of its own start "
-        "that was trained on the other's answers. *Tunings*: both were made from one base; the base "
-        "is not given here, and given with `--unrelated` it explains the order.",
+        "that was trained on the other's answers. *Tunings*: both were made from one base; that "
+        "base is not given here, and given with `--unrelated` it explains the order.",
         "",
         *_traps(known),
         "",
