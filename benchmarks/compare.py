@@ -29,10 +29,10 @@ from nnpassport.verification.compare import compare
 from nnpassport.verification.lineage import Network
 
 RESULTS = Path(__file__).parent.parent / "results"
-INDEPENDENT = {"mlp": 24, "cnn": 24, "vit": 16, "gpt2": 16}  # networks; all pairs are compared
-OWNERS = {"mlp": 6, "cnn": 6, "vit": 4, "gpt2": 4}
+INDEPENDENT = {"mlp": 24, "cnn": 24, "vit": 16, "gpt2": 10}  # networks; all pairs are compared
+OWNERS = {"mlp": 6, "cnn": 6, "vit": 4, "gpt2": 2}
 STRANGERS = 8
-STEPS = {"mlp": 200, "cnn": 120, "vit": 120, "gpt2": 150}
+STEPS = {"mlp": 200, "cnn": 120, "vit": 120, "gpt2": 80}
 
 
 class Digits:

@@ -41,8 +41,8 @@ from nnpassport.verification.licensees import original_of, trace_arrays
 
 RESULTS = Path(__file__).parent.parent / "results"
 NAMES = tuple(f"licensee {n}" for n in range(10))
-KINDS, OWNERS, WRONG = ("mlp", "cnn"), 3, 100
-LONG = 10  # times as long as the network was trained
+KINDS, OWNERS, WRONG = ("mlp", "cnn"), 2, 100
+LONG = 5  # times as long as the network was trained
 
 
 def key_of(number):
@@ -181,8 +181,8 @@ def render():
     least = min(each["log10_p"] for each in entry["wrong"])
     lines += [
         "",
-        f"{len(entry['wrong'])} readings with wrong keys: {fixed / axes:.3f} units in place an axis "
-        f"(chance gives 1 ± {1 / axes**0.5:.3f}), least p 10^{least:.1f}.",
+        f"{len(entry['wrong'])} readings with wrong keys: {fixed / axes:.3f} units in place an "
+        f"axis (chance gives 1 ± {1 / axes**0.5:.3f}), least p 10^{least:.1f}.",
         "",
         "Copies that are averaged as they are, are no network any more: units of different kinds "
         "are added up. Who aligns them first has one network in the order of one licensee, who is "

@@ -21,6 +21,7 @@ from nnpassport.alignment.order import (
 )
 from nnpassport.report.comparison import comparison_page, summary
 from nnpassport.scheme import MiscountedError, UnreadableModelError
+from nnpassport.verification.cards import declared_bases
 from nnpassport.verification.compare import compare
 from nnpassport.verification.difference import KINDS, difference
 from nnpassport.verification.equal import equal_tensors
@@ -519,6 +520,54 @@ def test_norms_that_are_all_near_one_are_not_alike_for_that():
     found = difference(a, b)
     assert found.kind == "unlike"
     assert abs(found.correlation) < 0.2
+
+
+# The card
+
+
+@pytest.mark.parametrize(
+    ("front", "bases"),
+    [
+        ("base_model: someone/thing", ("someone/thing",)),
+        ('license: "mit"\nbase_model: "someone/thing"  # of ours', ("someone/thing",)),
+        ("base_model: [a/b, 'c/d']", ("a/b", "c/d")),
+        ("base_model:\n- a/b\n  - c/d\ntags:\n- other", ("a/b", "c/d")),
+        ("tags:\n- base_model", ()),
+        ("base_model:", ()),
+    ],
+)
+def test_a_card_s_base_models_are_read(tmp_path, front, bases):
+    (tmp_path / "README.md").write_text(f"---\n{front}\n---\nbase_model: not this\n")
+    assert declared_bases(tmp_path) == bases
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no front matter", "---\nnever ends", '---\nbase_model: "half\n---\n', "---\n"]
+)
+def test_a_card_that_cannot_be_read_is_refused(tmp_path, text):
+    with pytest.raises(UnreadableModelError, match="no card"):
+        declared_bases(tmp_path)
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(UnreadableModelError):
+        declared_bases(tmp_path)
+
+
+def test_what_a_card_declares_is_held_against_what_is_found(folder, call):
+    for name, tensors, front, agrees in (
+        ("declared", shaken(drawn(0), 0.3), "base_model: mine", True),
+        ("silent", shaken(drawn(0), 0.3), "license: mit", False),
+        ("false", drawn(1), "base_model: mine", False),
+        ("own", drawn(1), "license: mit", True),
+    ):
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors")
+        (folder / name / "README.md").write_text(f"---\n{front}\n---\n")
+        code, out, _ = call("compare", name, "owner.safetensors", "--card", "--json")
+        assert code == (1 if tensors["0.bias"][0] == drawn(1)["0.bias"][0] else 0)
+        assert json.loads(out)["card"]["agrees"] is agrees
+    code, out, _ = call("compare", "false", "owner.safetensors", "--card")
+    assert "no sign of it in B" in " ".join(out.split())
+    assert call("compare", "owner.safetensors", "owner.safetensors", "--card")[0] == 2
 
 
 # The command

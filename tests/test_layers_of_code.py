@@ -181,6 +181,7 @@ GROUND = (
     *("verification.difference", "verification.equal", "verification.lineage"),
     *(
         "verification.licensees",
+        "verification.cards",
         "alignment.reorder",
         "verification.inorder",
         "verification.alike",

@@ -52,6 +52,8 @@ def summary(facts: Facts) -> Rows:
         found.append(_aligned_row(aligned))
     if (mixture := facts["mixture"]) is not None:
         found += _mixture_rows(mixture)
+    if (card := facts.get("card")) is not None:
+        found.append(("the card of A", card["says"], ""))
     return found
 
 
