@@ -17,7 +17,7 @@ FLOORS = (
     "keys.geometry keys.chance keys.context keys.validity keys.pictures",
     "keys.patches keys.derive",
     "keys.key",
-    "keys.keyfile keys.reading",
+    "keys.keyfile keys.reading keys.order",
     "keys.adapters",
     "files.quantised",
     "files.pickles",
@@ -35,7 +35,7 @@ FLOORS = (
     "embedding.schemes",
     "embedding.measured embedding.axes",
     "embedding.marked embedding.anchoring",
-    "embedding.owner",
+    "embedding.owner embedding.licensing",
     "embedding.publish",
     "attacks",
     "lab.audit",
@@ -177,7 +177,17 @@ GROUND = (
     *("alignment.axes", "alignment.table", "alignment.canonical", "alignment.solve"),
     *("alignment.byaxes", "alignment.rate"),
     *("verification.verdicts", "verification.candidates", "verification.aligning"),
-    *("verification.bridge", "verification.hearing"),
+    *("verification.bridge", "verification.hearing", "verification.compare"),
+    *("verification.difference", "verification.equal", "verification.lineage"),
+    *(
+        "verification.licensees",
+        "verification.cards",
+        "alignment.reorder",
+        "verification.inorder",
+        "verification.alike",
+        "alignment.order",
+        "alignment.inside",
+    ),
 )
 
 

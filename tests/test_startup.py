@@ -59,7 +59,9 @@ GROUND = (
     *("keys.reading", "keys.patches", "keys.adapters", "claims.facts"),
     *("alignment.axes", "alignment.table", "alignment.byaxes", "alignment.rate"),
     *("verification.verdicts", "verification.candidates", "verification.hearing"),
-    *("verification.aligning", "verification.bridge"),
+    *("verification.aligning", "verification.bridge", "verification.compare"),
+    *("alignment.order", "alignment.inside", "report.comparison"),
+    *("keys.order", "verification.licensees"),
 )
 """What a judge's side is made of: it does without torch, also where none is installed."""
 
@@ -139,6 +141,7 @@ def house(tmp_path_factory):
         "claim show alice.claim.json",
         "claim verify alice.claim.json --owner signing.pub.pem --key alice.key",
         "claim keygen --out drawn.pem",
+        "compare --help",
         "claim new --key alice.key --signing signing.pem --out new.claim.json",
     ],
 )

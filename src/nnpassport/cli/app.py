@@ -1,6 +1,6 @@
 """The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted.
 
-`judge` also has 3: it was checked, and the evidence does not tell whose the network is.
+`judge` and `compare` also have 3: it was checked, and the evidence does not tell.
 """
 
 import json
@@ -16,6 +16,7 @@ import typer
 from nnpassport import __version__
 from nnpassport.cli import attack as attacking
 from nnpassport.cli import claim as claiming
+from nnpassport.cli import compare as comparing
 from nnpassport.cli import layers as inspecting
 from nnpassport.cli import leaderboard as ranking
 from nnpassport.cli import probe as probing
@@ -81,7 +82,8 @@ from nnpassport.scheme import OwnershipError
 app = typer.Typer(
     name="nnpassport",
     help="Prove that a neural network is yours, and make sure that nobody else can claim it.",
-    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge: 3 undecided. "
+    epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge, compare: 3 "
+    "undecided. "
     "Start with: nnpassport demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -420,6 +422,13 @@ def release(
     source: Annotated[Path, typer.Argument(help="Model folder, from `embed`.")],
     key: KeyFile,
     out: Out,
+    licensee: Annotated[
+        str | None,
+        typer.Option(
+            help="Who gets this copy: its hidden units are put into an order of their own, and "
+            "`trace` tells whose copy leaked. The answers stay the same."
+        ),
+    ] = None,
     factory: Factory = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
@@ -427,8 +436,14 @@ def release(
     """Write the network that may leave the house: plain, with no trace of the secret."""
     from nnpassport.embedding import owner as ownership
 
-    verdict = ownership.release(source, key_from(key, passphrase), out, trusted_factory=factory)
+    secret = key_from(key, passphrase)
+    verdict = ownership.release(source, secret, out, trusted_factory=factory)
     print_verdict(verdict, as_json)
+    if licensee is not None:
+        from nnpassport.embedding.licensing import license_to
+
+        axes = license_to(out, secret, licensee, trusted_factory=factory)
+        errors.print(f"The copy for {licensee}: {axes} axes are in an order of their own.")
     errors.print(f"Released to {out}. The key stays with you.")
 
 
@@ -467,6 +482,7 @@ def bench(
 app.command()(inspecting.layers)
 app.command()(judging.verify)
 app.command()(judging.judge)
+app.command()(comparing.compare)
 app.command()(probing.probe)
 app.command()(publishing.export)
 app.command()(publishing.package)

@@ -8,18 +8,37 @@ import typer
 
 from nnpassport.cli.options import AsJson, KeyFile, Passphrase, key_from
 from nnpassport.cli.terminal import print_table
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 
 
 def trace(
     suspect: Annotated[Path, typer.Argument(help="Model folder or file of weights, from anybody.")],
     key: KeyFile,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your release without --licensee, with axes.json (`claim axes`): whose order the "
+            "suspect's units are in is read, with keys of any scheme."
+        ),
+    ] = None,
+    licensee: Annotated[
+        list[str] | None,
+        typer.Option(help="With --original: who got a copy. Name all of them; repeatable."),
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(help="With --original: log10 of the threshold on p (2^-100).")
+    ] = LOG10_ALPHA_UNCOMMITTED,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Name the users whose copies a network is, or was averaged from (scheme deepmarks).
+    """Name whose copy a network is: of `release --licensee`, or of users of scheme deepmarks.
 
     Exit code 0 if somebody is named, 1 if nobody is, 2 if it could not be checked.
     """
+    if (original is None) != (not licensee):
+        raise typer.BadParameter("--original and --licensee belong together; give both or none")
+    if original is not None:
+        _trace_order(suspect, key, original, licensee or [], alpha, passphrase, as_json)
     from nnpassport.embedding.measured import trace_file
 
     found = trace_file(suspect, key_from(key, passphrase))
@@ -42,3 +61,36 @@ def trace(
         ]
         print_table(("", ""), rows)
     raise typer.Exit(0 if found.users else 1)
+
+
+def _trace_order(
+    suspect: Path,
+    key: Path,
+    original: Path,
+    licensees: list[str],
+    alpha: float,
+    passphrase: bool,
+    as_json: bool,
+) -> None:
+    from nnpassport.report.page import small
+    from nnpassport.verification.licensees import read_original, trace_order
+
+    secret = key_from(key, passphrase)
+    found = trace_order(suspect, secret, read_original(original), licensees, log10_alpha=alpha)
+    if as_json:
+        typer.echo(json.dumps(found.as_dict(), indent=2))
+    else:
+        rows = [
+            (
+                each.name,
+                f"{each.fixed} of {each.units}",
+                str(each.axes),
+                small(each.log10_p),
+                "named" if each.name in found.named else "",
+            )
+            for each in found.found
+        ]
+        print_table(("licensee", "units in place", "by chance", "p, for all names", ""), rows)
+        if found.verdict is not None:
+            print_table(("", ""), [("the key's mark, order undone", found.verdict.reason)])
+    raise typer.Exit(0 if found.named else 1)

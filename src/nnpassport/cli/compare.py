@@ -1,0 +1,86 @@
+"""The command `compare`: is one of two networks made from the other? No key is needed."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nnpassport.cli.options import AsJson
+from nnpassport.cli.terminal import after_all, print_table, shown
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="A: model folder or weights file, from anybody.")],
+    second: Annotated[Path, typer.Argument(help="B: the same; order does not matter.")],
+    parents: Annotated[
+        list[Path] | None,
+        typer.Option(help="A network that A may be mixed from, beside B; repeatable."),
+    ] = None,
+    unrelated: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A network that has nothing to do with the question: of somebody else, or a "
+            "public base that both began with; repeatable."
+        ),
+    ] = None,
+    axes: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of A's axes, from `claim axes` (default: axes.json in either folder; "
+            "without one, shapes tell)."
+        ),
+    ] = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Hold the base_model of A's card (README.md) against B."),
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Is one network made from the other? 0: related. 1: no sign. 2: not checked. 3: undecided.
+
+    Without key or architecture: hidden units of independent networks are in one order by chance
+    only, and the chance is known exactly. Related is not copied: the same seed does it too.
+    """
+    from nnpassport.report.provenance import made_with
+    from nnpassport.verification.cards import card_says, declared_bases
+    from nnpassport.verification.compare import compare as compare_networks
+    from nnpassport.verification.lineage import open_network
+
+    bases = declared_bases(first) if card else None
+    a, b = open_network(first, axes), open_network(second)
+    found = compare_networks(
+        a,
+        b,
+        parents=[open_network(path) for path in parents or ()],
+        unrelated=[open_network(path) for path in unrelated or ()],
+    )
+    said = None if bases is None else card_says(bases, found.outcome)
+    facts = {**found.as_dict(), "card": said, "made_with": made_with()}
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        print_comparison(facts)
+    if report is not None:
+        from nnpassport.report.comparison import write_comparison_page
+
+        after_all(lambda: write_comparison_page(facts, report), str(report))
+    raise typer.Exit({"related": 0, "none": 1, "undecided": 3}[facts["outcome"]])
+
+
+def print_comparison(facts: Any) -> None:
+    """Print what two networks have in common, and what it does not say."""
+    from nnpassport.report.comparison import SAID, summary
+
+    plain = Console(highlight=False)
+    Console().print(shown(SAID[facts["outcome"]].upper(), "bold"))
+    print_table(("what", "found", "by chance, or unrelated"), summary(facts))
+    for number, reason in enumerate(facts["reasons"], 1):
+        plain.print(shown(f"{number}. {reason}"))
+    plain.print(shown("This does not say"))
+    for limit in facts["limits"]:
+        plain.print(shown(f"- {limit}"))
