@@ -23,12 +23,20 @@ from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.lab import plans, tasks
 from nnpassport.lab.cells import Cell, Network
 from nnpassport.lab.leaderboard import board, field
-from nnpassport.lab.leaderboard.standings import Outcome, ambiguity, removal, standings
+from nnpassport.lab.leaderboard.standings import (
+    Outcome,
+    Removal,
+    ambiguity,
+    removal,
+    standings,
+)
 from nnpassport.lab.plans import FIELD_PLANS, LEADERBOARD, LEADERBOARD_TRIAL
 from nnpassport.lab.store import Store
 from nnpassport.scheme import BadRecipeError, UnreadableDataError, UnsuitableModelError
 
 pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
 
 
 def entry(accuracy, log10_p, strength=0.1, **more):
@@ -89,6 +97,22 @@ def test_forged_keys_are_counted_by_both_rules():
     assert (found.tries, found.published, found.exact, found.best_log10_p) == (2, 2, 0, -3.0)
     assert ambiguity([forged(-9.0, published=False)]).exact == 1
     assert not ambiguity([{"impossible": "no passport"}]).possible
+
+
+def test_informed_thieves_are_counted_apart():
+    weak, strong = Removal(Outcome.HELD, -60), Removal(Outcome.REMOVED, -2)
+    line = standings(LEADERBOARD, Store(ROOT / "results", ROOT / "none", None))[0]
+    names = [name for name in line.removals if table.ATTACKS[name].informed]
+    assert names
+    assert board.thieves_box(line).text == f"not run (of {len(names)})"
+    some = {**line.removals, "prune": weak, names[0]: strong, names[1]: weak}
+    robbed = line._replace(removals=some)
+    box = board.thieves_box(robbed)
+    assert (box.text, box.tone, box.more) == ("1 of 2", "bad", names[0])
+    assert robbed.tried == line.tried
+    assert "by 1 of 2 informed thieves" in board._ranking(board.board_of([robbed]))[0]
+    shown = board.markdown(LEADERBOARD, board.board_of([line]))
+    assert all(f"| {name} | not run |" in shown for name in names)
 
 
 def test_exponents_are_raised():

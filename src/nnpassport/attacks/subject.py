@@ -15,6 +15,9 @@ from nnpassport.files.config import ModelConfig
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnreadableDataError, UnreadableKeyError
 
+UNLABELLED = 1_000
+"""Images that a thief looks at who needs no labels."""
+
 
 class Budget(NamedTuple):
     """How much the attackers may train.
@@ -96,6 +99,15 @@ class Subject:
                 "this attack trains and needs images, and none were given; give some with --train"
             )
         return self.train
+
+    def unlabelled(self) -> Tensor:
+        """At most a thousand of the attacker's images, as the network takes them.
+
+        Raises:
+            UnreadableDataError: none were given.
+        """
+        chosen = self.images().sample(UNLABELLED, seed=self.seed)
+        return self.normalise(chosen.images).to(self.example)
 
     def other_task(self) -> Transfer:
         """The task to transfer to.

@@ -37,6 +37,7 @@ class Attack(NamedTuple):
         needs: what a subject must have beside the network: "key", "train", "transfer".
         other_task: whether the network has another task afterwards.
         turns: whether it negates or moves channels, so that the mark is read aligned as well.
+        informed: whether it looks where a mark of weights must lie, at inputs without labels.
         marks: the schemes it applies to, by the part they share; "" is all of them.
     """
 
@@ -50,6 +51,7 @@ class Attack(NamedTuple):
     marks: str = ""
     other_task: bool = False
     turns: bool = False
+    informed: bool = False
 
 
 ONCE = (0.0,)
@@ -57,6 +59,8 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLIPS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 KINDS = ("float16", "bfloat16", "int8-tensor", "int8-channel", "int4-channel")
 """The grids of `perturbation.KINDS`, in its order."""
+KEEPS = (0.97, 0.99, 0.95, 0.9)
+"""What informed thieves keep of the network's own answers: three points are lost by default."""
 FORMS = ("ftll", "ftal", "rtll", "rtal")
 """The forms of fine-tuning of `removal.FORMS`, in its order."""
 REMOVAL, OBFUSCATION, AMBIGUITY = Family.REMOVAL, Family.OBFUSCATION, Family.AMBIGUITY
@@ -64,6 +68,20 @@ REMOVAL, OBFUSCATION, AMBIGUITY = Family.REMOVAL, Family.OBFUSCATION, Family.AMB
 
 def _needs(*what: str) -> frozenset[str]:
     return frozenset(what)
+
+
+def _informed(name: str, summary: str, *, quick: bool = True) -> Attack:
+    """A thief who changes as much as leaves his own answers standing."""
+    return Attack(
+        REMOVAL,
+        summary,
+        act(name),
+        "share of the network's own answers that is kept",
+        KEEPS[:1] if quick else (),
+        KEEPS,
+        needs=_needs("train"),
+        informed=True,
+    )
 
 
 def act(name: str) -> Act:
@@ -182,6 +200,26 @@ ATTACKS: Mapping[str, Attack] = {
         "the same by probabilities on pictures of another task",
         act("distil-unrelated"),
         needs=_needs("transfer"),
+    ),
+    # Thieves who know where a mark of weights must lie; they have images and need no labels.
+    "shave": _informed(
+        "shave", "subtract singular components one by one where answers hardly feel it"
+    ),
+    "shave-outliers": _informed(
+        "shave-outliers", "subtract at once the components that one passport for a layer would be"
+    ),
+    "drown": _informed("drown", "add noise along directions that a layer's inputs hardly use"),
+    "unscale": _informed(
+        "unscale", "take out of each weight what its norm's scales and shifts say of it"
+    ),
+    "narrow": _informed("narrow", "keep of each weight the fewest directions of its inputs"),
+    "low-rank": _informed(
+        "low-rank", "give each weight the lowest rank in the metric of its inputs"
+    ),
+    "drown-and-imitate": _informed(
+        "drown-and-imitate",
+        "rounds of more noise than answers bear, and of learning the answers again",
+        quick=False,
     ),
     # Networks that compute the same.
     "flip-signs": Attack(

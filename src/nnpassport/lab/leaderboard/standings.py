@@ -115,10 +115,15 @@ class Standing(NamedTuple):
         found = self.removals.items()
         return [n for n, each in found if each is not None and each.outcome is Outcome.REMOVED]
 
+    def against(self, *, informed: bool) -> Mapping[str, Removal | None]:
+        """What informed thieves left of it, or everybody else."""
+        found = self.removals.items()
+        return {name: each for name, each in found if ATTACKS[name].informed == informed}
+
     @property
     def tried(self) -> int:
-        """How many of the attacks on it were run."""
-        return sum(each is not None for each in self.removals.values())
+        """How many of the attacks on it were run, informed thieves left out."""
+        return sum(each is not None for each in self.against(informed=False).values())
 
 
 def standings(plan: Plan, store: Store) -> list[Standing]:

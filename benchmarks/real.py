@@ -1,0 +1,264 @@
+"""Networks that the world trained, marked and robbed: what a mark costs them, what takes it out.
+
+    python benchmarks/real.py run NETWORK [ATTACK …] --data FOLDER    what is not there yet
+    python benchmarks/real.py render                                  results/real.md from the JSON
+
+NETWORK is a key of NETWORKS, ATTACK one of ATTACKS (default: all), with "/all" behind it to be
+carried out on every layer and not only on those that the package chooses by itself. FOLDER holds
+caltech101-64px-train.parquet and caltech101-64px-test.parquet, for networks of images.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nnpassport.attacks import informed
+from nnpassport.attacks.outcome import Attacked
+from nnpassport.attacks.unlabelled import KEPT, Asking, Scouted, answers_of, cosine, same_classes
+from nnpassport.attacks.unlabelled import scout as scouted
+from nnpassport.data.images import Normalisation, read_images
+from nnpassport.embedding.network.outputs import Example, call, part_of
+from nnpassport.embedding.network.survey import choose_enough, survey
+from nnpassport.embedding.schemes import channels
+from nnpassport.embedding.schemes.graft import Report, graft_channels
+from nnpassport.embedding.schemes.passport import V2
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.key import Key
+from nnpassport.report.provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+sys.path.insert(0, str(ROOT / "tests"))
+
+import zoo  # noqa: E402 - it is beside the tests
+
+SEED = bytes(32)
+OWNED, STOLEN, TESTED = 128, 1_000, 300
+CONFIDENT = 0.5
+
+
+class Inputs(NamedTuple):
+    """What the owner measures with, what the thief has, and what nobody has seen."""
+
+    owner: Example
+    thief: Example
+    test: Example
+
+
+class Network(NamedTuple):
+    """A published network: what it is, and how answers of two of its kind are compared."""
+
+    kind: str
+    norm: str
+    answers: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[Path], Inputs]
+    asking: Asking
+
+
+def _images(data: Path) -> Inputs:
+    normalise = Normalisation((0.5,) * 3, (0.5,) * 3)
+    train, test = (read_images(data / f"caltech101-64px-{part}.parquet") for part in PARTS)
+    drawn = train.sample(OWNED + STOLEN, seed=0)
+    sets = (
+        drawn.subset(torch.arange(OWNED)),
+        drawn.subset(torch.arange(OWNED, OWNED + STOLEN)),
+        test.sample(TESTED, seed=0),
+    )
+    return Inputs(*(normalise(each.resized(224).images) for each in sets))
+
+
+def _sentences(_data: Path) -> Inputs:
+    texts = zoo.plain_sentences()
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = zoo.sentences([texts[i] for i in order[: OWNED + STOLEN + TESTED]])
+    ends = (0, OWNED, OWNED + STOLEN, OWNED + STOLEN + TESTED)
+    return Inputs(*(part_of(tokens, *pair) for pair in itertools.pairwise(ends)))
+
+
+PARTS = ("train", "test")
+NETWORKS: Mapping[str, Network] = {
+    "EfficientNet-Lite0": Network(
+        "classifier of images, ImageNet's weights",
+        "batch",
+        "classes",
+        zoo.lite0,
+        _images,
+        Asking(call, same_classes),
+    ),
+    "MiniLM": Network(
+        "encoder of sentences, all-MiniLM-L6-v2",
+        "layer",
+        "cosine",
+        zoo.minilm,
+        _sentences,
+        Asking(zoo.sentence_vectors, cosine),
+    ),
+}
+
+
+def _drawn(
+    attack: Callable[[Scouted, torch.Generator], Attacked],
+) -> Callable[[Scouted], Attacked]:
+    return lambda thief: attack(thief, torch.Generator().manual_seed(0))
+
+
+ATTACKS: Mapping[str, Callable[[Scouted], Attacked]] = {
+    "drown": _drawn(informed.drown),
+    "narrow": informed.narrow,
+    "low-rank": informed.lower_rank,
+    "shave-outliers": informed.shave_outliers,
+    "unscale": _drawn(informed.unscale),
+    "shave": partial(informed.shave, tries=24),
+    "drown-and-imitate": _drawn(
+        partial(informed.drown_and_imitate, budget=informed.Imitation(rounds=2, epochs=2))
+    ),
+}
+
+
+class Marked(NamedTuple):
+    """A network before and after its mark, and how long that took."""
+
+    plain: nn.Module
+    released: nn.Module
+    key: Key
+    report: Report
+    seconds: float
+    mebibytes: float
+
+
+def marked(network: Network, inputs: Inputs) -> Marked:
+    """A key drawn for the network, and grafted into it, on the package's own choice of layers."""
+    plain = network.build()
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    example = part_of(inputs.owner, 0, 2)
+    before, begun = _resident(), time.monotonic()
+    key = V2.draw_key(plain, example, owner="benchmark", seed=SEED, seen=inputs.owner)
+    model = deepcopy(plain)
+    V2.insert(model, key, example)
+    report = graft_channels(model, inputs.owner)
+    seconds, peak = time.monotonic() - begun, _peak()
+    return Marked(plain, V2.released(model).eval(), key, report, seconds, peak - before)
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def run(name: str, attacks: list[str], data: Path) -> None:
+    """The graft of a network and these attacks, but for what has its JSON already."""
+    network, origin = NETWORKS[name], provenance()
+    paths = {each: _path(name, each) for each in ("graft", *attacks)}
+    if all(path.exists() for path in paths.values()):
+        return
+    inputs = network.inputs(data)
+    subject = marked(network, inputs)
+    own = answers_of(subject.released, inputs.test, network.asking)
+    plain = answers_of(subject.plain, inputs.test, network.asking)
+    shared = {"network": name, "inputs": [OWNED, STOLEN, TESTED], "provenance": origin}
+    if not paths["graft"].exists():
+        _write(paths["graft"], {**shared, **_graft(network, subject, plain, own)})
+    thief: Scouted | None = None
+    for attack in attacks:
+        if paths[attack].exists():
+            continue
+        if thief is None:
+            thief = scouted(
+                subject.released, inputs.thief, kept=KEPT, layers=["*"], asking=network.asking
+            )
+        how, _, where = attack.partition("/")
+        aimed = thief if where else _aimed(thief, subject, inputs)
+        begun = time.monotonic()
+        model = ATTACKS[how](aimed).model
+        verdict = V2.verify(model.state_dict(), subject.key)
+        found = answers_of(model, inputs.test, network.asking)
+        facts = {
+            "attack": how,
+            "layers": len(aimed.sites),
+            "all_layers": bool(where),
+            "keeps": KEPT,
+            "bits": verdict.bits,
+            "matches": verdict.matches,
+            "log10_p_value": verdict.log10_p_value,
+            "kept": network.asking.alike(own, found),
+            "kept_confident": _confident(network, own, found),
+            "kept_of_plain": network.asking.alike(plain, found),
+            "thief_believes": thief.likeness(model),
+            "seconds": time.monotonic() - begun,
+        }
+        _write(paths[attack], {**shared, **facts})
+
+
+def _aimed(thief: Scouted, subject: Marked, inputs: Inputs) -> Scouted:
+    """The thief who knows which layers the package takes by itself."""
+    found = survey(subject.released, part_of(inputs.thief, 0, 2))
+    chosen = choose_enough(subject.released, found, None, bits=channels.BITS)
+    sites = {site.name: thief.sites[site.name] for site in chosen if site.name in thief.sites}
+    return replace(thief, sites=sites)
+
+
+def _graft(network: Network, subject: Marked, plain: Tensor, own: Tensor) -> dict[str, Any]:
+    verdict = V2.verify(subject.released.state_dict(), subject.key)
+    return {
+        "kind": network.kind,
+        "norm": network.norm,
+        "answers": network.answers,
+        "layers": [layer.name for layer in subject.key.context.layers],
+        "bits": verdict.bits,
+        "matches": verdict.matches,
+        "felt": [float(each.felt) for each in subject.report.layers.values()],
+        "kept": network.asking.alike(plain, own),
+        "kept_confident": _confident(network, plain, own),
+        "private_error": subject.report.harm.private_error,
+        "seconds": subject.seconds,
+        "mebibytes": subject.mebibytes,
+    }
+
+
+def _confident(network: Network, before: Tensor, after: Tensor) -> float | None:
+    """The same of the answers that were sure, where answers are classes."""
+    if network.answers != "classes":
+        return None
+    sure = before.softmax(1).amax(1) > CONFIDENT
+    return same_classes(before[sure], after[sure])
+
+
+def _path(network: str, work: str) -> Path:
+    slug = f"{network}-{work}".lower().replace("/", "-")
+    return RESULTS / "real" / f"{slug}.json"
+
+
+def _write(path: Path, entry: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+    print(path.name, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("network", choices=NETWORKS)
+    running.add_argument("attacks", nargs="*", default=[*ATTACKS])
+    running.add_argument("--data", type=Path, default=Path())
+    given = parser.parse_args()
+    run(given.network, given.attacks, given.data)
