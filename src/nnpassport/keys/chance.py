@@ -9,7 +9,6 @@ import functools
 import math
 
 import numpy as np
-from scipy.special import logsumexp
 
 from nnpassport.scheme import MiscountedError, check_counts
 
@@ -56,6 +55,8 @@ def log_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
 
 @functools.lru_cache(maxsize=4_096)
 def _log_tail(matches: int, trials: int, chance: float) -> float:
+    from scipy.special import logsumexp  # noqa: PLC0415 - slow to import
+
     if matches == 0:
         return 0.0
     mode = int((trials + 1) * chance)
