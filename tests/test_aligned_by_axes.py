@@ -162,6 +162,7 @@ def in_a_process(program, words, cwd):
 RUN = "from nnpassport.cli.app import main\nmain()"
 
 
+@pytest.mark.slow
 def test_verify_with_alignment_says_the_same_where_torch_is_not_installed(house):
     words = ["verify", "turned", "--key", "alice.key", "--align", "net"]
     words += ["--claim", "alice.claim.json", "--json"]
@@ -175,6 +176,7 @@ def test_verify_with_alignment_says_the_same_where_torch_is_not_installed(house)
     assert answers[0] == answers[1]
 
 
+@pytest.mark.slow
 def test_judge_reads_and_aligns_where_torch_is_not_installed(house):
     folder, key = house
     for suspect, code in (("net", 0), ("turned", 1), ("strange", 1)):

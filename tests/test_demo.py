@@ -38,6 +38,7 @@ def told(tmp_path_factory):
     return folder, result, shown
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_the_owner_is_accepted_and_nobody_else(told):
     _, result, _ = told
@@ -50,6 +51,7 @@ def test_the_owner_is_accepted_and_nobody_else(told):
     assert result.as_expected
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_only_the_genuine_passport_works(told):
     _, result, _ = told
@@ -60,6 +62,7 @@ def test_only_the_genuine_passport_works(told):
     assert result.forged_passed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_random_bits_match_like_coin_flips(told):
     _, result, _ = told
@@ -68,6 +71,7 @@ def test_random_bits_match_like_coin_flips(told):
     assert abs(matches - bits / 2) < 4 * (bits / 4) ** 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_accuracies_of_many_passports_are_those_of_one_after_the_other(told):
     folder, result, _ = told
@@ -86,6 +90,7 @@ def test_accuracies_of_many_passports_are_those_of_one_after_the_other(told):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_leaves_the_files_it_names(told):
     folder, _, _ = told
@@ -93,6 +98,7 @@ def test_leaves_the_files_it_names(told):
     assert stat.S_IMODE((folder / KEY_FILE).stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_releases_a_plain_network_and_nothing_else(told):
     folder, result, _ = told
@@ -121,6 +127,7 @@ def secrets_of(key):
         yield "".join(map(str, bits.tolist())).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_no_file_but_the_key_holds_a_secret(told):
     folder, result, _ = told
@@ -145,6 +152,7 @@ class Page(HTMLParser):
         self.attributes += attrs
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_the_page_fetches_and_runs_nothing(told):
     folder, _, _ = told
@@ -162,6 +170,7 @@ def test_the_page_fetches_and_runs_nothing(told):
     assert {link[1:] for link in links} <= set(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_the_page_tells_what_was_found(told):
     folder, result, _ = told
@@ -175,6 +184,7 @@ def test_the_page_tells_what_was_found(told):
     assert text == html(result)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_a_failed_run_says_so(told):
     _, result, _ = told
@@ -185,6 +195,7 @@ def test_a_failed_run_says_so(told):
     assert 'class="ruling refused"' in html(failed)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_the_result_is_json(told):
     _, result, _ = told
@@ -195,6 +206,7 @@ def test_the_result_is_json(told):
     assert list(facts["seconds"]) == list(STAGES)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_shows_where_it_stands(told):
     _, _, shown = told
@@ -204,6 +216,7 @@ def test_shows_where_it_stands(told):
     assert {total for _, total, _ in shown} == {len(STAGES)}
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_never_overwrites_a_key_unasked(told, tmp_path):
     (tmp_path / KEY_FILE).write_text("precious")
@@ -220,6 +233,7 @@ def test_refuses_a_folder_that_cannot_be_written_before_it_trains(tmp_path):
     assert not shown
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 @pytest.mark.parametrize(("command", "outcome"), COMMANDS)
 def test_the_commands_to_try_next_do_what_the_page_says(told, command, outcome, monkeypatch):

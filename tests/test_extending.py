@@ -98,6 +98,7 @@ def run(tmp_path_factory, rows):
     return store, [Path(page) for page in json.loads(done.stdout)["pages"]]
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_it_finds_its_key_and_no_other(run):
     scheme, (store, _) = CATALOG["median-filter"].scheme, run
@@ -125,6 +126,7 @@ def test_clipping_clips_as_many_as_it_says():
     assert torch.equal(clipped.bias, model.bias)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_both_are_on_the_leaderboard(run):
     store, pages = run

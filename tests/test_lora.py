@@ -185,6 +185,7 @@ def refactored(tensors, change):
     return changed
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_every_bit_is_right_and_the_task_is_learnt_about_as_well(learnt):
     unmarked = adapter_on(learnt.base)
@@ -322,6 +323,7 @@ def test_a_larger_rank_that_pads_the_pair_changes_nothing(tuned):
     assert read(tuned, refactored(tensors_of(tuned), pad)).matches == tuned.key.context.bits
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_no_singular_component_holds_the_mark(learnt):
     """One passport for all channels would be one component, and dropping it the end of the bits."""
@@ -347,6 +349,7 @@ def test_a_layer_left_out_costs_its_bits_and_no_more(tuned):
     assert found.matches == found.bits - first.length
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_pruning_leaves_enough(learnt, share):
@@ -358,6 +361,7 @@ def test_pruning_leaves_enough(learnt, share):
     assert read(learnt, refactored(tensors_of(learnt), prune)).accepted
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_tuning_on_without_the_mark_leaves_enough(learnt):
     model = deepcopy(learnt.model)

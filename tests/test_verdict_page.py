@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from html import escape, unescape
 from html.parser import HTMLParser
 
+import constructed
 import pytest
 import torch
 from authority import Signer, certificate, new_key, pem
@@ -21,6 +22,7 @@ from nnpassport.attacks.obfuscation import combine
 from nnpassport.claims.claim import claim_of, sign_claim
 from nnpassport.claims.claimfile import timestamped_bytes, write_signed
 from nnpassport.cli import app as cli
+from nnpassport.data.images import Normalisation
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.models import build
@@ -93,9 +95,10 @@ def exhibit(folder, name, model, key, config, signer):
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def pages(tmp_path_factory, digits):
     """Facts and page of every case, as the commands write them."""
     folder = tmp_path_factory.mktemp("pages")
+    normalise = Normalisation((0.5,), (0.5,))
     config = ModelConfig(
         architecture="alexnet",
         arguments=ARGUMENTS,
@@ -104,7 +107,9 @@ def pages(tmp_path_factory):
         mean=(0.5,),
         std=(0.5,),
     )
-    model, key = marked(1, "Alice")
+    known = digits[0].resized(32).subset(torch.arange(320))
+    bare, key = marked(1, "Alice")
+    model = constructed.marked(V2, bare, key, known, normalise)
     other, others = marked(2, EVIL)
     signer = authority(folder)
     claim = exhibit(folder, "alice", model, key, config, signer)
@@ -119,7 +124,7 @@ def pages(tmp_path_factory):
     dated, early = ("--root", "root.pem", "--appeared", TOMORROW), ("--appeared", "2026-01-31")
     unrelated = ("--unrelated", "stranger")  # a fourth of the time of mixtures
     aligned = (*verify, "--align", "released", "--claim", claim.name, *dated)
-    data = ("--data", "digits", "--split", "test", "--target", "0.05")
+    data = ("--data", "digits", "--split", "test", "--target", "0.3")
     commands = {
         "accepted": (0, (*aligned, *data)),
         "refused": (1, verify),

@@ -274,5 +274,6 @@ def test_passports_go_into_the_network_and_not_into_its_wrapper(wrap, inside):
         survey(wrap(small()), EXAMPLE)
 
 
+@pytest.mark.slow
 def test_a_compiled_network_has_the_loss_and_the_gradients_of_the_plain_one(processes):
     assert processes.compiled == 0, processes.errors
