@@ -14,10 +14,11 @@ from nnpassport import V2
 from nnpassport.alignment.byaxes import anchor_of, verify_anchored
 from nnpassport.attacks.moves import KINDS, move
 from nnpassport.embedding.axes import axes_of
+from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.outputs import call, logits_of
 from nnpassport.embedding.schemes.channels import Limit
 from nnpassport.embedding.schemes.graft import graft_channels
-from nnpassport.scheme import BadRecipeError
+from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 MADE = {
     "ResNet": {"negate": 9, "scale": 9, "stretch": 6, "reorder": 6, "split": 6},
@@ -151,6 +152,18 @@ def test_a_network_that_nobody_marked_is_a_coin(name):
         found = read(thief, key, name)
         matches, bits = matches + found.matches, bits + found.bits
     assert abs(matches - bits / 2) < 4 * (bits / 4) ** 0.5
+
+
+def test_any_architecture_is_aligned_to_its_anchor_where_what_it_takes_is_given():
+    key, released = marked("GPT-2")
+    model, example = anchor("GPT-2")
+    thief = move(released, example, rng(1)).model.state_dict()
+    with pytest.raises(UnsuitableModelError, match="GPT2LMHeadModel"):
+        verify_aligned(thief, key, model)
+    found = verify_aligned(thief, key, model, example=example)
+    assert found.verdict.accepted
+    assert found.verdict.matches >= SHARE * key.context.bits
+    assert "13 axes" in found.verdict.reason
 
 
 def test_a_move_that_changes_what_is_computed_is_taken_back():

@@ -12,6 +12,7 @@ from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
+from nnpassport.files.config import ModelConfig
 
 IMAGES = 2
 
@@ -46,6 +47,12 @@ def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         module._buffers[own] = value
 
 
+def noise_for(config: ModelConfig) -> Tensor:
+    """What a network for images is traced on: always the same."""
+    rng = torch.Generator().manual_seed(0)
+    return torch.randn(IMAGES, *config.input_size, generator=rng)
+
+
 def axes_of_folder(folder: Path, trusted_factory: str | None = None) -> Axes:
     """The proved axes of the owner's network, as a claim can commit to them.
 
@@ -53,9 +60,7 @@ def axes_of_folder(folder: Path, trusted_factory: str | None = None) -> Axes:
         UnreadableModelError: the folder cannot be read.
     """
     loaded = load_model(folder, trusted_factory=trusted_factory)
-    rng = torch.Generator().manual_seed(0)
-    example = torch.randn(IMAGES, *loaded.config.input_size, generator=rng)
-    found = axes_of(loaded.model, example)
+    found = axes_of(loaded.model, noise_for(loaded.config))
     state = loaded.model.state_dict()
     check_table(found, {name: tuple(tensor.shape) for name, tensor in state.items()})
     return found

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nnpassport.alignment.byaxes import anchor_of, verify_anchored
 from nnpassport.alignment.channels import channels_of
 from nnpassport.alignment.null import (
     AlignedVerdict,
@@ -29,18 +30,28 @@ from nnpassport.catalog import scheme_named
 from nnpassport.claims.facts import check_config
 from nnpassport.claims.standing import Standing
 from nnpassport.data.images import Normalisation
+from nnpassport.embedding.axes import axes_of, noise_for
 from nnpassport.embedding.checkpoint import Loaded, load_model, load_suspect, own_config
-from nnpassport.embedding.network.outputs import logits_of
-from nnpassport.embedding.network.tensors import Weights, read_suspect, read_weights, tensors_digest
+from nnpassport.embedding.network.outputs import Example, logits_of
+from nnpassport.embedding.network.tensors import (
+    ArraysOf,
+    Weights,
+    as_array,
+    read_suspect,
+    read_weights,
+    tensors_digest,
+)
 from nnpassport.embedding.schemes.deepmarks import Trace, trace
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
 from nnpassport.verification import candidates
 from nnpassport.verification.anchor import ANCHOR, anchor_in, require_alignable, require_anchor
@@ -94,6 +105,7 @@ def verify_aligned(
     *,
     log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
     unrelated: Unrelated | None = None,
+    example: Example | None = None,
 ) -> AlignedVerdict:
     """V on weights that are first brought into the order of `reference`.
 
@@ -103,6 +115,9 @@ def verify_aligned(
     Aligned to the anchor, bits are coins and `unrelated` networks are not looked at. To another,
     without `unrelated` networks the null is `MIXTURES` of the suspect's own filters, drawn from the
     digest of its weights: whoever repeats it finds the same.
+
+    `example` is what the anchor takes, one or two of it, if its architecture is not one whose
+    channels are known: its axes are traced on it.
 
     Raises:
         UnsuitableModelError: the mark is not one of weights, or the two cannot be aligned.
@@ -119,6 +134,9 @@ def verify_aligned(
         return scheme.verify(tensors, key, log10_alpha=log10_alpha)
 
     ways = _ways(scheme, key, read, weights, reference, others)
+    if key.context.anchor is not None and example is not None and not _is_known(reference):
+        verdict = _over_axes(weights, key, reference, example, log10_alpha)
+        return AlignedVerdict(verdict, None)
     named = None
     try:
         named = ways.by_name()
@@ -137,6 +155,34 @@ def verify_aligned(
         raise UnsuitableModelError(f"{refused}; by shape: {error}") from None
     paid = _shaped(shaped, weights)
     return AlignedVerdict(paid, None) if named is None or paid.marked else named
+
+
+def _is_known(reference: nn.Module) -> bool:
+    try:
+        return bool(channels_of(reference))
+    except UnsuitableModelError:
+        return False
+
+
+def _over_axes(
+    weights: Mapping[str, Tensor],
+    key: Key,
+    anchor: nn.Module,
+    example: Example,
+    log10_alpha: float,
+) -> Verdict:
+    """V on the suspect aligned over the axes of the anchor, which are traced for it."""
+
+    def read(arrays: Mapping[str, Array]) -> Verdict:
+        reader = READERS[key.context.scheme]
+        return verdict_on(reader({**own, **arrays}, key), key, log10_alpha=log10_alpha)
+
+    state = {name: as_array(tensor) for name, tensor in anchor.state_dict().items()}
+    own = {name: state[name] for name in _scales(key) if name in state}
+    found = axes_of(anchor, example)
+    verdict = verify_anchored(read, dict(ArraysOf(weights)), anchor_of(found, state, key))
+    traits = f"over {len(found.axes)} axes that its trace shows, proved by reordering"
+    return verdict.paid(LOG10_BY_NAME, f"aligned by the tensors' names, {traits}")
 
 
 class _Ways(NamedTuple):
@@ -237,7 +283,7 @@ def aligned(suspect: Path, key: Key, options: Options, trial: Trial | None) -> V
     if trial is None:
         return verdict
     if network is None:
-        reason = "F was not measured: what was read stands under names that build no network"
+        reason = "F was not measured: what was aligned builds no network"
         return replace(verdict, reason=f"{verdict.reason}; {reason}")
     return with_fidelity(verdict, suspect, key, trial, options, network)
 
@@ -251,7 +297,7 @@ def with_aligned_fidelity(
     except UnsuitableModelError as error:
         return replace(verdict, reason=f"{verdict.reason}; F was not measured: {error}")
     if network is None:
-        reason = "F was not measured: what was read stands under names that build no network"
+        reason = "F was not measured: what was aligned builds no network"
         return replace(verdict, reason=f"{verdict.reason}; {reason}")
     return with_fidelity(verdict, suspect, key, trial, options, network)
 
@@ -272,6 +318,7 @@ def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         reference.model,
         log10_alpha=options.threshold,
         unrelated=given(unrelated) if unrelated else None,
+        example=noise_for(reference.config),
     )
     what = ANCHOR if anchored else "reference"
     digests = {**weights.digests, **named(what, reference.digests)}
