@@ -141,13 +141,27 @@ def test_released_scales_of_v1_give_one_passport_away_and_none_of_channels(netwo
     assert own.left(robbed(own, LOOKS["unscale"], kept=0.9)) > 0.9
 
 
+def test_released_scales_of_v1_show_the_bits_of_one_passport_and_none_of_channels(network):
+    """So there is nothing to fold away: a channel's scale has the sign of its own ⟨W, m⟩·b."""
+    for form, shown in (("derived", 128), ("channel", 64)):
+        subject = subject_of(network, V1, passports=form)
+        scales = subject.model.get_parameter("4.weight").detach()
+        said = int((scales.sign() == subject.key.layer_signs(LAYER)).sum())
+        assert abs(said - shown) < (1 if form == "derived" else 26)  # 4.5 deviations
+
+
 # What they do to filters of channels' own
 
 
 @pytest.mark.parametrize(
     "attack",
-    [lambda thief: informed.drown(thief, rng()), informed.narrow, informed.lower_rank],
-    ids=["drown", "narrow", "low-rank"],
+    [
+        lambda thief: informed.drown(thief, rng()),
+        informed.narrow,
+        lambda thief: informed.replace(thief, rng()),
+        informed.lower_rank,
+    ],
+    ids=["drown", "narrow", "replace", "low-rank"],
 )
 def test_a_layer_whose_filters_hardly_matter_keeps_no_mark(network, attack):
     """Answers of this network need a few directions of the layer: in the others nothing is safe."""
@@ -185,6 +199,7 @@ ATTACKS_OF_THIEVES = {
     **LOOKS,
     "drown": lambda thief: informed.drown(thief, rng()),
     "narrow": informed.narrow,
+    "replace": lambda thief: informed.replace(thief, rng()),
     "low-rank": informed.lower_rank,
 }
 

@@ -1,4 +1,4 @@
-"""Networks that the world trained carry a mark at next to no cost; absent ones are skipped."""
+"""Networks that the world trained carry a mark at next to no cost; skipped where absent."""
 
 from copy import deepcopy
 

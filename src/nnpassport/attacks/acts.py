@@ -274,6 +274,7 @@ ACTS: Mapping[str, Act] = {
     "drown": _informed_by_chance(informed.drown),
     "unscale": _informed_by_chance(informed.unscale),
     "narrow": _informed(informed.narrow),
+    "replace": _informed_by_chance(informed.replace),
     "low-rank": _informed(informed.lower_rank),
     "drown-and-imitate": _informed_by_chance(informed.drown_and_imitate),
     "flip-signs": _obfuscated(obfuscation.flip_signs, "share"),

@@ -38,22 +38,46 @@ _SEEN_AS_ZERO = 1e-7  # of the largest eigenvalue; less cannot be told from roun
 
 @torch.no_grad()
 def shave(thief: Scouted, *, tries: int = 200) -> Attacked:
-    """Subtract singular components one by one, those that answers feel least first.
+    """Subtract singular components one by one, those that outputs feel least first.
 
     The first three of every weight are candidates; each is taken out for good if the answers to 192
     inputs, and to those that are held out, still stand without it; `tries` of them are tried.
     """
     stop = stopwatch("W, D")
+    return Attacked(_without(thief, _quietest(thief)[:tries]), stop(thief.count))
+
+
+@torch.no_grad()
+def shave_outliers(thief: Scouted) -> Attacked:
+    """Subtract of each weight the one component that a mark of one passport would be.
+
+    Bits times one direction are a component whose left vector is nearly ±1 everywhere, and which
+    weighs more in the weight than in what the layer puts out. Of the first three the one goes that
+    looks most like it, if the answers stand without it: a third of the tries of `shave`.
+    """
+    stop = stopwatch("W, D")
+    suspects: list[tuple[float, str, Tensor]] = []
+    for name, rows in thief.rows.items():
+        sight = thief.seen[name]
+        found = [(_suspicion(each, rows, sight), name, each) for each in components(rows)]
+        suspects.append(max(found, key=lambda each: each[0]))
+    suspects.sort(key=lambda each: -each[0])
+    candidates = [(name, component) for _, name, component in suspects]
+    return Attacked(_without(thief, candidates), stop(thief.count))
+
+
+def _without(thief: Scouted, candidates: Sequence[tuple[str, Tensor]]) -> nn.Module:
+    """The network without these components, but for those that its answers need."""
     probe = part_of(thief.inputs, 0, _PROBE)
     own = answers_of(thief.model, probe, thief.asking)
     best, taken = deepcopy(thief.model), dict[str, Tensor]()
-    for name, component in _quietest(thief)[:tries]:
+    for name, component in candidates:
         without = {**taken, name: taken.get(name, thief.rows[name]) - component}
         shaved = thief.changed(without)
         alike = thief.asking.alike(own, answers_of(shaved, probe, thief.asking))
         if alike >= thief.kept and thief.likeness(shaved) >= thief.kept:
             taken, best = without, shaved
-    return Attacked(best, stop(thief.count))
+    return best
 
 
 def _quietest(thief: Scouted) -> list[tuple[str, Tensor]]:
@@ -72,31 +96,6 @@ def components(
     """The first singular components of a weight, each a matrix of rank one."""
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     return [torch.outer(left[:, i] * values[i], right[i]) for i in range(min(count, len(values)))]
-
-
-@torch.no_grad()
-def shave_outliers(thief: Scouted) -> Attacked:
-    """Subtract, in all layers at once, the components that a mark of one passport would be.
-
-    Bits times one direction are a component whose left vector is nearly ±1 everywhere, and which
-    weighs more in the weight than in what the layer puts out. They are taken in the order of how
-    much more, as many as leave the answers standing.
-    """
-    stop = stopwatch("W, D")
-    suspects: list[tuple[float, str, Tensor]] = []
-    for name, rows in thief.rows.items():
-        for component in components(rows):
-            suspects.append((_suspicion(component, rows, thief.seen[name]), name, component))
-    suspects.sort(key=lambda each: -each[0])
-
-    def without(count: float) -> Rows:
-        rows: dict[str, Tensor] = {}
-        for _, name, component in suspects[: round(count)]:
-            rows[name] = rows.get(name, thief.rows[name]) - component
-        return rows
-
-    best, _ = thief.strongest(without, 1, len(suspects))
-    return Attacked(best, stop(thief.count))
 
 
 def _suspicion(component: Tensor, rows: Tensor, sight: Sight) -> float:
@@ -219,6 +218,34 @@ def _projected(rows: Tensor, sight: Sight, lost: float) -> Tensor:
 
 
 @torch.no_grad()
+def replace(thief: Scouted, rng: torch.Generator) -> Attacked:
+    """Put noise in the place of what each weight has in the directions that inputs use the least.
+
+    What stood there goes, as in `narrow`, and noise as loud as it takes its place, in those of the
+    directions that are used the very least, as in `drown`: the mark loses what it had there, and
+    what it has elsewhere is drowned.
+    """
+    stop = stopwatch("W, D")
+    return Attacked(_replaced(thief, rng, thief.kept), stop(thief.count))
+
+
+def _replaced(thief: Scouted, rng: torch.Generator, kept: float) -> nn.Module:
+    rows_of = thief.rows
+    noise = {n: unused_noise(w, thief.seen[n], rng, tail=TAILS[0]) for n, w in rows_of.items()}
+
+    def without(lost: float) -> Rows:
+        found = {}
+        for name, rows in thief.rows.items():
+            sight = thief.seen[name]
+            left = _projected(rows, sight, lost)
+            heard = float(sight.felt(rows - left).sum() / sight.felt(rows).sum().clamp(min=1e-30))
+            found[name] = left + noise[name] * heard**0.5
+        return found
+
+    return thief.strongest(without, 1e-5, 0.5, kept=kept)[0]
+
+
+@torch.no_grad()
 def lower_rank(thief: Scouted) -> Attacked:
     """Give each weight the lowest rank, in the metric of its inputs, that leaves the answers.
 
@@ -268,12 +295,11 @@ def drown_and_imitate(
     rng: torch.Generator,
     *,
     budget: Imitation = Imitation(),  # noqa: B008 (a tuple: it cannot change)
-    tails: Sequence[float] = TAILS,
 ) -> Attacked:
     """More noise than the answers bear, and then learn the network's own answers again; in rounds.
 
-    A round counts if the answers to held-out inputs are as alike as the thief asks by the end of
-    it; else it is undone, and it was the last one.
+    The noise is that of `replace`. A round counts if the answers to held-out inputs are as alike as
+    the thief asks by the end of it; else it is undone, and it was the last one.
     """
     stop = stopwatch("W, D")
     best, passes, now = deepcopy(thief.model), 0, thief
@@ -282,7 +308,7 @@ def drown_and_imitate(
         if number:
             layers = [*thief.sites]
             now = scout(best, thief.whole, kept=thief.kept, layers=layers, asking=thief.asking)
-        student = _drowned(now, rng, max(0.0, thief.kept - budget.dared), tails)
+        student = _replaced(now, rng, max(0.0, thief.kept - budget.dared))
         _imitate(student, thief, wanted, budget, rng)
         passes += budget.epochs
         if thief.likeness(student) < thief.kept:

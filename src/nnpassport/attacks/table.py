@@ -206,13 +206,16 @@ ATTACKS: Mapping[str, Attack] = {
         "shave", "subtract singular components one by one where answers hardly feel it"
     ),
     "shave-outliers": _informed(
-        "shave-outliers", "subtract at once the components that one passport for a layer would be"
+        "shave-outliers", "subtract of each weight the component that one passport would be"
     ),
     "drown": _informed("drown", "add noise along directions that a layer's inputs hardly use"),
     "unscale": _informed(
         "unscale", "take out of each weight what its norm's scales and shifts say of it"
     ),
     "narrow": _informed("narrow", "keep of each weight the fewest directions of its inputs"),
+    "replace": _informed(
+        "replace", "put noise in the place of what each weight has where inputs hardly go"
+    ),
     "low-rank": _informed(
         "low-rank", "give each weight the lowest rank in the metric of its inputs"
     ),

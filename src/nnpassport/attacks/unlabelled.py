@@ -183,7 +183,7 @@ class Scouted:
         least: float,
         most: float,
         *,
-        tries: int = 7,
+        tries: int = 6,
         kept: float | None = None,
     ) -> tuple[nn.Module, float]:
         """What `make` does at the greatest strength that keeps the answers, and that strength.
