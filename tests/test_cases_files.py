@@ -579,3 +579,40 @@ def test_biases_alone_are_no_folded_norms(owner, tmp_path):
     state = {**stranger(), **{f"{n}.bias": torch.ones(64) for n in ("features.8",)}}
     torch.save(state, tmp_path / "other.pt")
     assert not verify(tmp_path / "other.pt", key).accepted
+
+
+# ONNX as quantisers write it
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["onnxruntime's names", "other names"])
+def test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names(named, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 4, 3))
+    key = V2.draw_key(model, torch.zeros(2, 128, 8, 8), seed=bytes(32), layers=["0"])
+    weight = model[0].weight.data
+    form, signs = V2.forms(key)["0"].flatten().float(), key.layer_signs("0").float()
+    weight += ((signs - weight.flatten(1) @ form)[:, None] * form / form.square().sum()).view(
+        weight.shape
+    )
+    scale = weight.abs().amax((1, 2, 3)) / 127
+    q = (weight / scale.view(-1, 1, 1, 1)).round().to(torch.int8)
+    base = "0.weight" if named else "onnx::w"
+    stored = {
+        f"{base}_quantized": q,
+        f"{base}_scale": scale,
+        f"{base}_zero_point": torch.zeros(128, dtype=torch.int8),
+    }
+    tensors = [numpy_helper.from_array(each.numpy(), name) for name, each in stored.items()]
+    made = f"{base}_DequantizeLinear_Output"
+    nodes = [
+        helper.make_node("DequantizeLinear", [*stored], [made], axis=0),
+        helper.make_node("Conv", ["x", made], ["y"], name="/0/Conv"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, 1, None) for name in "xy")
+    graph = helper.make_graph(nodes, "g", [x], [y], tensors)
+    onnx.save(helper.make_model(graph), tmp_path / "q.onnx")
+    found = verify(tmp_path / "q.onnx", key)
+    assert (found.accepted, found.matches) == (True, 128)

@@ -216,7 +216,11 @@ def in_classes(folder: Path) -> Source:
 
 
 def _seen(path: Path) -> bool:
-    return not path.name.startswith(".") and path.name not in {"Thumbs.db", "desktop.ini"}
+    return not path.name.startswith(".") and path.name not in {
+        "Thumbs.db",
+        "desktop.ini",
+        "__MACOSX",
+    }
 
 
 def classes_of(labels: Iterator[Any], name: str) -> tuple[str, ...]:

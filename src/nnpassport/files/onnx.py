@@ -79,6 +79,7 @@ class _Node(NamedTuple):
     name: str
     kind: str
     transposed: bool
+    axis: int
     scopes: list[str]
     constant: memoryview | None
     inner: "list[_Graph]"
@@ -128,7 +129,7 @@ def read_onnx(path: Path, limit: int) -> OnnxWeights:
             "`torch.onnx.export` or `onnx.save` writes it; copy it again"
         ) from error
     digests |= {name: hashlib.sha256(content).hexdigest() for name, content in beside.items()}
-    tensors |= _dequantised(tensors)
+    tensors |= _dequantised(nodes, tensors)
     tensors |= _by_module(nodes, tensors)
     tensors |= _biases(nodes, tensors)
     weights = {node.inputs[1] for node in nodes if node.kind in _LAYERS and len(node.inputs) > 1}
@@ -327,6 +328,7 @@ def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
         name=_text(_only(found["name"], memoryview(b""))),
         kind=kind,
         transposed=bool(_number(attributes.get("transB", {"integer": []})["integer"])),
+        axis=_axis(attributes.get("axis")),
         scopes=re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", "")),
         constant=None if constant is None else _only(constant["tensor"], None),
         inner=[
@@ -335,6 +337,12 @@ def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
             for graph in (*attribute["graph"], *attribute["graphs"])
         ],
     )
+
+
+def _axis(attribute: Mapping[str, list[Any]] | None) -> int:
+    """Of a node's scales; 1 if it does not say, and counted from the end below zero."""
+    found = 1 if attribute is None else _number(attribute["integer"])
+    return found - 2**64 if found >= 2**63 else found
 
 
 # Tensors
@@ -517,24 +525,55 @@ def _as_stored(node: _Node, weight: Array) -> Array:
     return np.ascontiguousarray(weight.T) if product and weight.ndim == 2 else weight
 
 
-def _dequantised(tensors: Mapping[str, Array]) -> dict[str, Array]:
-    """Weights w = (q − zero point) · scale, which onnxruntime's quantiser has renamed."""
-    found = {}
+def _dequantised(nodes: Sequence[_Node], tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """Weights w = (q − zero point) · scale: what nodes make of them, and what a name says.
+
+    Those that onnxruntime's quantiser has renamed have their own names again. The axis that the
+    scales are along is the node's; without a node it is the only one that has as many places.
+    """
+    found, axes = {}, {}
+    used = {node.inputs[1] for node in nodes if node.kind in _LAYERS and len(node.inputs) > 1}
+    left = 2 * sum(each.size for each in tensors.values())  # many nodes may name one tensor
+    for node in nodes:
+        if node.kind != "DequantizeLinear" or not 2 <= len(node.inputs) <= 3 or not node.outputs:
+            continue
+        numbers, scale = (tensors.get(name) for name in node.inputs[:2])
+        zero = tensors.get(node.inputs[2]) if len(node.inputs) == 3 else None
+        if numbers is None or scale is None or (zero is None and len(node.inputs) == 3):
+            continue
+        axes[node.inputs[0]], left = node.axis, left - numbers.size
+        if left < 0 or node.outputs[0] not in used or node.inputs[0].endswith(_QUANTISED):
+            continue
+        if (weight := _scaled(numbers, scale, zero, node.axis)) is not None:
+            found[node.outputs[0]] = weight
     for stored, numbers in tensors.items():
         name = stored.removesuffix(_QUANTISED)
         scale, zero = tensors.get(f"{name}_scale"), tensors.get(f"{name}_zero_point")
         if name == stored or scale is None or zero is None:
             continue
-        # One number for the whole tensor, or one for each along the only axis that has so many.
-        axes = [axis for axis, size in enumerate(numbers.shape) if size == scale.size]
-        if zero.shape != scale.shape or (scale.size > 1 and len(axes) != 1):
+        axis = axes.get(stored, _only_axis(numbers, scale))
+        if axis is None or (weight := _scaled(numbers, scale, zero, axis)) is None:
             continue
-        shape = [1] * numbers.ndim
-        if scale.size > 1:
-            shape[axes[0]] = -1
-        wide = (each.astype(np.float32) for each in (numbers, zero, scale))
-        values, zeros, scales = wide
-        weight = (values - zeros.reshape(shape)) * scales.reshape(shape)
         turned = name.endswith(_TURNED) and weight.ndim == 2
         found[name.removesuffix(_TURNED)] = np.ascontiguousarray(weight.T) if turned else weight
     return {name: weight for name, weight in found.items() if name not in tensors}
+
+
+def _only_axis(numbers: Array, scale: Array) -> int | None:
+    axes = [axis for axis, size in enumerate(numbers.shape) if size == scale.size]
+    return axes[0] if len(axes) == 1 else 0 if scale.size == 1 else None
+
+
+def _scaled(numbers: Array, scale: Array, zero: Array | None, axis: int) -> Array | None:
+    """(q − zero) · scale: one for all, one for each place of the axis; None if they do not fit."""
+    if not -numbers.ndim <= axis < numbers.ndim or (zero is not None and zero.shape != scale.shape):
+        return None
+    shape = [1] * numbers.ndim
+    if scale.size > 1:
+        shape[axis] = -1
+        if scale.size != numbers.shape[axis] or scale.ndim != 1:
+            return None
+    wide = numbers.astype(np.float32)
+    if zero is not None:
+        wide -= zero.astype(np.float32).reshape(shape)
+    return wide * scale.astype(np.float32).reshape(shape)
