@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -402,9 +403,23 @@ def test_over_a_table_of_axes_orders_are_independent_and_add_up():
     assert outcome(drawn(1), drawn(0)) is Outcome.NONE
 
 
-def test_a_table_of_another_network_is_refused():
+def test_a_table_of_another_network_is_refused_if_it_was_named_and_else_left_out():
+    other = network(drawn(0, (64, 30, 10)), "b", AXES)
     with pytest.raises(UnreadableModelError):
-        compare(network(drawn(0), "a"), network(drawn(0, (64, 30, 10)), "b", AXES))
+        compare(network(drawn(0), "a"), other._replace(named=True))
+    assert "left out" in compare(network(drawn(0), "a"), other).order.reason
+
+
+def test_no_table_that_a_suspect_brings_along_hides_a_copy():
+    """One without axes, one whose axes are none, one of another network, and one with his own."""
+    copy, owner = shaken(drawn(0), 0.3), network(drawn(0), "b")
+    rigid = Axes((), {}, {}, {}, {})
+    classes = Axis(CLASSES, "permute", (), (Place("4.bias", 0),))
+    pixels = Axis(INPUTS, "permute", (), (Place("0.weight", 1),))
+    for axes in (rigid, replace(AXES, axes=(classes,)), replace(AXES, axes=(pixels,)), AXES):
+        found = compare(network(copy, "a", axes), owner)
+        assert found.related, found.reasons
+        assert compare(network(drawn(1), "a", axes), owner).outcome is not Outcome.RELATED
 
 
 def test_a_table_is_of_no_use_where_the_names_are_others():
@@ -510,6 +525,11 @@ def test_figures_of_a_difference_are_those_of_what_was_done():
         for axis, where in ((None, "the tensor"), (1, "each row")):
             found = difference(rounded(w, bits, axis), w)
             assert found.detail == f"{bits} bits, one grid for {where}"
+
+
+def test_small_numbers_beside_zeros_are_not_called_the_same_in_another_kind():
+    """In 8 bits all of them would be zero."""
+    assert difference(1e-6 * matrix(0), np.zeros((60, 80))).kind != "cast"
 
 
 def test_norms_that_are_all_near_one_are_not_alike_for_that():
@@ -623,6 +643,10 @@ def test_a_table_beside_the_network_or_named_is_used(folder, call):
     assert open_network(beside).axes == AXES
     facts = json.loads(call("compare", "tuned.safetensors", "owner", "--json")[1])
     assert facts["order"]["how"] == "axes"
+    (beside / "axes.json").write_bytes(b"no table")
+    code, out, _ = call("compare", "tuned.safetensors", "owner", "--json")
+    assert code == 0
+    assert "its axes were left out" in json.loads(out)["order"]["reason"]
 
 
 def test_the_page_says_what_the_json_says(folder, call):

@@ -25,8 +25,8 @@ from nnpassport.files.arrays import Array, Described, is_floating
 
 Matrix = NDArray[np.float64]
 Tensors = Mapping[str, Array]
-MOST_PAIRS = 24
-"""Tensors of one size that are matched, at most; of more as many are drawn by lot."""
+MOST_PAIRS, MOST_SIZES = 24, 64
+"""Tensors of one size that are matched, and sizes, at most; of more as many are drawn by lot."""
 
 _SKETCH = 4096
 _MOST_OF_A_SHAPE = 512
@@ -184,7 +184,7 @@ def agreements(
 ) -> list[Agreement]:
     """The order of rows of each size that is inside; sizes without rows to compare are left out."""
     found = []
-    for size in sizes:
+    for size in sorted(sizes[index] for index in rng.permutation(len(sizes))[:MOST_SIZES]):
         usable = [
             pair
             for pair in pairs

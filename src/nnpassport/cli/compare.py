@@ -28,8 +28,8 @@ def compare(
     axes: Annotated[
         Path | None,
         typer.Option(
-            help="Table of A's axes, from `claim axes` (default: axes.json in either folder; "
-            "without one, shapes tell)."
+            help="Table of A's axes, from `claim axes` (default: axes.json in B's folder, or in "
+            "A's; without one, shapes tell)."
         ),
     ] = None,
     card: Annotated[

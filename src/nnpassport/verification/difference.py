@@ -101,6 +101,8 @@ def _in_few_numbers(mine: Matrix, theirs: Matrix) -> tuple[str, str] | None:
 
 def _cast(mine: Matrix, theirs: Matrix) -> str | None:
     few = slice(0, _MOST_SIDE)
+    if min(float(np.ptp(mine)), float(np.ptp(theirs))) == 0:  # of nothing but zeros, say
+        return None
     for name in _KINDS_OF_NUMBER:
         for fine, coarse in ((mine, theirs), (theirs, mine)):
             parts = ((e.reshape(-1)[few] for e in (fine, coarse)), (fine, coarse))

@@ -11,40 +11,76 @@ from nnpassport.alignment.inside import Pair, agreements, described, pairs_of, s
 from nnpassport.alignment.order import Order, counted_axes, log10_fixed_points, order_of
 from nnpassport.alignment.table import check_table
 from nnpassport.files.arrays import Array, is_floating
-from nnpassport.verification.lineage import InOrder, Network
+from nnpassport.scheme import UnreadableModelError
+from nnpassport.verification.lineage import LOG10_ALPHA, InOrder, Network
 
 Matrix = NDArray[np.float64]
 
 
 def table_of(a: Network, b: Network) -> tuple[Axes | None, str | None]:
-    """The table of either network, if the other has tensors of its names; and why not."""
-    for one, other in ((a, b), (b, a)):
+    """The table that the two are compared over, if there is one; and what was left out, and why.
+
+    One that was named comes first, then that beside `b`. A table that lies beside a network and is
+    not of it is left out: whoever hands the network in may have put it there.
+
+    Raises:
+        UnreadableModelError: a table that was named is of another network.
+    """
+    notes = [f"{each.name}: {each.note}" for each in (a, b) if each.note is not None]
+    for one, other in sorted(((b, a), (a, b)), key=lambda pair: not pair[0].named):
         if one.axes is None:
             continue
         shapes = {name: tuple(each.shape) for name, each in described(one.tensors).items()}
-        check_table(one.axes, shapes)
+        try:
+            check_table(one.axes, shapes)
+        except UnreadableModelError as error:
+            if one.named:
+                raise
+            notes.append(f"the table beside {one.name} is left out: {error}")
+            continue
         theirs = described(other.tensors)
-        named = {place.tensor for axis in one.axes.axes for place in axis.places}
-        same = [n for n in named if n in theirs and tuple(theirs[n].shape) == shapes[n]]
-        if 2 * len(same) >= len(named):
-            return one.axes, None
-        return None, (
+        places = {place.tensor for axis in one.axes.axes for place in axis.places}
+        same = [n for n in places if n in theirs and tuple(theirs[n].shape) == shapes[n]]
+        if places and 2 * len(same) >= len(places):
+            return one.axes, "; ".join(notes) or None
+        notes.append(
             f"the axes of {one.name} are known, but {other.name} has {len(same)} of the "
-            f"{len(named)} tensors that they are in, so bare shapes were looked at"
+            f"{len(places)} tensors that they are in, so bare shapes were looked at"
         )
-    return None, None
+    return None, "; ".join(notes) or None
 
 
 def in_order(
     a: Network, b: Network, axes: Axes | None, pairs: list[Pair] | None, rng: np.random.Generator
 ) -> InOrder:
-    """The order test, by a table of axes if there is one, else by shapes."""
-    if axes is not None:
-        return _by_table(a, b, axes, rng)
-    return _by_shapes(a, b, pairs_of(a.tensors, b.tensors, rng) if pairs is None else pairs, rng)
+    """The order test by shapes; where there is a table of axes, over that too.
+
+    Whoever wrote a table may have left out what would show a copy, so shapes are asked where it
+    shows none. Both readings are paid for then: p is doubled.
+    """
+    known = pairs_of(a.tensors, b.tensors, rng) if pairs is None else pairs
+    if axes is None:
+        return _by_shapes(a, b, known, rng)
+    table = _of_two(by_table(a, b, axes, rng))
+    if table.log10_p is not None and table.log10_p <= LOG10_ALPHA:
+        return table
+    bare = _of_two(_by_shapes(a, b, known, rng))
+    if bare.log10_p is not None and (bare.log10_p <= LOG10_ALPHA or table.log10_p is None):
+        return bare._replace(reason=f"over the table of axes, {table.reason}; {bare.reason}")
+    return table
 
 
-def _by_table(a: Network, b: Network, axes: Axes, rng: np.random.Generator) -> InOrder:
+def _of_two(found: InOrder) -> InOrder:
+    twice = None if found.log10_p is None else min(0.0, found.log10_p + math.log10(2))
+    return found._replace(log10_p=twice)
+
+
+def by_table(a: Network, b: Network, axes: Axes, rng: np.random.Generator) -> InOrder:
+    """The order test over a table of axes, of which no tensor serves two.
+
+    Raises:
+        IndexError: the table is of another network.
+    """
     orders = list[Order]()
     for number, places in counted_axes(axes, _usable(a, b)):
         axis = axes.axes[number]

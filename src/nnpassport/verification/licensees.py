@@ -28,7 +28,7 @@ from nnpassport.keys.key import Key
 from nnpassport.keys.order import derive_order
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import OwnershipError, UnsuitableModelError, Verdict
-from nnpassport.verification.inorder import in_order
+from nnpassport.verification.inorder import by_table
 from nnpassport.verification.lineage import Network, open_network
 
 MOST_LICENSEES = 10_000
@@ -179,7 +179,7 @@ def trace_arrays(
     found = []
     for name in names:
         undone = restored_order(original.axes, fitting, original.orders(key, name))
-        read = in_order(Network(name, undone, {}), ours, original.axes, None, rng)
+        read = by_table(Network(name, undone, {}), ours, original.axes, rng)
         if read.log10_p is None:
             raise UnsuitableModelError(
                 "the suspect has no tensor of the original's names and shapes, so no order can be "

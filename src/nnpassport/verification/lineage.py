@@ -11,7 +11,9 @@ from nnpassport.alignment.inside import described
 from nnpassport.alignment.order import Order
 from nnpassport.alignment.table import AXES_FILE, read_table
 from nnpassport.files.arrays import Array, is_floating
+from nnpassport.files.disk import refuse_leaving
 from nnpassport.files.weights import read_lazily, read_suspect
+from nnpassport.scheme import UnreadableModelError
 from nnpassport.verification.difference import Difference
 
 LOG10_ALPHA = -6.0
@@ -35,13 +37,17 @@ class Network(NamedTuple):
         name: how it is called in what is said.
         tensors: by name; those of a large file are read one at a time.
         digests: SHA-256 (hex) of its files.
-        axes: the table beside it, if there is one.
+        axes: the table that was named for it, or lies beside it.
+        named: whether the table was named; one that lies there may be anybody's.
+        note: why a table that lies there was left out.
     """
 
     name: str
     tensors: Mapping[str, Array]
     digests: Mapping[str, str]
     axes: Axes | None = None
+    named: bool = False
+    note: str | None = None
 
     @property
     def numbers(self) -> int:
@@ -216,7 +222,7 @@ def open_network(path: Path, axes: Path | None = None) -> Network:
     """A network from anybody, and the table of axes that is named or lies beside it.
 
     Raises:
-        UnreadableModelError: it, or the table, cannot be read.
+        UnreadableModelError: it, or a table that is named, cannot be read.
     """
     shards = read_lazily(path)
     if shards is None:
@@ -224,7 +230,13 @@ def open_network(path: Path, axes: Path | None = None) -> Network:
         tensors, digests, _ = read_suspect(path)
     else:
         tensors, digests = shards, shards.digests()
-    beside = path / AXES_FILE if path.is_dir() else None
-    if axes is None and beside is not None and beside.is_file():
-        axes = beside
-    return Network(str(path), tensors, digests, None if axes is None else read_table(axes))
+    if axes is not None:
+        return Network(str(path), tensors, digests, read_table(axes), named=True)
+    beside = path / AXES_FILE
+    if not path.is_dir() or not beside.is_file():
+        return Network(str(path), tensors, digests)
+    try:
+        refuse_leaving(path, beside)
+        return Network(str(path), tensors, digests, read_table(beside))
+    except UnreadableModelError as error:
+        return Network(str(path), tensors, digests, note=f"its axes were left out: {error}")
