@@ -455,6 +455,8 @@ def _root(
     pass
 
 
+_NAMES = {"torch": "PyTorch", "PIL": "Pillow", "sklearn": "scikit-learn"}
+
 # ClickException: click's own under older typers, typer's copy of it under newer ones.
 _BadUsage: type[Exception] = typer.BadParameter.__mro__[2]
 
@@ -475,13 +477,13 @@ def main() -> None:
         errors.print("interrupted; an interrupted run continues with --resume")
         sys.exit(130)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "torch":
+        missing = (error.name or "").partition(".")[0]
+        if missing == __package__.partition(".")[0]:
             traceback.print_exc()
             sys.exit(2)
-        errors.print(
-            "error: this needs PyTorch, which is not installed; needed: pip install torch."
-        )
-        errors.print("Without it marks in weights are verified, and claims and keys are shown.")
+        errors.print(f"error: this needs {_NAMES.get(missing, missing)}, which is not installed.")
+        errors.print('needed: pip install "nnpassport[torch]". Without it marks in weights are')
+        errors.print("verified, and claims and keys are shown.")
         sys.exit(2)
     except Exception:  # an error of ours must not look like a refusal
         traceback.print_exc()
