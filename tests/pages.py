@@ -1,6 +1,6 @@
 """Every kind of page that the commands write, made as users make them, in a folder.
 
-    python tests/pages.py FOLDER
+python tests/pages.py FOLDER
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def _authority() -> Iterator[str]:
     """A timestamp authority on this machine; its root is in tsa.pem."""
     root_key, key = new_key(), new_key()
     root = certificate("A Root", root_key, ca=True)
-    signer = Signer(Path("tsa"), key, certificate("An Authority", key, (root, root_key)))
+    signer = Signer(Path("tsa").resolve(), key, certificate("An Authority", key, (root, root_key)))
     Path("tsa.pem").write_bytes(pem(root))
     os.environ["NO_PROXY"] = "127.0.0.1"
     with Website() as server:

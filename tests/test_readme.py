@@ -94,7 +94,8 @@ torch.manual_seed(int(os.environ.get("NNPASSPORT_TEST_SHIFT", "0")))
 model = nn.Sequential()
 for name, inputs, outputs in (("layer1", 1, 32), ("layer2", 32, 128)):
     model.add_module(name, nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
+        nn.MaxPool2d(2),
     ))
 model.add_module("head", nn.Sequential(nn.Flatten(), nn.Linear(128 * 2 * 2, 10)))
 optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)

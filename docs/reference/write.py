@@ -1,6 +1,6 @@
 """The reference of commands, out of the commands themselves.
 
-    python docs/reference/write.py FILE
+python docs/reference/write.py FILE
 """
 
 import inspect
@@ -64,7 +64,7 @@ def section(name, function):
     lines = [f"## {name}", "", inspect.cleandoc(function.__doc__ or ""), ""]
     lines += ["```text", " ".join(["nnpassport", name, *needed, "…"]), "```", ""]
     if words:
-        lines += ["| | | default |", "| --- | --- | --- |"]
+        lines += ["| Word | What it is | Default |", "| --- | --- | --- |"]
         lines += [f"| {_head(each)} | {_escaped(each.said)} | {_default(each)} |" for each in words]
         lines.append("")
     return lines
