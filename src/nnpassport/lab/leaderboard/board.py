@@ -427,7 +427,7 @@ def _explain(axes: "Axes", top: float) -> None:
         left = (-1.75, 1.05, 3.55)[place]
         axes.add_patch(Rectangle((left, top), 0.2, 0.16, color=_COLOURS[tone], lw=0))
         axes.text(left + 0.27, top + 0.085, meaning, va="center", fontsize=8)
-    said = "Numbers under attacks: evidence that is left, −log₁₀ p. Empty: not run; –: does not apply."
+    said = "Numbers under attacks: what evidence is left, −log₁₀ p. Empty: not run."
     axes.text(-1.75, top + 0.36, said, va="center", fontsize=8, color=_MUTED)
 
 
