@@ -48,11 +48,12 @@ if SHIFT:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow tests run when they are asked for: -m slow."""
+    """Slow tests, and those in a browser, run when they are asked for: -m slow, -m browser."""
     if not config.option.markexpr:
         for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow; run with -m slow"))
+            for name in ("slow", "browser"):
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"{name}; run with -m {name}"))
 
 
 MOST_STEPS = 80

@@ -587,7 +587,7 @@ def test_biases_alone_are_no_folded_norms(owner, tmp_path):
 @pytest.mark.parametrize("named", [True, False], ids=["onnxruntime's names", "other names"])
 def test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names(named, tmp_path):
     onnx = pytest.importorskip("onnx")
-    from onnx import helper, numpy_helper  # noqa: PLC0415
+    from onnx import helper, numpy_helper
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.ReLU(), nn.Conv2d(128, 4, 3))

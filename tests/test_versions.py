@@ -10,7 +10,10 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-TOOLS = {"mypy", "ruff"}  # they look at the code and do not run it; `make lint` has the newest
+TOOLS = {  # they look at the code, or build what is around it: always the newest
+    *("mypy", "ruff", "build", "twine", "check-jsonschema", "sphinx", "myst-parser", "furo"),
+    *("nbclient", "nbformat", "ipykernel"),
+}
 
 
 def bounds(requirements):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
     from nnpassport.verification.verdicts import Trial, verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LORA",
     "V1",

@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,11 +70,18 @@ from nnpassport.cli.options import (
     sets_from,
 )
 from nnpassport.cli.terminal import (
+    complain,
+    complaints,
     errors,
+    heeded,
+    measured,
+    print_doors,
+    print_error,
     print_metrics,
     print_table,
     print_verdict,
     progress_bar,
+    tell,
 )
 from nnpassport.embedding.train.processes import world
 from nnpassport.scheme import OwnershipError
@@ -85,7 +92,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 accepted or done, 1 refused, 2 could not be checked; judge, compare: 3 "
     "undecided. "
     "Start with: nnpassport demo",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 key_app = typer.Typer(help="Draw and inspect secret keys.", no_args_is_help=True)
@@ -502,11 +509,22 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Results and errors only; goes with every command.")
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Also versions, time, memory, tracebacks; the same."),
+    ] = False,
 ) -> None:
-    pass
+    if quiet or verbose:
+        tell(quiet=quiet, verbose=verbose)
+    if context.invoked_subcommand is None:
+        print_doors()
 
 
 # ClickException: click's own under older typers, typer's copy of it under newer ones.
@@ -515,32 +533,48 @@ _BadUsage: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """Run the command line and exit; anything unexpected is "could not be checked", never "no"."""
+    words = heeded(sys.argv[1:])
     try:
-        code = app(standalone_mode=False)
+        with measured():
+            code = app(words, standalone_mode=False)
     except OwnershipError as error:
         if _first_to_say(type(error).__name__):
-            errors.print("error:", style="red", end=" ")
-            errors.print(f"{type(error).__name__}: {error}", soft_wrap=True)
+            print_error(error)
         sys.exit(2)
     except _BadUsage as error:
-        error.show()  # type: ignore[attr-defined]
+        _complain_of_usage(error)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted; an interrupted run continues with --resume")
+        complaints.print("interrupted; an interrupted run continues with --resume")
         sys.exit(130)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "torch":
+        missing = (error.name or "").partition(".")[0]
+        if missing == __package__.partition(".")[0]:
             traceback.print_exc()
-            sys.exit(2)
-        errors.print(
-            "error: this needs PyTorch, which is not installed; needed: pip install torch."
-        )
-        errors.print("Without it marks in weights are verified, and claims and keys are shown.")
+        else:
+            _complain_of_missing(missing, error)
         sys.exit(2)
-    except Exception:  # an error of ours must not look like a refusal
+    except Exception as error:  # an error of ours must not look like a refusal
         traceback.print_exc()
+        why = "this is a fault of the program and says nothing about the network"
+        complain(f"{type(error).__name__}", why, "report it, with the lines above", error)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain_of_usage(error: Any) -> None:
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "nnpassport"
+    why = "the command was not understood, and nothing was done"
+    complain(error.format_message(), why, f"{path} --help", error)
+
+
+def _complain_of_missing(name: str, error: ModuleNotFoundError) -> None:
+    what = f"this needs {_NAMES.get(name, name)}, which is not installed"
+    why = "without it marks in weights are verified, and claims and keys are shown"
+    complain(what, why, 'pip install "nnpassport[torch]"', error)
+
+
+_NAMES = {"torch": "PyTorch", "PIL": "Pillow", "sklearn": "scikit-learn"}
 
 
 def _first_to_say(what: str) -> bool:

@@ -1,6 +1,14 @@
-"""What a person sees: bars on stderr, tables and verdicts on stdout."""
+"""What a person sees: bars and remarks on stderr, tables and verdicts on stdout.
 
+`--quiet` leaves results and errors; `--verbose` adds versions, time, memory and tracebacks.
+"""
+
+import inspect
 import json
+import platform
+import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +27,114 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from nnpassport import __version__
 from nnpassport.embedding.train.processes import leads
-from nnpassport.scheme import Verdict, spelled
+from nnpassport.scheme import OwnershipError, Verdict, spelled
 
 # No markup: a path or a name may be [/b].
 errors = Console(stderr=True, highlight=False, markup=False)
+"""Bars and remarks; silent with --quiet."""
+
+complaints = Console(stderr=True, highlight=False, markup=False)
+"""Why something could not be done; never silent."""
+
+DOORS = (
+    (
+        "You own a network: mark it, publish it, claim it.",
+        "nnpassport layers FOLDER",
+        "what in it can carry a mark",
+    ),
+    (
+        "You are accused of a copy: see what is held against you.",
+        "nnpassport verify YOURS --key THEIRS",
+        "is their mark in it?",
+    ),
+    (
+        "You judge: check a key, a claim, a dispute.",
+        "nnpassport judge SUSPECT EXHIBITS",
+        "whose network is it?",
+    ),
+    (
+        "You research marks and attacks.",
+        "nnpassport schemes",
+        "all schemes; `nnpassport attacks`: all attacks",
+    ),
+)
+"""Who comes here, the next command for each, and what it tells."""
+
+_QUIET, _VERBOSE = "--quiet", "--verbose"
+_talkative = False
+
+
+def heeded(words: Sequence[str]) -> list[str]:
+    """The words of a command line without --quiet and --verbose, which are heeded anywhere."""
+    end = words.index("--") if "--" in words else len(words)
+    said = set(words[:end]) & {_QUIET, _VERBOSE}
+    tell(quiet=_QUIET in said, verbose=_VERBOSE in said)
+    return [word for place, word in enumerate(words) if word not in said or place >= end]
+
+
+def tell(*, quiet: bool, verbose: bool) -> None:
+    """How much is said on stderr from here on; both together are tracebacks without remarks."""
+    global _talkative
+    errors.quiet, _talkative = quiet, verbose
+
+
+@contextmanager
+def measured() -> Iterator[None]:
+    """With --verbose: versions before, and time and memory after what is done here."""
+    if not _talkative:
+        yield
+        return
+    system = f"Python {platform.python_version()}, {platform.platform(terse=True)}"
+    complaints.print(f"nnpassport {__version__}, {system}", soft_wrap=True)
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        torch = sys.modules.get("torch")
+        loaded = "" if torch is None else f", torch {torch.__version__}"
+        complaints.print(f"{time.perf_counter() - start:.1f} s{_memory()}{loaded}")
+
+
+def _memory() -> str:
+    try:
+        import resource
+    except ImportError:
+        return ""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f", {most / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB at most"
+
+
+def print_doors() -> None:
+    """Who the program is for, and the next command for each."""
+    out = Console(highlight=False, markup=False)
+    out.print(f"nnpassport {__version__}: prove that a neural network is yours.\n")
+    for who, command, tells in DOORS:
+        out.print(who, style="bold")
+        out.print(f"    {command}   # {tells}")
+    out.print("\nNew here?   nnpassport demo   # the whole story, a minute or two")
+    out.print("All commands: nnpassport --help; of each: nnpassport COMMAND --help")
+
+
+def print_error(error: OwnershipError) -> None:
+    """What could not be done, why, and what would work: a line each."""
+    what, needed, would_work = str(error).partition("; needed: ")
+    if not needed:
+        what, parted, would_work = str(error).rpartition("; ")
+        if not parted:
+            what, would_work = would_work, "nnpassport COMMAND --help says what it needs"
+    why = (inspect.getdoc(type(error)) or "").splitlines()[0].rstrip(".")
+    complain(what, f"{why} ({type(error).__name__})", would_work, error)
+
+
+def complain(what: str, why: str, would_work: str, error: BaseException) -> None:
+    """Three lines on stderr; with --verbose the traceback before them."""
+    if _talkative:
+        traceback.print_exception(error)
+    for word, text in (("error:", what), ("why:  ", why), ("try:  ", would_work)):
+        complaints.print(word, style="red" if word == "error:" else "bold", end=" ")
+        complaints.print(spelled(text.replace("\n", " ")), soft_wrap=True)
 
 
 @contextmanager
@@ -139,5 +250,6 @@ def after_all(write: Callable[[], object], what: str) -> None:
     try:
         write()
     except Exception as error:
-        errors.print(f"error: {what} was not written; what is printed stands, and so does the exit")
-        errors.print(f"code. {type(error).__name__}: {spelled(str(error)[:1_000])}", soft_wrap=True)
+        reason = f"{type(error).__name__}: {str(error)[:1_000]}"
+        would_work = "what is printed stands, and so does the exit code; write to another place"
+        complain(f"{what} was not written", reason, would_work, error)

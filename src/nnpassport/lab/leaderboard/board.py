@@ -35,6 +35,7 @@ _LEGEND = {
     "bad": "hidden in a network that works; somebody else is accepted",
 }
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _INK, _MUTED = "#1b1f24", "#596068"
 
 
@@ -251,6 +252,11 @@ _AMBIGUITIES = (
     "*Published* is the rule of the scheme's own paper and the accuracy with the key presented; "
     "*exact* is a derived key's p-value at the same α."
 )
+_ORDER = (
+    "In order of how many attacks removed the mark, then of the accuracy lost; where fewer were "
+    "run, less is known. *Forged* and *strangers* count what the rule of the scheme's own paper "
+    "accepts."
+)
 
 
 def _story(plan: Plan, board: Board) -> list[str]:
@@ -270,10 +276,9 @@ def _story(plan: Plan, board: Board) -> list[str]:
         "",
         _found(board),
         "",
-        "In order of how many attacks removed the mark, then of the accuracy lost; where fewer "
-        "were run, less is known, and least where no informed thief was:",
+        _ORDER,
         "",
-        *_ranking(board),
+        *_table(RANKED, [[place, f"**{mark}**", *rest] for place, mark, *rest in ranking(board)]),
     ]
 
 
@@ -304,40 +309,40 @@ def _found(board: Board) -> str:
     )
 
 
-def _ranking(board: Board) -> list[str]:
-    """The sentence a reader is after, from the cells alone."""
+RANKED = (
+    *("Place", "Mark", "Removed by", "By informed thieves", "Lost, points", "Step, × plain"),
+    *("Forged by", "Strangers"),
+)
+"""Heads of the ranking; forgeries and strangers are by the rule of the scheme's own paper."""
+
+
+def ranking(board: Board) -> list[list[str]]:
+    """The marks, best first: how many attacks removed it, what it costs, who else is accepted."""
     attacked = [line for line in board.lines if line.tried]
     best = sorted(attacked, key=lambda line: (len(line.broken_by), line.lost or 0.0))
-    said = []
-    for line in best:
-        ways = {n: each for n, each in line.ambiguities.items() if each is not None}
-        forged = [name for name, each in ways.items() if each.published]
-        by = f"forged by {_listed(forged)} of {_counted(len(ways), 'way')} that were run"
-        cost = "" if line.cost is None else f", a step costs {line.cost[1]:.2f} × a plain one"
-        lost = "" if line.lost is None else f", {_points(line.lost)} points lost"
-        said.append(
-            f"1. **{line.label}**: removed by {_weakly(line)}; {_by_thieves(line)}{lost}{cost}; "
-            f"under its paper's rule {by if ways else 'no forgery was run'}, strangers accepted: "
-            f"{strangers_box(line, exact=False).text}."
-        )
-    return said
+    return [[str(place), *_ranked(line)] for place, line in enumerate(best, 1)]
 
 
-def _weakly(line: Standing) -> str:
-    """What attackers did who do not know where a mark must lie."""
+def _ranked(line: Standing) -> list[str]:
+    ways = {n: each for n, each in line.ambiguities.items() if each is not None}
+    forged = [name for name, each in ways.items() if each.published]
+    by = f": {', '.join(forged)}" if forged else ""
     weak = line.against(informed=False)
     won = [name for name in line.broken_by if name in weak]
-    return f"{len(won)} of {line.tried} attacks that were run (of {len(weak)})"
+    return [
+        line.label,
+        f"{len(won)} of {line.tried} run, of {len(weak)}",
+        _by_thieves(line),
+        NOTHING if line.lost is None else _points(line.lost),
+        NOT_RUN if line.cost is None else f"{line.cost[1]:.2f}",
+        f"{len(forged)} of {_counted(len(ways), 'way')}{by}" if ways else NOT_RUN,
+        strangers_box(line, exact=False).text,
+    ]
 
 
 def _by_thieves(line: Standing) -> str:
     found, box = line.against(informed=True), thieves_box(line)
-    run = any(each is not None for each in found.values())
-    return f"by {box.text} informed thieves" if run else "no informed thief was run"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
+    return box.text if any(each is not None for each in found.values()) else NOT_RUN
 
 
 def _counted(number: int, what: str) -> str:
@@ -362,7 +367,9 @@ def html(plan: Plan, board: Board) -> str:
         "accepted": True,
         "rows": [],
         "story": [_plain(text) for text in (*_story(plan, board)[:1], _found(board))],
-        "ranking": [text.removeprefix("1. ").replace("**", "") for text in _ranking(board)],
+        "order": _plain(_ORDER),
+        "ranked": RANKED,
+        "ranking": ranking(board),
         "board": rows(board),
         "worth": WORTH,
         "removals": board.removals,
@@ -380,16 +387,20 @@ def _plain(text: str) -> str:
 
 
 def picture(board: Board) -> bytes:
-    """The board as SVG: a line for each mark, a box for each attack."""
+    """The board as SVG, as wide as a page's column: a line for each mark, a box for each attack."""
     from matplotlib.figure import Figure  # noqa: PLC0415 (slow to import)
 
     heads = [*WORTH[1:3], *board.removals, *CLAIMED]
     lines = [
-        (line.label, [*boxes[1:3], *lost, *forged]) for line, boxes, lost, forged in rows(board)
+        (line.label, [_brief(box) for box in (*boxes[1:3], *lost, *forged)])
+        for line, boxes, lost, forged in rows(board)
     ]
+    wide, high = _LABELS + _LEANING + _COLUMN * len(heads), 2.3 + _LINE * len(lines)
     with styled("leaderboard"):
-        figure = Figure(figsize=(4.0 + 0.78 * len(heads), 2.6 + 0.34 * len(lines)))
+        figure = Figure(figsize=(wide, high))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        axes.set(xlim=(-_LABELS, wide - _LABELS), ylim=(high - 1.55, -1.55))
+        axes.axis("off")
         _draw(axes, heads, lines)
         file = io.BytesIO()
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
@@ -397,34 +408,54 @@ def picture(board: Board) -> bytes:
     return file.getvalue()
 
 
+_LABELS, _LEANING, _COLUMN, _LINE = 1.85, 0.45, 0.345, 0.255  # inches; so is all that is drawn
+_BRIEF = {NOT_RUN: "", "impossible": NOTHING, "with accuracy": "*"}
+
+
+def _brief(box: Box) -> Box:
+    """The box in five letters: of a p-value its exponent, of a count its numbers."""
+    text = _BRIEF.get(box.text, box.text)
+    if text.startswith("lost"):
+        return box._replace(text="lost")
+    exponent = text.removeprefix("10").translate(_LOWERED) if text.startswith("10⁻") else text
+    return box._replace(text=exponent.removeprefix("-").replace(" of ", "/"))
+
+
 def _draw(axes: "Axes", heads: Sequence[str], lines: Sequence[tuple[str, Sequence[Box]]]) -> None:
     from matplotlib.patches import Rectangle  # noqa: PLC0415
 
-    left, top, high = 3.1, 6.2, len(lines)
-    # Heads lean to the right: the last one needs room of its own.
-    axes.set(xlim=(0, left + len(heads) + 2), ylim=(high + 1.4, -top))
-    axes.axis("off")
-    for place, (tone, meaning) in enumerate(_LEGEND.items()):
-        axes.add_patch(
-            Rectangle((left + 6 * place, high + 0.45), 0.5, 0.6, color=_COLOURS[tone], lw=0)
-        )
-        axes.text(left + 6 * place + 0.62, high + 0.75, meaning, va="center", fontsize=8.5)
     for place, head in enumerate(heads):
-        axes.text(left + place + 0.5, -0.2, head, rotation=60, fontsize=8.5, color=_MUTED)
+        left = (place + 0.45) * _COLUMN
+        axes.text(left, -0.06, head, rotation=55, fontsize=8, color=_MUTED)
     for row, (label, boxes) in enumerate(lines):
-        axes.text(left - 0.12, row + 0.5, label, ha="right", va="center", fontsize=9)
+        top, middle = row * _LINE, (row + 0.5) * _LINE
+        axes.text(-0.07, middle, label, ha="right", va="center", fontsize=8)
         for place, box in enumerate(boxes):
-            corner = (left + place + 0.03, row + 0.04)
-            axes.add_patch(Rectangle(corner, 0.94, 0.92, color=_COLOURS[box.tone], lw=0))
+            corner = (place * _COLUMN + 0.01, top + 0.01)
+            size = (_COLUMN - 0.02, _LINE - 0.02)
+            axes.add_patch(Rectangle(corner, *size, color=_COLOURS[box.tone], lw=0))
             axes.text(
-                left + place + 0.5,
-                row + 0.5,
+                (place + 0.5) * _COLUMN,
+                middle,
                 box.text,
                 ha="center",
                 va="center",
-                fontsize=6.8,
+                fontsize=7.5,
                 color=_INK if box.tone else _MUTED,
             )
+    _explain(axes, len(lines) * _LINE + 0.16)
+
+
+def _explain(axes: "Axes", top: float) -> None:
+    """What the colours and the numbers stand for, below the lines."""
+    from matplotlib.patches import Rectangle  # noqa: PLC0415
+
+    for place, (tone, meaning) in enumerate(_LEGEND.items()):
+        left = (-1.75, 1.05, 3.55)[place]
+        axes.add_patch(Rectangle((left, top), 0.2, 0.16, color=_COLOURS[tone], lw=0))
+        axes.text(left + 0.27, top + 0.085, meaning, va="center", fontsize=8)
+    said = "Numbers under attacks: what evidence is left, −log₁₀ p. Empty: not run."
+    axes.text(-1.75, top + 0.36, said, va="center", fontsize=8, color=_MUTED)
 
 
 def render(plan: Plan, store: Store, out: Path) -> list[str]:

@@ -1,0 +1,92 @@
+"""Files that earlier versions wrote: each format stays readable, and gives what it gave."""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import nnpassport
+from nnpassport.alignment.table import read_table
+from nnpassport.claims.claim import check_claim
+from nnpassport.claims.claimfile import read_signed
+from nnpassport.claims.signing import load_public_key
+from nnpassport.claims.timestamp import load_roots
+from nnpassport.files.config import read_config
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.append(str(GOLDEN))
+
+from make import given  # noqa: E402 - found by the line above
+
+INDEX = json.loads((GOLDEN / "index.json").read_text(encoding="utf-8"))
+KEYS = sorted(name for name in INDEX if name.endswith(".key") and "/" not in name)
+CLAIMS = sorted(name for name in INDEX if name.startswith("claim") and name.endswith(".json"))
+
+
+def opened(name):
+    return nnpassport.load_key(GOLDEN / name, passphrase="golden" if "locked" in name else None)
+
+
+def test_no_golden_file_is_missing_or_was_changed():
+    there = {
+        path.relative_to(GOLDEN).as_posix()
+        for path in GOLDEN.rglob("*")
+        if path.is_file() and path.name not in {"index.json", "make.py"} and path.suffix != ".pyc"
+    }
+    assert there == set(INDEX), "tests/golden/make.py writes what is missing into the index"
+    for name, told in INDEX.items():
+        assert hashlib.sha256((GOLDEN / name).read_bytes()).hexdigest() == told["sha256"], name
+        assert re.fullmatch(r"20\d\d-\d\d-\d\d", told["written"])
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_every_key_opens_and_derives_the_same(name):
+    told = given(GOLDEN / name)
+    assert told == {each: INDEX[name][each] for each in ("fingerprint", "derived")}
+    assert opened(name).context.owner == "Zoë"
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_every_claim_holds(name):
+    roots = load_roots(GOLDEN / "claim-v1-root.pem") if "stamped" in name else None
+    owner = load_public_key(GOLDEN / "claim-v1-owner.pub.pem")
+    finding = check_claim(read_signed(GOLDEN / name), owner, roots=roots)
+    assert finding.holds
+    key = opened("key-v1-network.key" if "of-network" in name else "key-v1.key")
+    assert finding.claim.fingerprint == key.fingerprint
+
+
+def test_a_network_folder_is_read_and_verified():
+    config = read_config(GOLDEN / "network-v1")
+    assert (config.architecture, config.input_size) == ("alexnet", (1, 32, 32))
+    verdict = nnpassport.verify(GOLDEN / "network-v1", opened("key-v1-network.key"))
+    assert (verdict.matches, verdict.bits, verdict.accepted) == (112, 112, True)
+    assert not nnpassport.verify(
+        GOLDEN / "network-v1" / "model.safetensors", opened("key-v1-network.key")
+    ).corrections
+
+
+def test_a_mark_of_channels_is_read():
+    verdict = nnpassport.verify(
+        GOLDEN / "suspect-v1-channels.safetensors", opened("key-v1-channels.key")
+    )
+    assert (verdict.matches, verdict.bits) == (64, 64)
+
+
+def test_a_table_of_axes_is_read():
+    assert read_table(GOLDEN / "axes-v1.json")
+
+
+def test_an_exhibit_is_heard(call):
+    code, out, _ = call("judge", GOLDEN / "network-v1", GOLDEN / "exhibit-v1")
+    assert (code, out.splitlines()[0]) == (0, "OWNER: exhibit-v1")
+
+
+def test_the_table_of_formats_names_every_golden_file():
+    page = (Path(__file__).parent.parent / "docs" / "formats.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w./-]+-v\d[\w./-]*)`", page))
+    tops = {name.partition("/")[0] + ("/" if "/" in name else "") for name in INDEX}
+    assert named == tops
