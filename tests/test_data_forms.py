@@ -601,4 +601,4 @@ def test_the_command_takes_data_from_code_of_one_s_own(tmp_path, call, monkeypat
     assert "6 images in 3 classes" in err
     code, _, err = call(*given, "--data", "factory:mydata:nothing")
     assert code == 2
-    assert "needed: package.module:function" in " ".join(err.split())
+    assert "try: package.module:function" in " ".join(err.split())
