@@ -72,7 +72,7 @@ def marked(name):
     """Its key, and the network with the mark, whatever that costs it: nothing here is accurate."""
     network, (model, example) = zoo.ZOO[name], anchor(name)
     seen, _ = network.batch(64, 1)
-    layers = list(network.layers)[name == "CREPE" :]  # the first has kernels of 8,192 numbers
+    layers = list(network.layers)
     key = V2.draw_key(model, example, seed=bytes(32), layers=layers, seen=seen)
     owned = deepcopy(model)
     V2.insert(owned, key, example)
