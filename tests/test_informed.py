@@ -120,7 +120,8 @@ def robbed(subject, attack, **given):
 def test_one_passport_for_a_layer_is_found_and_taken_out(whole, name):
     before = whole.accuracy(whole.model)
     assert whole.log10_p(whole.model) < -35
-    model = robbed(whole, LOOKS[name])
+    # To take the mark out heals what it did, which changes up to a twentieth of the answers.
+    model = robbed(whole, LOOKS[name], kept=0.9)
     assert whole.log10_p(model) > LOG10_ALPHA_COMMITTED
     assert whole.accuracy(model) > before - LOST
 

@@ -82,7 +82,7 @@ def asking_for(model: nn.Module, example: Example) -> Asking:
 
 def same_classes(before: Tensor, after: Tensor) -> float:
     """Share of the rows whose largest number stayed where it was."""
-    return float((before.argmax(1) == after.argmax(1)).float().mean())
+    return float((before.argmax(1) == after.argmax(1)).double().mean())
 
 
 def cosine(before: Tensor, after: Tensor) -> float:
