@@ -22,7 +22,7 @@ from fractions import Fraction
 import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file
 
 TYPE = b"application/vnd.nnpassport.claim.v1+json"
 
@@ -85,6 +85,44 @@ def read_signs(weight: np.ndarray, layer: dict, seed: bytes, context: bytes) -> 
     return np.sign((weight.reshape(len(weight), -1).astype(np.float64) * patches).sum(1))
 
 
+def spelled(tensors: dict) -> bytes:
+    """Tensors of 16-bit integers as a fingerprint has them."""
+    parts = []
+    for name, array in sorted(tensors.items()):
+        require(array.dtype == np.int16, "tensors that were chosen, not derived: no p-value")
+        shape = ",".join(map(str, array.shape)).encode()
+        parts += [name.encode(), b"int16", shape, array.astype("<i2").tobytes()]
+    return prefixed(*parts)
+
+
+def read_channels(
+    suspect: dict, layer: dict, seed: bytes, context: bytes, metric: np.ndarray | None
+) -> np.ndarray:
+    """The sign of γ_norm,o · ⟨W_o, m_o⟩ for each channel o that carries a bit."""
+    form, name = layer["channels"], layer["name"]
+    weight = suspect[f"{name}.weight"]
+    rows = weight.reshape(len(weight), -1).astype(np.float64)
+    root, z = stream(seed, context, b"channels", name, 32).tobytes(), np.empty(rows.shape)
+    for o in range(len(rows)):
+        drawn = hashlib.shake_256(root + o.to_bytes(8, "big")).digest(2 * rows.shape[1] + 64)
+        numbers = np.frombuffer(drawn, np.int8)
+        z[o] = numbers[numbers != -128][: rows.shape[1]]
+    digest = ""
+    if metric is not None:
+        digest = hashlib.sha256(spelled({"metric": metric})).hexdigest()
+        strengths, directions = metric[:, 0].astype(float), metric[:, 1:].astype(float)
+        along = np.rint(z @ directions.T * (strengths * 2.0**-15))
+        z = z + (along @ directions) * 2.0**-23
+    require(digest == form["metric"], f"another metric of {name} than the context's")
+    scale = suspect.get(f"{form['norm']}.weight", np.ones(len(rows)))
+    require(scale.shape == (len(rows),), f"a norm of another width behind {name}", 2)
+    carriers = np.ones(len(rows), bool)
+    if form["carriers"] is not None:
+        bitmap = np.frombuffer(bytes.fromhex(form["carriers"]), np.uint8)
+        carriers = np.unpackbits(bitmap)[: len(rows)].astype(bool)
+    return (np.sign((rows * z).sum(1)) * np.sign(scale.astype(np.float64)))[carriers]
+
+
 def opened_claim(file: dict, pem: bytes) -> dict:
     """What the owner signed, once the signature has been checked."""
     envelope, owner = file["envelope"], serialization.load_pem_public_key(pem)
@@ -105,7 +143,7 @@ def opened_claim(file: dict, pem: bytes) -> dict:
     return claim
 
 
-def matches(suspect: dict, secret: dict) -> tuple[int, int]:
+def matches(suspect: dict, secret: dict, tensors: dict) -> tuple[int, int]:
     """How many bits the weights read as the disclosed seed says, and how many there are."""
     seed, context = bytes.fromhex(secret["seed"]), secret["context"].encode()
     read, bits, layers = [], [], parsed(context)["layers"]
@@ -115,9 +153,14 @@ def matches(suspect: dict, secret: dict) -> tuple[int, int]:
         require("bits" not in layer, "bits that a projection reads", 2)
         weight = suspect.get(f"{layer['name']}.weight", np.empty(0))
         require(list(weight.shape) == layer["weight"], f"no {layer['name']} of this shape", 2)
-        read.append(read_signs(weight, layer, seed, context))
-        drawn = stream(seed, context, b"signs", layer["name"], len(weight) // 8 + 1)
-        bits.append(np.unpackbits(drawn)[: len(weight)])
+        if "channels" in layer:
+            metric = tensors.get(f"metrics/{layer['name']}")
+            read.append(read_channels(suspect, layer, seed, context, metric))
+        else:
+            read.append(read_signs(weight, layer, seed, context))
+        count = len(read[-1])
+        drawn = stream(seed, context, b"signs", layer["name"], count // 8 + 1)
+        bits.append(np.unpackbits(drawn)[:count])
     signs, text = np.concatenate(bits), (secret["text"] or "").encode()
     signs[: 8 * len(text)] ^= np.unpackbits(np.frombuffer(text, np.uint8))
     return int((np.concatenate(read) == signs * 2.0 - 1).sum()), len(signs)
@@ -129,15 +172,19 @@ def main(claim_path: str, owner_path: str, key_path: str, suspect_path: str) -> 
     claim = opened_claim(file, pathlib.Path(owner_path).read_bytes())
     secret = parsed(pathlib.Path(key_path).read_bytes())["secret"]
     require(isinstance(secret, dict), "a key that is under a passphrase", 2)
-    require(secret["tensors"] is None, "tensors that were chosen, not derived: no p-value")
+    given = base64.b64decode(secret["tensors"]) if secret["tensors"] else None
+    tensors = {} if given is None else load(given)
+    named = {f"metrics/{e['name']}" for e in parsed(secret["context"].encode())["layers"]}
+    require(set(tensors) <= named, "tensors that were chosen, not derived: no p-value")
     require(secret["context"] == claim["context"], "the key is for another context")
     text = (secret["text"] or "").encode()
     parts = [bytes.fromhex(secret["seed"]), secret["context"].encode()]
     parts += [b"text", text] if text else [b"no text"]
-    fingerprint = hashlib.sha256(prefixed(b"nnpassport/key/v1", *parts)).hexdigest()
+    said = prefixed(b"nnpassport/key/v1", *parts) + spelled(tensors)
+    fingerprint = hashlib.sha256(said).hexdigest()
     require(fingerprint == claim["fingerprint"], "the key has another fingerprint")
     print(f"key: the one committed to, {fingerprint}")
-    k, n = matches(load_file(suspect_path), secret)
+    k, n = matches(load_file(suspect_path), secret, tensors)
     p = Fraction(sum(math.comb(n, i) for i in range(k, n + 1)), 2**n)
     p = min(Fraction(1), p * 96 ** (len(text) + 1)) if text else p  # of all texts that could be
     print(f"bits: {k} of {n} match")

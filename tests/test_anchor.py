@@ -380,6 +380,9 @@ def test_a_key_is_claimed_once_it_is_bound(call, from_scratch, tmp_path):
     assert "subtract the mark" in " ".join(said.split())
     code, _, said = call(*words, *given, "--public", folder / ANCHOR)
     assert code == 2
+    for name, found in (("drawn", "none yet"), ("bound", bound.context.anchor)):
+        _, out, _ = call("key", "show", tmp_path / f"{name}.key", "--json")
+        assert json.loads(out)["anchor"] == found
 
 
 def test_nothing_publishes_an_anchor(call, from_scratch, tmp_path):
@@ -397,5 +400,7 @@ def test_nothing_publishes_an_anchor(call, from_scratch, tmp_path):
         code, _, said = call("package", source, *claim)
         assert code == 2
         assert "secret" in said
+    assert call("export", folder / ANCHOR, "--onnx", tmp_path / "a.onnx")[0] == 2
+    assert not (tmp_path / "a.onnx").exists()
     code, _, said = call("release", folder / ANCHOR, *words[:2], "-o", tmp_path / "released")
     assert code == 2

@@ -10,6 +10,7 @@ from constructed import reader, small_alexnet
 from torch import nn
 
 from nnpassport.alignment.null import Unrelated
+from nnpassport.attacks.ambiguity import flip_gamma
 from nnpassport.attacks.obfuscation import combine, flip_signs, permute, rescale
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.measured import verify_aligned
@@ -423,3 +424,14 @@ def test_another_anchor_draws_every_bit_anew(grafted):
     with pytest.raises(UnreadableKeyError, match="64 lower-case hex digits"):
         replace(owned.context, anchor="F" * 64)
     assert Context.decode(owned.context.encode()) == owned.context
+
+
+def test_an_insider_makes_passports_of_whole_layers_of_it_that_have_no_p_value(grafted):
+    _, owned, released = grafted
+    forged = flip_gamma(released, owned, torch.Generator().manual_seed(1), share=0.1)
+    found = V2.verify(forged.model.state_dict(), forged.key)
+    assert found.matches == found.bits == sum(each.weight[0] for each in owned.context.layers)
+    assert found.log10_p_value is None
+    assert forged.key.metrics is None
+    assert forged.key.context.anchor is None
+    assert forged.key.seed != owned.seed

@@ -195,18 +195,20 @@ def test_the_walkthrough_s_commands_do_what_they_say(folder, authority, call, mo
         }
         code, out, err = call(*words[1:], *extra.get(words[1], []))
         # 160 images teach nothing, so F may fail; bits must be read all the same. The key is
-        # another in every run, and so short a training may leave a bit or two of it wrong.
+        # another in every run, and so short a training may leave a bit or two of it wrong, and
+        # channels dead, which carry none.
         expected = {0, 1} if words[1] == "verify" and "--data" in words else {0}
         if words[1:3] == ["verify", "stolen/"] and "--align" not in words:
             expected = {1}
         assert code in expected, err
         printed[words[1]] = out
         if words[1] == "verify" and "stolen/" not in words:
-            assert int(re.search(r"(\d+) of 224", out)[1]) > 200
+            matches, bits = map(int, re.search(r"(\d+) of (2\d\d) ", out).groups())
+            assert matches > 0.9 * bits
     assert "ACCEPTED" in printed["verify"]
     assert printed["judge"].startswith("OWNER: alice-exhibit")
     for page in ("verdict.html", "ruling.html"):
-        found = re.search(r"\d+ of 224", printed["verify"])[0]  # of the stolen network, aligned
+        found = re.search(r"\d+ of 2\d\d", printed["verify"])[0]  # of the stolen network, aligned
         assert found in re.sub(r"\s+", " ", (folder / page).read_text())
     assert "published verification" in printed["attack"]
     assert (folder / "forged.key").exists()

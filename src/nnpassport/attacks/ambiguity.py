@@ -261,7 +261,7 @@ def _as_forger(key: Key, rng: torch.Generator) -> Key:
 
     The seed above all must not come along: a forged key is written to files and shown around.
     """
-    context = replace(key.context, owner="forger", nonce=draw_seed(rng)[:16])
+    context = replace(key.context.by_layer(), owner="forger", nonce=draw_seed(rng)[:16])
     return Key(seed=draw_seed(rng), context=context)
 
 

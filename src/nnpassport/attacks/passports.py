@@ -109,11 +109,14 @@ def forged(template: Key, passports: Mapping[str, Tensor], weights: Mapping[str,
 
     So V of the paper finds every bit, and only F can tell that the passports are forged.
     """
-    layers = tuple(layer for layer in template.context.layers if layer.name in passports)
-    context = replace(template.context, layers=layers)
+    whole = template.context.by_layer()
+    layers = tuple(layer for layer in whole.layers if layer.name in passports)
+    context = replace(whole, layers=layers)
     blank = {layer.name: torch.ones(layer.length) for layer in layers}
     tensors = {name: passport.detach().float() for name, passport in passports.items()}
-    key = replace(template, context=context, text=None, passports=tensors, signs=blank)
+    key = replace(
+        template, context=context, text=None, passports=tensors, signs=blank, metrics=None
+    )
     read = {name: gamma.sign() for name, (gamma, _) in affine_of(key, weights).items()}
     # A γ of exactly zero reads as no bit at all; a forger would call it a one.
     return replace(key, signs={n: torch.where(s == 0, 1.0, s).float() for n, s in read.items()})

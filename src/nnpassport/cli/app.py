@@ -186,6 +186,7 @@ def key_new(
         log10_binomial_tail,
     )
     from nnpassport.keys.keyfile import save_key
+    from nnpassport.verification.anchor import needs_anchor
 
     if signing is not None:
         from nnpassport.claims.signing import bound_name, load_public_key
@@ -223,6 +224,8 @@ def key_new(
             f"{bits} bits reach 10^{weakest:.1f} at best, and "
             f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
         )
+    if needs_anchor(drawn):
+        errors.print("`embed` binds it to the network before the mark; claim it after that.")
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
 
 
@@ -247,6 +250,8 @@ def key_show(
     passphrase: Passphrase = False,
 ) -> None:
     """Print what is not secret about a key: its scheme, owner, layers and fingerprint."""
+    from nnpassport.verification.anchor import needs_anchor
+
     key = key_from(path, passphrase)
     layers = [f"{layer.name} {list(layer.weight)}" for layer in key.context.layers]
     facts = {
@@ -254,13 +259,15 @@ def key_show(
         "owner": key.context.owner,
         "bits": key.context.bits,
         "derived": key.derived,
+        "anchor": key.context.anchor or ("none yet" if needs_anchor(key) else None),
         "fingerprint": key.fingerprint,
         "layers": layers,
     }
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in facts.items()]
+    there = {name: each for name, each in facts.items() if each is not None}
+    rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in there.items()]
     print_table(("", ""), rows)
 
 

@@ -24,8 +24,11 @@ def export(
 
     from nnpassport.embedding.checkpoint import load_model
     from nnpassport.embedding.publish.onnx import export_onnx
+    from nnpassport.verification.anchor import ANCHOR
 
     loaded = load_model(source, trusted_factory=factory)
+    if ANCHOR in loaded.config.notes:
+        raise typer.BadParameter(f"{source} is {loaded.config.notes[ANCHOR]}")
     done = export_onnx(loaded.model, torch.zeros(2, *loaded.config.input_size), onnx)
     if as_json:
         files = [str(path) for path in done.files]

@@ -7,7 +7,7 @@ import base64
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, final
 
 import numpy as np
@@ -154,6 +154,15 @@ class Context:
                 return layer
         names = ", ".join(layer.name for layer in self.layers[:20]) or "none"
         raise UnreadableKeyError(f"the key has no layer {name!r:.80}; its layers are: {names}")
+
+    def by_layer(self) -> Self:
+        """The same layers with one passport for each, as in the paper, and no anchor.
+
+        What a forger makes of it: he solves for passports of whole layers. One has the shape of a
+        filter then, which a layer can be applied to.
+        """
+        layers = tuple(layer._replace(channels=None) for layer in self.layers)
+        return replace(self, layers=layers, anchor=None)
 
     def encode(self) -> bytes:
         """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""

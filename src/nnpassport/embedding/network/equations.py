@@ -168,7 +168,9 @@ def collapsed_affine(
     """
     groups = patch.shape[1]
     if groups == len(weight) > 1:  # a patch for each channel
-        gamma, beta = (patch * weight.flatten(1)).sum(2)
+        rows = weight.flatten(1)
+        # One after the other: both at once write what they read, three times over.
+        gamma, beta = (patch[0] * rows).sum(1), (patch[1] * rows).sum(1)
     elif groups == 1:
         # In this order γ and β come out contiguous, which batch norm's fast path asks for.
         gamma, beta = patch[:, 0] @ weight.flatten(1).T
