@@ -616,3 +616,89 @@ def test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names(na
     onnx.save(helper.make_model(graph), tmp_path / "q.onnx")
     found = verify(tmp_path / "q.onnx", key)
     assert (found.accepted, found.matches) == (True, 128)
+
+
+# Shards, and folders of them
+
+
+def shards_of(state, suffix):
+    """Two halves by file name, and the index that has both."""
+    names = sorted(state)
+    parts = names[: len(names) // 2], names[len(names) // 2 :]
+    files = [f"model-0000{n}-of-00002{suffix}" for n in (1, 2)]
+    content = {
+        file: {name: state[name].contiguous() for name in part}
+        for file, part in zip(files, parts, strict=True)
+    }
+    return content, {name: file for file, part in content.items() for name in part}
+
+
+def with_shards(folder, content, homes):
+    folder.mkdir()
+    suffix = ".safetensors" if next(iter(content)).endswith(".safetensors") else ".bin"
+    for file, part in content.items():
+        (save_file if suffix == ".safetensors" else torch.save)(part, folder / file)
+    index = "model.safetensors" if suffix == ".safetensors" else "pytorch_model.bin"
+    (folder / f"{index}.index.json").write_text(json.dumps({"weight_map": homes}))
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_15_shards_are_read_by_the_index_as_loaders_do(owner, suffix, tmp_path):
+    model, key = owner
+    content, homes = shards_of(state_of(model), suffix)
+    one, two = content
+    other, bits = f"model-overlay{suffix}", key.context.layers[0].name + ".weight"
+    home = homes[bits]
+    worthless = torch.zeros_like(content[home][bits])
+    cases = {
+        "as it was": (content, homes, None),
+        "an overlay": (
+            {
+                **content,
+                home: {**content[home], bits: worthless},
+                other: {bits: content[home][bits]},
+            },
+            {**homes, bits: other},
+            f"has it in {other}",
+        ),
+        "one more": ({**content, two: {**content[two], "mtp": worthless}}, homes, "has it nowhere"),
+        "one less": (content, {**homes, "lm_head.weight": one}, f"is not in {one}"),
+    }
+    for name, (files, index, said) in cases.items():
+        folder = with_shards(tmp_path / name, files, index)
+        found = verify(folder, key)
+        assert (found.accepted, found.matches) == (True, found.bits), name
+        assert said is None or said in found.reason
+    (tmp_path / "as it was" / two).unlink()
+    with pytest.raises(UnreadableModelError, match="No such file"):
+        verify(tmp_path / "as it was", key)
+
+
+def test_15_one_s_own_shards_agree_with_their_index(owner, tmp_path):
+    content, homes = shards_of(state_of(owner[0]), ".bin")
+    folder = with_shards(tmp_path / "own", content, homes)
+    assert read_arrays(folder).arrays.keys() == state_of(owner[0]).keys()
+    folder = with_shards(tmp_path / "more", content, {**homes, "x.weight": next(iter(content))})
+    with pytest.raises(UnreadableModelError, match=r"'x.weight' is not in"):
+        read_arrays(folder)
+    evil = with_shards(tmp_path / "evil", content, {**homes, "x.weight": "../own/x.bin"})
+    with pytest.raises(UnreadableModelError, match="is not the name of a"):
+        verify(evil, owner[1])
+
+
+def test_28_folders_of_distributed_trainings_are_read_or_named(owner, tmp_path):
+    model, key = owner
+    deep, shared = tmp_path / "global_step10", tmp_path / "dcp"
+    deep.mkdir()
+    said = {"module": state_of(model), "ds_config": {}, "global_steps": 10, "optimizer": None}
+    torch.save(said, deep / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": {}}, deep / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    assert verify(deep, key).accepted
+    shared.mkdir()
+    (shared / ".metadata").write_bytes(b"x")
+    (shared / "__0_0.distcp").write_bytes(b"x")
+    with pytest.raises(
+        UnreadableModelError, match=r"checkpoint of torch\.distributed.*dcp_to_torch"
+    ):
+        verify(shared, key)

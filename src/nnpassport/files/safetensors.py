@@ -168,9 +168,10 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
     """The tensors of a `.safetensors` file, or of all the shards that an index names.
 
     Only headers are read. `limit` is on the bytes of all files together. An index is as the hub has
-    it: which shard, a file beside it, each tensor is in. Tensors and index have to agree in full.
-    What the format allows and no layer can be is left out: one such tensor that nobody reads costs
-    a thief four bytes.
+    it: which shard, a file beside it, each tensor is in, and it decides: loaders take a tensor from
+    the shard that it names and from no other. What the two disagree on is left out, with what they
+    say, and so is what the format allows and no layer can be: one such tensor that nobody reads
+    costs a thief four bytes.
 
     Raises:
         UnreadableModelError: missing, corrupt, hostile, or too large.
@@ -181,7 +182,7 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
         own, unfit = _places(source)
         return Shards(own, (source,), unfit)
     index = _source(path)
-    homes = _homes(path)
+    homes = homes_of(path, SUFFIX)
     sources = {name: _beside(path, name) for name in dict.fromkeys(homes.values())}
     _check_total(list(sources.values()), limit, path)
     places: dict[str, Place] = {}
@@ -189,14 +190,22 @@ def open_shards(path: Path, *, limit: int = MAX_SHARDED_BYTES) -> Shards:
     for shard, source in sources.items():
         found, others = _places(source)
         for name in (*found, *others):
-            if (home := homes.get(name)) != shard:
-                where = "nowhere" if home is None else f"in {home}"
-                raise _bad_index(path, f"{shard} holds {name[:100]!r}, which it has {where}")
-        places |= found
-        left_out |= others
-    if lost := [name for name in homes if name not in places and name not in left_out]:
-        raise _bad_index(path, f"{lost[0][:100]!r} is not in {homes[lost[0]]}")
+            if homes.get(name) != shard:
+                left_out[f"{shard}: {name}"] = disagreement(path, name, shard, homes.get(name))
+        places |= {name: each for name, each in found.items() if homes.get(name) == shard}
+        left_out |= {name: why for name, why in others.items() if homes.get(name) == shard}
+    for name, shard in homes.items():
+        if name not in places and name not in left_out:
+            left_out[name] = f"{name[:100]!r} is not in {shard}, where {path.name} has it"
+    if not places:
+        raise _bad_index(path, next(iter(left_out.values())))
     return Shards(places, (index, *sources.values()), left_out)
+
+
+def disagreement(index: Path, name: str, shard: str, home: str | None) -> str:
+    """What is said of a tensor that a shard holds and the index does not have in it."""
+    where = "nowhere" if home is None else f"in {home}"
+    return f"{name[:100]!r} is in {shard}, and {index.name} has it {where}"
 
 
 def is_index(path: Path) -> bool:
@@ -266,8 +275,12 @@ def _check_total(sources: list[Source], limit: int, path: Path) -> None:
         )
 
 
-def _homes(path: Path) -> dict[str, str]:
-    """Which file, beside the index, each tensor is in."""
+def homes_of(path: Path, suffix: str) -> dict[str, str]:
+    """Which file, beside the index, each tensor is in; its name ends in `suffix`.
+
+    Raises:
+        UnreadableModelError: it is no index, or names something else.
+    """
     data = read_once(path, MAX_INDEX_BYTES)
     try:
         document = _parsed(data)
@@ -275,17 +288,17 @@ def _homes(path: Path) -> dict[str, str]:
         if not isinstance(homes, dict) or not 1 <= len(homes) <= _MOST_TENSORS:
             raise ValueError(f"weight_map is not an object of 1 to {_MOST_TENSORS} names")
         for home in homes.values():
-            if not _is_beside(home):
-                raise ValueError(f"{home!r:.100} is not the name of a {SUFFIX} file in its folder")
+            if not _is_beside(home, suffix):
+                raise ValueError(f"{home!r:.100} is not the name of a {suffix} file in its folder")
     except (ValueError, RecursionError) as error:
         raise _bad_index(path, brief(error)) from error
     return homes
 
 
-def _is_beside(name: Any) -> bool:
+def _is_beside(name: Any, suffix: str) -> bool:
     return (
         is_text(name)
-        and name.endswith(SUFFIX)
+        and name.endswith(suffix)
         and not any(letter in name for letter in "/\\:")
         and name == Path(name).name
     )

@@ -22,15 +22,22 @@ from nnpassport.files.pickles.torchfile import read_all_torch, read_torch
 from nnpassport.files.quantised import is_quantised, restored
 from nnpassport.files.safetensors import (
     INDEX_FILE,
+    MAX_INDEX_BYTES,
     SUFFIX,
     Shards,
+    disagreement,
+    homes_of,
     is_index,
     open_shards,
 )
 from nnpassport.scheme import UnreadableModelError
 
 WEIGHTS_FILE = "model.safetensors"
+BIN = ".bin"
+BIN_INDEX_SUFFIX = ".bin.index.json"
+BIN_INDEX_FILE = f"pytorch_model{BIN_INDEX_SUFFIX}"
 MAX_PICKLE_BYTES = 4 * 2**30
+_DEEPSPEED = "_model_states.pt"
 _ENDS = (SUFFIX, ONNX, NPZ, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
@@ -53,16 +60,17 @@ def read_arrays(path: Path) -> Arrays:
     """The tensors of a `.safetensors` or `.onnx` file, a torch checkpoint, or a folder with one.
 
     In a folder: `model.safetensors`, else the shards of `model.safetensors.index.json`, else
-    `pytorch_model.bin`, else an adapter of peft's, else the only `*.pt`. Of an adapter, B has the
-    sign of its scale (`adapter.with_signed_scale`). A checkpoint is a state dict, alone or under
-    "state_dict" or "model". No code in it is run. What an ONNX file has under which names,
-    `read_onnx` says.
+    `pytorch_model.bin` or the shards of its index, else an adapter of peft's, else the only `*.pt`.
+    Of an adapter, B has the sign of its scale (`adapter.with_signed_scale`). A checkpoint is a
+    state dict, alone or under "state_dict" or "model". No code in it is run. What an ONNX file has
+    under which names, `read_onnx` says.
 
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
     """
     path = _weights_file(path)
-    if not is_index(path) and kind_of(path) is Kind.TORCH:
+    indexed = is_index(path) or path.name.lower().endswith(BIN_INDEX_SUFFIX)
+    if not indexed and kind_of(path) is Kind.TORCH:
         data = read_once(path, MAX_PICKLE_BYTES)
         read = Arrays(read_torch(data, path), {path.name: hashlib.sha256(data).hexdigest()})
     else:
@@ -74,6 +82,8 @@ def read_arrays(path: Path) -> Arrays:
 
 def _read(path: Path) -> Arrays:
     """All that a file holds; of a checkpoint also what is beside its state dict."""
+    if path.name.lower().endswith(BIN_INDEX_SUFFIX):
+        return _read_bins(path)
     kind = Kind.SAFETENSORS if is_index(path) else kind_of(path)
     if kind is Kind.SAFETENSORS:
         shards = open_shards(path, limit=MAX_MODEL_BYTES)
@@ -85,6 +95,31 @@ def _read(path: Path) -> Arrays:
     read = read_npz if kind is Kind.NPZ else read_all_torch
     tensors, left_out = read(data, path)
     return Arrays(tensors, {path.name: hashlib.sha256(data).hexdigest()}, left_out)
+
+
+def _read_bins(index: Path) -> Arrays:
+    """All that the index of a folder of `.bin` files names, each from the file that it names."""
+    homes, left = homes_of(index, BIN), MAX_PICKLE_BYTES
+    digests = {index.name: hashlib.sha256(read_once(index, MAX_INDEX_BYTES)).hexdigest()}
+    arrays: dict[str, Array] = {}
+    left_out: dict[str, str] = {}
+    for shard in dict.fromkeys(homes.values()):
+        path = index.parent / shard
+        refuse_leaving(index.parent, path)
+        data = read_once(path, left)
+        left -= len(data)
+        digests[shard] = hashlib.sha256(data).hexdigest()
+        found, others = read_all_torch(data, path)
+        for name in (*found, *others):
+            if homes.get(name) != shard:
+                why = disagreement(index, name, shard, homes.get(name))
+                left_out[f"{shard}: {name}"] = why
+        arrays |= {name: each for name, each in found.items() if homes.get(name) == shard}
+        left_out |= {name: why for name, why in others.items() if homes.get(name) == shard}
+    for name, shard in homes.items():
+        if name not in arrays and name not in left_out:
+            left_out[name] = f"{name[:100]!r} is not in {shard}, where {index.name} has it"
+    return Arrays(arrays, digests, left_out)
 
 
 def read_suspect(path: Path) -> Arrays:
@@ -116,6 +151,8 @@ def read_lazily(path: Path) -> Shards | None:
         UnreadableModelError: missing, corrupt, hostile, or too large even for this.
     """
     path = _weights_file(path)
+    if path.name.lower().endswith(BIN_INDEX_SUFFIX):
+        return None
     if not is_index(path) and (path.name in ADAPTER_FILES or kind_of(path) is not Kind.SAFETENSORS):
         return None
     shards = open_shards(path)
@@ -157,22 +194,31 @@ def _weights_file(path: Path) -> Path:
     """The file itself, or the one in a folder that holds the weights."""
     if not path.is_dir():
         return path
-    for name in (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", *ADAPTER_FILES):
+    for name in (WEIGHTS_FILE, INDEX_FILE, "pytorch_model.bin", BIN_INDEX_FILE, *ADAPTER_FILES):
         if os.path.lexists(path / name):
             refuse_leaving(path, path / name)
             return path / name
     with reading(path):
         there = sorted(each for each in path.iterdir() if each.name.lower().endswith(_ENDS))
         unpacked = (path / "data.pkl").exists()
+        distributed = (path / ".metadata").exists()
+    # Of DeepSpeed's folder: what lies beside it are the optimiser's states.
+    there = [each for each in there if each.name.endswith(_DEEPSPEED)] or there
     if len(there) == 1:
         refuse_leaving(path, there[0])
         return there[0]
+    if distributed:
+        raise UnreadableModelError(
+            f"{path} is a checkpoint of torch.distributed.checkpoint, a part for each process; "
+            "needed: one file, as `python -m torch.distributed.checkpoint.format_utils "
+            "dcp_to_torch FOLDER FILE` writes it from a folder of your own"
+        )
     if unpacked:
         raise UnreadableModelError(
             f"{path} is an archive of torch.save that was unpacked; needed: the file itself"
         )
     raise UnreadableModelError(
         f"{path} holds {len(there)} files of weights and no {WEIGHTS_FILE}; needed: "
-        f"{WEIGHTS_FILE}, {INDEX_FILE}, pytorch_model.bin or a single file that ends in "
-        f"{', '.join(_ENDS)}, or give the file itself"
+        f"{WEIGHTS_FILE}, {INDEX_FILE}, pytorch_model.bin, {BIN_INDEX_FILE} or a single file that "
+        f"ends in {', '.join(_ENDS)}, or give the file itself"
     )
