@@ -158,7 +158,7 @@ def render():
         "Rendered by `python benchmarks/licensees.py render` from `results/licensees.json`, made "
         f"by `{entry['command']}`. Each of {OWNERS} networks of a kind is put into the order of a "
         f"licensee; {entry['names']} names are tried, and the p-values are corrected for them. "
-        "Accuracy on all digits, the original's first. *Named*: the licensee whose copy it was, "
+        "Accuracy on all digits, the original's first. *Named*: a licensee whose copy it was, "
         "and nobody else.",
         "",
         f"| {' | '.join(head)} |",
@@ -169,12 +169,14 @@ def render():
         for kind in KINDS:
             some = [e for e in entry["cells"] if (e["kind"], e["attack"]) == (kind, attack)]
             shares = [100 * float(np.mean([e[w] for e in some])) for w in ("original", "accuracy")]
-            right = sum(each["named"] == [NAMES[0]] for each in some)
+            team = set(NAMES[:2] if attack.startswith("mean") else NAMES[:1])
+            right = sum(bool(e["named"]) and set(e["named"]) <= team for e in some)
+            both = sum(len(e["named"]) == 2 for e in some)
             row += [
                 f"{shares[0]:.1f} → {shares[1]:.1f}",
                 f"{sum(e['fixed'] for e in some)} of {sum(e['units'] for e in some)}",
                 f"{max(e['log10_p'] for e in some):.0f}",
-                f"{right} of {len(some)}",
+                f"{right} of {len(some)}{', both licensees' if both else ''}",
             ]
         lines.append(f"| {' | '.join(row)} |")
     fixed, axes = (sum(each[w] for each in entry["wrong"]) for w in ("fixed", "axes"))
@@ -184,8 +186,8 @@ def render():
         f"{len(entry['wrong'])} readings with wrong keys: {fixed / axes:.3f} units in place an "
         f"axis (chance gives 1 ± {1 / axes**0.5:.3f}), least p 10^{least:.1f}.",
         "",
-        "Copies that are averaged as they are, are no network any more: units of different kinds "
-        "are added up. Who aligns them first has one network in the order of one licensee, who is "
+        "Copies that are averaged as they are, lose half of their answers, because units of "
+        "different kinds are added up, and name both licensees. Who aligns them first has one network in the order of one licensee, who is "
         "named. Who puts a copy into another order erases this; the passport beside it is then "
         "read aligned.",
         "",
