@@ -447,7 +447,7 @@ def release(
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the network that may leave the house: plain, with no trace of the secret."""
+    """Write the copy you publish: the plain network, with no trace of the key."""
     from nnpassport.embedding import owner as ownership
 
     secret = key_from(key, passphrase)
