@@ -341,7 +341,7 @@ def assert_lost(job, training):
     output, errors = job.communicate(timeout=60)
     assert job.returncode != 0
     assert output == ""
-    assert errors.count("error: LostProcessError") == 1, errors
+    assert errors.count("(LostProcessError)") == 1, errors
     assert "nnpassport/training.py" not in errors  # no traceback but the launcher's own
     assert f"{training / 'training.pt'}: go on from there with --resume" in errors.replace("\n", "")
     state = torch.load(training / "training.pt", weights_only=True)
