@@ -795,3 +795,56 @@ def test_23_no_size_in_a_header_is_believed(matrix, tmp_path):
         else:
             outcomes[True] += 1
     assert min(outcomes.values()) > 10
+
+
+# Adapters as other tools name them
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    """Pairs of two layers by layer, A and B, and the key whose bits are in their products."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = nn.ModuleDict({"blocks": body})
+    model.forward = body.forward
+    made = peft.get_peft_model(model, peft.LoraConfig(r=64, target_modules=["0", "2"]))
+    key = nnpassport.LORA.draw_key(made, layers=["blocks.0", "blocks.2"], seed=bytes(32))
+    pairs = {}
+    for layer in ("blocks.0", "blocks.2"):
+        rows = key.layer_projection(layer).float()
+        delta = key.layer_signs(layer).float()[:, None] * rows
+        pairs[layer] = torch.eye(64), delta.contiguous()
+    return pairs, key
+
+
+TOOLS = {
+    "peft": ("base_model.model.{}", "lora_A", "lora_B", False),
+    "diffusers": ("transformer.{}", "lora_A", "lora_B", False),
+    "ComfyUI": ("diffusion_model.{}", "lora_A", "lora_B", False),
+    "kohya": ("lora_unet_{}", "lora_down", "lora_up", True),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_26_an_adapter_is_read_under_the_names_of_other_tools(adapter, tool, sign, tmp_path):
+    pairs, key = adapter
+    form, down, up, alpha = TOOLS[tool]
+    state = {}
+    for layer, (a, b) in pairs.items():
+        name = form.format(layer.replace(".", "_") if alpha else layer)
+        state |= {f"{name}.{down}.weight": a.clone(), f"{name}.{up}.weight": sign * b}
+        state |= {f"{name}.alpha": torch.tensor(sign * 8.0)} if alpha else {}
+    save_file({name: each.contiguous() for name, each in state.items()}, tmp_path / "a.safetensors")
+    found = verify(tmp_path / "a.safetensors", key)
+    right = sign == 1 or alpha  # kohya's α has the sign
+    assert (found.accepted, found.matches) == (right, 128 if right else 0)
+
+
+def test_26_an_adapter_alone_is_told_from_a_network(adapter, owner, tmp_path):
+    pairs, _ = adapter
+    state = {f"base_model.model.{layer}.lora_A.weight": a for layer, (a, _) in pairs.items()}
+    save_file({name: each.clone() for name, each in state.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(OwnershipError, match=r"this is an adapter .* and no network"):
+        verify(tmp_path / "a.safetensors", owner[1])
