@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
-import zoo  # noqa: E402 - it is beside the tests
+import cases  # noqa: E402 - they are beside the tests
+import zoo  # noqa: E402
 
 WIDTH = 16  # channels of the layers that are tried
 BATCH, LENGTH = 3, 6
@@ -95,6 +96,7 @@ def render() -> str:
             *_combinations(),
             *_refusals(),
             "",
+            cases.render(),
         ]
     )
 

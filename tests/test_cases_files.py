@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import shutil
+import struct
 import warnings
 import zipfile
 from copy import deepcopy
@@ -454,7 +455,7 @@ NO_WEIGHTS = {
     "is empty": b"",
     "JSON": b'{"architectures": ["AlexNet"]}',
     "gzip": b"\x1f\x8b\x08\x00" + bytes(60),
-    "GGUF": b"GGUF\3\0\0\0" + bytes(60),
+    "no sound GGUF": b"GGUF\2\0\0\0" + b"\xff" * 60,
     "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(60),
 }
 
@@ -702,3 +703,148 @@ def test_28_folders_of_distributed_trainings_are_read_or_named(owner, tmp_path):
         UnreadableModelError, match=r"checkpoint of torch\.distributed.*dcp_to_torch"
     ):
         verify(shared, key)
+
+
+# GGUF
+
+
+def gguf(tensors, kind):
+    """A file by the published layout; `tensors` are matrices, all in this kind of blocks."""
+    head, body = b"", b""
+
+    def text(name):
+        return struct.pack("<Q", len(name)) + name.encode()
+
+    facts = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    facts += text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
+    for name, (sides, stored, own) in tensors.items():
+        head += text(name) + struct.pack(f"<I{len(sides)}Q", len(sides), *reversed(sides))
+        head += struct.pack("<IQ", kind if own is None else own, len(body))
+        body += stored + bytes(-len(stored) % 32)
+    start = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 2) + facts + head
+    return start + bytes(-len(start) % 32) + body
+
+
+def blocks(kind, weight):
+    """The numbers (out in) in blocks of 32, and what these stand for."""
+    rows = weight.reshape(-1, 32)
+    low, high = rows.min(1, keepdims=True), rows.max(1, keepdims=True)
+    most = np.abs(rows).max(1, keepdims=True)
+    top = {2: 7, 3: 15, 6: 15, 7: 31, 8: 127}[kind]
+    shifted = kind in (3, 7)
+    d = ((high - low) / top if shifted else most / top).astype(np.float16)
+    m = low.astype(np.float16)
+    wide = d.astype(np.float32)
+    q = np.round((rows - m) / wide) if shifted else np.round(rows / wide)
+    stands = q * wide + m.astype(np.float32) if shifted else q * wide
+    parts = [d.view(np.uint8)] + ([m.view(np.uint8)] if shifted else [])
+    if kind == 8:
+        return np.hstack([*parts, q.astype(np.int8).view(np.uint8)]).tobytes(), stands
+    u = (q + {2: 8, 3: 0, 6: 16, 7: 0}[kind]).astype(np.uint8)
+    if kind in (6, 7):
+        parts.append(np.packbits(u >> 4, axis=1, bitorder="little"))
+    return np.hstack([*parts, (u & 15)[:, :16] | (u & 15)[:, 16:] << 4]).tobytes(), stands
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    """A marked matrix of 128 by 96, and its key."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 4))
+    key = V2.draw_key(model, torch.zeros(2, 96), seed=bytes(32), layers=["0"])
+    weight = model[0].weight.data
+    form, signs = V2.forms(key)["0"].flatten().float(), key.layer_signs("0").float()
+    weight += (signs - weight @ form)[:, None] * form / form.square().sum()
+    return weight.numpy(), key
+
+
+@pytest.mark.parametrize("kind", [0, 1, 30, 2, 3, 6, 7, 8])
+def test_23_a_network_of_llama_cpp_is_read(matrix, kind, tmp_path):
+    weight, key = matrix
+    if kind in (2, 3, 6, 7, 8):
+        stored, stands = blocks(kind, weight)
+    else:
+        made = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}[kind]
+        short = torch.from_numpy(weight).to(made)
+        stored, stands = bytes(short.view(torch.uint8).numpy()), short.float().numpy()
+    tensors = {"blk.0.ffn_gate.weight": (weight.shape, stored, None), "odd": ((32,), bytes(64), 99)}
+    path = tmp_path / "net.gguf"
+    path.write_bytes(gguf(tensors, kind))
+    read = read_suspect(path)
+    assert "kind 99" in read.left_out["odd"]
+    found = read.arrays["blk.0.ffn_gate.weight"].astype(np.float32)
+    np.testing.assert_allclose(found, stands.reshape(weight.shape), rtol=1e-6)
+    assert verify(path, key).accepted
+
+
+def test_23_no_size_in_a_header_is_believed(matrix, tmp_path):
+    weight, _ = matrix
+    whole = gguf({"a.weight": (weight.shape, weight.tobytes(), None)}, 0)
+    rng, path, outcomes = np.random.default_rng(0), tmp_path / "net.gguf", {True: 0, False: 0}
+    for _ in range(300):
+        spoiled = bytearray(whole)
+        for place in rng.integers(4, 400, 1):
+            spoiled[place] = rng.integers(0, 256)
+        path.write_bytes(
+            spoiled[: rng.integers(100, len(whole) + 1)] if rng.random() < 0.3 else spoiled
+        )
+        try:
+            read_suspect(path)
+        except UnreadableModelError:
+            outcomes[False] += 1
+        else:
+            outcomes[True] += 1
+    assert min(outcomes.values()) > 10
+
+
+# Adapters as other tools name them
+
+
+@pytest.fixture(scope="module")
+def adapter():
+    """Pairs of two layers by layer, A and B, and the key whose bits are in their products."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    model = nn.ModuleDict({"blocks": body})
+    model.forward = body.forward
+    made = peft.get_peft_model(model, peft.LoraConfig(r=64, target_modules=["0", "2"]))
+    key = nnpassport.LORA.draw_key(made, layers=["blocks.0", "blocks.2"], seed=bytes(32))
+    pairs = {}
+    for layer in ("blocks.0", "blocks.2"):
+        rows = key.layer_projection(layer).float()
+        delta = key.layer_signs(layer).float()[:, None] * rows
+        pairs[layer] = torch.eye(64), delta.contiguous()
+    return pairs, key
+
+
+TOOLS = {
+    "peft": ("base_model.model.{}", "lora_A", "lora_B", False),
+    "diffusers": ("transformer.{}", "lora_A", "lora_B", False),
+    "ComfyUI": ("diffusion_model.{}", "lora_A", "lora_B", False),
+    "kohya": ("lora_unet_{}", "lora_down", "lora_up", True),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_26_an_adapter_is_read_under_the_names_of_other_tools(adapter, tool, sign, tmp_path):
+    pairs, key = adapter
+    form, down, up, alpha = TOOLS[tool]
+    state = {}
+    for layer, (a, b) in pairs.items():
+        name = form.format(layer.replace(".", "_") if alpha else layer)
+        state |= {f"{name}.{down}.weight": a.clone(), f"{name}.{up}.weight": sign * b}
+        state |= {f"{name}.alpha": torch.tensor(sign * 8.0)} if alpha else {}
+    save_file({name: each.contiguous() for name, each in state.items()}, tmp_path / "a.safetensors")
+    found = verify(tmp_path / "a.safetensors", key)
+    right = sign == 1 or alpha  # kohya's α has the sign
+    assert (found.accepted, found.matches) == (right, 128 if right else 0)
+
+
+def test_26_an_adapter_alone_is_told_from_a_network(adapter, owner, tmp_path):
+    pairs, _ = adapter
+    state = {f"base_model.model.{layer}.lora_A.weight": a for layer, (a, _) in pairs.items()}
+    save_file({name: each.clone() for name, each in state.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(OwnershipError, match=r"this is an adapter .* and no network"):
+        verify(tmp_path / "a.safetensors", owner[1])

@@ -17,12 +17,14 @@ class Kind(Enum):
     TORCH = "torch"
     ONNX = "ONNX"
     NPZ = "npz"
+    GGUF = "GGUF"
 
 
 _BY_NAME = {
     ".safetensors": Kind.SAFETENSORS,
     ".onnx": Kind.ONNX,
     ".npz": Kind.NPZ,
+    ".gguf": Kind.GGUF,
     **dict.fromkeys((".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl"), Kind.TORCH),
 }
 _OTHERS: tuple[tuple[bytes, str, str], ...] = (
@@ -33,7 +35,6 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     ),
     (b"<", "a web page or another text with tags", "the file itself: the download was not one"),
     (b"{", "a text in JSON", "the weights that it belongs to"),
-    (b"GGUF", "GGUF of llama.cpp", "the network that it was converted from, as .safetensors"),
     (b"\x89HDF", "HDF5", "its weights as .npz or .safetensors"),
     (b"\x1f\x8b", "packed by gzip", "the file that is in it: unpack it first"),
     (b"7z\xbc\xaf", "packed by 7-Zip", "the file that is in it: unpack it first"),
@@ -59,6 +60,8 @@ def kind_of(path: Path) -> Kind:
     for mark, what, needed in _OTHERS:
         if first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(mark):
             raise UnreadableModelError(f"{path} is {what}; needed: {needed}")
+    if first.startswith(b"GGUF"):
+        return Kind.GGUF
     if first[8:9] == b"{" and int.from_bytes(first[:8], "little") < size:
         return Kind.SAFETENSORS
     if first.startswith(b"PK"):
@@ -69,5 +72,6 @@ def kind_of(path: Path) -> Kind:
         return _BY_NAME[suffix]
     raise UnreadableModelError(
         f"{path} is neither a folder nor a model file; needed: a folder that holds one, or a file "
-        f"as safetensors, torch.save, numpy.savez or ONNX write it ({', '.join(_BY_NAME)})"
+        "as safetensors, torch.save, numpy.savez, ONNX or llama.cpp write it "
+        f"({', '.join(_BY_NAME)})"
     )

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from nnpassport.files.adapter import ADAPTER_FILES, with_signed_scale
 from nnpassport.files.arrays import MAX_MODEL_BYTES, Array, defect, fault_of, too_large
 from nnpassport.files.disk import read_once, reading, refuse_leaving
+from nnpassport.files.gguf import read_gguf
 from nnpassport.files.kinds import Kind, kind_of
 from nnpassport.files.npz import SUFFIX as NPZ
 from nnpassport.files.npz import read_npz
@@ -38,7 +39,7 @@ BIN_INDEX_SUFFIX = ".bin.index.json"
 BIN_INDEX_FILE = f"pytorch_model{BIN_INDEX_SUFFIX}"
 MAX_PICKLE_BYTES = 4 * 2**30
 _DEEPSPEED = "_model_states.pt"
-_ENDS = (SUFFIX, ONNX, NPZ, ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+_ENDS = (SUFFIX, ONNX, NPZ, ".gguf", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -91,8 +92,8 @@ def _read(path: Path) -> Arrays:
         return Arrays(tensors, shards.digests(), shards.left_out)
     if kind is Kind.ONNX:
         return Arrays(*read_onnx(path, MAX_MODEL_BYTES))
-    data = read_once(path, MAX_PICKLE_BYTES)
-    read = read_npz if kind is Kind.NPZ else read_all_torch
+    data = read_once(path, MAX_MODEL_BYTES if kind is Kind.GGUF else MAX_PICKLE_BYTES)
+    read = {Kind.NPZ: read_npz, Kind.GGUF: read_gguf}.get(kind, read_all_torch)
     tensors, left_out = read(data, path)
     return Arrays(tensors, {path.name: hashlib.sha256(data).hexdigest()}, left_out)
 

@@ -38,8 +38,11 @@ ORDER = 5
 
 _KEPT = 2**24  # numbers of a layer's passports of channels
 _WIDENED = 2**20  # numbers that are float64 at a time
-_PAIR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.weight")
+_PAIR = re.compile(r"(.+)\.lora_(A|B|down|up)(?:\.([^.]+))?\.weight")
+_HALVES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+_OF_TOOLS = ("diffusion_model.", "transformer.", "unet.", "text_encoder.", "model.")
+_FLAT = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_", "lora_")
 
 Read = NDArray[np.float64]
 Weights = Mapping[str, Array]
@@ -469,14 +472,32 @@ def pairs_in(weights: Weights, layers: Sequence[str]) -> dict[str, Pair]:
     halves: dict[str, dict[str, Array]] = {}
     for name in weights:
         found = _PAIR.fullmatch(name)
-        if found and unwrapped_name(found[1]) in layers:
-            half = halves.setdefault(unwrapped_name(found[1]), {})
-            if found[2] in half:
-                raise UnsuitableModelError(
-                    f"{found[1]} has several adapters; needed: the file of the one to verify"
-                )
-            half[found[2]] = weights[name]
+        layer = None if found is None else _layer_of(found[1], layers)
+        if found is None or layer is None:
+            continue
+        half, which = halves.setdefault(layer, {}), _HALVES[found[2]]
+        if which in half:
+            raise UnsuitableModelError(
+                f"{found[1]} has several adapters; needed: the file of the one to verify"
+            )
+        half[which] = weights[name]
+        if which == "B" and (alpha := weights.get(f"{found[1]}.alpha")) is not None:
+            half[which] = half[which] * np.sign(alpha.astype(np.float32).reshape(-1)[:1])
     return {name: _pair(name, half) for name, half in halves.items()}
+
+
+def _layer_of(name: str, layers: Sequence[str]) -> str | None:
+    """Which of the layers an adapter's name means: peft's, others' with a prefix, or kohya's.
+
+    The last have underscores for dots, so that two layers may have one name: then it means neither.
+    """
+    plain = unwrapped_name(name)
+    for each in (plain, *(plain.removeprefix(start) for start in _OF_TOOLS)):
+        if each in layers:
+            return each
+    flat = {plain.removeprefix(start) for start in _FLAT if plain.startswith(start)}
+    meant = [layer for layer in layers if layer.replace(".", "_") in flat]
+    return meant[0] if len(meant) == 1 else None
 
 
 def unwrapped_name(name: str) -> str:

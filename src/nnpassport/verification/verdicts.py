@@ -349,6 +349,12 @@ def _by_shape(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
 
 def _check_names(described: candidates.Headers, key: Key) -> None:
     """Refuse a network without the key's layers."""
+    whole = {f"{layer.name}.weight" for layer in key.context.layers}
+    if is_adapter(described) and not whole & described.keys():
+        raise UnsuitableModelError(
+            "this is an adapter (low-rank pairs) and no network, and the key is for the layers of "
+            "one; needed: the network that it was made for, with the adapter merged into it"
+        )
     for layer in key.context.layers:
         check_host(described, layer)
 
