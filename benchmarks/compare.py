@@ -389,8 +389,9 @@ def render():
         "",
         *_traps(known),
         "",
-        f"{origin['device']}, torch {origin['torch']}, one thread, other work beside it; "
-        f"{sum(each['wall_seconds'] for each in known.values()) / 60:.0f} minutes in all.",
+        f"{origin['device']}, torch {origin['torch']}, one thread, other work beside it. The JSON "
+        "has the commit of each run. Since then p over a table is doubled, as shapes are asked "
+        "too.",
     ]
     write_atomically(RESULTS / "compare.md", ("\n".join(lines) + "\n").encode())
 
@@ -477,7 +478,7 @@ def _power(known):
 
 def _found(pairs, how):
     p = max(each[f"{how}_log10_p"] for each in pairs)
-    return f"{sum(each[how] == 'related' for each in pairs)} of {len(pairs)} ({p:.0f})"
+    return f"{sum(each[how] == 'related' for each in pairs)} of {len(pairs)} ({round(p)})"
 
 
 def _traps(known):

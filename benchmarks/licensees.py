@@ -186,10 +186,10 @@ def render():
         f"{len(entry['wrong'])} readings with wrong keys: {fixed / axes:.3f} units in place an "
         f"axis (chance gives 1 ± {1 / axes**0.5:.3f}), least p 10^{least:.1f}.",
         "",
-        "Copies that are averaged as they are, lose half of their answers, because units of "
-        "different kinds are added up, and name both licensees. Who aligns them first has one network in the order of one licensee, who is "
-        "named. Who puts a copy into another order erases this; the passport beside it is then "
-        "read aligned.",
+        "Copies that are averaged as they are lose half of their answers, because units of "
+        "different kinds are added up, and name both licensees. Who aligns them first has one "
+        "network in the order of one licensee, who is named. Who puts a copy into another order "
+        "erases this; the passport beside it is then read aligned.",
         "",
         f"{entry['provenance']['device']}, torch {entry['provenance']['torch']}, one thread, other "
         f"work beside it; {entry['wall_seconds'] / 60:.0f} minutes.",

@@ -178,8 +178,8 @@ def test_permuting_erases_an_order_as_the_threat_model_says(original):
     assert trace_arrays(leaked, key_of(), original, NAMES).named == ()
 
 
-def test_a_mean_of_two_copies_is_no_network(original):
-    """Coalitions that average gain nothing: units of different kinds are added up."""
+def test_a_mean_of_two_copies_answers_otherwise_and_names_both(original):
+    """Units of different kinds are added up."""
     two = [copy_for(original, key_of(), name) for name in NAMES[:2]]
     mean = {name: (two[0][name] + two[1][name]) / 2 for name in two[0]}
     rng = np.random.default_rng(0)
@@ -198,6 +198,7 @@ def test_a_mean_of_two_copies_is_no_network(original):
     centred = [each - each.mean(0) for each in (right, left)]
     kept = (centred[0] * centred[1]).sum() / np.linalg.norm(centred[0]) / np.linalg.norm(centred[1])
     assert kept < 0.6
+    assert set(trace_arrays(mean, key_of(), original, NAMES).named) == set(NAMES[:2])
 
 
 def test_copies_of_two_licensees_are_no_kin_to_compare_but_by_their_numbers(original):
