@@ -39,7 +39,7 @@ docs: .venv/installed
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky -j 2 -q -b html -c docs . build/site
 	@echo "build/site/index.html"
 
-browser: .venv/installed .venv/browser
+browser: docs .venv/browser
 	$(BIN)/python -m pytest -m browser --durations=10
 
 pictures: .venv/installed .venv/browser

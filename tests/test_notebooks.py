@@ -29,7 +29,8 @@ def run(tmp_path, monkeypatch):
         resources = {"metadata": {"path": str(tmp_path)}}
         client.NotebookClient(notebook, timeout=900, resources=resources).execute()
         cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        return ["".join(out.get("text", "") for out in cell.outputs) for cell in cells]
+        said = ["".join(out.get("text", "") for out in cell.outputs) for cell in cells]
+        return [re.sub(r"\x1b\[[0-9;]*m", "", each) for each in said]  # Jupyter asks for colours
 
     return printed
 

@@ -116,7 +116,7 @@ def evidence(tmp_path_factory):
     return folder
 
 
-def test_a_judge_installs_no_torch_and_verifies(bare, evidence):
+def test_a_judge_installs_no_torch_and_verifies_and_rules(bare, evidence):
     installed = json.loads(
         run(bare / "python", "-m", "pip", "list", "--format", "json", cwd=evidence)
     )
@@ -129,6 +129,9 @@ def test_a_judge_installs_no_torch_and_verifies(bare, evidence):
         assert (facts["matches"], facts["bits"]) == (matches, 128)
         assert f"{matches} of 128" in (evidence / f"{name}.html").read_text(encoding="utf-8")
     run(tool, "verify", "neither/", "--key", "alice.key", cwd=evidence, code=2)
+    golden = ROOT / "tests" / "golden"
+    words = (golden / "network-v1", golden / "exhibit-v1", "--report", "ruling.html")
+    assert run(tool, "judge", *words, cwd=evidence).startswith("OWNER: exhibit-v1")
 
 
 def test_what_the_judge_s_side_cannot_do_says_what_to_install(bare, evidence):

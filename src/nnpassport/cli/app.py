@@ -118,7 +118,8 @@ def demo(
     errors.print(f"\nThe picture, and what it shows and does not show: {out / 'demo.html'}")
     errors.print(f"What to try next, in {out}:")
     for command, outcome in COMMANDS:
-        errors.print(f"  {command}   # {outcome}")
+        errors.print(f"  {outcome}")
+        errors.print(f"      {command}", soft_wrap=True)
     raise typer.Exit(0 if result.as_expected else 1)
 
 
