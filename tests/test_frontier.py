@@ -142,8 +142,8 @@ def test_matches_of_bound_labels_are_a_fair_coin_s_on_any_network(digits, plain,
 def test_a_trained_network_is_stitched(digits, plain, key, as_published):
     train, test, normalise = digits
     held, model = with_true_classes(key) if as_published else key, deepcopy(plain)
-    few = train.subset(torch.arange(512))
-    SMALL.embed(model, held, few, TUNE, normalise=normalise, trained=True)
+    some = train.subset(torch.arange(1024))
+    SMALL.embed(model, held, some, TUNE, normalise=normalise, trained=True)
     found = SMALL.verify_network(model.eval(), held, normalise)
     assert SMALL.verify_as_published(found).accepted
     assert found.accepted is not as_published
