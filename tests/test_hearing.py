@@ -710,6 +710,7 @@ def test_judge_says_owner_nobody_or_undecided_by_its_exit_code(court, world, cal
     assert call("judge", court.folder / "missing", *court.exhibits)[0] == 2
 
 
+@pytest.mark.slow
 def test_the_whole_story_on_the_command_line(court, world, call, authority, monkeypatch):
     """Bind, claim with a timestamp, verify under the claim, disclose, be judged."""
     monkeypatch.chdir(court.folder)

@@ -319,6 +319,7 @@ def test_the_names_that_the_older_exporter_loses_are_found_again(tmp_path):
     check_all_bits(tmp_path / "x.onnx", model, key)
 
 
+@pytest.mark.slow
 def test_the_names_that_the_newer_exporter_loses_are_found_again(tmp_path):
     model, key = marked("Hugging Face ViT")
     plain_export(model, tmp_path / "x.onnx")

@@ -417,6 +417,7 @@ def test_a_shared_suspect_is_somebody_s_on_the_command_line(court, world, dated,
     assert "Shared: the network in" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attacks", [None, (insert_dummies, split_channels, flip_signs, permute)])
 def test_what_keeps_the_function_leaves_the_owner_s_part_at_work(court, world, dated, attacks):
     """With the images that she is told to give: her part is all that works, whatever is added."""

@@ -518,6 +518,7 @@ def inference():
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_probe_takes_what_the_claim_commits_to(tmp_path, owned, call, inference):
     claim = committed(tmp_path, owned)
     words = ("probe", inference, "--key", tmp_path / "alice.key", "--protocol", "openinference")

@@ -183,6 +183,7 @@ def train_bert(folder, *, resume=None, dropout=0.1, **arguments):
     return marked, key, loss
 
 
+@pytest.mark.slow
 def test_the_trainer_saves_no_secret_and_goes_on_as_if_never_stopped(tmp_path):
     often = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
     whole, key, _ = train_bert(tmp_path, **often)

@@ -384,6 +384,7 @@ def browse(folder, *options):
     return done.stdout
 
 
+@pytest.mark.slow
 @in_a_browser
 def test_nothing_is_cut_off_on_a_desk_a_phone_or_paper(pages, tmp_path):
     frames = []
@@ -409,6 +410,7 @@ def test_nothing_is_cut_off_on_a_desk_a_phone_or_paper(pages, tmp_path):
     assert not cut
 
 
+@pytest.mark.slow
 @in_a_browser
 @pytest.mark.parametrize("name", ["accepted", "undecided"])
 def test_it_prints_on_pages(pages, name, tmp_path):
