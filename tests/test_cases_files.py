@@ -408,6 +408,36 @@ def test_an_archive_of_torchscript_is_read_and_none_of_its_code_run(owner, tmp_p
     assert (found.accepted, found.matches) == (True, found.bits)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_14_an_exported_program_is_read(owner, tmp_path):
+    model, key = owner
+    torch.export.save(torch.export.export(model, (EXAMPLE,)), tmp_path / "program.pt2")
+    found = verify(tmp_path / "program.pt2", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    read = read_suspect(tmp_path / "program.pt2").arrays
+    for name, tensor in state_of(model).items():
+        assert np.array_equal(read[name], tensor.numpy()), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"[" * 100_000,
+        b'{"config": []}',
+        b'{"config": {"a": 1}}',
+        b'{"config": {"a": {"path_name": "x", "tensor_meta": {}}}}',
+        b'{"config": {"a": {"path_name": "w", "tensor_meta": {"dtype": 7, "sizes": [{"as_int": 9}],'
+        b'"strides": [{"as_int": 1}], "storage_offset": {"as_int": 0}}}}}',
+    ],
+)
+def test_14_an_exported_program_that_lies_is_refused(config, tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt2", "w") as archive:
+        archive.writestr("x/data/weights/w", bytes(16))
+        archive.writestr("x/data/weights/model_weights_config.json", config)
+    with pytest.raises(UnreadableModelError):
+        read_suspect(tmp_path / "x.pt2")
+
+
 def test_one_s_own_network_is_a_state_dict_still(owner, tmp_path):
     """What a claim commits to is not what somebody chose among several."""
     torch.save({"model": deepcopy(owner[0])}, tmp_path / "own.pt")

@@ -31,10 +31,27 @@ MAX_MEMORY = 2**30
 MAX_PICKLED_BYTES = 2**27
 _MAX_OUTLINE_BYTES = 2**25
 _MOST_TENSORS = 100_000
+_MOST_COMMAS = 2**21  # a value takes two bytes of JSON and a hundred of memory
 _MOST_AXES = 8
 _LARGEST = 2**62
 _WRAPPERS = ("state_dict", "model")
 _PLAIN = 7  # what is said of a tensor that is not quantised
+_WEIGHTS = "data/weights"
+_EXPORTED = f"{_WEIGHTS}/model_weights_config.json"
+_OF_EXPORT = {
+    1: "uint8",
+    2: "int8",
+    3: "int16",
+    4: "int32",
+    5: "int64",
+    6: "float16",
+    7: "float32",
+    8: "float64",
+    12: "bool",
+    13: "bfloat16",
+    29: "float8_e4m3fn",
+    30: "float8_e5m2",
+}
 _QUANTISED = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
 
 Stored = Callable[[str], memoryview]
@@ -106,6 +123,8 @@ def _outline(data: bytes) -> Outline:
         said = outline_of(memoryview(data)[:MAX_PICKLED_BYTES], "legacy")
         return Outline(said, _legacy_storages(data, said), sys.byteorder == "big", len(data))
     directory = archive.read_directory(data)
+    if f"{directory.folder}/{_EXPORTED}" in directory.parts:
+        return _exported(data, directory)
     pickled = archive.content(data, directory, "data.pkl")
     if len(pickled) > MAX_PICKLED_BYTES:
         raise ValueError(f"its pickle takes more than {MAX_PICKLED_BYTES} bytes")
@@ -124,6 +143,47 @@ def _outline(data: bytes) -> Outline:
         return found
 
     return Outline(said, stored, order != sys.byteorder, len(data))
+
+
+def _exported(data: bytes, directory: archive.Archive) -> Outline:
+    """What an archive of `torch.export` says in JSON of its weights, each in a part of its own."""
+    config = archive.content(data, directory, _EXPORTED)
+    if len(config) > _MAX_OUTLINE_BYTES or bytes(config).count(b",") > _MOST_COMMAS:
+        raise ValueError(f"its list of weights takes more than {_MAX_OUTLINE_BYTES} bytes")
+    try:
+        entries = json.loads(bytes(config))["config"]
+    except RecursionError as error:
+        raise ValueError("its list of weights is nested too deep") from error
+    if not isinstance(entries, dict) or len(entries) > _MOST_TENSORS:
+        raise ValueError(f"its list of weights is none, or of more than {_MOST_TENSORS}")
+    tensors: dict[str, int] = {}
+    places: list[list[Any]] = []
+    storages: dict[str, tuple[str, int]] = {}
+    for name, entry in entries.items():
+        key, about = str(entry["path_name"]), entry["tensor_meta"]
+        kind = _OF_EXPORT.get(about["dtype"], f"number {about['dtype']!r:.20} of torch.export")
+        sides, strides = (
+            [int(each["as_int"]) for each in about[of]] for of in ("sizes", "strides")
+        )
+        part = archive.content(data, directory, f"{_WEIGHTS}/{key}")
+        storages[key] = kind, len(part) // _kind(kind).itemsize
+        tensors[name] = len(places)
+        start = int(about["storage_offset"]["as_int"])
+        pickled = [None, "pickled on its own"]
+        places.append(
+            pickled if entry.get("use_pickle") else [key, kind, 0, start, sides, strides, []]
+        )
+    said = {
+        "root": "dict",
+        "maps": [{"path": [], "inside": False, "tensors": tensors, "others": [], "empty": False}],
+        "tensors": places,
+        "storages": storages,
+    }
+
+    def stored(key: str) -> memoryview:
+        return archive.content(data, directory, f"{_WEIGHTS}/{key}")
+
+    return Outline(said, stored, sys.byteorder == "big", len(data))
 
 
 def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
