@@ -37,6 +37,8 @@ def trace(
     """
     if (original is None) != (not licensee):
         raise typer.BadParameter("--original and --licensee belong together; give both or none")
+    if alpha is not None and not alpha < 0:
+        raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
     if original is not None:
         _trace_order(suspect, key, original, licensee or [], alpha, passphrase, as_json)
     from nnpassport.embedding.measured import trace_file
