@@ -47,7 +47,7 @@ def network(tensors, name="network", axes=None):
 
 def shaken(tensors, share, seed=0):
     """The same with noise of so much of each tensor's size."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1000 + seed)  # not the numbers that the network was drawn with
     return {
         name: (each + share * each.std() * rng.standard_normal(each.shape)).astype(each.dtype)
         for name, each in tensors.items()

@@ -271,4 +271,5 @@ def test_release_and_trace_name_who_leaked(house, call):
     assert "named" in out
     assert call(*words, "--licensee", "Initech")[0] == 1
     assert call(*words)[0] == 2
+    assert call(*words, *both, "--alpha", "0")[0] == 2
     assert call("trace", "umbrella", "--key", "alice.key", "--licensee", "Acme")[0] == 2

@@ -8,7 +8,6 @@ import typer
 
 from nnpassport.cli.options import AsJson, KeyFile, Passphrase, key_from
 from nnpassport.cli.terminal import print_table
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 
 
 def trace(
@@ -26,8 +25,9 @@ def trace(
         typer.Option(help="With --original: who got a copy. Name all of them; repeatable."),
     ] = None,
     alpha: Annotated[
-        float, typer.Option(help="With --original: log10 of the threshold on p (2^-100).")
-    ] = LOG10_ALPHA_UNCOMMITTED,
+        float | None,
+        typer.Option(help="With --original: log10 of the threshold on p (default: 2^-100)."),
+    ] = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
@@ -37,6 +37,8 @@ def trace(
     """
     if (original is None) != (not licensee):
         raise typer.BadParameter("--original and --licensee belong together; give both or none")
+    if alpha is not None and not alpha < 0:
+        raise typer.BadParameter(f"--alpha {alpha} is no power of ten below 1, such as -9")
     if original is not None:
         _trace_order(suspect, key, original, licensee or [], alpha, passphrase, as_json)
     from nnpassport.embedding.measured import trace_file
@@ -68,15 +70,17 @@ def _trace_order(
     key: Path,
     original: Path,
     licensees: list[str],
-    alpha: float,
+    alpha: float | None,
     passphrase: bool,
     as_json: bool,
 ) -> None:
+    from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
     from nnpassport.report.page import small
     from nnpassport.verification.licensees import read_original, trace_order
 
     secret = key_from(key, passphrase)
-    found = trace_order(suspect, secret, read_original(original), licensees, log10_alpha=alpha)
+    threshold = LOG10_ALPHA_UNCOMMITTED if alpha is None else alpha
+    found = trace_order(suspect, secret, read_original(original), licensees, log10_alpha=threshold)
     if as_json:
         typer.echo(json.dumps(found.as_dict(), indent=2))
     else:
