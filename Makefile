@@ -19,13 +19,13 @@ demo: .venv/installed
 	$(BIN)/nnpassport demo --out demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations=20
 
 slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=20
 
 lowest: .venv-lowest/installed
-	.venv-lowest/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 portable: .venv/installed
 	$(BIN)/python tests/portable.py $(PORTABLE)

@@ -2,12 +2,13 @@
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from constructed import marked
+from constructed import marked, reader
 from typer.testing import CliRunner
 
 from nnpassport.attacks import ambiguity, removal
@@ -16,6 +17,8 @@ from nnpassport.catalog import CATALOG
 from nnpassport.cli.app import app
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.channels import ANY
+from nnpassport.embedding.schemes.graft import graft_channels
 from nnpassport.embedding.schemes.passport import V2, V3
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import ModelConfig
@@ -89,6 +92,40 @@ def entries(report, name):
 def test_before_the_attacks_the_mark_is_there(report):
     assert report["before"]["accuracy"] > 0.8
     assert report["before"]["owner"]["accepted"]
+
+
+def test_a_key_that_is_bound_to_its_anchor_is_read_by_it(subject, tmp_path, call):
+    """Without it, what thieves moved would be called removed; so such attacks are left out."""
+    inputs = subject.normalise(subject.train.images)
+    torch.manual_seed(0)
+    anchor = reader(subject.config.build(), subject.train, subject.normalise)
+    key = V2.draw_key(anchor, inputs[:2], seed=bytes(32), seen=inputs)
+    model = deepcopy(anchor)
+    V2.insert(model, key, inputs[:2])
+    graft_channels(model, inputs, limit=ANY)
+    owned = replace(subject, model=V2.released(model).eval(), key=key, transfer=None)
+    chosen, left_out = plan(owned, full=False)
+    moved = {name for name, attack in ATTACKS.items() if attack.family is Family.OBFUSCATION}
+    assert not moved & {name for name, _ in chosen}
+    assert "network before the mark" in left_out["combine"]
+    known = replace(owned, anchor=anchor)
+    report = audit(known, tmp_path / "audit.json", full=True, only=("combine", "free-moves"))
+    for entry in report["entries"]:
+        assert entry["owner_aligned"]["accepted"]
+        assert not entry["owner"].get("accepted", False)
+    save_model(tmp_path / "released", owned.model, subject.config)
+    save_model(tmp_path / "anchor", anchor, subject.config)
+    save_key(key, tmp_path / "my.key")
+    words = ("audit", tmp_path / "released", "--key", tmp_path / "my.key", "--data", "digits")
+    words = (*words, "--limit", "40", "--only", "combine", "--out", tmp_path / "out")
+    assert call(*words)[0] == 2
+    code, out, err = call(*words, "--anchor", tmp_path, "--json")
+    assert code == 0, err
+    (entry,) = json.loads(out)["entries"]
+    assert entry["owner_aligned"]["accepted"]
+    code, _, err = call(*words, "--anchor", tmp_path / "released")
+    assert code == 2
+    assert "anchor" in err
 
 
 def test_removals_are_measured_by_accuracy_and_mark(report):

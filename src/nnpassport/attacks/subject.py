@@ -54,6 +54,8 @@ class Subject:
         test: images that accuracies are measured on.
         train: images that attackers have; None leaves them without data.
         transfer: another task to fine-tune to, or None.
+        anchor: the network before the mark, which suspects are aligned to; of a key that is bound
+            to one.
         checkpoints: folder in which attackers who train for long keep checkpoints, and go on from
             them; None keeps none.
     """
@@ -69,6 +71,7 @@ class Subject:
     budget: Budget = Budget()  # noqa: RUF009 (a tuple: it cannot change)
     seed: int = 0
     checkpoints: Path | None = None
+    anchor: nn.Module | None = None
 
     @property
     def example(self) -> Tensor:

@@ -1,6 +1,7 @@
 """The commands `attack` and `audit`: from files to a subject, and its results back to files."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -101,6 +102,13 @@ def audit(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")],
     split: Split = None,
     key: OwnerKey = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(
+            help="What `embed` wrote, with the network before the mark in `anchor/`: what thieves "
+            "moved is read by it."
+        ),
+    ] = None,
     scheme: Forge = "passport-v2",
     full: Annotated[
         bool,
@@ -135,6 +143,8 @@ def audit(
         factory=factory,
         passphrase=passphrase,
     )
+    if anchor is not None:
+        subject = replace(subject, anchor=_anchor_of(subject.key, anchor, factory))
     with progress_bar("audit") as show:
         report = auditing.audit_to(
             out, subject, full=full, only=only or (), resume=resume, show=show
@@ -161,6 +171,18 @@ def list_attacks(as_json: AsJson = False) -> None:
         (str(f["name"]), str(f["family"]), str(f["summary"]), ", ".join(f["needs"])) for f in facts
     ]
     print_table(("attack", "family", "what it does", "needs"), rows)
+
+
+def _anchor_of(key: Any, folder: Path, factory: str | None) -> Any:
+    """The network before the mark, if it is the one that the key is bound to."""
+    from nnpassport.embedding.checkpoint import load_model
+    from nnpassport.scheme import UnreadableKeyError
+    from nnpassport.verification.anchor import anchor_in, read_anchor
+
+    if key is None:
+        raise UnreadableKeyError("an anchor was given and no key; needed: --key too, or neither")
+    read_anchor(folder, key)
+    return load_model(anchor_in(folder), trusted_factory=factory).model
 
 
 class _Files(NamedTuple):

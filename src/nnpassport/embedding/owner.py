@@ -203,7 +203,7 @@ def with_trigger_file(key: Key, path: Path) -> Key:
 
 
 def train(
-    folder: Path,
+    folder: Path | str,
     config: ModelConfig,
     sets: Sets,
     recipe: Recipe,
@@ -225,12 +225,12 @@ def train(
     )
     metrics = _reported(model, sets, plain_evaluation)
     described = _described(config, sets, metrics, {})
-    _write(folder, model, described)
+    _write(Path(folder), model, described)
     return described
 
 
 def embed(
-    folder: Path,
+    folder: Path | str,
     config: ModelConfig,
     key: Key,
     sets: Sets,
@@ -258,7 +258,7 @@ def embed(
         if anchoring.is_taken_on_the_way(key, initial):
             scheme, recipe = anchoring.gently(scheme), anchoring.after(recipe)
         kept = _described(config, sets, {}, {})
-        initial = anchoring.start(folder, kept, key, initial)
+        initial = anchoring.start(Path(folder), kept, key, initial)
     model = _initial(config, recipe, initial)
     scheme.embed(
         model,
@@ -273,12 +273,12 @@ def embed(
     metrics = _reported(model, sets, scheme.evaluation)
     surgery.remove(model)
     described = _described(config, sets, metrics, {"scheme": scheme.name})
-    _write(folder, model, described)
+    _write(Path(folder), model, described)
     return described
 
 
 def bind_key(
-    folder: Path,
+    folder: Path | str,
     config: ModelConfig,
     key: Key,
     sets: Sets,
@@ -305,7 +305,7 @@ def bind_key(
     scheme = scheme_named(key.context.scheme)
     _check_learns(scheme, recipe, trained=initial is not None)
     return anchoring.bind(
-        folder,
+        Path(folder),
         _described(config, sets, {}, {}),
         key,
         sets.train,
@@ -317,13 +317,15 @@ def bind_key(
     )
 
 
-def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None = None) -> Verdict:
+def release(
+    source: Path | str, key: Key, folder: Path | str, *, trusted_factory: str | None = None
+) -> Verdict:
     """Write the network that may leave the house: plain, with no trace of `key`; and prove it.
 
     Raises:
         UnsuitableModelError: the network in `source` does not carry the key; nothing is written.
     """
-    loaded = load_model(source, trusted_factory=trusted_factory)
+    loaded = load_model(Path(source), trusted_factory=trusted_factory)
     scheme = scheme_named(key.context.scheme)
     model = loaded.model
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
@@ -338,8 +340,9 @@ def release(source: Path, key: Key, folder: Path, *, trusted_factory: str | None
     kept = {
         name: loaded.config.metrics[name] for name in ("accuracy",) if name in loaded.config.metrics
     }
-    save_model(folder, plain, replace(loaded.config, metrics=kept, notes={}))
-    return verify_model(load_model(folder, trusted_factory=trusted_factory).model, normalise, key)
+    save_model(Path(folder), plain, replace(loaded.config, metrics=kept, notes={}))
+    written = load_model(Path(folder), trusted_factory=trusted_factory)
+    return verify_model(written.model, normalise, key)
 
 
 def _initial(

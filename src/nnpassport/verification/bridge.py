@@ -24,5 +24,6 @@ def running(where: str, purpose: str) -> Any:
         if (error.name or "").partition(".")[0] != "torch":
             raise
         raise UnsuitableModelError(
-            f"{purpose} needs PyTorch, which is not installed; needed: pip install torch"
+            f"{purpose} needs PyTorch, which is not installed; needed: "
+            "pip install 'nnpassport[torch]'"
         ) from error

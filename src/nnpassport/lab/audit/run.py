@@ -15,6 +15,7 @@ from nnpassport.attacks.removal import with_head
 from nnpassport.attacks.subject import Subject
 from nnpassport.attacks.table import ATTACKS, Attack, Family, applies, why_not
 from nnpassport.data.images import ImageSet
+from nnpassport.embedding.axes import noise_for
 from nnpassport.embedding.measured import verify_aligned, verify_model
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
@@ -62,12 +63,23 @@ def plan(
             left_out[name] = "only in a full audit"
         elif reason is not None:
             left_out[name] = reason
+        elif attack.family is Family.OBFUSCATION and _lacks_anchor(subject):
+            left_out[name] = "needs the network before the mark, by which such copies are read"
         else:
             chosen += [(name, strength) for strength in strengths]
     if only and not chosen:
         reasons = "; ".join(f"{name} {left_out[name]}" for name in only)
         raise BadRecipeError(f"nothing is left to run: {reasons}")
     return chosen, left_out
+
+
+def _lacks_anchor(subject: Subject) -> bool:
+    """Whether the key is bound to a network that is not at hand."""
+    return (
+        subject.key is not None
+        and subject.key.context.anchor is not None
+        and subject.anchor is None
+    )
 
 
 def audit(
@@ -203,8 +215,9 @@ def _aligned(subject: Subject, model: nn.Module) -> dict[str, Any]:
     key = subject.key
     if key is None or not subject.scheme.reads_weights:
         return {}
-    weights, reference = model.state_dict(), subject.model
-    found = _read(lambda: verify_aligned(weights, key, reference).verdict)
+    weights, reference = model.state_dict(), subject.anchor or subject.model
+    example = noise_for(subject.config)
+    found = _read(lambda: verify_aligned(weights, key, reference, example=example).verdict)
     return {"owner_aligned": found}
 
 
