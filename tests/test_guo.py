@@ -80,6 +80,7 @@ def test_every_class_has_another(digits):
     assert all(before != after for before, after in function)
 
 
+@pytest.mark.slow
 @pytest.mark.trains
 def test_the_published_mark_works_on_other_images_and_has_no_p_value(digits, plain):
     train, test, normalise = digits

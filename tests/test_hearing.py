@@ -251,6 +251,7 @@ def test_overwriting_is_seen_without_any_date(court, world):
     assert "stands in bob's network" in " ".join(heard.ruling.reasons)
 
 
+@pytest.mark.slow
 def test_a_licensed_derivative_is_decided_by_the_older_network(court, world, authority):
     """Bob hands in no network, so only dates can tell who was first."""
     court.suspect(world.bob)
@@ -315,6 +316,7 @@ def test_a_reference_that_was_fitted_to_the_suspect_proves_nothing(court, world,
         assert "made after it can be made to fit" in " ".join(heard.ruling.reasons)
 
 
+@pytest.mark.slow
 def test_the_date_of_a_key_does_not_date_a_mark(court, world, authority):
     """Bob dated an empty key years ago, and turned a copy of Alice's network to it yesterday."""
     court.claim("bob", world.bob_key, authority=authority)
@@ -362,6 +364,7 @@ def test_an_exhibit_that_is_handed_in_twice_blocks_nobody(court, world):
     assert "signed with one key" in heard.ruling.reasons[-1]
 
 
+@pytest.mark.slow
 def test_a_stolen_claim_that_is_signed_again_is_the_younger_one(court, world, authority):
     court.suspect(world.alice)
     court.claim("alice", world.alice_key, reference=world.alice, authority=authority)

@@ -417,6 +417,7 @@ for line in sys.stdin.buffer:
 """
 
 
+@pytest.mark.slow
 def test_costs_are_those_of_what_is_allocated():
     made = [Context(s, "Eve", layers, shown, bytes(16)) for s, layers, shown in MEASURED]
     lines = b"\n".join(context.encode() for context in made)

@@ -451,6 +451,7 @@ def stolen(world, key):
     return model
 
 
+@pytest.mark.slow
 def test_old_keys_and_strange_networks_take_nothing_from_a_dated_network(court, world, dated):
     """A key alone that Bob dated first, and with a network that the suspect was not made from."""
     court.suspect(stolen(world, world.bob_key))
@@ -529,6 +530,7 @@ def test_an_owner_whose_mark_is_in_answers_can_prove_who_was_first(
     assert heard.ruling.owner == "alice"
 
 
+@pytest.mark.slow
 def test_two_claims_to_one_network_go_to_the_older_one(court, world, dated):
     """Bob dates a copy of hers, with channels turned to his bits, before the suspect appears."""
     court.suspect(stolen(world, world.bob_key))
