@@ -262,9 +262,8 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def render() -> None:
-    """Write the page."""
-    found = json.loads(RESULT.read_text())
+def page(found: Mapping[str, Any]) -> str:
+    """The page of these results."""
     labels = ["every free move", *CHANGES]
     lines = [
         *HEAD.splitlines(),
@@ -309,7 +308,12 @@ def render() -> None:
         )
     commits = sorted({row["commit"][:12] for row in found.values()})
     lines += ["", f"Commit {', '.join(commits)}; seconds are of one processor, others running."]
-    RESULT.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
+
+
+def render() -> None:
+    """Write the page."""
+    RESULT.with_suffix(".md").write_text(page(json.loads(RESULT.read_text())))
 
 
 def main() -> None:

@@ -1,8 +1,10 @@
 """Free moves on networks that nobody here wrote: nothing computed changes, and all is undone."""
 
+import json
 from copy import deepcopy
 from functools import cache
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from nnpassport.embedding.schemes.channels import Limit
 from nnpassport.embedding.schemes.graft import graft_channels
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
+ROOT = Path(__file__).parent.parent
 MADE = {
     "ResNet": {"negate": 9, "scale": 9, "stretch": 6, "reorder": 6, "split": 6},
     "ConvNeXt": {"regain": 9, "fix": 6, "reorder": 6, "split": 3},
@@ -197,6 +200,28 @@ def test_an_embedding_that_is_its_own_head_is_untied_so_that_the_stream_can_be_r
     assert model.lm_head.weight is model.transformer.wte.weight
     assert moved.lm_head.weight is not moved.transformer.wte.weight
     assert not torch.allclose(moved.lm_head.weight, moved.transformer.wte.weight, atol=1e-3)
+
+
+def test_queries_keys_and_values_of_one_fused_tensor_are_each_mixed():
+    model, example = anchor("GPT-2")
+    moved = move(model, example, rng(), kinds=["heads"])
+    assert moved.done["heads"] == 6
+    for before, after in zip(model.transformer.h, moved.model.transformer.h, strict=True):
+        parts = [each.attn.c_attn.weight.detach().chunk(3, 1) for each in (before, after)]
+        for mine, theirs in zip(*parts, strict=True):
+            assert (theirs - mine).norm() > 0.1 * mine.norm()
+
+
+def test_the_page_of_figures_is_what_they_render_to_and_strangers_are_coins():
+    spec = spec_from_file_location("moves", ROOT / "benchmarks" / "moves.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = json.loads((ROOT / "results" / "moves.json").read_text(encoding="utf-8"))
+    assert script.page(found) == (ROOT / "results" / "moves.md").read_text(encoding="utf-8")
+    assert set(found) == set(zoo.ZOO)
+    for name, row in found.items():
+        assert row["after"]["every free move"] > 0.75 * row["bits"], name
+        assert row["strangers"]["least"] > -6, name
 
 
 def test_a_move_that_there_is_not_is_refused():

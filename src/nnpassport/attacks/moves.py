@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -360,28 +361,27 @@ def _mix(subject: _Subject) -> Iterator[Act]:
 def _heads(subject: _Subject) -> Iterator[Act]:
     axes = subject.axes
     for attention in attentions(axes):
+        outer = axes.axes[attention.heads]
         for inside in attention.insides:
-            tensors = [side.whole.tensor for side in inside]
-            inner = _inside_of(axes, tensors)
-            if inner is None:
+            sides = [side.whole for side in inside]
+            found = _inside_of(axes, outer, sides)
+            if found is None:
                 continue
-            outer = axes.axes[attention.heads]
-            spots = crossed(axes, outer, inner)
+            inner, spots = found
 
             def do(
                 state: State,
                 rng: torch.Generator,
                 spots: Sequence[Spot] = spots,
-                first: str = tensors[0],
-                second: Spot = inside[1].whole,
+                second: Spot = sides[1],
+                fused: bool = sides[0].tensor == sides[1].tensor,
                 size: tuple[int, int] = (outer.size, inner.size),
             ) -> None:
                 turns = [_invertible(size[1], rng) for _ in range(size[0])]
                 there = torch.block_diag(*(by for by, _ in turns))
                 back = torch.block_diag(*(inverse.T for _, inverse in turns))
                 for spot in spots:
-                    of_second = _is_of(spot, second, first)
-                    by = back if of_second else there
+                    by = back if _is_of(spot, second, fused=fused) else there
                     _put_spot(state, spot, by @ _rows_of_spot(state, spot))
 
             yield do
@@ -528,22 +528,28 @@ def _fold_statistics(state: State, weight: str, norm: Statistics, dimension: int
     state[norm.weight].fill_(1)
 
 
-def _inside_of(axes: Axes, tensors: Sequence[str]) -> Axis | None:
-    """The axis inside the heads between these two matrices."""
+def _inside_of(axes: Axes, outer: Axis, sides: Sequence[Spot]) -> tuple[Axis, list[Spot]] | None:
+    """The axis inside these heads whose two sides these are, and all places of it."""
     for axis in axes.axes:
         if axis.kind == "inner" and "batched" not in axis.traits:
-            on = {place.tensor for place in axis.places}
-            if set(tensors) <= on and len(tensors) == 2:
-                return axis
+            spots = crossed(axes, outer, axis)
+            if all(any(_is_at(spot, side) for spot in spots) for side in sides):
+                return axis, spots
     return None
 
 
-def _is_of(spot: Spot, second: Spot, first: str) -> bool:
-    """Whether a spot, or the bias of one, is on the second side of a head."""
-    if spot.tensor in {second.tensor, _bias(second.tensor)}:
-        fused = first == second.tensor
-        return not fused or bool((spot.positions == second.positions).all())
-    return False
+def _is_at(spot: Spot, side: Spot) -> bool:
+    return spot[:2] == side[:2] and np.array_equal(spot.positions, side.positions)
+
+
+def _is_of(spot: Spot, second: Spot, *, fused: bool) -> bool:
+    """Whether a spot, or the bias of one, is on the second side of a head.
+
+    `fused`: both sides are rows of one tensor, and told apart by where they are.
+    """
+    if spot.tensor not in {second.tensor, _bias(second.tensor)}:
+        return False
+    return not fused or np.array_equal(spot.positions, second.positions)
 
 
 def _bias(weight: str) -> str:
