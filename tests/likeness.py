@@ -33,7 +33,7 @@ HOME = 0.5
 """Accuracy from which on a suspect is at home on the images."""
 LOUD = (1e-3, 1e-2, 3e-2, 0.1)
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
-PROVED = Verdict("s", 100, 100, -200.0, -30.0, "", True)
+PROVED = Verdict("s", 100, 100, -200.0, -30.0)
 KINDS = ("stranger", "beside", "derived", "derived and beside")
 
 

@@ -353,7 +353,7 @@ def test_mixtures_look_like_unrelated_networks_to_the_aligner(owned, strangers):
 
 
 def verdict(matches, log10_p):
-    return Verdict("s", 100, matches, log10_p, LOG10_ALPHA_COMMITTED, "", marked=True)
+    return Verdict("s", 100, matches, log10_p, LOG10_ALPHA_COMMITTED)
 
 
 def test_the_more_cautious_p_value_counts_and_both_readings():

@@ -340,5 +340,5 @@ def test_the_published_black_box_rule_is_a_binomial_test_at_its_own_level(digits
         assert DEEPSIGNS_BLACKBOX.verify_as_published(verdict).accepted == accepted
     adi = ADI.verify_answers(labels, key)
     assert ADI.verify_as_published(adi).accepted
-    unsaid = Verdict("s", 100, 60, None, -30.0, "", marked=False)
+    unsaid = Verdict("s", 100, 60, None, -30.0)
     assert not DEEPSIGNS_BLACKBOX.verify_as_published(unsaid).accepted

@@ -609,7 +609,7 @@ def test_only_a_key_and_a_network_that_fit_the_claim_are_disclosed(court, world)
 
 def found(marked, **facts):
     p = -200.0 if marked else 0.0
-    return Verdict("s", 100, 100 if marked else 50, p, -30.0, "", marked, **facts)
+    return Verdict("s", 100, 100 if marked else 50, p, -30.0, **facts)
 
 
 def claimant(

@@ -37,7 +37,7 @@ HAVINGS = [Has(*each) for each in product(DATES, NETWORKS, MARKS)]
 
 def found(marked):
     p = -200.0 if marked else 0.0
-    return Verdict("s", 100, 100 if marked else 50, p, -30.0, "", marked)
+    return Verdict("s", 100, 100 if marked else 50, p, -30.0)
 
 
 PROVED = {AS_IT_STANDS: found(True)}

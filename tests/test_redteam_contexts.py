@@ -23,13 +23,13 @@ from nnpassport.claims.claimfile import SignedClaim, write_signed
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding.network.equations import Geometry
 from nnpassport.embedding.schemes.passport import V2, Passport
-from nnpassport.embedding.schemes.signature import judged, matching, read_answers
+from nnpassport.embedding.schemes.signature import matching, read_answers
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.keys import validity
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.keys.reading import Counts, verdict_on
 from nnpassport.keys.validity import MAX_BYTES, RULES, cost_of
 from nnpassport.scheme import (
     BadSignatureError,
@@ -121,18 +121,18 @@ def test_no_verdict_has_counts_that_no_reading_gives(matches):
     key = Key(SEED, passports(linear("a", 200)))
     if isinstance(matches, int):  # others do not even pass the types that tests check
         with pytest.raises(MiscountedError):
-            judged(key, "bits", bits=200, matches=matches, chance=0.5, log10_alpha=-9.0)
+            verdict_on(Counts("bits", {"a": (matches, 200)}), key, log10_alpha=-9.0)
     with pytest.raises(MiscountedError):
-        Verdict("x", 200, matches, -1.0, -9.0, "", marked=False)
+        Verdict("x", 200, matches, -1.0, -9.0)
     with pytest.raises(MiscountedError):
-        Verdict("x", 200, 1, -1.0, -9.0, "", marked=False, layers={"a": (matches, 100)})
+        Verdict("x", 200, 1, -1.0, -9.0, layers={"a": (matches, 100)})
 
 
 @pytest.mark.parametrize("bits", [1, 199, 201, 400])
 def test_v_compares_all_bits_of_the_context_and_no_others(bits):
     key = Key(SEED, passports(linear("a", 200)))
     with pytest.raises(MiscountedError, match="a key that has 200"):
-        judged(key, "bits", bits=bits, matches=1, chance=0.5, log10_alpha=-9.0)
+        verdict_on(Counts("bits", {"a": (1, bits)}), key, log10_alpha=-9.0)
 
 
 # Contexts are those that the scheme would have made.
@@ -331,9 +331,7 @@ def test_a_text_that_is_chosen_for_each_seed_pays_for_every_text():
         key = Key(seed, context, text="".join(map(chr, nearest)))
         matches = int((key.layer_signs("a") == signs).sum())
         assert matches > 180
-        found = judged(
-            key, "bits", bits=240, matches=matches, chance=0.5, log10_alpha=LOG10_ALPHA_UNCOMMITTED
-        )
+        found = verdict_on(Counts("bits", {"a": (matches, 240)}), key)
         assert found.log10_p_value > -2
 
 

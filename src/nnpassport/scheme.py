@@ -24,7 +24,8 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from copy import deepcopy
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any, NamedTuple, final
 
 _LONGEST_MESSAGE = 4_000  # characters
@@ -183,15 +184,24 @@ def check_counts(matches: int, trials: int) -> None:
 class Verdict:
     """Outcome of V on one suspect with one key.
 
+    It holds what was counted and every choice that there was. Its p-value, whether it counts and
+    what it says follow from these, here and nowhere else.
+
     Raises:
         MiscountedError: counts that no reading gives.
 
     Attributes:
         bits: how many committed bits (or trigger labels) there are.
         matches: how many of them were read as committed.
-        log10_p_value: log₁₀ of the chance that an independent network matches as well, corrected
-            for every choice the claimant had. None where there is none: `reason` says why.
+        log10_tail: log₁₀ of the chance that an independent network matches as well in one reading
+            that was settled beforehand. None where there is none.
         log10_alpha: the threshold that was declared; the mark counts when p ≤ α.
+        found: what was counted, in words: the beginning of `reason`.
+        corrections: log₁₀ of what the p-value is multiplied by for each choice that there was, by
+            the choice's name.
+        remarks: what else there is to say of it, in order: the rest of `reason`.
+        barred: whether the mark counts for nothing, whatever its p-value; a remark says why.
+        needed: of a published rule, how many matches it takes. It knows no p-value.
         fidelity: outcome of F, or None where no data were given.
         alignment: what alignment did to the suspect before it was read, or None.
         claim: the claim that the verdict was given under, and whether it holds, or None.
@@ -200,17 +210,19 @@ class Verdict:
             costs; None where there was none.
         chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
             where V does not say.
-        corrections: log₁₀ of what the p-value was multiplied by for each choice that there was,
-            by the choice's name.
     """
 
     scheme: str
     bits: int
     matches: int
-    log10_p_value: float | None
+    log10_tail: float | None
     log10_alpha: float
-    reason: str
-    marked: bool
+    found: str = ""
+    _: KW_ONLY
+    corrections: Mapping[str, float] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    barred: bool = False
+    needed: int | None = None
     fidelity: Fidelity | None = None
     alignment: Mapping[str, Any] | None = None
     claim: Mapping[str, Any] | None = None
@@ -218,7 +230,6 @@ class Verdict:
     digests: Mapping[str, str] = field(default_factory=dict)
     chance: float | None = None
     candidates: Mapping[str, Any] | None = None
-    corrections: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for matches, trials in ((self.matches, self.bits), *self.layers.values()):
@@ -230,37 +241,96 @@ class Verdict:
         return self.marked and (self.fidelity is None or self.fidelity.passed)
 
     @property
-    def match_rate(self) -> float:
-        """Fraction of the bits that were read as committed, in [0, 1]."""
-        return self.matches / self.bits
+    def marked(self) -> bool:
+        """Whether the mark is there, by the p-value or by a published rule."""
+        if self.barred:
+            return False
+        if self.needed is not None:
+            return self.matches >= self.needed
+        p = self.log10_p_value
+        return p is not None and p <= self.log10_alpha
+
+    @property
+    def log10_p_value(self) -> float | None:
+        """log₁₀ of the chance that an independent network matches as well, at most 0.
+
+        Corrected for every choice that there was. None where there is none: `reason` says why.
+        """
+        if self.log10_tail is None or self.needed is not None:
+            return None
+        return min(0.0, sum(self.corrections.values(), self.log10_tail))
 
     @property
     def p_value(self) -> float | None:
         """The p-value itself; 0.0 where it is below what a float can hold (see `log10_p_value`)."""
         return None if self.log10_p_value is None else math.pow(10.0, self.log10_p_value)
 
-    def paid(self, log10_choices: float, reason: str) -> "Verdict":
-        """The verdict if its reading is one of 10^`log10_choices` (from 0) that there could be.
+    @property
+    def match_rate(self) -> float:
+        """Fraction of the bits that were read as committed, in [0, 1]."""
+        return self.matches / self.bits
 
-        A verdict without p-value stays one; `reason` is added to its own, and says what was chosen.
+    @property
+    def reason(self) -> str:
+        """The verdict in words: what was counted, what that is worth, and all remarks."""
+        return "; ".join([self._worth(), *self.remarks])
+
+    def _worth(self) -> str:
+        if self.needed is not None:
+            return (
+                f"{self.matches} of {self.bits} match; the published rule needs {self.needed} of "
+                "them and knows no p-value"
+            )
+        p = self.log10_p_value
+        if p is None:
+            return (
+                f"{self.found}, but parts of the key were chosen and not derived from a seed, "
+                "so they have no p-value: anybody can solve for such a key"
+            )
+        several = [
+            f"{_count(number)} {name}" for name, number in self.corrections.items() if number > 0.1
+        ]
+        paid = f" (for {' and '.join(several)})" if several else ""
+        relation = "at or below" if p <= self.log10_alpha else "above"
+        return f"{self.found}; p = 10^{p:.1f}{paid} is {relation} α = 10^{self.log10_alpha:.1f}"
+
+    def paid(self, log10_choices: float, reason: str = "", *, of: str = "choices") -> "Verdict":
+        """The verdict, were its reading one of 10^`log10_choices` (from 0) that there could be.
+
+        `of` is what was chosen among, in the plural; `reason` is a remark on it.
         """
-        told = replace(self, reason=f"{self.reason}; {reason}")
-        if self.log10_p_value is None:
-            return told
-        log10_p = min(0.0, self.log10_p_value + log10_choices)
-        return replace(
-            told, log10_p_value=log10_p, marked=self.marked and log10_p <= self.log10_alpha
-        )
+        corrections = dict(self.corrections)
+        if log10_choices:
+            corrections[of] = corrections.get(of, 0.0) + log10_choices
+        paid = replace(self, corrections=corrections)
+        return paid.remarked(reason) if reason else paid
+
+    def remarked(self, *remarks: str) -> "Verdict":
+        """The verdict, which says this too."""
+        return replace(self, remarks=(*self.remarks, *remarks))
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, with the derived facts spelled out."""
-        facts = asdict(self)
+        fidelity = None
         if self.fidelity is not None:
-            facts["fidelity"]["passed"] = self.fidelity.passed
+            fidelity = {**asdict(self.fidelity), "passed": self.fidelity.passed}
+        kept = ("alignment", "claim", "layers", "digests", "chance", "candidates", "corrections")
         return {
             "accepted": self.accepted,
-            **facts,
+            "scheme": self.scheme,
+            "bits": self.bits,
+            "matches": self.matches,
+            "log10_p_value": self.log10_p_value,
+            "log10_alpha": self.log10_alpha,
+            "reason": self.reason,
+            "marked": self.marked,
+            "fidelity": fidelity,
+            **{name: deepcopy(getattr(self, name)) for name in kept},
             "match_rate": self.match_rate,
             "p_value": self.p_value,
             "alpha": math.pow(10.0, self.log10_alpha),
         }
+
+
+def _count(log10: float) -> str:
+    return f"{10**log10:.0f}" if log10 < 4 else f"10^{log10:.1f}"

@@ -12,7 +12,7 @@ from dataclasses import replace
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from nnpassport.keys.chance import log10_binomial_tail, log10_corrected
+from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.scheme import Verdict
 
 MIXTURES = 8
@@ -61,7 +61,7 @@ def against(
 ) -> Verdict:
     """The verdict, at the rate of the unrelated networks, and all that alignment found."""
     matches = [other.matches for other in others]
-    cautious = with_null(found, matches)
+    cautious, log10_p = with_null(found, matches), found.log10_p_value
     alike = likeness(aligned.cosines, [other.cosines for other in others])
     facts = {
         "to": REFERENCE,
@@ -75,9 +75,11 @@ def against(
             "networks": origin,
             "bits": found.bits,
             "matches": matches,
-            "log10_p_analytic": found.log10_p_value,
+            "log10_p_analytic": log10_p,
             "skipped": skipped,
-            "log10_p_empirical": _at_rate_of_best(found, matches),
+            "log10_p_empirical": None
+            if log10_p is None
+            else _at_rate_of_best(found, log10_p, matches),
         },
         "readings": READINGS,
     }
@@ -111,8 +113,7 @@ def exact(found: Verdict, aligned: Matched, stranger: Mapping[str, float]) -> Ve
         "readings": READINGS,
     }
     reason = "aligned to the network before the mark, for which bits are coins"
-    paid = found.paid(math.log10(READINGS), reason)
-    return replace(paid, alignment=facts)
+    return replace(found.paid(math.log10(READINGS), reason, of="readings"), alignment=facts)
 
 
 def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:
@@ -120,37 +121,32 @@ def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> 
 
     And were this the better of `READINGS` readings. A verdict without p-value is returned as it is.
     """
-    if verdict.log10_p_value is None:
+    if verdict.log10_tail is None:
         return verdict
     rate = max([chance, *(count / verdict.bits for count in matches)])
-    cautious = max(verdict.log10_p_value, _at_rate_of_best(verdict, matches, chance) or 0.0)
-    log10_p = log10_corrected(cautious, math.log10(READINGS))
-    marked = log10_p <= verdict.log10_alpha
-    relation = "at or below" if marked else "above"
-    return replace(
-        verdict,
-        log10_p_value=log10_p,
-        marked=marked,
-        reason=f"aligned, {verdict.matches} of {verdict.bits} match; unrelated networks reach "
-        f"{rate:.3f} of the bits at most, so p = 10^{log10_p:.1f} (for {READINGS} readings) is "
-        f"{relation} α = 10^{verdict.log10_alpha:.1f}",
+    found = (
+        f"aligned, {verdict.matches} of {verdict.bits} match, and unrelated networks reach "
+        f"{rate:.3f} of the bits at most"
     )
+    tail = max(verdict.log10_tail, _at_rate_of_best(verdict, verdict.log10_tail, matches, chance))
+    cautious = replace(verdict, log10_tail=tail, found=found)
+    return cautious.paid(math.log10(READINGS), of="readings")
 
 
-def _at_rate_of_best(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> float | None:
-    """log₁₀ of the tail at the rate of the best match, with the verdict's own corrections.
+def _at_rate_of_best(
+    verdict: Verdict, log10_p: float, matches: Sequence[int], chance: float = 0.5
+) -> float:
+    """What becomes of a p-value if the chance of a match is not `chance` but the best rate.
 
     It may be below the analytic one, where all of them match less than half: the verdict counts the
     larger of the two.
     """
-    if verdict.log10_p_value is None:
-        return None
     rate = max(count / verdict.bits for count in matches) if matches else chance
     if rate >= 1:
         return 0.0
     analytic = log10_binomial_tail(verdict.matches, verdict.bits, chance)
     empirical = log10_binomial_tail(verdict.matches, verdict.bits, max(rate, 1e-9))
-    return min(0.0, verdict.log10_p_value + empirical - analytic)
+    return min(0.0, log10_p + empirical - analytic)
 
 
 def likeness(cosines: Mapping[str, float], others: Sequence[Mapping[str, float]]) -> float:

@@ -144,7 +144,8 @@ def verify_aligned(
         refused = error
     else:
         reason = "aligned by the tensors' names"
-        named = named._replace(verdict=named.verdict.paid(LOG10_BY_NAME, reason))
+        paid = named.verdict.paid(LOG10_BY_NAME, reason, of=candidates.TENSORS)
+        named = named._replace(verdict=paid)
         if named.verdict.marked:
             return named
     try:
@@ -182,7 +183,8 @@ def _over_axes(
     found = axes_of(anchor, example)
     verdict = verify_anchored(read, dict(ArraysOf(weights)), anchor_of(found, state, key))
     traits = f"over {len(found.axes)} axes that its trace shows, proved by reordering"
-    return verdict.paid(LOG10_BY_NAME, f"aligned by the tensors' names, {traits}")
+    reason = f"aligned by the tensors' names, {traits}"
+    return verdict.paid(LOG10_BY_NAME, reason, of=candidates.TENSORS)
 
 
 class _Ways(NamedTuple):
@@ -236,8 +238,9 @@ def _stranger(weights: Mapping[str, Tensor], anchor: nn.Module) -> Mapping[str, 
 
 def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
     """The verdict by shape, once every choice of tensors is paid for."""
-    reason = f"aligned by the tensors' shapes, 10^{found.log10_choices:.1f} choices being paid for"
-    paid = found.verdict.paid(LOG10_BY_SHAPE + found.log10_choices, reason)
+    reason = f"aligned by the tensors' shapes, of 10^{found.log10_choices:.1f} choices"
+    log10_choices = LOG10_BY_SHAPE + found.log10_choices
+    paid = found.verdict.paid(log10_choices, reason, of=candidates.TENSORS)
     facts = candidates.by_shape(found.taken, weights, found.log10_choices)
     return replace(paid, candidates=facts)
 
@@ -283,8 +286,7 @@ def aligned(suspect: Path, key: Key, options: Options, trial: Trial | None) -> V
     if trial is None:
         return verdict
     if network is None:
-        reason = "F was not measured: what was aligned builds no network"
-        return replace(verdict, reason=f"{verdict.reason}; {reason}")
+        return verdict.remarked("F was not measured: what was aligned builds no network")
     return with_fidelity(verdict, suspect, key, trial, options, network)
 
 
@@ -295,10 +297,9 @@ def with_aligned_fidelity(
     try:
         _, network = _aligned(suspect, key, options)
     except UnsuitableModelError as error:
-        return replace(verdict, reason=f"{verdict.reason}; F was not measured: {error}")
+        return verdict.remarked(f"F was not measured: {error}")
     if network is None:
-        reason = "F was not measured: what was aligned builds no network"
-        return replace(verdict, reason=f"{verdict.reason}; {reason}")
+        return verdict.remarked("F was not measured: what was aligned builds no network")
     return with_fidelity(verdict, suspect, key, trial, options, network)
 
 
@@ -326,8 +327,9 @@ def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
         digests |= named(name, each.digests)
     verdict = without(weights.left_out, found.verdict)
     if options.standing is None and not anchored:
-        reason = "that the network it was aligned to is older than the suspect is your word"
-        verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
+        verdict = verdict.remarked(
+            "that the network it was aligned to is older than the suspect is your word"
+        )
     verdict = replace(verdict, digests=digests)
     if found.aligned is None:
         return verdict, None
@@ -356,10 +358,10 @@ def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
     verdict = min([*found, *(mapped if options.every_reading else [])], key=_weight)
     whose = "the owner's" if options.reference is not None else "the suspect's own"
     whose = f"{whose} config says" if options.facts is None else "the claim commits to"
-    reason = f"{verdict.reason}; images became numbers as {whose}"
+    remarks = [f"images became numbers as {whose}"]
     if not verdict.marked and any(each.marked for each in mapped):
-        reason += "; in another order of the classes it matches: have every reading looked at"
-    return replace(verdict, reason=reason, digests=loaded.digests)
+        remarks.append("in another order of the classes it matches: have every reading looked at")
+    return replace(verdict.remarked(*remarks), digests=loaded.digests)
 
 
 def _answers(key: Key, model: nn.Module, normalise: Normalisation) -> Tensor:
@@ -446,7 +448,7 @@ def with_fidelity(
         )
         if trial.target is not None and trial.target > 1 / answers:
             # A thief's moved classes, say: they are no reason not to read the mark.
-            return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
+            return verdict.remarked(f"F was not measured: {why}")
         raise UnreadableDataError(
             f"F has nothing to hold on to with a target of {100 * target:.2f} %: {why}; needed: "
             "images that the network does well on, with their classes in its order, and a target "
@@ -455,17 +457,19 @@ def with_fidelity(
     presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}
+    told = verdict.remarked(
+        f"with the passport presented the accuracy is {presented:.4f}, "
+        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}"
+        f"{'' if target == trial.target else ', which the network has without it'}"
+    )
     return replace(
-        verdict,
+        told,
         fidelity=fidelity,
         digests={
             **verdict.digests,
             **({} if aligned is not None else loaded.digests),
             "images": tensors_digest(images),
         },
-        reason=f"{verdict.reason}; with the passport presented the accuracy is {presented:.4f}, "
-        f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}"
-        f"{'' if target == trial.target else ', which the network has without it'}",
     )
 
 

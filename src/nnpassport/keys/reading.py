@@ -17,17 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.files.arrays import Array
-from nnpassport.keys.chance import (
-    LOG10_ALPHA_UNCOMMITTED,
-    log10_binomial_tail,
-    log10_corrected,
-)
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_binomial_tail
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.derive import log10_text_choices
 from nnpassport.keys.key import Key
 from nnpassport.keys.patches import filters, mean_patch, own_shape
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
-from nnpassport.scheme import MiscountedError, UnreadableKeyError, UnsuitableModelError, Verdict
+from nnpassport.scheme import (
+    MiscountedError,
+    UnreadableKeyError,
+    UnsuitableModelError,
+    Verdict,
+    check_counts,
+)
 
 COLUMNS = 253
 """Of the pooled weight that greedy residuals are taken of, at most."""
@@ -56,22 +58,28 @@ class Counts(NamedTuple):
         layers: by layer, how many bits match and how many there are.
         chance: with which an independent network has one bit as the key has it, in [0, 1].
         choices: of how many counts these are the best.
+        chosen: what these counts are of, in the plural.
         whose: said before all else, if it is not nothing.
         listed: whether the verdict has the counts of each layer.
+        some: whether these are only some of the key's bits or labels: those that were answered.
     """
 
     what: str
     layers: Mapping[str, tuple[int, int]]
     chance: float = 0.5
     choices: int = 1
+    chosen: str = "counts"
     whose: str = ""
     listed: bool = False
+    some: bool = False
 
 
 Reader = Callable[[Weights, Key], Counts]
 
 
-def verdict_on(counts: Counts, key: Key, *, log10_alpha: float) -> Verdict:
+def verdict_on(
+    counts: Counts, key: Key, *, log10_alpha: float = LOG10_ALPHA_UNCOMMITTED
+) -> Verdict:
     """The exact verdict on these counts.
 
     Derived bits are uniform and independent of any network that was not trained on them, so their
@@ -81,89 +89,29 @@ def verdict_on(counts: Counts, key: Key, *, log10_alpha: float) -> Verdict:
     Raises:
         MiscountedError: more or fewer bits were compared than the key has, or more matched.
     """
-    verdict = judged(
-        key,
-        counts.what,
-        bits=sum(bits for _, bits in counts.layers.values()),
-        matches=sum(matches for matches, _ in counts.layers.values()),
-        chance=counts.chance,
-        log10_alpha=log10_alpha,
-        log10_choices=math.log10(counts.choices),
-    )
-    reason = f"{counts.whose}: {verdict.reason}" if counts.whose else verdict.reason
-    return replace(verdict, reason=reason, layers=dict(counts.layers) if counts.listed else {})
-
-
-def judged(
-    key: Key,
-    what: str,
-    *,
-    bits: int,
-    matches: int,
-    chance: float,
-    log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    log10_choices: float = 0.0,
-) -> Verdict:
-    """The exact verdict on so many matches, each by chance with probability `chance`.
-
-    `bits` is how many were compared: all that the key has, each once. `log10_choices` is log₁₀ of
-    how many counts of matches V took the best of.
-
-    Raises:
-        MiscountedError: V compared more or fewer bits than the key has, or matched more.
-    """
-    if bits != key.context.bits:
+    for matches, bits in counts.layers.values():
+        check_counts(matches, bits)
+    bits = sum(bits for _, bits in counts.layers.values())
+    matches = sum(matches for matches, _ in counts.layers.values())
+    if bits != key.context.bits and not counts.some:
         raise MiscountedError(
             f"V compared {bits} bits of a key that has {key.context.bits}; needed: each of them, "
             "once; draw a key for this network"
         )
-    return exact_verdict(
-        key,
-        what,
-        bits=bits,
-        matches=matches,
-        chance=chance,
-        log10_alpha=log10_alpha,
-        log10_choices=log10_choices,
-    )
-
-
-def exact_verdict(
-    key: Key,
-    what: str,
-    *,
-    bits: int,
-    matches: int,
-    chance: float,
-    log10_alpha: float,
-    log10_choices: float = 0.0,
-) -> Verdict:
-    """As `judged`, on some of the key's bits or labels: those that were answered, say."""
-    found = f"{matches} of {bits} {what} match"
+    whose = f"{counts.whose}: " if counts.whose else ""
     verdict = Verdict(
         scheme=key.context.scheme,
         bits=bits,
         matches=matches,
-        log10_p_value=None,
+        log10_tail=log10_binomial_tail(matches, bits, counts.chance) if key.derived else None,
         log10_alpha=log10_alpha,
-        marked=False,
-        reason=f"{found}, but parts of the key were chosen and not derived from a seed, "
-        "so they have no p-value: anybody can solve for such a key",
-    )
-    if not key.derived:
+        found=f"{whose}{matches} of {bits} {counts.what} match",
+        layers=dict(counts.layers) if counts.listed else {},
+    ).paid(math.log10(counts.choices), of=counts.chosen)
+    if key.text is None or not key.derived:
         return verdict
-    log10_p = log10_corrected(log10_binomial_tail(matches, bits, chance), log10_choices)
-    if key.text is not None:
-        # A text that nobody has committed to is the claimant's choice among all of its length.
-        log10_p = log10_corrected(log10_p, log10_text_choices(key.text))
-    marked = log10_p <= log10_alpha
-    relation = "at or below" if marked else "above"
-    return replace(
-        verdict,
-        log10_p_value=log10_p,
-        marked=marked,
-        reason=f"{found}; p = 10^{log10_p:.1f} is {relation} α = 10^{log10_alpha:.1f}",
-    )
+    # A text that nobody has committed to is the claimant's choice among all of its length.
+    return verdict.paid(log10_text_choices(key.text), of="texts")
 
 
 def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
@@ -173,13 +121,7 @@ def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
     keys; the exact verdict does.
     """
     needed = math.ceil(threshold * verdict.bits - 1e-9)
-    return replace(
-        verdict,
-        log10_p_value=None,
-        marked=verdict.matches >= needed,
-        reason=f"{verdict.matches} of {verdict.bits} match; the published rule needs {needed} "
-        "of them and knows no p-value",
-    )
+    return replace(verdict, needed=needed, barred=False, remarks=())
 
 
 def matching(read: Any, signs: Any) -> int:
@@ -417,7 +359,8 @@ def read_words(weights: Weights, key: Key) -> Counts:
     best = max(range(len(words)), key=matches.__getitem__)
     whose = f"user {best}" if best < USERS else "no one user, but what users have in common"
     counted = {layer.name: (matches[best], layer.length)}
-    return Counts("bits of a user's word", counted, choices=len(words), whose=whose)
+    what = "bits of a user's word"
+    return Counts(what, counted, choices=len(words), chosen="words", whose=whose)
 
 
 # Greedy residuals                                                                 [Liu21]

@@ -29,6 +29,7 @@ from nnpassport.keys.key import Key
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.verification.anchor import ANCHOR, anchor_in
+from nnpassport.verification.candidates import TENSORS
 
 
 def committed_claim(key: Key, standing: Standing | None) -> Claim | None:
@@ -92,7 +93,8 @@ def aligned_by_axes(
         others = [each.arrays for each in unrelated.values()] if unrelated else None
         reference = reference_of(axes, weights.arrays, key)
         verdict = verify_by_axes(read, suspect.arrays, reference, others)
-    verdict = verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names, over the claim's axes")
+    reason = "aligned by the tensors' names, over the claim's axes"
+    verdict = verdict.paid(LOG10_BY_NAME, reason, of=TENSORS)
     what = ANCHOR if anchored else "reference"
     digests = {**suspect.digests, **_named(what, weights.digests)}
     digests[f"{what}/{AXES_FILE}"] = str(claim.axes)

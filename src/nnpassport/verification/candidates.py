@@ -36,6 +36,9 @@ Headers = Mapping[str, Array | Described]
 Read = Callable[[Mapping[str, Array]], Verdict]
 """V on tensors under the names that the key knows."""
 
+TENSORS = "choices of tensors"
+"""What a reading of one of several tensors pays for."""
+
 _SHOWN = 3
 MOST_LISTED = 40
 """So many names of tensors are listed, and of the others the number."""
@@ -127,10 +130,10 @@ def verify_by_shape(
         verdict = read(_Chosen(weights, best, shapes))
     facts = by_shape({n: each.name for n, each in best.items()}, described, log10_choices)
     reason = (
-        f"read from the tensors of the layers' shapes that match best, {_where(best)}, "
-        f"10^{log10_choices:.1f} ways to choose them being paid for"
+        f"read from the tensors of the layers' shapes that match best, {_where(best)}, of "
+        f"10^{log10_choices:.1f} ways to choose them"
     )
-    paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason)
+    paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
     return replace(paid, candidates=facts)
 
 
@@ -146,7 +149,8 @@ def _where(best: Mapping[str, Candidate]) -> str:
 
 def by_name(verdict: Verdict, unread: list[str]) -> Verdict:
     """The verdict on the tensors under the key's names, where others could have been read."""
-    paid = verdict.paid(LOG10_BY_NAME, "read from the tensors under the key's names")
+    reason = "read from the tensors under the key's names"
+    paid = verdict.paid(LOG10_BY_NAME, reason, of=TENSORS)
     facts = {"read": "by name", "log10_choices": LOG10_BY_NAME, "taken": {}, **_listed(unread)}
     return replace(paid, candidates=facts)
 

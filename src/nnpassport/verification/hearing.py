@@ -36,7 +36,7 @@ from nnpassport.files.disk import (
     writing,
 )
 from nnpassport.files.weights import read_arrays, read_suspect
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_corrected
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import (
@@ -408,13 +408,13 @@ def _on_suspect(
     found = _readings(suspect, exhibit, base, bench.unrelated, trial)
     for how, read in found.verdicts.items():
         verdict = read if unmeasured is None else _without_trial(read, unmeasured)
+        if "readings" not in verdict.corrections:  # aligned ones, and those of answers, have paid
+            verdict = verdict.paid(math.log10(READINGS), of="readings")
         if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
             raise UnreadableModelError(
                 f"{suspect} changed while it was being read; needed: a file that stays as it is"
             )
-        # Aligned ones, and those of answers, have been corrected for all readings already.
-        readings = 1 if how == ALIGNED or "readings" in verdict.corrections else READINGS
-        found.verdicts[how] = _corrected(verdict, readings, claimants)
+        found.verdicts[how] = verdict.paid(math.log10(claimants), of="claimants")
     return found
 
 
@@ -469,8 +469,8 @@ def _unfolded(found: _Readings, folded: FoldedNormsError) -> _Readings:
     p = None if aligned is None else aligned.log10_p_value
     if aligned is None or p is None or p <= aligned.log10_alpha:  # what does not count stays open
         return _Readings(found.verdicts, {**found.failures, AS_IT_STANDS: _said(folded)})
-    reason = f"{aligned.reason}; as it stands it was not read, as norms are folded into its layers"
-    return _Readings({**found.verdicts, ALIGNED: replace(aligned, reason=reason)}, found.failures)
+    told = aligned.remarked("as it stands it was not read, as norms are folded into its layers")
+    return _Readings({**found.verdicts, ALIGNED: told}, found.failures)
 
 
 def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
@@ -484,7 +484,7 @@ def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Ver
 
 
 def _without_trial(verdict: Verdict, why: str) -> Verdict:
-    return replace(verdict, reason=f"{verdict.reason}; F was not measured: {why}")
+    return verdict.remarked(f"F was not measured: {why}")
 
 
 def _said(error: Exception) -> str:
@@ -492,20 +492,6 @@ def _said(error: Exception) -> str:
     if isinstance(error, OwnershipError):
         return str(error)
     return f"it is of no kind that can be checked ({type(error).__name__}: {brief(error)})"
-
-
-def _corrected(verdict: Verdict, readings: int, claimants: int) -> Verdict:
-    """The verdict at a p-value for the best of so many readings and claimants."""
-    if verdict.log10_p_value is None:
-        return verdict
-    log10_p = log10_corrected(verdict.log10_p_value, math.log10(readings * claimants))
-    return replace(
-        verdict,
-        log10_p_value=log10_p,
-        marked=verdict.marked and log10_p <= verdict.log10_alpha,
-        reason=f"{verdict.reason}; for {claimants} claimants and {READINGS} readings together "
-        f"p = 10^{log10_p:.1f}",
-    )
 
 
 def _with_findings(

@@ -9,13 +9,11 @@ that came up: p is multiplied by their number (a union bound), and then is exact
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 from scipy.special import gammaln, logsumexp
 
-from nnpassport.keys.chance import log10_corrected
 from nnpassport.scheme import Verdict
 
 _MOST_CELLS = 2**24
@@ -59,19 +57,9 @@ def best_map(said: Sequence[int], wanted: Sequence[int]) -> dict[int, int] | Non
 
 def corrected(verdict: Verdict, choices: Mapping[str, float]) -> Verdict:
     """The verdict at the p-value of the best of 10^`choices` tries, all of them together."""
-    if verdict.log10_p_value is None or not choices:
-        return verdict
-    log10_p = log10_corrected(verdict.log10_p_value, sum(choices.values()))
-    marked = verdict.marked and log10_p <= verdict.log10_alpha
-    paid = " and ".join(f"10^{number:.1f} {name}" for name, number in choices.items())
-    return replace(
-        verdict,
-        log10_p_value=log10_p,
-        marked=marked,
-        corrections={**verdict.corrections, **choices},
-        reason=f"{verdict.reason}; for {paid} together p = 10^{log10_p:.1f}, "
-        f"{'at or below' if log10_p <= verdict.log10_alpha else 'above'} α",
-    )
+    for name, number in choices.items():
+        verdict = verdict.paid(number, of=name)
+    return verdict
 
 
 def plain(name: str) -> str:

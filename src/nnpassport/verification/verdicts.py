@@ -181,8 +181,9 @@ def _unaligned(suspect: Path, key: Key, options: Options) -> Verdict:
     elif any(layer.channels for layer in key.context.layers) and (
         folded := folded_layers(opened.described, key)
     ):
-        reason = f"norms are folded into {len(folded)} of the layers, and were read with them"
-        verdict = replace(verdict, reason=f"{verdict.reason}; {reason}")
+        verdict = verdict.remarked(
+            f"norms are folded into {len(folded)} of the layers, and were read with them"
+        )
     return without(opened.left_out, replace(verdict, digests=opened.digests()))
 
 
@@ -228,14 +229,9 @@ def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
     reason = standing.age if holds else f"the claim does not hold: {standing.finding.reason}"
     alignment = verdict.alignment
     fitted = alignment is not None and not alignment.get("bound") and not standing.older
-    if fitted and holds and verdict.marked:
-        reason = f"{reason}; {DATED_ONLY}"
-    return replace(
-        verdict,
-        marked=verdict.marked and holds and not fitted,
-        reason=f"{verdict.reason}; {reason}",
-        claim=standing.as_dict(),
-    )
+    remarks = [reason, DATED_ONLY] if fitted and holds and verdict.marked else [reason]
+    found = verdict.remarked(*remarks)
+    return replace(found, barred=verdict.barred or not holds or fitted, claim=standing.as_dict())
 
 
 class _Opened(NamedTuple):
@@ -288,8 +284,7 @@ def without(left_out: Mapping[str, str], verdict: Verdict) -> Verdict:
     if not left_out:
         return verdict
     first = next(iter(left_out.values()))
-    reason = f"{verdict.reason}; {len(left_out)} tensors that no layer can be are left out: {first}"
-    return replace(verdict, reason=reason)
+    return verdict.remarked(f"{len(left_out)} tensors that no layer can be are left out: {first}")
 
 
 def _as_it_stands(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
@@ -329,14 +324,11 @@ def _as_it_stands(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
     if by_name.marked:
         return by_name
     found = _by_shape(suspect, key, log10_alpha)
-    return (
-        found
-        if found.marked
-        else replace(
-            by_name,
-            reason=f"{by_name.reason}; and so are not, whichever is taken for which layer, "
-            f"{len(rivals)} tensors of the same shapes",
-        )
+    if found.marked:
+        return found
+    return by_name.remarked(
+        f"and so are not, whichever is taken for which layer, {len(rivals)} tensors of the same "
+        "shapes"
     )
 
 
@@ -366,16 +358,12 @@ def _added(weights: Arrays, path: Path, key: Key, options: Options) -> Verdict:
     alpha = options.threshold
     if options.log10_alpha is None:  # what will be done to a public network can be foreseen
         alpha = min(alpha, LOG10_ALPHA_UNCOMMITTED)
-    verdict = _read(arrays, key, alpha)
-    reason = f"{verdict.reason}; read from what was added to {path.name}"
+    verdict = _read(arrays, key, alpha).remarked(f"read from what was added to {path.name}")
     if options.standing is None:
-        reason += "; that the base is older than the suspect is your word"
+        verdict = verdict.remarked("that the base is older than the suspect is your word")
     elif not options.standing.older:
-        verdict = replace(verdict, marked=False)
-        reason += f"; {BASE_DATED_ONLY}"
-    return replace(
-        verdict, reason=reason, digests={**weights.digests, **named("base", base.digests)}
-    )
+        verdict = replace(verdict.remarked(BASE_DATED_ONLY), barred=True)
+    return replace(verdict, digests={**weights.digests, **named("base", base.digests)})
 
 
 def prefixed(there: Iterable[str], key: Key) -> dict[str, str]:

@@ -18,10 +18,9 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import (
+    Counts,
     as_published,
     check_host,
-    exact_verdict,
-    judged,
     matching,
     read_passports,
     verdict_on,
@@ -31,7 +30,6 @@ from nnpassport.scheme import UnsuitableModelError, Verdict
 __all__ = [
     "as_published",
     "host_weight",
-    "judged",
     "matching",
     "presented_accuracy",
     "read_answers",
@@ -115,14 +113,11 @@ def read_answers(
             f"none of the {len(labels)} trigger images was answered, so nothing can be said; "
             "needed: predicted classes from 0; ask again, or verify by the weights"
         )
-    return exact_verdict(
-        key,
-        "trigger labels",
-        bits=answered,
-        matches=matching(answers.cpu(), labels),
-        chance=1 / key.label_choices,
-        log10_alpha=log10_alpha,
+    matches = matching(answers.cpu(), labels)
+    counts = Counts(
+        "trigger labels", {"triggers": (matches, answered)}, chance=1 / key.label_choices, some=True
     )
+    return verdict_on(counts, key, log10_alpha=log10_alpha)
 
 
 def presented_accuracy(

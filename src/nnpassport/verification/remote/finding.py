@@ -149,7 +149,7 @@ def finding(
         pairs = zip(covers, cover.labels.tolist(), strict=True)
         right = [answer.label == truth for answer, truth in pairs if answer.label != NO_CLASS]
     if constant:
-        verdict = replace(verdict, reason=f"{verdict.reason}; {constant}")
+        verdict = verdict.remarked(constant)
     return Probed(
         verdict=verdict,
         service=service,
@@ -205,7 +205,7 @@ def _verdict(key: Key, terms: Terms, read: _Read) -> Verdict:
         _require_known_indices(read)
     if answered == asked:
         return verdict
-    return replace(verdict, reason=f"{verdict.reason}; {answered} of {asked} were answered")
+    return verdict.remarked(f"{answered} of {asked} were answered")
 
 
 def _require_known_indices(read: _Read) -> None:
