@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nnpassport.embedding.owner import embed, release, train
     from nnpassport.embedding.schemes.lora import LORA
     from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
+    from nnpassport.files.suspect import Suspect
     from nnpassport.keys.key import Key
     from nnpassport.keys.keyfile import load_key, save_key
     from nnpassport.scheme import Batch, Fidelity, OwnershipError, Verdict
@@ -36,6 +37,7 @@ __all__ = [
     "Marked",
     "OwnershipError",
     "Passport",
+    "Suspect",
     "Trial",
     "Verdict",
     "embed",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Suspect": "nnpassport.files.suspect",
     "Key": "nnpassport.keys.key",
     "load_key": "nnpassport.keys.keyfile",
     "save_key": "nnpassport.keys.keyfile",

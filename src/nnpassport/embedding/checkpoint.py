@@ -22,8 +22,8 @@ from nnpassport.alignment.unfold import state_from, without_strangers
 from nnpassport.embedding.network import models
 from nnpassport.embedding.network.tensors import (
     Weights,
+    as_tensors,
     defect,
-    read_suspect,
     read_weights,
     require_finite,
     unpickle,
@@ -41,6 +41,7 @@ from nnpassport.files.disk import (
     writing,
 )
 from nnpassport.files.onnx import ONNX
+from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import MAX_PICKLE_BYTES, WEIGHTS_FILE
 from nnpassport.scheme import (
     OwnershipError,
@@ -106,7 +107,10 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
 
 
 def load_suspect(
-    path: Path, reference: ModelConfig | None = None, *, trusted_factory: str | None = None
+    suspect: Suspect | Path,
+    reference: ModelConfig | None = None,
+    *,
+    trusted_factory: str | None = None,
 ) -> Loaded:
     """The network of a folder or file that somebody else made.
 
@@ -119,7 +123,8 @@ def load_suspect(
     Raises:
         UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
     """
-    weights = read_suspect(path)
+    suspect = Suspect.of(suspect)
+    path, weights = suspect.path, as_tensors(suspect.arrays)
     if reference is None:
         own, digests = _own_config(path)
         if own is None:

@@ -37,7 +37,7 @@ from nnpassport.embedding.network.tensors import (
     ArraysOf,
     Weights,
     as_array,
-    read_suspect,
+    as_tensors,
     read_weights,
     tensors_digest,
 )
@@ -48,6 +48,7 @@ from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
+from nnpassport.files.suspect import Suspect
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
@@ -71,7 +72,9 @@ def verify_model(
     return scheme.verify_network(model, key, normalise, log10_alpha=log10_alpha)
 
 
-def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+def verify_answers(
+    suspect: Suspect | Path | str, key: Key, *, options: Options | None = None
+) -> Verdict:
     """The same question in black box: only the suspect's predictions on the triggers are used.
 
     Raises:
@@ -84,17 +87,17 @@ def verify_answers(suspect: Path, key: Key, *, options: Options | None = None) -
             f"a key of {scheme.name} has no triggers; needed for a black-box test: a key of a "
             "scheme that has; verify this one by the weights"
         )
-    verdict = _answered(Path(suspect), key, options)
+    verdict = _answered(Suspect.of(suspect), key, options)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
 
-def trace_file(suspect: Path, key: Key) -> Trace:
+def trace_file(suspect: Suspect | Path, key: Key) -> Trace:
     """Whose copies the network in `suspect` was made of, as `schemes.deepmarks.trace` finds it.
 
     Raises:
         OwnershipError: it could not be checked; the key is not one of deepmarks, say.
     """
-    weights = _without_prefixes(read_suspect(Path(suspect)), key)
+    weights = _without_prefixes(as_tensors(Suspect.of(suspect).arrays), key)
     return trace(weights.tensors, key)
 
 
@@ -260,7 +263,7 @@ def of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated
     return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
 
 
-def config_of(suspect: Path, options: Options) -> ModelConfig:
+def config_of(suspect: Suspect | Path, options: Options) -> ModelConfig:
     """The config by which a suspect is built: what its images have to look like."""
     if options.alignment is not None:
         return load_model(
@@ -269,7 +272,7 @@ def config_of(suspect: Path, options: Options) -> ModelConfig:
     return _load(suspect, options).config
 
 
-def asked(suspect: Path, key: Key, options: Options) -> Verdict:
+def asked(suspect: Suspect, key: Key, options: Options) -> Verdict:
     """V of a scheme that reads no weights: by the answers of the suspect, once it is built."""
     scheme = scheme_named(key.context.scheme)
     if scheme.triggers:
@@ -280,7 +283,7 @@ def asked(suspect: Path, key: Key, options: Options) -> Verdict:
     return replace(verdict, digests=loaded.digests)
 
 
-def aligned(suspect: Path, key: Key, options: Options, trial: Trial | None) -> Verdict:
+def aligned(suspect: Suspect, key: Key, options: Options, trial: Trial | None) -> Verdict:
     """V, and F if there is a trial, of the suspect aligned to the owner's network."""
     verdict, network = _aligned(suspect, key, options)
     if trial is None:
@@ -291,7 +294,7 @@ def aligned(suspect: Path, key: Key, options: Options, trial: Trial | None) -> V
 
 
 def with_aligned_fidelity(
-    verdict: Verdict, suspect: Path, key: Key, trial: Trial, options: Options
+    verdict: Verdict, suspect: Suspect, key: Key, trial: Trial, options: Options
 ) -> Verdict:
     """A verdict on arrays that were aligned, and F of the network aligned by its layers."""
     try:
@@ -303,10 +306,10 @@ def with_aligned_fidelity(
     return with_fidelity(verdict, suspect, key, trial, options, network)
 
 
-def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
+def _aligned(suspect: Suspect, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
     """The verdict, the aligned network if there is one, and the config of the reference."""
     assert options.alignment is not None  # noqa: S101 - the caller has looked
-    weights = _without_prefixes(read_suspect(suspect), key)
+    weights = _without_prefixes(as_tensors(suspect.arrays), key)
     anchored, folder = key.context.anchor is not None, options.alignment.reference
     folder = anchor_in(folder) if anchored else folder
     reference = load_model(folder, trusted_factory=options.trusted_factory)
@@ -337,7 +340,7 @@ def _aligned(suspect: Path, key: Key, options: Options) -> tuple[Verdict, Loaded
     return verdict, Loaded(found.aligned.model, config, reference.digests)
 
 
-def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
+def _answered(suspect: Suspect, key: Key, options: Options) -> Verdict:
     """V by answers, read as the owner's facts say; or by every reading, the best of them paid for.
 
     Half of the level of each way to show the pictures is for the classes as they are, half for all
@@ -345,7 +348,7 @@ def _answered(suspect: Path, key: Key, options: Options) -> Verdict:
     """
     scheme, loaded = scheme_named(key.context.scheme), _load(suspect, options)
     ways = [Normalisation(loaded.config.mean, loaded.config.std)]
-    if options.every_reading and (own := own_config(suspect)) is not None:
+    if options.every_reading and (own := own_config(suspect.path)) is not None:
         stated = Normalisation(own.mean, own.std)
         ways += [stated] if stated != ways[0] and len(own.mean) == len(loaded.config.mean) else []
     paid = {"readings": math.log10(2 * len(ways))} if options.every_reading else {}
@@ -409,7 +412,7 @@ def _check_committed(reference: Path, standing: Standing | None) -> None:
 def _without_prefixes(weights: Weights, key: Key) -> Weights:
     """Under the names that the key knows."""
     names = prefixed(weights.tensors, key)
-    return weights._replace(tensors={new: weights.tensors[old] for new, old in names.items()})
+    return weights._replace(arrays={new: weights.tensors[old] for new, old in names.items()})
 
 
 def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:
@@ -418,7 +421,7 @@ def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:
 
 def with_fidelity(
     verdict: Verdict,
-    suspect: Path,
+    suspect: Suspect,
     key: Key,
     trial: Trial,
     options: Options,
@@ -473,7 +476,7 @@ def with_fidelity(
     )
 
 
-def _load(suspect: Path, options: Options) -> Loaded:
+def _load(suspect: Suspect | Path, options: Options) -> Loaded:
     """The suspect, to be read by the facts that the claim commits to, whatever else says."""
     facts, reference = options.facts, options.reference
     if facts is not None and reference is not None and (others := facts.differs_from(reference)):
@@ -481,5 +484,5 @@ def _load(suspect: Path, options: Options) -> Loaded:
             f"the config given as the owner's has another {' and '.join(others)} than the claim "
             "commits to; needed: the config that `claim new --reference` was given, or none"
         )
-    loaded = load_suspect(Path(suspect), reference, trusted_factory=options.trusted_factory)
+    loaded = load_suspect(suspect, reference, trusted_factory=options.trusted_factory)
     return loaded if facts is None else loaded._replace(config=facts.put_into(loaded.config))

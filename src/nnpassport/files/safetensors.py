@@ -112,21 +112,25 @@ class Shards(Mapping[str, Array]):
         Raises:
             UnreadableModelError: it is too large, or its file has changed.
         """
-        place = self.places[name]
-        size = place.end - place.begin
-        if size > MAX_TENSOR_BYTES:
-            raise UnreadableModelError(
-                f"tensor {name!r} in {place.source.path} has {size} bytes, but at most "
-                f"{MAX_TENSOR_BYTES} are read of one; needed: layers that fit in memory"
-            )
-        raw = np.empty(size, np.uint8)
-        with _opened(place.source) as file:
-            file.seek(place.begin)
-            _fill(file, raw, place.source.path)
-        array = raw.view(place.dtype).reshape(place.shape)
-        if sys.byteorder == "big":
-            array = array.byteswap()
-        return array
+        with _opened(self.places[name].source) as file:
+            return _read(file, name, self.places[name])
+
+    def whole(self) -> tuple[dict[str, Array], dict[str, str]]:
+        """All tensors, though they may hold NaN or Inf, and all digests; a file is opened once.
+
+        Raises:
+            UnreadableModelError: as `unchecked` and `digests`.
+        """
+        within: dict[Path, list[str]] = {}
+        for name, place in self.places.items():
+            within.setdefault(place.source.path, []).append(name)
+        arrays, digests = dict[str, Array](), dict[str, str]()
+        for source in self.files:
+            with _opened(source) as file:
+                arrays |= {n: _read(file, n, self.places[n]) for n in within.get(source.path, ())}
+                file.seek(0)
+                digests[source.path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return {name: arrays[name] for name in self.places}, digests
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -263,6 +267,20 @@ def _fill(file: io.FileIO, raw: Array, path: Path) -> None:
         if not count:
             raise _changed(path)
         done += count
+
+
+def _read(file: io.FileIO, name: str, place: Place) -> Array:
+    size = place.end - place.begin
+    if size > MAX_TENSOR_BYTES:
+        raise UnreadableModelError(
+            f"tensor {name!r} in {place.source.path} has {size} bytes, but at most "
+            f"{MAX_TENSOR_BYTES} are read of one; needed: layers that fit in memory"
+        )
+    raw = np.empty(size, np.uint8)
+    file.seek(place.begin)
+    _fill(file, raw, place.source.path)
+    array = raw.view(place.dtype).reshape(place.shape)
+    return array.byteswap() if sys.byteorder == "big" else array
 
 
 def _check_total(sources: list[Source], limit: int, path: Path) -> None:

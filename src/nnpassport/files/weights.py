@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from nnpassport.files.adapter import ADAPTER_FILES, with_signed_scale
 from nnpassport.files.arrays import MAX_MODEL_BYTES, Array, defect, fault_of, too_large
@@ -42,19 +42,28 @@ _DEEPSPEED = "_model_states.pt"
 _ENDS = (SUFFIX, ONNX, NPZ, ".gguf", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
+T = TypeVar("T")
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
-class Arrays(NamedTuple):
-    """Checked arrays by name, and SHA-256 (hex) of each file that they came from, by name.
+class Weights(NamedTuple, Generic[T]):
+    """Checked weights by name, as arrays or as tensors, and SHA-256 (hex) of each file, by name.
 
     Attributes:
         left_out: of a suspect's tensors those that no layer can be, by name, and why.
     """
 
-    arrays: dict[str, Array]
+    arrays: dict[str, T]
     digests: dict[str, str]
     left_out: Mapping[str, str] = _NOTHING
+
+    @property
+    def tensors(self) -> dict[str, T]:
+        """The same, where they are tensors."""
+        return self.arrays
+
+
+Arrays = Weights[Array]
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -88,8 +97,7 @@ def _read(path: Path) -> Arrays:
     kind = Kind.SAFETENSORS if is_index(path) else kind_of(path)
     if kind is Kind.SAFETENSORS:
         shards = open_shards(path, limit=MAX_MODEL_BYTES)
-        tensors = {name: shards.unchecked(name) for name in shards}
-        return Arrays(tensors, shards.digests(), shards.left_out)
+        return Arrays(*shards.whole(), shards.left_out)
     if kind is Kind.ONNX:
         return Arrays(*read_onnx(path, MAX_MODEL_BYTES))
     data = read_once(path, MAX_MODEL_BYTES if kind is Kind.GGUF else MAX_PICKLE_BYTES)

@@ -35,7 +35,8 @@ from nnpassport.files.disk import (
     write_atomically,
     writing,
 )
-from nnpassport.files.weights import read_arrays, read_suspect
+from nnpassport.files.suspect import Suspect
+from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
@@ -44,7 +45,6 @@ from nnpassport.scheme import (
     FoldedNormsError,
     OwnershipError,
     UnreadableDataError,
-    UnreadableModelError,
     UnsuitableModelError,
     Verdict,
 )
@@ -150,7 +150,7 @@ class Exhibit(NamedTuple):
 
 
 def hear(
-    suspect: Path, folders: Sequence[Path], bench: Bench, *, show: Show | None = None
+    suspect: Suspect | Path, folders: Sequence[Path], bench: Bench, *, show: Show | None = None
 ) -> Hearing:
     """Who, of those who handed in these folders, owns the network in `suspect`?
 
@@ -161,7 +161,8 @@ def hear(
     Raises:
         UnreadableModelError: the suspect cannot be read at all.
     """
-    digests = read_suspect(suspect).digests
+    suspect = Suspect.of(suspect)
+    digests = suspect.arrays.digests  # all of it: every claimant's reading is of this
     names = _distinct([folder.resolve().name for folder in folders])
     claimants: dict[str, Claimant] = {}
     exhibits: dict[str, Exhibit] = {}
@@ -179,7 +180,7 @@ def hear(
             continue
         if show is not None:
             show(done, steps, f"{name}: the suspect")
-        found = _on_suspect(suspect, exhibit, bench, holding, digests)
+        found = _on_suspect(suspect, exhibit, bench, holding)
         done += 1
         elsewhere = {}
         for other, theirs in exhibits.items():
@@ -190,7 +191,8 @@ def hear(
                 strict = Options(
                     exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
                 )
-                found_there = _readings(theirs.reference, exhibit, strict, bench.unrelated)
+                there = Suspect(theirs.reference)
+                found_there = _readings(there, exhibit, strict, bench.unrelated)
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
     dated = {
@@ -212,7 +214,7 @@ def hear(
 
 
 def _compared(
-    suspect: Path, dated: Mapping[str, Path], claimants: Mapping[str, Claimant], bench: Bench
+    suspect: Suspect, dated: Mapping[str, Path], claimants: Mapping[str, Claimant], bench: Bench
 ) -> Mapping[str, Any]:
     """How the suspect and the dated networks were made from each other, as `relations` finds it.
 
@@ -237,13 +239,13 @@ def _compared(
     return found
 
 
-def networks(suspect: Path, folders: Sequence[Path]) -> list[ModelConfig]:
+def networks(suspect: Suspect | Path, folders: Sequence[Path]) -> list[ModelConfig]:
     """Configs by which images are to be made: of the claimants' networks, by their own word.
 
     And of the suspect by its own, which counts where a claimant handed in no network. None that
     asks for images of more than `LARGEST_SIDE` pixels.
     """
-    own = running(f"{MEASURED}:own_config", "F")(suspect)
+    own = running(f"{MEASURED}:own_config", "F")(Suspect.of(suspect).path)
     found = [own, *(_config_in(folder / REFERENCE) for folder in folders)]
     stated = [] if own is None else [_committed_in(folder) for folder in folders]
     found += [facts.put_into(own) for facts in stated if own is not None and facts is not None]
@@ -394,9 +396,7 @@ def _claimant(name: str, exhibit: Exhibit) -> Claimant:
     )
 
 
-def _on_suspect(
-    suspect: Path, exhibit: Exhibit, bench: Bench, claimants: int, digests: Mapping[str, str]
-) -> _Readings:
+def _on_suspect(suspect: Suspect, exhibit: Exhibit, bench: Bench, claimants: int) -> _Readings:
     """The suspect's readings, with p-values for all claimants and both readings together."""
     trial, unmeasured = None, None
     try:
@@ -410,15 +410,11 @@ def _on_suspect(
         verdict = read if unmeasured is None else _without_trial(read, unmeasured)
         if "readings" not in verdict.corrections:  # aligned ones, and those of answers, have paid
             verdict = verdict.paid(math.log10(READINGS), of="readings")
-        if any(verdict.digests.get(name) != digest for name, digest in digests.items()):
-            raise UnreadableModelError(
-                f"{suspect} changed while it was being read; needed: a file that stays as it is"
-            )
         found.verdicts[how] = verdict.paid(math.log10(claimants), of="claimants")
     return found
 
 
-def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> "ImageSet | None":
+def _images(suspect: Suspect, exhibit: Exhibit, bench: Bench) -> "ImageSet | None":
     """The judge's images, of the size that the claimant's network takes.
 
     Raises:
@@ -441,7 +437,7 @@ def _images(suspect: Path, exhibit: Exhibit, bench: Bench) -> "ImageSet | None":
 
 
 def _readings(
-    network: Path,
+    network: Suspect,
     exhibit: Exhibit,
     base: Options,
     unrelated: tuple[Path, ...],
@@ -473,7 +469,7 @@ def _unfolded(found: _Readings, folded: FoldedNormsError) -> _Readings:
     return _Readings({**found.verdicts, ALIGNED: told}, found.failures)
 
 
-def _read(network: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
+def _read(network: Suspect, key: Key, trial: Trial | None, options: Options) -> Verdict:
     """V, and F if it can be measured: what a thief did to the classes takes no mark away."""
     if trial is None:
         return verify(network, key, options=options)

@@ -22,7 +22,8 @@ from nnpassport.alignment.reorder import orderable, restored_order
 from nnpassport.alignment.table import AXES_FILE, check_table
 from nnpassport.files.arrays import Array, arrays_digest
 from nnpassport.files.disk import refuse_leaving
-from nnpassport.files.weights import read_arrays, read_suspect
+from nnpassport.files.suspect import Suspect
+from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.order import derive_order
@@ -136,7 +137,7 @@ def original_of(arrays: Mapping[str, Array], axes: Axes | None) -> Original:
 
 
 def trace_order(
-    suspect: Path,
+    suspect: Suspect | Path,
     key: Key,
     original: Original,
     licensees: Iterable[str],
@@ -149,9 +150,8 @@ def trace_order(
         UnreadableModelError: it cannot be read.
         UnsuitableModelError: there are no names, too many, or no tensor of it can be compared.
     """
-    return trace_arrays(
-        read_suspect(suspect).arrays, key, original, licensees, log10_alpha=log10_alpha
-    )
+    there = Suspect.of(suspect).arrays.arrays
+    return trace_arrays(there, key, original, licensees, log10_alpha=log10_alpha)
 
 
 def trace_arrays(

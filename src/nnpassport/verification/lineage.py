@@ -12,7 +12,7 @@ from nnpassport.alignment.order import Order
 from nnpassport.alignment.table import AXES_FILE, read_table
 from nnpassport.files.arrays import Array, is_floating
 from nnpassport.files.disk import refuse_leaving
-from nnpassport.files.weights import read_lazily, read_suspect
+from nnpassport.files.suspect import Suspect
 from nnpassport.scheme import UnreadableModelError
 from nnpassport.verification.difference import Difference
 
@@ -224,12 +224,8 @@ def open_network(path: Path, axes: Path | None = None) -> Network:
     Raises:
         UnreadableModelError: it, or a table that is named, cannot be read.
     """
-    shards = read_lazily(path)
-    if shards is None:
-        tensors: Mapping[str, Array]
-        tensors, digests, _ = read_suspect(path)
-    else:
-        tensors, digests = shards, shards.digests()
+    suspect = Suspect(path)
+    tensors, digests = suspect.tensors, suspect.digests
     if axes is not None:
         return Network(str(path), tensors, digests, read_table(axes), named=True)
     beside = path / AXES_FILE

@@ -18,11 +18,12 @@ from nnpassport.claims.rules import Work
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import Loaded, load_model, without_prefixes
 from nnpassport.embedding.measured import given, of_its_own
-from nnpassport.embedding.network.tensors import read_suspect, read_weights
+from nnpassport.embedding.network.tensors import as_tensors, read_weights
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.files.disk import brief
 from nnpassport.files.onnx import ONNX
+from nnpassport.files.suspect import Suspect
 from nnpassport.scheme import OwnershipError
 from nnpassport.verification.relation import Relation, relation, work_of
 
@@ -48,7 +49,7 @@ class Related:
 
 
 def relations_of(
-    suspect: Path,
+    suspect: Suspect,
     references: Mapping[str, Path],
     *,
     unrelated: tuple[Path, ...] = (),
@@ -69,8 +70,9 @@ def relations_of(
             loaded[name], weights[name] = load_model(path), read_weights(path).tensors
         except Exception as error:  # what a claimant hands in stops no other
             found[name] = Related(notes=(f"its network cannot be compared: {_said(error)}",))
-    configs = [*(each.config for each in loaded.values()), *_config_of(suspect)]
-    tensors, onnx = read_suspect(suspect).tensors, suspect.suffix.lower() == ONNX
+    configs = [*(each.config for each in loaded.values()), *_config_of(suspect.path)]
+    tensors = as_tensors(suspect.arrays).tensors
+    onnx = suspect.path.suffix.lower() == ONNX
     for name, one in loaded.items():
         akin = {
             other: _akin(theirs, one, null) for other, theirs in weights.items() if other != name

@@ -15,7 +15,8 @@ from nnpassport.claims.rules import DATED_ONLY
 from nnpassport.claims.standing import Standing
 from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.weights import Arrays, read_arrays, read_lazily, read_suspect
+from nnpassport.files.suspect import Suspect
+from nnpassport.files.weights import Arrays, read_arrays
 from nnpassport.keys.adapters import added
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
@@ -115,7 +116,11 @@ class Trial:
 
 
 def verify(
-    suspect: Path, key: Key, *, trial: Trial | None = None, options: Options | None = None
+    suspect: Suspect | Path | str,
+    key: Key,
+    *,
+    trial: Trial | None = None,
+    options: Options | None = None,
 ) -> Verdict:
     """Does the network in `suspect`, a folder or file from anybody, carry `key`?
 
@@ -128,11 +133,11 @@ def verify(
         OwnershipError: it could not be checked; which kind says why.
     """
     options = options or Options()
-    verdict = _verdict(Path(suspect), key, trial, options)
+    verdict = _verdict(Suspect.of(suspect), key, trial, options)
     return verdict if options.standing is None else under_claim(verdict, options.standing)
 
 
-def _verdict(suspect: Path, key: Key, trial: Trial | None, options: Options) -> Verdict:
+def _verdict(suspect: Suspect, key: Key, trial: Trial | None, options: Options) -> Verdict:
     """V, and F if there is a trial, whether or not a claim holds."""
     found: Verdict
     if options.alignment is not None and options.base is None:
@@ -156,20 +161,20 @@ def _verdict(suspect: Path, key: Key, trial: Trial | None, options: Options) -> 
 
 
 def _over_axes(
-    suspect: Path, key: Key, options: Options, alignment: Alignment, claim: Claim
+    suspect: Suspect, key: Key, options: Options, alignment: Alignment, claim: Claim
 ) -> Verdict:
     """V aligned over the axes that the claim commits to, of arrays alone."""
-    weights = _without_prefixes(read_suspect(suspect), key)
+    weights = _without_prefixes(suspect.arrays, key)
     unrelated = {str(path): read_arrays(path) for path in alignment.unrelated}
     folder = alignment.reference
     found = aligned_by_axes(weights, key, folder, claim, unrelated, options.threshold)
     return without(weights.left_out, found)
 
 
-def _unaligned(suspect: Path, key: Key, options: Options) -> Verdict:
+def _unaligned(suspect: Suspect, key: Key, options: Options) -> Verdict:
     """By the weights alone if the scheme can: then nothing of the suspect is even built."""
     if options.base is not None:
-        weights = _without_prefixes(read_suspect(suspect), key)
+        weights = _without_prefixes(suspect.arrays, key)
         return without(weights.left_out, _added(weights, options.base, key, options))
     if not reads_weights(key):
         found: Verdict = running(f"{MEASURED}:asked", "asking a network")(suspect, key, options)
@@ -201,13 +206,15 @@ def declared_trial(
     return Trial(data, target, TOLERANCE if tolerance is None else tolerance)
 
 
-def verify_as_published(suspect: Path, key: Key, *, options: Options | None = None) -> Verdict:
+def verify_as_published(
+    suspect: Suspect | Path | str, key: Key, *, options: Options | None = None
+) -> Verdict:
     """The rule of the scheme's own paper on a file from anybody; it knows no p-value."""
     options, entry = options or Options(), entry_named(key.context.scheme)
     if not reads_weights(key) or options.base is not None or options.alignment is not None:
-        verdict = _verdict(Path(suspect), key, None, options)
+        verdict = _verdict(Suspect.of(suspect), key, None, options)
     else:  # a rule without p-value cannot pay for a choice of tensors: by the names alone
-        opened = _opened(Path(suspect), key)
+        opened = _opened(Suspect.of(suspect), key)
         if not _in_pairs(key):
             _check_names(opened.described, key)
         verdict = _read(opened.weights, key, options.threshold)
@@ -246,15 +253,15 @@ class _Opened(NamedTuple):
     left_out: Mapping[str, str]
 
 
-def _opened(suspect: Path, key: Key) -> _Opened:
+def _opened(suspect: Suspect, key: Key) -> _Opened:
     """The suspect, of safetensors none of it read: what is not asked for is not read at all."""
-    shards = read_lazily(suspect)
+    shards = suspect.shards
     if shards is not None:
         shards = shards.renamed(prefixed(shards, key))
         described = shards.described()
         if not is_adapter(described):
-            return _Opened(shards, described, shards.digests, shards.left_out)
-    weights = _without_prefixes(read_suspect(suspect), key)
+            return _Opened(shards, described, lambda: suspect.digests, shards.left_out)
+    weights = _without_prefixes(suspect.arrays, key)
     return _Opened(weights.arrays, weights.arrays, lambda: weights.digests, weights.left_out)
 
 

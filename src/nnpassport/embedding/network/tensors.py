@@ -3,8 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from nnpassport.files.arrays import BFLOAT16, DTYPES, Array, arrays_digest, fini
 from nnpassport.files.arrays import defect as defect_of
 from nnpassport.files.disk import brief
 from nnpassport.files.pickles import archive
-from nnpassport.files.weights import read_arrays
 from nnpassport.scheme import UnreadableModelError
 
 _PLAIN = {dtype: getattr(torch, name) for name, dtype in DTYPES.items()}
@@ -23,15 +21,8 @@ _BITS = {1: torch.uint8, 2: torch.int16}
 _AS_BITS = {1: np.uint8, 2: np.int16}
 
 
-class Weights(NamedTuple):
-    """Checked tensors on the CPU by name, and SHA-256 (hex) of each file that they came from.
-
-    `left_out` are those of a suspect's tensors that no layer can be, by name, and why.
-    """
-
-    tensors: dict[str, Tensor]
-    digests: dict[str, str]
-    left_out: Mapping[str, str] = MappingProxyType({})
+Weights = weights.Weights[Tensor]
+"""What a file holds, as tensors on the CPU."""
 
 
 def read_weights(path: Path) -> Weights:
@@ -40,7 +31,7 @@ def read_weights(path: Path) -> Weights:
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
     """
-    return _as_weights(read_arrays(path))
+    return as_tensors(weights.read_arrays(path))
 
 
 def read_suspect(path: Path) -> Weights:
@@ -49,10 +40,11 @@ def read_suspect(path: Path) -> Weights:
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or nothing of it can be used.
     """
-    return _as_weights(weights.read_suspect(path))
+    return as_tensors(weights.read_suspect(path))
 
 
-def _as_weights(found: weights.Arrays) -> Weights:
+def as_tensors(found: weights.Arrays) -> Weights:
+    """The same numbers as tensors, in the same memory."""
     tensors = {name: as_tensor(array) for name, array in found.arrays.items()}
     return Weights(tensors, found.digests, found.left_out)
 
