@@ -5,6 +5,7 @@ A "no" is given only when what was read is what the network computes.
 
 import argparse
 import datetime
+import io
 import itertools
 import json
 import math
@@ -15,14 +16,24 @@ import struct
 import warnings
 import zipfile
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from constructed import marked, small_alexnet
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
@@ -33,6 +44,7 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import load_suspect, save_model
 from nnpassport.embedding.schemes.passport import V1, V2
 from nnpassport.files.config import ModelConfig, read_config
+from nnpassport.files.pickles.torchfile import read_all_torch
 from nnpassport.files.quantised import dequantise, restored
 from nnpassport.files.weights import read_arrays, read_suspect
 from nnpassport.scheme import FoldedNormsError, OwnershipError, UnreadableModelError
@@ -718,21 +730,164 @@ def test_15_one_s_own_shards_agree_with_their_index(owner, tmp_path):
         verify(evil, owner[1])
 
 
-def test_28_folders_of_distributed_trainings_are_read_or_named(owner, tmp_path):
+def test_28_the_folder_of_a_training_by_deepspeed_is_read(owner, tmp_path):
     model, key = owner
-    deep, shared = tmp_path / "global_step10", tmp_path / "dcp"
+    deep = tmp_path / "global_step10"
     deep.mkdir()
     said = {"module": state_of(model), "ds_config": {}, "global_steps": 10, "optimizer": None}
     torch.save(said, deep / "mp_rank_00_model_states.pt")
     torch.save({"optimizer_state_dict": {}}, deep / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert verify(deep, key).accepted
-    shared.mkdir()
-    (shared / ".metadata").write_bytes(b"x")
-    (shared / "__0_0.distcp").write_bytes(b"x")
-    with pytest.raises(
-        UnreadableModelError, match=r"checkpoint of torch\.distributed.*dcp_to_torch"
-    ):
-        verify(shared, key)
+
+
+def in_pieces(folder, state, ranks=3, about=lambda metadata: metadata):
+    """What torch.distributed.checkpoint writes of tensors whose rows are spread over ranks."""
+    folder.mkdir()
+    files = {f"__{rank}_0.distcp": b"" for rank in range(ranks)}
+    tensors, places = {}, {}
+    for name, tensor in state.items():
+        chunks, at = [], 0
+        for file, part in zip(files, tensor.split(-(-len(tensor) // ranks)), strict=False):
+            offsets = torch.Size([at, *[0] * (tensor.ndim - 1)])
+            chunks.append(ChunkStorageMetadata(offsets, part.shape))
+            saved = io.BytesIO()
+            torch.save(part.clone(), saved)
+            index = MetadataIndex(name, offsets, index=len(chunks) - 1)
+            places[index] = _StorageInfo(file, len(files[file]), len(saved.getvalue()))
+            files[file] += saved.getvalue()
+            at += len(part)
+        properties = TensorProperties.create_from_tensor(tensor)
+        tensors[name] = TensorStorageMetadata(properties, tensor.shape, chunks)
+    metadata = about(Metadata(tensors, storage_data=places))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own about processes
+def test_28_what_one_process_of_torch_distributed_wrote_is_read(owner, tmp_path):
+    model, key = owner
+    torch.distributed.checkpoint.save(
+        {"model": state_of(model), "step": 7}, checkpoint_id=tmp_path / "dcp"
+    )
+    found = verify(tmp_path / "dcp", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    assert read_arrays(tmp_path / "dcp").digests.keys() == {".metadata", "__0_0.distcp"}
+
+
+def test_28_tensors_in_pieces_of_many_processes_are_put_together(owner, tmp_path):
+    model, key = owner
+    state = {name: each for name, each in state_of(model).items() if each.ndim}
+    folder = in_pieces(tmp_path / "three", state)
+    read = read_arrays(folder).arrays
+    assert read.keys() == state.keys()
+    assert all(np.array_equal(read[name], each.numpy()) for name, each in state.items())
+    found = verify(folder, key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+
+
+def test_28_hostile_folders_of_torch_distributed_are_refused(owner, tmp_path):
+    state = {name: each for name, each in state_of(owner[0]).items() if each.ndim}
+
+    def changed(change):
+        def about(metadata):
+            change(metadata)
+            return metadata
+
+        return about
+
+    def of_first(**fields):
+        def change(metadata):
+            index = next(iter(metadata.storage_data))
+            metadata.storage_data[index] = replace(metadata.storage_data[index], **fields)
+
+        return changed(change)
+
+    def larger(metadata):
+        first = next(iter(metadata.state_dict_metadata))
+        metadata.state_dict_metadata[first].size = torch.Size([2**40, 3, 11, 11])
+
+    bad = {
+        "leaves": (of_first(relative_path="../secret"), "is not the name of a file"),
+        "absent": (of_first(relative_path="__9_0.distcp"), "No such file"),
+        "beyond": (of_first(length=2**60), "overlap"),
+        "negative": (of_first(offset=-1), "leaves"),
+        "another": (lambda _: Inert(), "Inert"),
+    }
+    for name, (about, said) in bad.items():
+        folder = in_pieces(tmp_path / name, state, about=about)
+        with pytest.raises(UnreadableModelError, match=said):
+            read_suspect(folder)
+    folder = in_pieces(tmp_path / "larger", state, about=changed(larger))
+    found = read_suspect(folder)
+    assert [*found.left_out] == [next(iter(state))]
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / ".metadata").write_bytes(b"x")
+    with pytest.raises(UnreadableModelError, match=r"torch\.distributed.*dcp_to_torch"):
+        verify(tmp_path / "nothing", owner[1])
+
+
+class Inert:
+    """An object of a class that no checkpoint has."""
+
+
+# Arrays of NumPy in pickles
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+def test_a_pickle_of_numpy_s_arrays_is_read(owner, tmp_path, protocol):
+    """As Detectron2's and Flax's are: in a plain pickle, and in the archives of torch."""
+    model, key = owner
+    arrays = {name: each.numpy() for name, each in state_of(model).items()}
+    model_s = {"model": arrays, "__author__": "somebody", "matching_heuristics": True}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model_s, protocol))
+    found = verify(tmp_path / "model.pkl", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    if protocol >= 2:
+        torch.save(model_s, tmp_path / "model.pth", pickle_protocol=protocol)
+        found = verify(tmp_path / "model.pth", key)
+        assert (found.accepted, found.matches) == (True, found.bits)
+
+
+def test_numpy_s_arrays_are_read_in_any_kind_and_order(tmp_path):
+    whole = np.arange(24.0).reshape(2, 3, 4)
+    kinds = ("f2", "f4", "f8", ">f4", ">f8", "i1", "<i4", ">i8", "u2", "c8", ">c16", "?")
+    arrays = {kind: whole.astype(kind) for kind in kinds}
+    arrays |= {
+        "columns first": np.asfortranarray(whole),
+        "turned": whole.T,
+        "part": whole[:, ::2, 1:3],
+        "bfloat16": whole.astype(np.float32).astype(ml_dtypes.bfloat16),
+        "a number": np.array(3.0),
+        "empty": np.empty((0, 3)),
+    }
+    for protocol in (0, 2, 4, 5):
+        read, _ = read_all_torch(pickle.dumps(arrays, protocol), tmp_path / "all.pkl")
+        assert read.keys() == arrays.keys()
+        for name, each in arrays.items():
+            assert np.array_equal(read[name], each), (protocol, name)
+            assert read[name].dtype == each.dtype.newbyteorder("="), (protocol, name)
+    old = b"\x80\x02}U\x01w" + _of_python_2(arrays["f4"]) + b"s."
+    assert np.array_equal(read_all_torch(old, tmp_path / "old.pkl")[0]["w"], arrays["f4"])
+
+
+def _of_python_2(array):
+    """The instructions that Python 2 writes of an array (protocol 2), its numbers as `str`."""
+    raw = array.tobytes()
+    shape = b"(" + b"".join(b"K" + bytes([side]) for side in array.shape) + b"t"
+    least = b"J\xff\xff\xff\xff"  # -1
+    kind = b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNN" + least + least + b"K\x00tb"
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    return made + b"(K\x01" + shape + kind + b"\x89T" + struct.pack("<I", len(raw)) + raw + b"tb"
+
+
+def test_an_array_that_poses_as_larger_than_its_bytes_is_left_out(tmp_path):
+    sound = pickle.dumps({"w": np.ones((2, 3), np.float32), "x": np.ones(2)}, 4)
+    (tmp_path / "posing.pkl").write_bytes(sound.replace(b"K\x02K\x03\x86", b"K\x02K\x7f\x86"))
+    read = read_suspect(tmp_path / "posing.pkl")
+    assert [*read.arrays] == ["x"]
+    assert "does not hold all its numbers" in read.left_out["w"]
 
 
 # GGUF
