@@ -27,6 +27,7 @@ TABLES = {
         Row("TorchScript archives, whole modules", "read, nothing run", "cases_files", "test_an_archive_of_torchscript_is_read_and_none_of_its_code_run"),
         Row("programs of `torch.export` (`.pt2`)", "read", "cases_files", "test_14_an_exported_program_is_read"),
         Row("GGUF: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1", "read", "cases_files", "test_23_a_network_of_llama_cpp_is_read"),
+        Row("GGUF: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K", "read", "cases_files", "test_23_blocks_of_256_numbers_are_read_as_they_are_laid_out"),
         Row("ONNX, quantised by channels of square kernels", "read", "cases_files", "test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names"),
         Row("integers and FP8 with scales: compressed-tensors, NNCF, bitsandbytes, quanto, DeepSeek", "read", "cases_files", "test_integers_are_brought_back_to_weights"),
         Row("four bits: GPTQ, AWQ, compressed-tensors, NF4", "read", "cases_files", "test_four_bits_are_unpacked"),

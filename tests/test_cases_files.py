@@ -44,6 +44,7 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import load_suspect, save_model
 from nnpassport.embedding.schemes.passport import V1, V2
 from nnpassport.files.config import ModelConfig, read_config
+from nnpassport.files.gguf_blocks import FORMS
 from nnpassport.files.pickles.torchfile import read_all_torch
 from nnpassport.files.quantised import dequantise, restored
 from nnpassport.files.weights import read_arrays, read_suspect
@@ -960,6 +961,89 @@ def test_23_a_network_of_llama_cpp_is_read(matrix, kind, tmp_path):
     found = read.arrays["blk.0.ffn_gate.weight"].astype(np.float32)
     np.testing.assert_allclose(found, stands.reshape(weight.shape), rtol=1e-6)
     assert verify(path, key).accepted
+
+
+def number_by_number(kind, block):
+    """The 256 numbers of one block, each by itself, as the published structures lay them out."""
+
+    def half(at):
+        return float(np.frombuffer(bytes(block[at : at + 2]), "<f2")[0])
+
+    def six(packed, j):
+        if j < 4:
+            return packed[j] & 63, packed[j + 4] & 63
+        low = packed[j + 4]
+        return low & 15 | packed[j - 4] >> 6 << 4, low >> 4 | packed[j] >> 6 << 4
+
+    block, out = [int(byte) for byte in block], []
+    for i in range(256):
+        far, near = i // 128, i % 128
+        if kind == "Q2_K":
+            q = block[16 + 32 * far + near % 32] >> 2 * (near // 32) & 3
+            s = block[i // 16]
+            out.append(half(80) * (s & 15) * q - half(82) * (s >> 4))
+        elif kind == "Q3_K":
+            q = block[32 + 32 * far + near % 32] >> 2 * (near // 32) & 3
+            q -= 0 if block[i % 32] >> i // 32 & 1 else 4
+            j = i // 16
+            low = block[96 + j % 8] >> 4 * (j // 8) & 15
+            s = (low | (block[104 + j % 4] >> 2 * (j // 4) & 3) << 4) - 32
+            out.append(half(108) * s * q)
+        elif kind in ("Q4_K", "Q5_K"):
+            begin = 16 if kind == "Q4_K" else 48
+            q = block[begin + 32 * (i // 64) + i % 32] >> 4 * (i // 32 % 2) & 15
+            q += 16 * (block[16 + i % 32] >> i // 32 & 1) if kind == "Q5_K" else 0
+            s, t = six(block[4:16], i // 32)
+            out.append(half(0) * s * q - half(2) * t)
+        else:
+            q = block[64 * far + near % 64] >> 4 * (near // 64) & 15
+            q |= (block[128 + 32 * far + near % 32] >> 2 * (near // 32) & 3) << 4
+            s = (block[192 + i // 16] ^ 128) - 128
+            out.append(half(208) * s * (q - 32))
+    return out
+
+
+@pytest.mark.parametrize("form", [each for each in FORMS.values() if each.numbers == 256])
+def test_23_blocks_of_256_numbers_are_read_as_they_are_laid_out(form):
+    rng = np.random.default_rng(form.size)
+    blocks = rng.integers(0, 256, (3, form.size)).astype(np.uint8)
+    halves = {84: (80, 82), 110: (108,), 144: (0, 2), 176: (0, 2), 210: (208,)}[form.size]
+    for at in halves:
+        numbers = rng.normal(size=(3, 1)).astype("<f2")
+        blocks[:, at : at + 2] = numbers.view(np.uint8)
+    found = form.read(blocks)
+    assert found.shape == (3, 256)
+    for read, block in zip(found, blocks, strict=True):
+        np.testing.assert_allclose(read, number_by_number(form.name, block), rtol=1e-5, atol=1e-5)
+
+
+def test_23_a_network_in_blocks_of_256_numbers_is_read(matrix, tmp_path):
+    weight, key = matrix
+    wide = np.hstack([weight, np.zeros((128, 160), np.float32)])
+    rows = wide.reshape(-1, 16, 16)
+    scale = np.abs(rows).max(2) / 31
+    d = scale.max(1, keepdims=True).astype(np.float16) / np.float16(100)
+    s = np.round(scale / d.astype(np.float32)).astype(np.int8)
+    step = d.astype(np.float32) * s
+    q = np.round(rows / np.where(step, step, 1)[..., None]).clip(-32, 31).reshape(-1, 256) + 32
+    q = q.astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4
+    high = sum(q[:, :, part] >> 4 << 2 * part for part in range(4))
+    count = len(q)
+    stored = np.hstack(
+        [low.reshape(count, -1), high.reshape(count, -1), s.view(np.uint8), d.view(np.uint8)]
+    )
+    path = tmp_path / "net.gguf"
+    path.write_bytes(gguf({"blk.0.ffn_gate.weight": (wide.shape, stored.tobytes(), None)}, 14))
+    found = read_suspect(path).arrays["blk.0.ffn_gate.weight"]
+    assert np.abs(found - wide).max() < 0.05 * np.abs(wide).max()
+    narrow = found[:, :96]
+    assert verify(_as_file(tmp_path, narrow), key).accepted
+
+
+def _as_file(folder, weight):
+    save_file({"0.weight": torch.from_numpy(weight.copy())}, folder / "narrow.safetensors")
+    return folder / "narrow.safetensors"
 
 
 def test_23_no_size_in_a_header_is_believed(matrix, tmp_path):
