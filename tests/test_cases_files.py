@@ -901,7 +901,7 @@ def gguf(tensors, kind):
     def text(name):
         return struct.pack("<Q", len(name)) + name.encode()
 
-    facts = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    facts = text("llama.attention.head_count") + struct.pack("<II", 4, 8)
     facts += text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
     for name, (sides, stored, own) in tensors.items():
         head += text(name) + struct.pack(f"<I{len(sides)}Q", len(sides), *reversed(sides))
@@ -1044,6 +1044,19 @@ def test_23_a_network_in_blocks_of_256_numbers_is_read(matrix, tmp_path):
 def _as_file(folder, weight):
     save_file({"0.weight": torch.from_numpy(weight.copy())}, folder / "narrow.safetensors")
     return folder / "narrow.safetensors"
+
+
+def test_23_a_llama_s_queries_are_put_back_in_the_order_of_the_hub(matrix, tmp_path):
+    weight, key = matrix
+    paired = weight.reshape(8, 2, 8, 96).swapaxes(1, 2)  # of 8 heads of 16 rows
+    tensors = {
+        "blk.0.attn_q.weight": (weight.shape, paired.tobytes(), None),
+        "blk.0.attn_v.weight": (weight.shape, np.zeros_like(weight).tobytes(), None),
+    }
+    path = tmp_path / "net.gguf"
+    path.write_bytes(gguf(tensors, 0))
+    assert np.array_equal(read_suspect(path).arrays["blk.0.attn_q.weight"], weight)
+    assert verify(path, key).accepted
 
 
 def test_23_no_size_in_a_header_is_believed(matrix, tmp_path):

@@ -3,6 +3,9 @@
 F32, F16, BF16, F64 and integers are the numbers themselves; what blocks of Q2_K to Q8_0 stand for
 is in `gguf_blocks`. Other kinds are not read, and say so. No size is believed before it is compared
 with the file.                      [github.com/ggml-org/ggml/blob/master/docs/gguf.md]
+
+Of Llama's architecture the rows of queries and keys lie in pairs (2i, 2i + 1) where the hub's have
+(i, i + d/2) in each head of d rows; they are put back.   [conversion of llama.cpp: `permute`]
 """
 
 import math
@@ -64,7 +67,8 @@ def read_gguf(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]
         UnreadableModelError: damaged, hostile, too large, or without a tensor.
     """
     try:
-        places, begin = _Header(data).read()
+        header = _Header(data)
+        places, begin = header.read()
         if not places:
             raise ValueError("it holds no tensor")
         total = sum(4 * math.prod(each.shape) for each in places.values())
@@ -73,7 +77,7 @@ def read_gguf(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]
         arrays, left_out = {}, {}
         for name, place in places.items():
             if place.kind in _PLAIN or place.kind in FORMS or place.kind == _BFLOAT16:
-                arrays[name] = _array(data, begin, place)
+                arrays[name] = _in_halves(_array(data, begin, place), name, header.numbers)
             else:
                 kinds = "F32, F16, BF16 and " + ", ".join(each.name for each in FORMS.values())
                 left_out[name] = f"{name[:100]!r} is of GGUF's kind {place.kind}; read are {kinds}"
@@ -91,6 +95,7 @@ class _Header:
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at, self._left = data, len(MAGIC), _MOST_VALUES
+        self.numbers: dict[str, int] = {}  # facts that are whole numbers
 
     def read(self) -> tuple[dict[str, _Place], int]:
         """Where each tensor is, from the place at which tensors begin."""
@@ -99,12 +104,12 @@ class _Header:
             raise ValueError(f"version {version}; read are {' and '.join(map(str, _VERSIONS))}")
         if tensors > _MOST_TENSORS or facts > _MOST_TENSORS:
             raise ValueError(f"{tensors} tensors and {facts} facts; at most {_MOST_TENSORS} each")
-        alignment = 32
         for _ in range(facts):
             name = self._text()
             (kind,) = self._take("<I")
-            value = self._value(kind)
-            alignment = value if name == _ALIGNMENT and isinstance(value, int) else alignment
+            if isinstance(value := self._value(kind), int):
+                self.numbers[name] = value
+        alignment = self.numbers.get(_ALIGNMENT, 32)
         if not 0 < alignment <= _LARGEST_ALIGNMENT:
             raise ValueError(f"an alignment of {alignment}")
         places: dict[str, _Place] = {}
@@ -155,6 +160,16 @@ class _Header:
         else:
             raise ValueError("a list of lists")
         return None
+
+
+def _in_halves(array: Array, name: str, numbers: Mapping[str, int]) -> Array:
+    """The rows of a head's queries or keys as the hub has them, if this is such a matrix."""
+    of = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[-2:][0], "")
+    heads = numbers.get(f"llama.attention.{of}", 0)
+    if heads < 1 or array.ndim > 2 or not len(array) or len(array) % (2 * heads):
+        return array
+    pairs = array.reshape(heads, len(array) // heads // 2, 2, *array.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
 
 
 def _array(data: bytes, begin: int, place: _Place) -> Array:
