@@ -46,8 +46,8 @@ DOORS = (
     ),
     (
         "You are accused of a copy: see what is held against you.",
-        "nnpassport verify YOURS --key THEIRS",
-        "is their mark in it?",
+        "nnpassport compare YOURS THEIRS",
+        "is one made from the other? `verify YOURS --key KEY`: is their mark in it?",
     ),
     (
         "You judge: check a key, a claim, a dispute.",
