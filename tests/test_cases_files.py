@@ -628,6 +628,30 @@ def test_biases_alone_are_no_folded_norms(owner, tmp_path):
 # ONNX as quantisers write it
 
 
+def test_06_a_bias_of_integers_is_a_bias(tmp_path):
+    """As onnxruntime's quantiser writes it: int32, dequantised under the bias's own name."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper
+
+    weight, bias = np.eye(4, 6, dtype=np.float32), np.arange(4, dtype=np.int32)
+    stored = {
+        "0.weight": weight,
+        "0.bias_quantized": bias,
+        "0.bias_quantized_scale": np.full(1, 0.5, np.float32),
+        "0.bias_quantized_zero_point": np.zeros(1, np.int32),
+    }
+    tensors = [numpy_helper.from_array(each, name) for name, each in stored.items()]
+    nodes = [
+        helper.make_node("DequantizeLinear", [*stored][1:], ["0.bias"]),
+        helper.make_node("Gemm", ["x", "0.weight", "0.bias"], ["y"], name="/0/Gemm", transB=1),
+    ]
+    x, y = (helper.make_tensor_value_info(name, 1, None) for name in "xy")
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", [x], [y], tensors)), tmp_path / "q.onnx"
+    )
+    assert np.array_equal(read_suspect(tmp_path / "q.onnx").arrays["0.bias"], bias * 0.5)
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["onnxruntime's names", "other names"])
 def test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names(named, tmp_path):
     onnx = pytest.importorskip("onnx")
