@@ -23,9 +23,11 @@ class Row(NamedTuple):
 TABLES = {
     "Formats of weights": [
         Row("safetensors, `torch.save` of any protocol, `.npz`, under any name", "read", "cases_files", "test_a_file_is_what_its_content_is"),
+        Row("arrays of NumPy in pickles, by Python 2 too", "read, nothing run", "cases_files", "test_a_pickle_of_numpy_s_arrays_is_read"),
         Row("TorchScript archives, whole modules", "read, nothing run", "cases_files", "test_an_archive_of_torchscript_is_read_and_none_of_its_code_run"),
         Row("programs of `torch.export` (`.pt2`)", "read", "cases_files", "test_14_an_exported_program_is_read"),
         Row("GGUF: F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1", "read", "cases_files", "test_23_a_network_of_llama_cpp_is_read"),
+        Row("GGUF: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K", "read", "cases_files", "test_23_blocks_of_256_numbers_are_read_as_they_are_laid_out"),
         Row("ONNX, quantised by channels of square kernels", "read", "cases_files", "test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names"),
         Row("integers and FP8 with scales: compressed-tensors, NNCF, bitsandbytes, quanto, DeepSeek", "read", "cases_files", "test_integers_are_brought_back_to_weights"),
         Row("four bits: GPTQ, AWQ, compressed-tensors, NF4", "read", "cases_files", "test_four_bits_are_unpacked"),
@@ -39,8 +41,8 @@ TABLES = {
         Row("dictionaries of any nesting, averages, teachers beside, lists, parts in `DataParallel`", "read; the verdict names which", "cases_files", "test_every_network_of_a_container_is_read"),
         Row("weight norm, spectral norm, pruning masks", "read", "cases_files", "test_every_network_of_a_container_is_read"),
         Row("shards of safetensors and `.bin`, with overlays, extra and stale entries", "read by the index", "cases_files", "test_15_shards_are_read_by_the_index_as_loaders_do"),
-        Row("DeepSpeed's folder", "read", "cases_files", "test_28_folders_of_distributed_trainings_are_read_or_named"),
-        Row("`torch.distributed.checkpoint`", "named, with how to convert", "cases_files", "test_28_folders_of_distributed_trainings_are_read_or_named"),
+        Row("DeepSpeed's folder", "read", "cases_files", "test_28_the_folder_of_a_training_by_deepspeed_is_read"),
+        Row("`torch.distributed.checkpoint`, of one process or many", "read", "cases_files", "test_28_tensors_in_pieces_of_many_processes_are_put_together"),
         Row("adapters of peft, diffusers, ComfyUI, kohya (with α)", "read", "cases_files", "test_26_an_adapter_is_read_under_the_names_of_other_tools"),
         Row("an adapter where a network is needed", "named, exit 2", "cases_files", "test_26_an_adapter_alone_is_told_from_a_network"),
         Row("batch norms folded, key with a passport for each channel", "read", "cases_files", "test_a_folded_network_with_passports_of_channels_is_read_as_it_is"),

@@ -33,7 +33,8 @@ def make_pages(folder: Path) -> dict[str, Path]:
         _called("audit demo/released --key demo/alice.key --data digits --limit 20 -o audit")
         _leaderboard()
         if "compare" in COMMANDS:
-            _called("compare demo/released stolen --report compare.html", 0, 1, 3)
+            _called("attack ftal demo/released --train digits --data digits --split test -o tuned")
+            _called("compare demo/released tuned --report compare.html")
     finally:
         os.chdir(before)
     places = {
@@ -61,7 +62,7 @@ def _dispute() -> None:
     with _authority() if dated else contextlib.nullcontext() as url:
         stamp = f"--authority {url} --authority-root tsa.pem" if dated else ""
         _called("attack combine demo/released --data digits --split test -o stolen")
-        _called("key new --model demo/released --owner Bob -o bob.key")
+        _called("key new --model demo/released --owner Bob --passports derived -o bob.key")
         for name, key in (("alice", "demo/alice.key"), ("bob", "bob.key")):
             _called(f"claim keygen -o {name}.pem")
             claim = f"--key {key} --signing {name}.pem --reference demo/released"

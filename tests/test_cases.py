@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from cases import PAGE, TABLES, render
 
+from nnpassport.files.disk import brief
+from nnpassport.scheme import OwnershipError
+
 ROWS = [row for rows in TABLES.values() for row in rows]
 SOURCES = Path(__file__).parent.parent / "src" / "nnpassport"
 
@@ -61,3 +64,10 @@ def test_no_message_advises_to_load_unsafely():
         text for _, text in messages() if "weights_only=False" in text or "trust_remote" in text
     ]
     assert not said
+
+
+def test_no_message_of_ours_is_cut_and_one_of_others_says_that_it_is():
+    long = "x" * 400 + "; needed: y"
+    assert brief(OwnershipError(long)) == long
+    assert brief(ValueError(long)) == "x" * 300 + "…"
+    assert brief(ValueError("short")) == "short"

@@ -5,6 +5,7 @@ A "no" is given only when what was read is what the network computes.
 
 import argparse
 import datetime
+import io
 import itertools
 import json
 import math
@@ -15,14 +16,24 @@ import struct
 import warnings
 import zipfile
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from constructed import marked, small_alexnet
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import AveragedModel
@@ -33,6 +44,8 @@ from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import load_suspect, save_model
 from nnpassport.embedding.schemes.passport import V1, V2
 from nnpassport.files.config import ModelConfig, read_config
+from nnpassport.files.gguf_blocks import FORMS
+from nnpassport.files.pickles.torchfile import read_all_torch
 from nnpassport.files.quantised import dequantise, restored
 from nnpassport.files.weights import read_arrays, read_suspect
 from nnpassport.scheme import FoldedNormsError, OwnershipError, UnreadableModelError
@@ -615,6 +628,30 @@ def test_biases_alone_are_no_folded_norms(owner, tmp_path):
 # ONNX as quantisers write it
 
 
+def test_06_a_bias_of_integers_is_a_bias(tmp_path):
+    """As onnxruntime's quantiser writes it: int32, dequantised under the bias's own name."""
+    onnx = pytest.importorskip("onnx")
+    from onnx import helper, numpy_helper
+
+    weight, bias = np.eye(4, 6, dtype=np.float32), np.arange(4, dtype=np.int32)
+    stored = {
+        "0.weight": weight,
+        "0.bias_quantized": bias,
+        "0.bias_quantized_scale": np.full(1, 0.5, np.float32),
+        "0.bias_quantized_zero_point": np.zeros(1, np.int32),
+    }
+    tensors = [numpy_helper.from_array(each, name) for name, each in stored.items()]
+    nodes = [
+        helper.make_node("DequantizeLinear", [*stored][1:], ["0.bias"]),
+        helper.make_node("Gemm", ["x", "0.weight", "0.bias"], ["y"], name="/0/Gemm", transB=1),
+    ]
+    x, y = (helper.make_tensor_value_info(name, 1, None) for name in "xy")
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", [x], [y], tensors)), tmp_path / "q.onnx"
+    )
+    assert np.array_equal(read_suspect(tmp_path / "q.onnx").arrays["0.bias"], bias * 0.5)
+
+
 @pytest.mark.parametrize("named", [True, False], ids=["onnxruntime's names", "other names"])
 def test_06_scales_of_square_kernels_lie_along_the_axis_that_their_node_names(named, tmp_path):
     onnx = pytest.importorskip("onnx")
@@ -718,21 +755,164 @@ def test_15_one_s_own_shards_agree_with_their_index(owner, tmp_path):
         verify(evil, owner[1])
 
 
-def test_28_folders_of_distributed_trainings_are_read_or_named(owner, tmp_path):
+def test_28_the_folder_of_a_training_by_deepspeed_is_read(owner, tmp_path):
     model, key = owner
-    deep, shared = tmp_path / "global_step10", tmp_path / "dcp"
+    deep = tmp_path / "global_step10"
     deep.mkdir()
     said = {"module": state_of(model), "ds_config": {}, "global_steps": 10, "optimizer": None}
     torch.save(said, deep / "mp_rank_00_model_states.pt")
     torch.save({"optimizer_state_dict": {}}, deep / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert verify(deep, key).accepted
-    shared.mkdir()
-    (shared / ".metadata").write_bytes(b"x")
-    (shared / "__0_0.distcp").write_bytes(b"x")
-    with pytest.raises(
-        UnreadableModelError, match=r"checkpoint of torch\.distributed.*dcp_to_torch"
-    ):
-        verify(shared, key)
+
+
+def in_pieces(folder, state, ranks=3, about=lambda metadata: metadata):
+    """What torch.distributed.checkpoint writes of tensors whose rows are spread over ranks."""
+    folder.mkdir()
+    files = {f"__{rank}_0.distcp": b"" for rank in range(ranks)}
+    tensors, places = {}, {}
+    for name, tensor in state.items():
+        chunks, at = [], 0
+        for file, part in zip(files, tensor.split(-(-len(tensor) // ranks)), strict=False):
+            offsets = torch.Size([at, *[0] * (tensor.ndim - 1)])
+            chunks.append(ChunkStorageMetadata(offsets, part.shape))
+            saved = io.BytesIO()
+            torch.save(part.clone(), saved)
+            index = MetadataIndex(name, offsets, index=len(chunks) - 1)
+            places[index] = _StorageInfo(file, len(files[file]), len(saved.getvalue()))
+            files[file] += saved.getvalue()
+            at += len(part)
+        properties = TensorProperties.create_from_tensor(tensor)
+        tensors[name] = TensorStorageMetadata(properties, tensor.shape, chunks)
+    metadata = about(Metadata(tensors, storage_data=places))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    for file, content in files.items():
+        (folder / file).write_bytes(content)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own about processes
+def test_28_what_one_process_of_torch_distributed_wrote_is_read(owner, tmp_path):
+    model, key = owner
+    torch.distributed.checkpoint.save(
+        {"model": state_of(model), "step": 7}, checkpoint_id=tmp_path / "dcp"
+    )
+    found = verify(tmp_path / "dcp", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    assert read_arrays(tmp_path / "dcp").digests.keys() == {".metadata", "__0_0.distcp"}
+
+
+def test_28_tensors_in_pieces_of_many_processes_are_put_together(owner, tmp_path):
+    model, key = owner
+    state = {name: each for name, each in state_of(model).items() if each.ndim}
+    folder = in_pieces(tmp_path / "three", state)
+    read = read_arrays(folder).arrays
+    assert read.keys() == state.keys()
+    assert all(np.array_equal(read[name], each.numpy()) for name, each in state.items())
+    found = verify(folder, key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+
+
+def test_28_hostile_folders_of_torch_distributed_are_refused(owner, tmp_path):
+    state = {name: each for name, each in state_of(owner[0]).items() if each.ndim}
+
+    def changed(change):
+        def about(metadata):
+            change(metadata)
+            return metadata
+
+        return about
+
+    def of_first(**fields):
+        def change(metadata):
+            index = next(iter(metadata.storage_data))
+            metadata.storage_data[index] = replace(metadata.storage_data[index], **fields)
+
+        return changed(change)
+
+    def larger(metadata):
+        first = next(iter(metadata.state_dict_metadata))
+        metadata.state_dict_metadata[first].size = torch.Size([2**40, 3, 11, 11])
+
+    bad = {
+        "leaves": (of_first(relative_path="../secret"), "is not the name of a file"),
+        "absent": (of_first(relative_path="__9_0.distcp"), "No such file"),
+        "beyond": (of_first(length=2**60), "overlap"),
+        "negative": (of_first(offset=-1), "leaves"),
+        "another": (lambda _: Inert(), "Inert"),
+    }
+    for name, (about, said) in bad.items():
+        folder = in_pieces(tmp_path / name, state, about=about)
+        with pytest.raises(UnreadableModelError, match=said):
+            read_suspect(folder)
+    folder = in_pieces(tmp_path / "larger", state, about=changed(larger))
+    found = read_suspect(folder)
+    assert [*found.left_out] == [next(iter(state))]
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / ".metadata").write_bytes(b"x")
+    with pytest.raises(UnreadableModelError, match=r"torch\.distributed.*dcp_to_torch"):
+        verify(tmp_path / "nothing", owner[1])
+
+
+class Inert:
+    """An object of a class that no checkpoint has."""
+
+
+# Arrays of NumPy in pickles
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 3, 4, 5])
+def test_a_pickle_of_numpy_s_arrays_is_read(owner, tmp_path, protocol):
+    """As Detectron2's and Flax's are: in a plain pickle, and in the archives of torch."""
+    model, key = owner
+    arrays = {name: each.numpy() for name, each in state_of(model).items()}
+    model_s = {"model": arrays, "__author__": "somebody", "matching_heuristics": True}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model_s, protocol))
+    found = verify(tmp_path / "model.pkl", key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    if protocol >= 2:
+        torch.save(model_s, tmp_path / "model.pth", pickle_protocol=protocol)
+        found = verify(tmp_path / "model.pth", key)
+        assert (found.accepted, found.matches) == (True, found.bits)
+
+
+def test_numpy_s_arrays_are_read_in_any_kind_and_order(tmp_path):
+    whole = np.arange(24.0).reshape(2, 3, 4)
+    kinds = ("f2", "f4", "f8", ">f4", ">f8", "i1", "<i4", ">i8", "u2", "c8", ">c16", "?")
+    arrays = {kind: whole.astype(kind) for kind in kinds}
+    arrays |= {
+        "columns first": np.asfortranarray(whole),
+        "turned": whole.T,
+        "part": whole[:, ::2, 1:3],
+        "bfloat16": whole.astype(np.float32).astype(ml_dtypes.bfloat16),
+        "a number": np.array(3.0),
+        "empty": np.empty((0, 3)),
+    }
+    for protocol in (0, 2, 4, 5):
+        read, _ = read_all_torch(pickle.dumps(arrays, protocol), tmp_path / "all.pkl")
+        assert read.keys() == arrays.keys()
+        for name, each in arrays.items():
+            assert np.array_equal(read[name], each), (protocol, name)
+            assert read[name].dtype == each.dtype.newbyteorder("="), (protocol, name)
+    old = b"\x80\x02}U\x01w" + _of_python_2(arrays["f4"]) + b"s."
+    assert np.array_equal(read_all_torch(old, tmp_path / "old.pkl")[0]["w"], arrays["f4"])
+
+
+def _of_python_2(array):
+    """The instructions that Python 2 writes of an array (protocol 2), its numbers as `str`."""
+    raw = array.tobytes()
+    shape = b"(" + b"".join(b"K" + bytes([side]) for side in array.shape) + b"t"
+    least = b"J\xff\xff\xff\xff"  # -1
+    kind = b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNN" + least + least + b"K\x00tb"
+    made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    return made + b"(K\x01" + shape + kind + b"\x89T" + struct.pack("<I", len(raw)) + raw + b"tb"
+
+
+def test_an_array_that_poses_as_larger_than_its_bytes_is_left_out(tmp_path):
+    sound = pickle.dumps({"w": np.ones((2, 3), np.float32), "x": np.ones(2)}, 4)
+    (tmp_path / "posing.pkl").write_bytes(sound.replace(b"K\x02K\x03\x86", b"K\x02K\x7f\x86"))
+    read = read_suspect(tmp_path / "posing.pkl")
+    assert [*read.arrays] == ["x"]
+    assert "does not hold all its numbers" in read.left_out["w"]
 
 
 # GGUF
@@ -745,7 +925,7 @@ def gguf(tensors, kind):
     def text(name):
         return struct.pack("<Q", len(name)) + name.encode()
 
-    facts = text("general.architecture") + struct.pack("<I", 8) + text("llama")
+    facts = text("llama.attention.head_count") + struct.pack("<II", 4, 8)
     facts += text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b")
     for name, (sides, stored, own) in tensors.items():
         head += text(name) + struct.pack(f"<I{len(sides)}Q", len(sides), *reversed(sides))
@@ -804,6 +984,102 @@ def test_23_a_network_of_llama_cpp_is_read(matrix, kind, tmp_path):
     assert "kind 99" in read.left_out["odd"]
     found = read.arrays["blk.0.ffn_gate.weight"].astype(np.float32)
     np.testing.assert_allclose(found, stands.reshape(weight.shape), rtol=1e-6)
+    assert verify(path, key).accepted
+
+
+def number_by_number(kind, block):
+    """The 256 numbers of one block, each by itself, as the published structures lay them out."""
+
+    def half(at):
+        return float(np.frombuffer(bytes(block[at : at + 2]), "<f2")[0])
+
+    def six(packed, j):
+        if j < 4:
+            return packed[j] & 63, packed[j + 4] & 63
+        low = packed[j + 4]
+        return low & 15 | packed[j - 4] >> 6 << 4, low >> 4 | packed[j] >> 6 << 4
+
+    block, out = [int(byte) for byte in block], []
+    for i in range(256):
+        far, near = i // 128, i % 128
+        if kind == "Q2_K":
+            q = block[16 + 32 * far + near % 32] >> 2 * (near // 32) & 3
+            s = block[i // 16]
+            out.append(half(80) * (s & 15) * q - half(82) * (s >> 4))
+        elif kind == "Q3_K":
+            q = block[32 + 32 * far + near % 32] >> 2 * (near // 32) & 3
+            q -= 0 if block[i % 32] >> i // 32 & 1 else 4
+            j = i // 16
+            low = block[96 + j % 8] >> 4 * (j // 8) & 15
+            s = (low | (block[104 + j % 4] >> 2 * (j // 4) & 3) << 4) - 32
+            out.append(half(108) * s * q)
+        elif kind in ("Q4_K", "Q5_K"):
+            begin = 16 if kind == "Q4_K" else 48
+            q = block[begin + 32 * (i // 64) + i % 32] >> 4 * (i // 32 % 2) & 15
+            q += 16 * (block[16 + i % 32] >> i // 32 & 1) if kind == "Q5_K" else 0
+            s, t = six(block[4:16], i // 32)
+            out.append(half(0) * s * q - half(2) * t)
+        else:
+            q = block[64 * far + near % 64] >> 4 * (near // 64) & 15
+            q |= (block[128 + 32 * far + near % 32] >> 2 * (near // 32) & 3) << 4
+            s = (block[192 + i // 16] ^ 128) - 128
+            out.append(half(208) * s * (q - 32))
+    return out
+
+
+@pytest.mark.parametrize("form", [each for each in FORMS.values() if each.numbers == 256])
+def test_23_blocks_of_256_numbers_are_read_as_they_are_laid_out(form):
+    rng = np.random.default_rng(form.size)
+    blocks = rng.integers(0, 256, (3, form.size)).astype(np.uint8)
+    halves = {84: (80, 82), 110: (108,), 144: (0, 2), 176: (0, 2), 210: (208,)}[form.size]
+    for at in halves:
+        numbers = rng.normal(size=(3, 1)).astype("<f2")
+        blocks[:, at : at + 2] = numbers.view(np.uint8)
+    found = form.read(blocks)
+    assert found.shape == (3, 256)
+    for read, block in zip(found, blocks, strict=True):
+        np.testing.assert_allclose(read, number_by_number(form.name, block), rtol=1e-5, atol=1e-5)
+
+
+def test_23_a_network_in_blocks_of_256_numbers_is_read(matrix, tmp_path):
+    weight, key = matrix
+    wide = np.hstack([weight, np.zeros((128, 160), np.float32)])
+    rows = wide.reshape(-1, 16, 16)
+    scale = np.abs(rows).max(2) / 31
+    d = scale.max(1, keepdims=True).astype(np.float16) / np.float16(100)
+    s = np.round(scale / d.astype(np.float32)).astype(np.int8)
+    step = d.astype(np.float32) * s
+    q = np.round(rows / np.where(step, step, 1)[..., None]).clip(-32, 31).reshape(-1, 256) + 32
+    q = q.astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4
+    high = sum(q[:, :, part] >> 4 << 2 * part for part in range(4))
+    count = len(q)
+    stored = np.hstack(
+        [low.reshape(count, -1), high.reshape(count, -1), s.view(np.uint8), d.view(np.uint8)]
+    )
+    path = tmp_path / "net.gguf"
+    path.write_bytes(gguf({"blk.0.ffn_gate.weight": (wide.shape, stored.tobytes(), None)}, 14))
+    found = read_suspect(path).arrays["blk.0.ffn_gate.weight"]
+    assert np.abs(found - wide).max() < 0.05 * np.abs(wide).max()
+    narrow = found[:, :96]
+    assert verify(_as_file(tmp_path, narrow), key).accepted
+
+
+def _as_file(folder, weight):
+    save_file({"0.weight": torch.from_numpy(weight.copy())}, folder / "narrow.safetensors")
+    return folder / "narrow.safetensors"
+
+
+def test_23_a_llama_s_queries_are_put_back_in_the_order_of_the_hub(matrix, tmp_path):
+    weight, key = matrix
+    paired = weight.reshape(8, 2, 8, 96).swapaxes(1, 2)  # of 8 heads of 16 rows
+    tensors = {
+        "blk.0.attn_q.weight": (weight.shape, paired.tobytes(), None),
+        "blk.0.attn_v.weight": (weight.shape, np.zeros_like(weight).tobytes(), None),
+    }
+    path = tmp_path / "net.gguf"
+    path.write_bytes(gguf(tensors, 0))
+    assert np.array_equal(read_suspect(path).arrays["blk.0.attn_q.weight"], weight)
     assert verify(path, key).accepted
 
 

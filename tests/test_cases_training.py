@@ -15,7 +15,7 @@ import nnpassport
 from nnpassport import verify
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.checkpoint import save_model
-from nnpassport.embedding.owner import divide
+from nnpassport.embedding.owner import divide, release
 from nnpassport.embedding.schemes.passport import V2, V3
 from nnpassport.embedding.schemes.triggers import branch_loss
 from nnpassport.embedding.train.labels import rows, with_triggers
@@ -103,6 +103,23 @@ def test_34_what_the_optimiser_does_not_have_is_named_when_it_is_released():
     torch.optim.SGD(model.parameters(), 1e-4).step()
     with pytest.warns(UnmarkedWarning, match="train for longer"):
         marked.released()
+
+
+def test_triggers_that_were_not_learnt_are_warned_of_when_bits_are_released(tmp_path):
+    """The bits are in by construction; every answer is that of another class."""
+    rng = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 1, 32, 32), generator=rng).to(torch.uint8)
+    data = ImageSet(pixels, torch.arange(64) % 10, tuple("0123456789"), "noise")
+    model = small_alexnet()
+    key = V3.draw_key(model, torch.zeros(2, 1, 32, 32), seed=bytes(32))
+    model = marked_network(V3, model, key, data, NORMALISE)
+    model.classifier.weight.data = model.classifier.weight.data.roll(1, 0)  # other answers
+    arguments = {"classes": 10, "channels": 1, "norm": "batch", "width": 0.25}
+    config = ModelConfig("alexnet", arguments, data.classes, (1, 32, 32), (0.5,), (0.5,))
+    save_model(tmp_path / "own", model, config)
+    with pytest.warns(UnmarkedWarning, match=r"of 100 have their label.*triggers_per_step"):
+        found = release(tmp_path / "own", key, tmp_path / "released")
+    assert found.accepted
 
 
 def test_a_key_that_no_verdict_could_accept_is_not_drawn():

@@ -82,6 +82,7 @@ from nnpassport.cli.terminal import (
     print_verdict,
     progress_bar,
     tell,
+    warned_in_words,
 )
 from nnpassport.embedding.train.processes import world
 from nnpassport.scheme import OwnershipError
@@ -543,7 +544,7 @@ def main() -> None:
     """Run the command line and exit; anything unexpected is "could not be checked", never "no"."""
     words = heeded(sys.argv[1:])
     try:
-        with measured():
+        with measured(), warned_in_words():
             code = app(words, standalone_mode=False)
     except OwnershipError as error:
         if _first_to_say(type(error).__name__):

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.text import Text
 
 from nnpassport import __version__
 from nnpassport.embedding.train.processes import leads
-from nnpassport.scheme import OwnershipError, Verdict, spelled
+from nnpassport.scheme import OwnershipError, UnmarkedWarning, Verdict, spelled
 
 # No markup: a path or a name may be [/b].
 errors = Console(stderr=True, highlight=False, markup=False)
@@ -46,8 +47,8 @@ DOORS = (
     ),
     (
         "You are accused of a copy: see what is held against you.",
-        "nnpassport verify YOURS --key THEIRS",
-        "is their mark in it?",
+        "nnpassport compare YOURS THEIRS",
+        "is one made from the other? `verify YOURS --key KEY`: is their mark in it?",
     ),
     (
         "You judge: check a key, a claim, a dispute.",
@@ -95,6 +96,23 @@ def measured() -> Iterator[None]:
         torch = sys.modules.get("torch")
         loaded = "" if torch is None else f", torch {torch.__version__}"
         complaints.print(f"{time.perf_counter() - start:.1f} s{_memory()}{loaded}")
+
+
+@contextmanager
+def warned_in_words() -> Iterator[None]:
+    """Warnings of ours are a line on stderr here, without the place in the code."""
+    with warnings.catch_warnings():
+        before = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, UnmarkedWarning):
+                complaints.print("warning:", style="yellow", end=" ")
+                complaints.print(spelled(str(message)), soft_wrap=True)
+            else:
+                before(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _memory() -> str:

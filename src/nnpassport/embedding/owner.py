@@ -4,6 +4,7 @@ What the command line does, for programs: every function reads and writes model 
 """
 
 import secrets
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from nnpassport.embedding.schemes.drawn import (
 from nnpassport.embedding.schemes.passport import GRAFTED_ON, Passport
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggered import with_published_triggers
+from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import plain_evaluation
 from nnpassport.embedding.train.loop import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.embedding.train.team import sharing, together
@@ -35,6 +37,7 @@ from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.keys.key import Key
 from nnpassport.scheme import (
     BadRecipeError,
+    UnmarkedWarning,
     UnreadableDataError,
     UnreadableKeyError,
     UnsuitableModelError,
@@ -324,6 +327,8 @@ def release(
 
     Raises:
         UnsuitableModelError: the network in `source` does not carry the key; nothing is written.
+
+    It warns (`UnmarkedWarning`) of triggers that the network did not learn beside its bits.
     """
     loaded = load_model(Path(source), trusted_factory=trusted_factory)
     scheme = scheme_named(key.context.scheme)
@@ -342,7 +347,23 @@ def release(
     }
     save_model(Path(folder), plain, replace(loaded.config, metrics=kept, notes={}))
     written = load_model(Path(folder), trusted_factory=trusted_factory)
+    _warn_of_triggers(written.model, normalise, key, scheme)
     return verify_model(written.model, normalise, key)
+
+
+def _warn_of_triggers(plain: nn.Module, normalise: Normalisation, key: Key, scheme: Scheme) -> None:
+    """Warn of triggers that were not learnt, where the bits alone would be accepted."""
+    if not (scheme.triggers and scheme.reads_weights):
+        return
+    found = scheme.verify_answers(answers_to(key, plain, normalise), key)
+    if not found.marked:
+        warnings.warn(
+            f"of the triggers that this network is to be known by where only its answers can be "
+            f"asked, {found.matches} of {found.bits} have their label, which proves nothing: "
+            "embed for more epochs, or with more of them a step (triggers_per_step)",
+            UnmarkedWarning,
+            stacklevel=3,
+        )
 
 
 def _initial(

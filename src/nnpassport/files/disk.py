@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from nnpassport.scheme import UnreadableModelError, UnwritableOutputError
+from nnpassport.scheme import OwnershipError, UnreadableModelError, UnwritableOutputError
 
 _LONGEST_TEXT = 4_096  # characters
+_LONGEST_QUOTED = 300
 # Control characters, which could drive a terminal, and lone surrogates, which cannot be printed.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -107,8 +108,10 @@ def is_text(value: object) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """The error's first line, printable and short: it may quote a hostile file."""
-    text = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+    """The error's first line, printable; short but for one of ours: it may quote a hostile file."""
+    text = (str(error).splitlines() or [""])[0] or type(error).__name__
+    if len(text) > _LONGEST_QUOTED and not isinstance(error, OwnershipError):
+        text = f"{text[:_LONGEST_QUOTED]}…"
     return text if text.isprintable() else ascii(text)
 
 

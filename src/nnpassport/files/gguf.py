@@ -1,20 +1,16 @@
 """GGUF, as llama.cpp writes it, from anybody: a header, and tensors whose numbers come in blocks.
 
-    F32, F16, BF16, F64, integers     the numbers themselves
-    Q8_0      32 numbers    d (half), 32 of 8 bits                     w = d·q
-    Q4_0      32 numbers    d (half), 32 of 4 bits                     w = d·(q − 8)
-    Q4_1      32 numbers    d, m (half), 32 of 4 bits                  w = d·q + m
-    Q5_0      32 numbers    d (half), a fifth bit each, 32 of 4 bits   w = d·(q − 16)
-    Q5_1      32 numbers    d, m (half), the same                      w = d·q + m
+F32, F16, BF16, F64 and integers are the numbers themselves; what blocks of Q2_K to Q8_0 stand for
+is in `gguf_blocks`. Other kinds are not read, and say so. No size is believed before it is compared
+with the file.                      [github.com/ggml-org/ggml/blob/master/docs/gguf.md]
 
-Of 4 bits, the lower halves of the bytes are the first sixteen numbers and the upper ones the rest.
-Blocks of 256 numbers (Q4_K and others) are not read, and say so. No size is believed before it is
-compared with the file.       [github.com/ggml-org/ggml/blob/master/docs/gguf.md]
+Of Llama's architecture the rows of queries and keys lie in pairs (2i, 2i + 1) where the hub's have
+(i, i + d/2) in each head of d rows; they are put back.   [conversion of llama.cpp: `permute`]
 """
 
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -22,6 +18,7 @@ import numpy as np
 
 from nnpassport.files.arrays import BFLOAT16, MAX_MODEL_BYTES, Array
 from nnpassport.files.disk import brief, is_text
+from nnpassport.files.gguf_blocks import FORMS
 from nnpassport.scheme import UnreadableModelError
 
 MAGIC = b"GGUF"
@@ -31,7 +28,6 @@ _MOST_VALUES = 5_000_000  # of all that is said about the network: vocabularies 
 _MOST_AXES = 8
 _LARGEST_ALIGNMENT = 2**20
 _ALIGNMENT = "general.alignment"
-_BLOCK = 32
 _TEXT, _LIST = 8, 9
 _SCALARS = {
     0: "B",
@@ -58,14 +54,6 @@ _PLAIN: Mapping[int, np.dtype[Any]] = {
 _BFLOAT16 = 30
 
 
-class _Form(NamedTuple):
-    """Bytes of a block of 32 numbers, and the numbers in blocks (n bytes)."""
-
-    name: str
-    size: int
-    numbers: Callable[[Array], Array]
-
-
 class _Place(NamedTuple):
     shape: tuple[int, ...]
     kind: int
@@ -79,7 +67,8 @@ def read_gguf(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]
         UnreadableModelError: damaged, hostile, too large, or without a tensor.
     """
     try:
-        places, begin = _Header(data).read()
+        header = _Header(data)
+        places, begin = header.read()
         if not places:
             raise ValueError("it holds no tensor")
         total = sum(4 * math.prod(each.shape) for each in places.values())
@@ -87,10 +76,10 @@ def read_gguf(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]
             raise ValueError(f"its numbers take {total} bytes, and at most {MAX_MODEL_BYTES} fit")
         arrays, left_out = {}, {}
         for name, place in places.items():
-            if place.kind in _PLAIN or place.kind in _FORMS or place.kind == _BFLOAT16:
-                arrays[name] = _array(data, begin, place)
+            if place.kind in _PLAIN or place.kind in FORMS or place.kind == _BFLOAT16:
+                arrays[name] = _in_halves(_array(data, begin, place), name, header.numbers)
             else:
-                kinds = "F32, F16, BF16 and " + ", ".join(each.name for each in _FORMS.values())
+                kinds = "F32, F16, BF16 and " + ", ".join(each.name for each in FORMS.values())
                 left_out[name] = f"{name[:100]!r} is of GGUF's kind {place.kind}; read are {kinds}"
     except (ValueError, struct.error, OverflowError) as error:
         raise UnreadableModelError(
@@ -106,6 +95,7 @@ class _Header:
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at, self._left = data, len(MAGIC), _MOST_VALUES
+        self.numbers: dict[str, int] = {}  # facts that are whole numbers
 
     def read(self) -> tuple[dict[str, _Place], int]:
         """Where each tensor is, from the place at which tensors begin."""
@@ -114,12 +104,12 @@ class _Header:
             raise ValueError(f"version {version}; read are {' and '.join(map(str, _VERSIONS))}")
         if tensors > _MOST_TENSORS or facts > _MOST_TENSORS:
             raise ValueError(f"{tensors} tensors and {facts} facts; at most {_MOST_TENSORS} each")
-        alignment = 32
         for _ in range(facts):
             name = self._text()
             (kind,) = self._take("<I")
-            value = self._value(kind)
-            alignment = value if name == _ALIGNMENT and isinstance(value, int) else alignment
+            if isinstance(value := self._value(kind), int):
+                self.numbers[name] = value
+        alignment = self.numbers.get(_ALIGNMENT, 32)
         if not 0 < alignment <= _LARGEST_ALIGNMENT:
             raise ValueError(f"an alignment of {alignment}")
         places: dict[str, _Place] = {}
@@ -172,14 +162,24 @@ class _Header:
         return None
 
 
+def _in_halves(array: Array, name: str, numbers: Mapping[str, int]) -> Array:
+    """The rows of a head's queries or keys as the hub has them, if this is such a matrix."""
+    of = {"attn_q": "head_count", "attn_k": "head_count_kv"}.get(name.split(".")[-2:][0], "")
+    heads = numbers.get(f"llama.attention.{of}", 0)
+    if heads < 1 or array.ndim > 2 or not len(array) or len(array) % (2 * heads):
+        return array
+    pairs = array.reshape(heads, len(array) // heads // 2, 2, *array.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+
+
 def _array(data: bytes, begin: int, place: _Place) -> Array:
     count = math.prod(place.shape)
-    form = _FORMS.get(place.kind)
+    form = FORMS.get(place.kind)
     dtype = np.dtype("<u2") if place.kind == _BFLOAT16 else _PLAIN.get(place.kind)
     if form is not None:
-        if not place.shape or place.shape[-1] % _BLOCK:
-            raise ValueError(f"rows of {place.shape[-1:]} numbers in blocks of {_BLOCK}")
-        size = count // _BLOCK * form.size
+        if not place.shape or place.shape[-1] % form.numbers:
+            raise ValueError(f"rows of {place.shape[-1:]} numbers in blocks of {form.numbers}")
+        size = count // form.numbers * form.size
     else:
         size = count * dtype.itemsize if dtype is not None else 0
     start = begin + place.offset
@@ -188,37 +188,7 @@ def _array(data: bytes, begin: int, place: _Place) -> Array:
     raw = np.frombuffer(data, np.uint8, size, start)
     if form is not None:
         with np.errstate(all="ignore"):
-            return form.numbers(raw.reshape(-1, form.size)).reshape(place.shape)
+            return form.read(raw.reshape(-1, form.size)).reshape(place.shape)
     assert dtype is not None  # noqa: S101 - the caller has looked
     numbers = np.frombuffer(raw.tobytes(), dtype).astype(dtype.newbyteorder("="))
     return (numbers.view(BFLOAT16) if place.kind == _BFLOAT16 else numbers).reshape(place.shape)
-
-
-def _halves(blocks: Array, at: int) -> Array:
-    """The half-precision number at a byte of each block (blocks 1)."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
-
-
-def _nibbles(blocks: Array, at: int) -> Array:
-    """32 numbers of 4 bits each, from a byte on (blocks 32)."""
-    some = blocks[:, at : at + 16]
-    return np.concatenate([some & 15, some >> 4], 1)
-
-
-def _fifths(blocks: Array, at: int) -> Array:
-    """The same with a fifth bit each, which are in four bytes before (blocks 32)."""
-    bits = np.unpackbits(blocks[:, at : at + 4], axis=1, bitorder="little")
-    return _nibbles(blocks, at + 4) | bits << 4
-
-
-_FORMS: Mapping[int, _Form] = {
-    2: _Form("Q4_0", 18, lambda b: _halves(b, 0) * (_nibbles(b, 2).astype(np.float32) - 8)),
-    3: _Form("Q4_1", 20, lambda b: _halves(b, 0) * _nibbles(b, 4) + _halves(b, 2)),
-    6: _Form("Q5_0", 22, lambda b: _halves(b, 0) * (_fifths(b, 2).astype(np.float32) - 16)),
-    7: _Form("Q5_1", 24, lambda b: _halves(b, 0) * _fifths(b, 4) + _halves(b, 2)),
-    8: _Form(
-        "Q8_0",
-        34,
-        lambda b: _halves(b, 0) * np.ascontiguousarray(b[:, 2:]).view(np.int8).astype(np.float32),
-    ),
-}

@@ -532,7 +532,7 @@ def _dequantised(nodes: Sequence[_Node], tensors: Mapping[str, Array]) -> dict[s
     scales are along is the node's; without a node it is the only one that has as many places.
     """
     found, axes = {}, {}
-    used = {node.inputs[1] for node in nodes if node.kind in _LAYERS and len(node.inputs) > 1}
+    used = {name for node in nodes if node.kind in _LAYERS for name in node.inputs[1:3]}
     left = 2 * sum(each.size for each in tensors.values())  # many nodes may name one tensor
     for node in nodes:
         if node.kind != "DequantizeLinear" or not 2 <= len(node.inputs) <= 3 or not node.outputs:
@@ -542,7 +542,9 @@ def _dequantised(nodes: Sequence[_Node], tensors: Mapping[str, Array]) -> dict[s
         if numbers is None or scale is None or (zero is None and len(node.inputs) == 3):
             continue
         axes[node.inputs[0]], left = node.axis, left - numbers.size
-        if left < 0 or node.outputs[0] not in used or node.inputs[0].endswith(_QUANTISED):
+        stored = node.inputs[0].removesuffix(_QUANTISED)
+        by_name = stored != node.inputs[0] and f"{stored}_scale" in tensors  # as below
+        if left < 0 or node.outputs[0] not in used or by_name:
             continue
         if (weight := _scaled(numbers, scale, zero, node.axis)) is not None:
             found[node.outputs[0]] = weight
@@ -566,13 +568,14 @@ def _only_axis(numbers: Array, scale: Array) -> int | None:
 
 def _scaled(numbers: Array, scale: Array, zero: Array | None, axis: int) -> Array | None:
     """(q − zero) · scale: one for all, one for each place of the axis; None if they do not fit."""
-    if not -numbers.ndim <= axis < numbers.ndim or (zero is not None and zero.shape != scale.shape):
+    if zero is not None and zero.shape != scale.shape:
         return None
     shape = [1] * numbers.ndim
     if scale.size > 1:
-        shape[axis] = -1
-        if scale.size != numbers.shape[axis] or scale.ndim != 1:
+        there = -numbers.ndim <= axis < numbers.ndim
+        if not there or scale.size != numbers.shape[axis] or scale.ndim != 1:
             return None
+        shape[axis] = -1
     wide = numbers.astype(np.float32)
     if zero is not None:
         wide -= zero.astype(np.float32).reshape(shape)

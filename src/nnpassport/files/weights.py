@@ -19,6 +19,7 @@ from nnpassport.files.kinds import Kind, kind_of
 from nnpassport.files.npz import SUFFIX as NPZ
 from nnpassport.files.npz import read_npz
 from nnpassport.files.onnx import ONNX, read_onnx
+from nnpassport.files.pickles.distributed import METADATA, read_distributed
 from nnpassport.files.pickles.torchfile import read_all_torch, read_torch
 from nnpassport.files.quantised import is_quantised, restored
 from nnpassport.files.safetensors import (
@@ -70,7 +71,8 @@ def read_arrays(path: Path) -> Arrays:
     """The tensors of a `.safetensors` or `.onnx` file, a torch checkpoint, or a folder with one.
 
     In a folder: `model.safetensors`, else the shards of `model.safetensors.index.json`, else
-    `pytorch_model.bin` or the shards of its index, else an adapter of peft's, else the only `*.pt`.
+    `pytorch_model.bin` or the shards of its index, else an adapter of peft's, else the only `*.pt`,
+    else what `torch.distributed.checkpoint` wrote.
     Of an adapter, B has the sign of its scale (`adapter.with_signed_scale`). A checkpoint is a
     state dict, alone or under "state_dict" or "model". No code in it is run. What an ONNX file has
     under which names, `read_onnx` says.
@@ -79,8 +81,7 @@ def read_arrays(path: Path) -> Arrays:
         UnreadableModelError: missing, corrupt, too large, hostile, or NaN or Inf in a tensor.
     """
     path = _weights_file(path)
-    indexed = is_index(path) or path.name.lower().endswith(BIN_INDEX_SUFFIX)
-    if not indexed and kind_of(path) is Kind.TORCH:
+    if not _is_folder_s(path) and kind_of(path) is Kind.TORCH:
         data = read_once(path, MAX_PICKLE_BYTES)
         read = Arrays(read_torch(data, path), {path.name: hashlib.sha256(data).hexdigest()})
     else:
@@ -94,6 +95,9 @@ def _read(path: Path) -> Arrays:
     """All that a file holds; of a checkpoint also what is beside its state dict."""
     if path.name.lower().endswith(BIN_INDEX_SUFFIX):
         return _read_bins(path)
+    if path.name == METADATA:
+        arrays, files, others = read_distributed(path.parent, MAX_PICKLE_BYTES)
+        return Arrays(arrays, files, others)
     kind = Kind.SAFETENSORS if is_index(path) else kind_of(path)
     if kind is Kind.SAFETENSORS:
         shards = open_shards(path, limit=MAX_MODEL_BYTES)
@@ -104,6 +108,12 @@ def _read(path: Path) -> Arrays:
     read = {Kind.NPZ: read_npz, Kind.GGUF: read_gguf}.get(kind, read_all_torch)
     tensors, left_out = read(data, path)
     return Arrays(tensors, {path.name: hashlib.sha256(data).hexdigest()}, left_out)
+
+
+def _is_folder_s(path: Path) -> bool:
+    """Whether this file says what other files beside it hold."""
+    of_bins = path.name.lower().endswith(BIN_INDEX_SUFFIX)
+    return of_bins or path.name == METADATA or is_index(path)
 
 
 def _read_bins(index: Path) -> Arrays:
@@ -160,7 +170,7 @@ def read_lazily(path: Path) -> Shards | None:
         UnreadableModelError: missing, corrupt, hostile, or too large even for this.
     """
     path = _weights_file(path)
-    if path.name.lower().endswith(BIN_INDEX_SUFFIX):
+    if _is_folder_s(path) and not is_index(path):
         return None
     if not is_index(path) and (path.name in ADAPTER_FILES or kind_of(path) is not Kind.SAFETENSORS):
         return None
@@ -210,18 +220,14 @@ def _weights_file(path: Path) -> Path:
     with reading(path):
         there = sorted(each for each in path.iterdir() if each.name.lower().endswith(_ENDS))
         unpacked = (path / "data.pkl").exists()
-        distributed = (path / ".metadata").exists()
+        distributed = os.path.lexists(path / METADATA)
     # Of DeepSpeed's folder: what lies beside it are the optimiser's states.
     there = [each for each in there if each.name.endswith(_DEEPSPEED)] or there
     if len(there) == 1:
         refuse_leaving(path, there[0])
         return there[0]
     if distributed:
-        raise UnreadableModelError(
-            f"{path} is a checkpoint of torch.distributed.checkpoint, a part for each process; "
-            "needed: one file, as `python -m torch.distributed.checkpoint.format_utils "
-            "dcp_to_torch FOLDER FILE` writes it from a folder of your own"
-        )
+        return path / METADATA
     if unpacked:
         raise UnreadableModelError(
             f"{path} is an archive of torch.save that was unpacked; needed: the file itself"

@@ -5,13 +5,14 @@ comes back with where each tensor lies. Whatever happens there, here it is one e
 is checked against the file, and then the numbers are copied out of it.
 """
 
+import itertools
 import json
 import math
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -110,6 +111,31 @@ def read_all_torch(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str,
         raise _no_checkpoint(path, error) from error
 
 
+def read_each_alone(saved: Sequence[bytes]) -> list[Array]:
+    """The tensor in each of these archives of `torch.save`, which hold one and nothing else.
+
+    Raises:
+        ValueError: one is damaged, hostile, or holds anything else.
+    """
+    directories = [archive.read_directory(each) for each in saved]
+    pickled = [
+        archive.content(data, directory, "data.pkl")
+        for data, directory in zip(saved, directories, strict=True)
+    ]
+    if (total := sum(len(each) + 8 for each in pickled)) > MAX_PICKLED_BYTES:
+        raise ValueError(f"its pickles take {total} bytes; at most {MAX_PICKLED_BYTES} are read")
+    framed = b"".join(len(each).to_bytes(8, "little") + bytes(each) for each in pickled)
+    arrays: list[Array] = []
+    said = outline_of(memoryview(framed), "parts")["parts"]
+    for data, directory, alone in zip(saved, directories, said, strict=True):
+        outline = _of_archive(data, directory, alone)
+        found, left_out = _tensors({"a piece": 0}, outline)
+        if left_out:
+            raise ValueError(next(iter(left_out.values())))
+        arrays += found.values()
+    return arrays
+
+
 def _no_checkpoint(path: Path, error: Exception) -> UnreadableModelError:
     return UnreadableModelError(
         f"{path} cannot be read as a checkpoint ({brief(error)}); needed: a state dict as "
@@ -128,12 +154,16 @@ def _outline(data: bytes) -> Outline:
     pickled = archive.content(data, directory, "data.pkl")
     if len(pickled) > MAX_PICKLED_BYTES:
         raise ValueError(f"its pickle takes more than {MAX_PICKLED_BYTES} bytes")
+    return _of_archive(data, directory, outline_of(pickled, "archive"))
+
+
+def _of_archive(data: bytes, directory: archive.Archive, said: dict[str, Any]) -> Outline:
+    """What a pickle says, and the storages that are beside it in its archive."""
     order = "little"
     if f"{directory.folder}/byteorder" in directory.parts:
         order = bytes(archive.content(data, directory, "byteorder")[:7]).decode("ascii", "replace")
     if order not in ("little", "big"):
         raise ValueError(f"its byte order is {order!r}")
-    said = outline_of(pickled, "archive")
     declared = said["storages"]
 
     def stored(key: str) -> memoryview:
@@ -214,8 +244,9 @@ def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
     try:
         watch.start()
         feeding.start()
-        said = child.stdout.read(_MAX_OUTLINE_BYTES + 2)
-        if len(said) > _MAX_OUTLINE_BYTES + 1:
+        said = child.stdout.readline(_MAX_OUTLINE_BYTES + 2)
+        arrays = child.stdout.read(len(pickled) + 1)  # which were in it
+        if len(said) > _MAX_OUTLINE_BYTES + 1 or len(arrays) > len(pickled):
             child.kill()
         child.wait()
     finally:
@@ -231,6 +262,11 @@ def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
     outline: dict[str, Any] = json.loads(said)
     if "fault" in outline:
         raise ValueError(outline["fault"])
+    begins = itertools.accumulate(outline.get("inline", {}).values(), initial=0)
+    outline["inline"] = {
+        key: memoryview(arrays)[begin : begin + length]
+        for begin, (key, length) in zip(begins, outline.get("inline", {}).items(), strict=False)
+    }
     return outline
 
 
@@ -350,7 +386,10 @@ def _array(place: list[Any], outline: Outline, storages: dict[str, Array]) -> Ar
         raise ValueError(f"has numbers of kind {kind[:100]!r}; needed: one of {', '.join(DTYPES)}")
     dtype = DTYPES[kind]
     if key not in storages:
-        storages[key] = _storage(outline.stored(key), _kind(declared), outline.swapped)
+        inline = outline.said.get("inline", {}).get(key)
+        stored = outline.stored(key) if inline is None else inline
+        swapped = outline.swapped and inline is None
+        storages[key] = _storage(stored, _kind(declared), swapped)
     there = storages[key].size // dtype.itemsize
     # A few stored bytes may pose as any shape (stride 0); using such a tensor would expand it.
     last = sum((side - 1) * step for side, step in zip(size, stride, strict=False))

@@ -2,18 +2,23 @@
 
 It runs by itself, with the standard library alone, within limits on memory and processor time:
 
-    python -I -S files/pickles/unpickling.py archive|legacy SECONDS BYTES < pickle > outline
+    python -I -S files/pickles/unpickling.py FORM SECONDS BYTES < pickle > outline
+
+with "archive", "legacy", "parts" or "distributed" for FORM.
 
 Nothing that a pickle names is imported or called. Every global is a placeholder, but for the few
-that say how a tensor lies in its storage, and no numbers are read: the outline, in JSON, has the
-dictionaries that hold tensors, by path, and of each tensor storage, offset, sizes and strides.
+that say how a tensor lies in its storage, or an array in its bytes. The outline, a line of JSON,
+has the dictionaries that hold tensors, by path, and of each tensor storage, offset, sizes and
+strides. The bytes of arrays, which lie in the pickle itself, follow the line as they are.
 """
 
 import io
 import json
+import math
 import os
 import pickle
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -44,6 +49,21 @@ _STORAGES = {
     "QUInt8": "quint8",
     "QInt32": "qint32",
 }
+_MOST_AXES = 8
+_LARGEST = 2**48
+_SIZES = {
+    **dict.fromkeys(("bool", "int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+_ARRAYS = {"b1": "bool", "c8": "complex64", "c16": "complex128"} | {
+    f"{letter}{size}": f"{word}{8 * size}"
+    for letter, word, sizes in (("f", "float", "248"), ("i", "int", "1248"), ("u", "uint", "1248"))
+    for size in map(int, sizes)
+}
+_NUMPY = ("numpy.core", "numpy._core")
 _INTEGERS_OF = {"qint8": "int8", "quint8": "uint8", "qint32": "int32"}
 
 
@@ -130,6 +150,83 @@ class Tensor:
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("it changes where a tensor lies")
+
+
+class Numbers(Tensor):
+    """An array of numpy's: as a tensor, whose storage are the bytes that the pickle has of it."""
+
+    __slots__ = ("raw",)
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__(None, "an array without numbers")
+        self.raw: bytes | bytearray = b""
+
+    def __setstate__(self, state: Any) -> None:
+        """What numpy gives an array: version, shape, kind, whether columns come first, bytes."""
+        match state:
+            case (int(), tuple(shape), Kind() as kind, bool(turned), bytes() | bytearray() as raw):
+                self._hold(raw, kind, shape, turned)
+            case (int(), tuple(shape), Kind() as kind, bool(turned), str(text)):  # of Python 2
+                self._hold(text.encode("utf-8", "surrogateescape"), kind, shape, turned)
+
+    @classmethod
+    def of_buffer(cls, raw: Any, kind: Any, shape: Any, order: Any, *_: Any) -> Tensor:
+        """As protocol 5 has it."""
+        made = cls()
+        made.__setstate__((1, shape, kind, order == "F", raw))
+        return made
+
+    def _hold(self, raw: bytes | bytearray, kind: "Kind", shape: Any, turned: bool) -> None:
+        sides = all(type(side) is int and 0 <= side < _LARGEST for side in shape)
+        if self.raw or not kind.dtype or not sides or len(shape) > _MOST_AXES:
+            return
+        if math.prod(shape) * kind.size != len(raw):
+            self.place = None, "an array that does not hold all its numbers"
+            return
+        self.raw, stride, step = kind.ordered(raw), [], 1
+        for side in shape if turned else reversed(shape):
+            stride.append(step)
+            step *= max(1, side)
+        strides = tuple(stride if turned else reversed(stride))
+        self.place = None, kind.dtype, 0, 0, tuple(shape), strides, ""  # None: not numbered yet
+
+
+class Kind:
+    """What numbers an array has, as numpy says it: a letter and bytes, and in which order."""
+
+    __slots__ = ("_swapped", "dtype", "size", "unit")
+
+    def __init__(self, said: Any, *_: Any) -> None:
+        name = said if isinstance(said, str) else _said(said).rpartition(".")[2]
+        self._swapped = name[:1] == ">"
+        name = _ARRAYS.get(name.lstrip("<>=|"), name)
+        self.size = _SIZES.get(name, 0)
+        self.dtype = name if self.size else ""
+        self.unit = self.size // 2 if name.startswith("complex") else self.size
+
+    def __setstate__(self, state: Any) -> None:
+        """Of what numpy tells it only the order of bytes is kept."""
+        match state:
+            case (int(), str(order), *_):
+                self._swapped = order == ">"
+
+    def ordered(self, raw: bytes | bytearray) -> bytes | bytearray:
+        """The bytes in this machine's order."""
+        if self._swapped is (sys.byteorder == "big") or self.unit == 1:
+            return raw
+        swapped = array({2: "H", 4: "I", 8: "Q"}[self.unit], bytes(raw))
+        swapped.byteswap()
+        return swapped.tobytes()
+
+
+def _encoded(text: Any, encoding: Any) -> Any:
+    """Bytes, as protocols before 3 write them."""
+    return text.encode("latin-1") if isinstance(text, str) and encoding == "latin1" else Inert()
+
+
+def _no_bytes(*args: Any) -> Any:
+    """No bytes at all, as protocols before 3 write them."""
+    return Inert() if args else b""
 
 
 class _Maker:
@@ -240,6 +337,14 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "_rebuild_device_tensor_from_numpy": _strange("a tensor of another device"),
     "_rebuild_device_tensor_from_cpu_tensor": _strange("a tensor of another device"),
 }
+_OTHER_MAKERS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("torch", "Size"): _size,
+    ("numpy", "dtype"): Kind,
+    ("_codecs", "encode"): _encoded,
+    **{(module, "bytes"): _no_bytes for module in ("__builtin__", "builtins")},
+    **{(f"{numpy}.multiarray", "_reconstruct"): Numbers for numpy in _NUMPY},
+    **{(f"{numpy}.numeric", "_frombuffer"): Numbers.of_buffer for numpy in _NUMPY},
+}
 _MAPPINGS = ("OrderedDict", "defaultdict", "Counter")
 
 
@@ -263,7 +368,9 @@ class Outliner(pickle.Unpickler):
         match saved:
             case ("module", inner, *_):
                 return inner
-            case ("storage", kind, str(key), _, int(count), *view) if count >= 0:
+            case ("storage", kind, str(key), _, int(count), *view) if (
+                count >= 0 and key.isprintable()
+            ):
                 # The first to name a storage says what it holds: so it is for torch.
                 whole = self.storages.setdefault(key, Storage(key, _dtype(kind), count))
                 return self._view(whole, *view) if view else whole
@@ -285,8 +392,8 @@ def _stand_in(module: str, name: str) -> Any:
             return _Maker(_of_type)
         if name in _MAKERS:
             return _Maker(_MAKERS[name])
-    if (module, name) == ("torch", "Size"):
-        return _Maker(_size)
+    if (module, name) in _OTHER_MAKERS:
+        return _Maker(_OTHER_MAKERS[module, name])
     if module == "collections" and name in _MAPPINGS:
         return type("Mapping", (Mapping,), {"said": name})
     return type("Inert", (Inert,), {"said": f"{module}.{name}"[:200], "__slots__": ()})
@@ -303,45 +410,117 @@ def _dtype(kind: Any) -> str:
     return _STORAGES.get(name, _said(kind)[:100])
 
 
-def read(file: io.BytesIO, form: str) -> dict[str, Any]:
+def read(file: io.BytesIO, form: str) -> tuple[dict[str, Any], list[bytes | bytearray]]:
     """The outline of a pickle ("archive") or of the five that an old file begins with ("legacy").
+
+    Of many ("parts"), each of one tensor and behind its length in eight bytes, the outline of each;
+    of what `torch.distributed.checkpoint` says of a folder ("distributed"), where its pieces lie.
+
+    Returns:
+        It, and the bytes of the arrays in it, which "inline" names in this order.
 
     Raises:
         Exception: of whatever kind, if it is none.
     """
-    keys: Any = None
-    if form == "legacy":
-        if Outliner(file).load() != LEGACY_MAGIC:
-            raise ValueError("it is no file of `torch.save`")
-        Outliner(file).load()
-        about = Outliner(file).load()
-        if not isinstance(about, dict) or about.get("little_endian", True) is not True:
-            raise ValueError("it was written by a machine of another byte order")
+    if form == "parts":
+        return {"parts": [_alone(part) for part in _parts_of(file)]}, []
+    if form == "distributed":
+        return _distributed(Outliner(file).load()), []
+    keys: Any = []
     outliner = Outliner(file)
     root = outliner.load()
-    if form == "legacy":
-        keys = Outliner(file).load()
-        if type(keys) is not list or not all(type(key) is str for key in keys):
-            raise ValueError("its storages have no names")
+    if form == "legacy" and root == LEGACY_MAGIC:
+        outliner, root, keys = _after_magic(file)
     tensors: dict[int, int] = {}
     places: list[tuple[Any, ...]] = []
+    inline: dict[str, bytes | bytearray] = {}
+    storages = {each.key: [each.dtype, each.count] for each in outliner.storages.values()}
 
     def number(tensor: Tensor) -> int:
         if id(tensor) not in tensors:
             if len(places) == _MOST_TENSORS:
                 raise ValueError(f"it holds more than {_MOST_TENSORS} tensors")
             tensors[id(tensor)] = len(places)
+            if isinstance(tensor, Numbers) and len(tensor.place) > 2:
+                key, kind = f"\0{len(inline)}", tensor.place[1]
+                inline[key] = tensor.raw
+                storages[key] = [kind, len(tensor.raw) // _SIZES[kind]]
+                tensor.place = key, *tensor.place[1:]
             places.append(tensor.place)
         return tensors[id(tensor)]
 
-    return {
+    said = {
         "root": _kind(root),
         "maps": [_map(found, number) for found in _dictionaries(root)],
         "tensors": places,
-        "storages": {each.key: [each.dtype, each.count] for each in outliner.storages.values()},
+        "storages": storages,
         "keys": keys,
         "end": file.tell(),
+        "inline": {key: len(raw) for key, raw in inline.items()},
     }
+    return said, [*inline.values()]
+
+
+def _after_magic(file: io.BytesIO) -> tuple[Outliner, Any, list[str]]:
+    """What an old file of `torch.save` holds behind its first number, and its storages' names."""
+    Outliner(file).load()
+    about = Outliner(file).load()
+    if not isinstance(about, dict) or about.get("little_endian", True) is not True:
+        raise ValueError("it was written by a machine of another byte order")
+    outliner = Outliner(file)
+    root = outliner.load()
+    keys = Outliner(file).load()
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise ValueError("its storages have no names")
+    return outliner, root, keys
+
+
+def _parts_of(file: io.BytesIO) -> Iterator[io.BytesIO]:
+    while length := file.read(8):
+        yield io.BytesIO(file.read(int.from_bytes(length, "little")))
+
+
+def _alone(part: io.BytesIO) -> dict[str, Any]:
+    """The outline of a pickle that is one tensor and nothing else."""
+    outliner = Outliner(part)
+    root = outliner.load()
+    if not isinstance(root, Tensor):
+        root = Tensor(None, f"a {_kind(root)}")
+    return {
+        "tensors": [root.place],
+        "storages": {each.key: [each.dtype, each.count] for each in outliner.storages.values()},
+    }
+
+
+def _distributed(root: Any) -> dict[str, Any]:
+    """By name, the sizes of each tensor, and of its pieces file, first byte, length and place."""
+    about = _state(root)
+    if _kind(root) != "Metadata" or not isinstance(about.get("state_dict_metadata"), dict):
+        raise ValueError(f"it is a {_kind(root)}, and no metadata of a checkpoint")
+    tensors: dict[str, dict[str, Any]] = {}
+    shapes: dict[tuple[str, Any], Any] = {}
+    for name, said in about["state_dict_metadata"].items():
+        if type(name) is str and type(chunks := _state(said).get("chunks")) is list:
+            tensors[name] = {"size": _state(said)["size"], "pieces": []}
+            for each in map(_state, chunks):
+                shapes[name, each["offsets"]] = each["sizes"]
+    if len(shapes) > _MOST_TENSORS:
+        raise ValueError(f"it holds more than {_MOST_TENSORS} pieces of tensors")
+    for which, where in about["storage_data"].items():
+        place = _state(which)
+        at = place.get("fqn"), place.get("offset")
+        if at in shapes:
+            held = _state(where)
+            packed = held.get("transform_descriptors") is not None
+            stored = held["relative_path"], held["offset"], held["length"], packed
+            tensors[at[0]]["pieces"].append([*stored, at[1], shapes.pop(at)])
+    return {"tensors": tensors}
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """What an object was given as its state, if that is a dictionary."""
+    state = value.state if isinstance(value, Inert) else None
+    return state if isinstance(state, dict) else {}
 
 
 class _Found(NamedTuple):
@@ -438,18 +617,24 @@ def limit(seconds: int, memory: int) -> None:
 def main(form: str, seconds: str, memory: str) -> None:
     """Read stdin, write the outline or why there is none, and leave without tidying up."""
     limit(int(seconds), int(memory))
+    arrays: list[bytes | bytearray] = []
     try:
         file = io.BytesIO(sys.stdin.buffer.read())
-        said = json.dumps(read(file, form)).encode("ascii")
+        outline, arrays = read(file, form)
+        said = json.dumps(outline).encode("ascii")
         if len(said) > MAX_OUTLINE_BYTES:
             raise ValueError(f"its outline takes {len(said)} bytes")
     except MemoryError:
-        said = json.dumps(
-            {"fault": f"reading it takes more than {memory} bytes of memory"}
-        ).encode()
+        said, arrays = (
+            b'{"fault": "reading it takes more than %d bytes of memory"}' % int(memory),
+            [],
+        )
     except Exception as error:
+        arrays = []
         said = json.dumps({"fault": str(error)[:300] or type(error).__name__}).encode()
     sys.stdout.buffer.write(said + b"\n")
+    for raw in arrays:
+        sys.stdout.buffer.write(raw)
     sys.stdout.buffer.flush()
     os._exit(0)  # taking a deep structure apart could end in a crash
 
