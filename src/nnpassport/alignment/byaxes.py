@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.canonical import Weights, canonical, restored
+from nnpassport.alignment.directions import Free, free_in, spanned
 from nnpassport.alignment.rate import MIXTURES, Other, against, exact
 from nnpassport.alignment.solve import Aligner, aligner
 from nnpassport.alignment.table import LONGEST, check_table
@@ -134,9 +135,30 @@ def anchor_of(axes: Axes, tensors: Mapping[str, Array], key: Key) -> Reference:
     check_table(axes, {name: array.shape for name, array in tensors.items()})
     known = _floating(tensors)
     marked = {f"{layer.name}.weight" for layer in key.context.layers}
-    to, whole = aligner(axes, known, marked), canonical(axes, known, centred=False)
+    to = aligner(axes, known, marked, _free(axes, known, key))
+    whole = canonical(axes, known, centred=False)
     means = {name: whole[name] - each for name, each in to.reference.items()}
     return Reference(axes, known, to, {name: each for name, each in means.items() if each.any()})
+
+
+def _free(axes: Axes, known: Weights, key: Key) -> dict[str, Free]:
+    """By weight of the key's layers, where their mark moves filters in canonical form."""
+    vectors = {name: tensor for name, tensor in known.items() if tensor.ndim < 2}
+    found = {}
+    for layer in key.context.layers:
+        name = f"{layer.name}.weight"
+        there = spanned(key, layer)
+        if name not in known or not len(there):
+            continue
+        turned = [
+            canonical(axes, {**vectors, name: filters(each.reshape(layer.weight), layer.geometry)})[
+                name
+            ]
+            for each in there
+        ]
+        if turned[0].shape == known[name].shape:
+            found[name] = free_in(turned, layer.geometry)
+    return found
 
 
 def can_read(key: Key) -> bool:

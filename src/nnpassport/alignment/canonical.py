@@ -5,7 +5,7 @@ what reads it, and a constant that a layer norm takes away is nobody's. What is 
 of a network differs by reordering, rotating and mixing alone, which `solve` undoes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,9 +30,11 @@ def canonical(
     for name, (dimension, before) in axes.reads.items():
         known = before is not None and before in tensors and before in axes.norms
         if name in found and before is not None and known:
-            _scale(found[name], dimension, np.ravel(tensors[before]))
-            if centred and axes.norms[before].centred and dimension < found[name].ndim:
-                found[name] -= found[name].mean(dimension, keepdims=True)
+            factor = np.ravel(tensors[before])
+            times = _parts(axes, name, dimension, len(factor), found[name].shape)
+            _scale(found[name], dimension, factor, times)
+            if centred and axes.norms[before].centred:
+                _centre(found[name], dimension, times)
     streams = [axis for axis in axes.axes if centred and _centred(axes, axis)]
     for place in (place for axis in streams for place in axis.places):
         tensor = found.get(place.tensor)
@@ -78,7 +80,8 @@ def restored(
         _scale(found, writing(axes, name), _inverse(np.ravel(reference[gain])))
     dimension, before = axes.reads.get(name, (0, None))
     if before is not None and before in reference and before in axes.norms:
-        _scale(found, dimension, _inverse(np.ravel(reference[before])))
+        back = _inverse(np.ravel(reference[before]))
+        _scale(found, dimension, back, _parts(axes, name, dimension, len(back), found.shape))
     return found
 
 
@@ -107,6 +110,43 @@ def _centred(axes: Axes, axis: Axis) -> bool:
     )
 
 
-def _scale(tensor: NDArray[np.float64], dimension: int, factor: NDArray[np.float64]) -> None:
-    if dimension < tensor.ndim and tensor.shape[dimension] == len(factor):
-        tensor *= factor.reshape([-1 if n == dimension else 1 for n in range(tensor.ndim)])
+def _parts(
+    axes: Axes, name: str, dimension: int, size: int, shape: tuple[int, ...]
+) -> list[NDArray[np.int64]]:
+    """Where a norm's channels are in what reads it: several times where that is side by side."""
+    if dimension >= len(shape):
+        return []
+    if shape[dimension] == size:
+        return [np.arange(size)]
+    places = [
+        place.positions(size)
+        for axis in axes.axes
+        if axis.size == size
+        for place in axis.places
+        if (place.tensor, place.dimension) == (name, dimension)
+    ]
+    parts = [part for positions in places for part in positions.T]
+    return [part for part in parts if part.max() < shape[dimension]]
+
+
+def _centre(
+    tensor: NDArray[np.float64], dimension: int, parts: Sequence[NDArray[np.int64]]
+) -> None:
+    by_reader = np.moveaxis(tensor, dimension, 0)
+    for part in parts:
+        by_reader[part] -= by_reader[part].mean(0)
+
+
+def _scale(
+    tensor: NDArray[np.float64],
+    dimension: int,
+    factor: NDArray[np.float64],
+    parts: Sequence[NDArray[np.int64]] | None = None,
+) -> None:
+    if parts is None:
+        there = dimension < tensor.ndim and tensor.shape[dimension] == len(factor)
+        parts = [np.arange(len(factor))] if there else []
+    if parts:
+        by_reader = np.moveaxis(tensor, dimension, -1)
+        for part in parts:
+            by_reader[..., part] *= factor

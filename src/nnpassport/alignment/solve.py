@@ -10,7 +10,7 @@ It begins with axes whose tensors are anchored elsewhere, and goes over all of t
 network is aligned to decides what a match is worth.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.alignment.canonical import Weights, canonical, reads
+from nnpassport.alignment.directions import Free
+from nnpassport.alignment.refine import Fit, begun, refined
 
 Matrix = NDArray[np.float64]
 SWEEPS = 3
@@ -55,10 +57,12 @@ class Spot(NamedTuple):
         moved = np.moveaxis(tensor, self.dimension, 0)
         return moved[self.positions.reshape(-1)].reshape(len(self.positions), -1)
 
-    def put(self, tensor: Matrix, rows: Matrix) -> None:
-        """Write such rows back, in place."""
-        moved = np.moveaxis(tensor, self.dimension, 0)
+    def with_rows(self, tensor: Matrix, rows: Matrix) -> Matrix:
+        """The tensor with such rows in their places, a copy."""
+        found = np.array(tensor)
+        moved = np.moveaxis(found, self.dimension, 0)
         moved[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *moved.shape[1:])
+        return found
 
 
 class _Unit(NamedTuple):
@@ -113,13 +117,43 @@ class _Attention(NamedTuple):
     insides: tuple[tuple[_Side, _Side], ...]
 
 
+class _Step(NamedTuple):
+    """What was done to the tensors of a unit: a tensor that joins later gets the same."""
+
+    spots: tuple[Spot, ...]
+    change: Callable[[Spot, Matrix], Matrix]
+
+
+@dataclass(slots=True, repr=False)
+class Work:
+    """One suspect on its way into the reference's coordinates.
+
+    Attributes:
+        weights: its tensors, in canonical form, as far as they are in place.
+        targets: what they are compared with: the reference's, and along the directions in which a
+            mark moves each filter the suspect's own.
+        likeness: see `Aligned`.
+        settled: numbers of the axes that were solved once.
+        loose: layers whose rows may be of either sign, as the norm behind them is not known.
+        steps: all that was done.
+    """
+
+    weights: Weights
+    targets: Weights
+    likeness: dict[int, float]
+    settled: set[int]
+    loose: frozenset[str]
+    steps: list[_Step]
+
+
 @final
 @dataclass(frozen=True, slots=True, repr=False)
 class Aligner:
     """Aligns suspects to one reference; made by `aligner`.
 
     `marked` are tensors in which the suspect may differ from the reference by a mark: what can be
-    told from others is told from them, so that no rotation takes up the mark.
+    told from others is told from them, so that no rotation takes up the mark; and `free`, of some,
+    the directions in which the mark moves each filter.
     """
 
     axes: Axes
@@ -128,115 +162,200 @@ class Aligner:
     attentions: tuple[_Attention, ...]
     on: Mapping[str, frozenset[int]]
     marked: frozenset[str]
+    free: Mapping[str, Free]
 
-    def align(self, tensors: Mapping[str, Matrix]) -> Aligned:
+    def align(self, tensors: Mapping[str, Matrix], loose: Collection[str] = ()) -> Aligned:
         """The suspect's tensors in the reference's coordinates.
 
         Tensors of names that the reference does not have are left out. Where an axis is longer than
-        the reference's, its best rows are taken.
+        the reference's, its best rows are taken. Rows of `loose` tensors may be negated.
         """
-        known = {name: each for name, each in tensors.items() if name in self.reference}
-        weights, likeness = canonical(self.axes, known), dict[int, float]()
-        waiting, settled = list(self.units), set[int]()
+        work = self.begun(tensors, loose)
+        waiting = list(self.units)
         while waiting:
-            unit = max(waiting, key=lambda each: self._anchored(each, weights, settled))
-            self._solve(unit, weights, likeness, settled)
-            settled |= set(unit.numbers)
+            unit = max(waiting, key=lambda each: self._anchored(each, work))
+            self.solve(unit, work)
             waiting.remove(unit)
         for _ in range(SWEEPS):
+            self._free_directions(work)
             for unit in self.units:
-                self._solve(unit, weights, likeness, settled)
+                self.solve(unit, work)
         for attention in self.attentions:
-            self._solve_heads(attention, weights, likeness)
+            self._solve_heads(attention, work)
         for unit in self.units:
-            self._rescale(unit, weights)
-        return Aligned(weights, likeness)
+            self._rescale(unit, work)
+        return Aligned(work.weights, work.likeness)
 
-    def _usable(self, unit: _Unit, weights: Weights, known: set[int]) -> list[Spot]:
+    def begun(self, tensors: Mapping[str, Matrix], loose: Collection[str] = ()) -> Work:
+        """A suspect of which nothing is in place yet."""
+        known = {name: each for name, each in tensors.items() if name in self.reference}
+        weights = canonical(self.axes, known)
+        return Work(weights, dict(self.reference), {}, set(), frozenset(loose), [])
+
+    def usable(self, unit: _Unit, work: Work, known: set[int] | None = None) -> list[Spot]:
         """Spots whose tensors can be compared along this axis, all their other axes being known."""
-        others = set(unit.numbers)
+        mine = set(unit.numbers) | (work.settled if known is None else known)
         return [
             spot
             for spot in unit.spots
-            if spot.tensor in weights
-            and weights[spot.tensor].ndim > 1
-            and self.on[spot.tensor] - others <= known
-            and _like_but_for(spot, weights[spot.tensor], self.reference[spot.tensor])
+            if spot.tensor in work.weights
+            and work.weights[spot.tensor].ndim > 1
+            and self.on[spot.tensor] <= mine
+            and _like_but_for(spot, work.weights[spot.tensor], self.reference[spot.tensor])
         ]
 
-    def _anchored(self, unit: _Unit, weights: Weights, settled: set[int]) -> float:
-        there = [spot for spot in unit.spots if spot.tensor in weights]
-        return len(self._usable(unit, weights, settled)) / max(1, len(there))
+    def _anchored(self, unit: _Unit, work: Work) -> float:
+        there = [spot for spot in unit.spots if spot.tensor in work.weights]
+        return len(self.usable(unit, work)) / max(1, len(there))
 
-    def _solve(
-        self, unit: _Unit, weights: Weights, likeness: dict[int, float], known: set[int]
-    ) -> None:
-        spots = self._usable(unit, weights, known)
+    def _free_directions(self, work: Work, names: Collection[str] | None = None) -> None:
+        """Compare marked filters from now on by what no mark moves."""
+        for name in self.free if names is None else names:
+            mine, theirs = work.weights.get(name), self.reference[name]
+            if name in self.free and mine is not None and mine.shape == theirs.shape:
+                work.targets[name] = self.free[name].taken(mine, theirs)
+
+    def solve(self, unit: _Unit, work: Work) -> None:
+        """Bring one axis into place, as far as its other axes are."""
+        spots = self.usable(unit, work)
+        work.settled |= set(unit.numbers)
         if not spots:
             return
         if unit.kind == "permute":
-            self._match(unit, spots, weights, likeness)
+            self._match(unit, spots, work)
             return
-        fitting = [spot for spot in spots if self._fits(spot, weights)]
+        fitting = [spot for spot in spots if self._fits(spot, work.weights)]
         if not fitting:
             return
-        pairs = [
-            (spot.rows(weights[spot.tensor]), spot.rows(self.reference[spot.tensor]))
-            for spot in fitting
-        ]
-        trust = [_MARKED if spot.tensor in self.marked else 1.0 for spot in fitting]
-        if unit.kind == "orthogonal":
-            forward = _procrustes(pairs, trust)
-            back = forward.T
-        else:
-            back, forward = _mixture(pairs, [not spot.reads for spot in fitting], trust)
-        for spot in unit.spots:
-            if (
-                spot.tensor in weights
-                and weights[spot.tensor].ndim > 1
-                and self._fits(spot, weights)
-            ):
-                by = forward.T if spot.reads else back
-                spot.put(weights[spot.tensor], by @ spot.rows(weights[spot.tensor]))
+        self._turn(unit, fitting, work)
+        marked = [spot for spot in fitting if spot.tensor in self.free]
+        comparable = all(self._alike(spot.tensor, work) for spot in fitting)
+        if 2 * len(marked) >= len(fitting) and comparable and not work.loose:
+            fit = Fit([(spot, spot.reads) for spot in fitting], 1, unit.kind == "orthogonal")
+            ((back, there),) = refined(fit, work.weights, self.reference, self.free)
+            self._do(unit.spots, self._turning(back, there), work)
 
-    def _match(
-        self, unit: _Unit, spots: Sequence[Spot], weights: Weights, likeness: dict[int, float]
+    def _alike(self, name: str, work: Work) -> bool:
+        return work.weights[name].shape == self.reference[name].shape
+
+    def _turning(self, back: Matrix, there: Matrix) -> Callable[[Spot, Matrix], Matrix]:
+        """Multiply what writes an axis with the one, and what reads it with the other."""
+
+        def change(spot: Spot, tensor: Matrix) -> Matrix:
+            if tensor.ndim < 2 or tensor.shape[spot.dimension] != _length(spot, self.reference):
+                return tensor
+            return spot.with_rows(tensor, (there if spot.reads else back) @ spot.rows(tensor))
+
+        return change
+
+    def _turn(self, unit: _Unit, spots: Sequence[Spot], work: Work) -> None:
+        """Rotate or mix the suspect's rows into the reference's."""
+        pairs = [(spot, self._rows_of_both(spot, work)) for spot in spots]
+        held = [(s, rows) for s, rows in pairs if s.reads or s.tensor not in work.loose]
+        # Rows whose norm is not known are of any scale: each such layer is mixed for itself.
+        own = {
+            spot.tensor: _mixture([rows], [True], [1.0])[0]
+            for spot, rows in pairs
+            if unit.kind != "orthogonal" and spot.tensor in work.loose and not spot.reads
+        }
+        back = forward = np.eye(unit.size)
+        if unit.kind == "orthogonal":
+            forward = _procrustes([rows for _, rows in pairs], [self._trust(s) for s, _ in pairs])
+            back = forward.T
+        elif held:
+            trust, written = [self._trust(s) for s, _ in held], [not s.reads for s, _ in held]
+            back, forward = _mixture([rows for _, rows in held], written, trust)
+
+        def change(spot: Spot, tensor: Matrix) -> Matrix:
+            if tensor.ndim < 2 or tensor.shape[spot.dimension] != _length(spot, self.reference):
+                return tensor
+            by = forward.T if spot.reads else own.get(spot.tensor, back)
+            return spot.with_rows(tensor, by @ spot.rows(tensor))
+
+        self._do(unit.spots, change, work)
+
+    def _rows_of_both(self, spot: Spot, work: Work) -> tuple[Matrix, Matrix]:
+        return spot.rows(work.weights[spot.tensor]), spot.rows(work.targets[spot.tensor])
+
+    def _trust(self, spot: Spot) -> float:
+        return _MARKED if spot.tensor in self.marked else 1.0
+
+    def _do(
+        self, spots: tuple[Spot, ...], change: Callable[[Spot, Matrix], Matrix], work: Work
     ) -> None:
+        for spot in spots:
+            tensor = work.weights.get(spot.tensor)
+            if tensor is not None:
+                work.weights[spot.tensor] = change(spot, tensor)
+        work.steps.append(_Step(spots, change))
+
+    def joined(self, name: str, tensor: Matrix, work: Work) -> Matrix:
+        """A tensor in canonical form as it is once all is done to it that was done to the others.
+
+        Raises:
+            IndexError: its shape is not one that it could be done to.
+        """
+        for spots, change in work.steps:
+            for spot in spots:
+                if spot.tensor == name:
+                    tensor = change(spot, tensor)
+        return tensor
+
+    def _match(self, unit: _Unit, spots: Sequence[Spot], work: Work) -> None:
         """Put the suspect's rows into the order of the reference's."""
+        weights = work.weights
         longer = _longer(unit, spots, weights, self.reference)
         cosines = np.zeros((unit.size, longer or unit.size))
         turned = np.zeros_like(cosines)  # what a group that is negated with its norm has negated
         for spot in spots:
             mine = weights[spot.tensor]
-            theirs = spot.rows(self.reference[spot.tensor])
+            theirs = spot.rows(work.targets[spot.tensor])
             rows = (
                 np.moveaxis(mine, spot.dimension, 0).reshape(longer, -1)
                 if longer
                 else spot.rows(mine)
             )
             found = _unit(theirs) @ _unit(rows).T
+            loose = spot.tensor in work.loose and not spot.reads
             if unit.normed and not longer and not spot.reads and mine.ndim > 1:
                 turned += found
             else:
-                cosines += np.abs(found) if unit.either_sign else found
-        signs = None
+                cosines += np.abs(found) if unit.either_sign or loose else found
+        signs: Matrix | None = None
         if not unit.normed or longer:
             order = _assigned(cosines)
         else:
             cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
             felt = turned[np.arange(unit.size), order].reshape(unit.groups, -1).sum(1)
             signs = np.repeat(np.where(felt < 0, -1.0, 1.0), unit.size // unit.groups)
-        likeness[unit.last] = float(cosines[np.arange(unit.size), order].mean() / len(spots))
-        for spot in unit.spots:
-            tensor = weights.get(spot.tensor)
-            if tensor is None:
-                continue
+        likeness = float(cosines[np.arange(unit.size), order].mean() / len(spots))
+        work.likeness[unit.last] = likeness
+
+        def change(spot: Spot, tensor: Matrix) -> Matrix:
             if longer:
-                if tensor.shape[spot.dimension] == longer:
-                    weights[spot.tensor] = np.take(tensor, order, spot.dimension)
-            elif self._fits(spot, weights):
-                rows = spot.rows(tensor)[order]
-                spot.put(tensor, rows if signs is None else self._turned(spot, rows, signs))
+                if tensor.shape[spot.dimension] != longer:
+                    return tensor
+                return self._signed(spot, np.take(tensor, order, spot.dimension), work)
+            if tensor.ndim != self.reference[spot.tensor].ndim or tensor.shape[
+                spot.dimension
+            ] != _length(spot, self.reference):
+                return tensor
+            rows = spot.rows(tensor)[order]
+            placed = spot.with_rows(
+                tensor, rows if signs is None else self._turned(spot, rows, signs)
+            )
+            return self._signed(spot, placed, work)
+
+        self._do(unit.spots, change, work)
+
+    def _signed(self, spot: Spot, tensor: Matrix, work: Work) -> Matrix:
+        """A loose layer's tensor with the signs of rows that fit the reference's."""
+        theirs = work.targets[spot.tensor]
+        if spot.tensor not in work.loose or spot.reads or tensor.shape != theirs.shape:
+            return tensor
+        rows, wanted = spot.rows(tensor), spot.rows(theirs)
+        signs = np.where((rows * wanted).sum(1) < 0, -1.0, 1.0)
+        return spot.with_rows(tensor, rows * signs[:, None])
 
     def _turned(self, spot: Spot, rows: Matrix, signs: Matrix) -> Matrix:
         """Rows of groups that were negated with their norm, and the norm's weight, negated back.
@@ -248,7 +367,7 @@ class Aligner:
             return rows
         return rows * signs[:, None]
 
-    def _rescale(self, unit: _Unit, weights: Weights) -> None:
+    def _rescale(self, unit: _Unit, work: Work) -> None:
         """Give rows the reference's scale where each may have any, and its sign where that is free.
 
         Behind a ReLU a reader may be multiplied by what its writer is divided by; of two factors of
@@ -259,17 +378,19 @@ class Aligner:
         if unit.kind != "permute" or not (free or unit.either_sign):
             return
         for spot in unit.spots:
-            mine = weights.get(spot.tensor)
+            mine = work.weights.get(spot.tensor)
             comparable = mine is not None and mine.shape == self.reference[spot.tensor].shape
             if mine is None or not comparable or mine.ndim < 2:
                 continue
-            rows, theirs = spot.rows(mine), spot.rows(self.reference[spot.tensor])
+            rows, theirs = spot.rows(mine), spot.rows(work.targets[spot.tensor])
             factor = (rows * theirs).sum(1) / np.maximum((rows * rows).sum(1), _TINY)
             if not unit.either_sign:
                 factor = np.maximum(factor, 0.0)
             if not spot.reads:
                 factor = np.sign(factor)
-            spot.put(mine, rows * np.where(factor == 0, 1.0, factor)[:, None])
+            work.weights[spot.tensor] = spot.with_rows(
+                mine, rows * np.where(factor == 0, 1.0, factor)[:, None]
+            )
 
     def _fits(self, spot: Spot, weights: Weights) -> bool:
         mine, theirs = weights[spot.tensor], self.reference[spot.tensor]
@@ -277,12 +398,10 @@ class Aligner:
             mine.ndim == theirs.ndim and mine.shape[spot.dimension] == theirs.shape[spot.dimension]
         )
 
-    def _solve_heads(
-        self, attention: _Attention, weights: Weights, likeness: dict[int, float]
-    ) -> None:
+    def _solve_heads(self, attention: _Attention, work: Work) -> None:
         names = {side.whole.tensor for inside in attention.insides for side in inside}
         if any(
-            name not in weights or weights[name].shape != self.reference[name].shape
+            name not in work.weights or work.weights[name].shape != self.reference[name].shape
             for name in names
         ):
             return
@@ -291,19 +410,36 @@ class Aligner:
         for inside in attention.insides:
             theirs, mine = (
                 _unit(_products(inside, source, attention.size))
-                for source in (self.reference, weights)
+                for source in (self.reference, work.weights)
             )
             cosines += theirs @ mine.T
         order = _in_groups(cosines, heads) if copies > 1 else _assigned(cosines)
         rows = np.arange(len(order))
-        likeness[attention.heads] = float(cosines[rows, order].mean() / len(attention.insides))
-        self._reorder_heads(attention, order, weights)
+        found = float(cosines[rows, order].mean() / len(attention.insides))
+        work.likeness[attention.heads] = found
+        self._reorder_heads(attention, order, work)
         for inside in attention.insides:
-            self._solve_inside(inside, weights, heads)
+            spots = [side.whole for side in inside]
+            if not any(spot.tensor in self.free for spot in spots):
+                self._solve_inside(inside, work, heads)
+                continue
+            fit = Fit([(spots[0], False), (spots[1], True)], heads, orthogonal=False)
+            first = begun(fit, work.weights, self.reference, self.free)
+            if first is None:
+                self._solve_inside(inside, work, heads)
+            else:
+                self._turn_inside(fit, first, work)
+            turns = refined(fit, work.weights, self.reference, self.free)
+            self._turn_inside(fit, turns, work)
 
-    def _reorder_heads(
-        self, attention: _Attention, order: NDArray[np.int64], weights: Weights
-    ) -> None:
+    def _turn_inside(self, fit: Fit, turns: Sequence[tuple[Matrix, Matrix]], work: Work) -> None:
+        for spot, second in fit.sides:
+            tensor = work.weights[spot.tensor]
+            blocks = spot.rows(tensor).reshape(fit.heads, -1, spot.rows(tensor).shape[1])
+            rows = np.stack([turns[h][second] @ blocks[h] for h in range(fit.heads)])
+            work.weights[spot.tensor] = spot.with_rows(tensor, rows.reshape(-1, rows.shape[-1]))
+
+    def _reorder_heads(self, attention: _Attention, order: NDArray[np.int64], work: Work) -> None:
         """Heads with their copies where a tensor has both, heads alone elsewhere."""
         axes, (_, copies) = self.axes, attention.size
         outer = axes.axes[attention.heads]
@@ -317,16 +453,17 @@ class Aligner:
         )
         alone = order[::copies] // copies
         for spot in _spots(axes, outer):
-            if spot.tensor not in weights or not self._fits(spot, weights):
+            if spot.tensor not in work.weights or not self._fits(spot, work.weights):
                 continue
             finer = both.get((spot.tensor, spot.dimension))
             chosen, by = (spot, alone) if finer is None else (finer, order)
-            chosen.put(weights[spot.tensor], chosen.rows(weights[spot.tensor])[by])
+            tensor = work.weights[spot.tensor]
+            work.weights[spot.tensor] = chosen.with_rows(tensor, chosen.rows(tensor)[by])
 
-    def _solve_inside(self, inside: tuple[_Side, _Side], weights: Weights, heads: int) -> None:
+    def _solve_inside(self, inside: tuple[_Side, _Side], work: Work, heads: int) -> None:
         spots = [side.whole for side in inside]
-        trust = [_MARKED if spot.tensor in self.marked else 1.0 for spot in spots]
-        mine = [_blocks(spot, weights, heads) for spot in spots]
+        trust = [self._trust(spot) for spot in spots]
+        mine = [_blocks(spot, work.weights, heads) for spot in spots]
         theirs = [_blocks(spot, self.reference, heads) for spot in spots]
         for head in range(heads):
             pairs = [(mine[side][head], theirs[side][head]) for side in (0, 1)]
@@ -334,10 +471,18 @@ class Aligner:
             mine[0][head] = back @ mine[0][head]
             mine[1][head] = forward.T @ mine[1][head]
         for spot, blocks in zip(spots, mine, strict=True):
-            spot.put(weights[spot.tensor], blocks.reshape(len(spot.positions), -1))
+            tensor = work.weights[spot.tensor]
+            work.weights[spot.tensor] = spot.with_rows(
+                tensor, blocks.reshape(len(spot.positions), -1)
+            )
 
 
-def aligner(axes: Axes, tensors: Mapping[str, Matrix], marked: Collection[str] = ()) -> Aligner:
+def aligner(
+    axes: Axes,
+    tensors: Mapping[str, Matrix],
+    marked: Collection[str] = (),
+    free: Mapping[str, Free] | None = None,
+) -> Aligner:
     """An aligner to the network that has these tensors and these (proved) axes."""
     on: dict[str, set[int]] = {}
     for number, axis in enumerate(axes.axes):
@@ -350,6 +495,7 @@ def aligner(axes: Axes, tensors: Mapping[str, Matrix], marked: Collection[str] =
         tuple(attentions(axes)),
         {name: frozenset(numbers) for name, numbers in on.items()},
         frozenset(marked),
+        free or {},
     )
 
 
@@ -489,6 +635,10 @@ def _products(inside: tuple[_Side, _Side], source: Weights, size: tuple[int, int
         else:
             blocks.append(np.repeat(_blocks(side.whole, source, heads), copies, axis=0))
     return np.einsum("hdi,hdj->hij", *blocks).reshape(heads * copies, -1)
+
+
+def _length(spot: Spot, reference: Weights) -> int:
+    return int(reference[spot.tensor].shape[spot.dimension])
 
 
 def _like_but_for(spot: Spot, mine: Matrix, theirs: Matrix) -> bool:
