@@ -23,7 +23,8 @@ FLOORS = (
     "files.pickles",
     "files",
     "alignment",
-    "claims.curve claims.signing claims.timestamp claims.claimfile claims.facts claims.claim",
+    "claims.curve claims.signing claims.timestamp claims.claimfile claims.facts claims.claim "
+    "claims.entries",
     "claims",
     "report.provenance",
     "verification",
@@ -36,7 +37,7 @@ FLOORS = (
     "embedding.measured embedding.axes",
     "embedding.marked embedding.anchoring",
     "embedding.owner embedding.licensing",
-    "embedding.publish",
+    "embedding.publish embedding.replaying",
     "attacks",
     "lab.audit",
     "lab",
@@ -182,6 +183,7 @@ GROUND = (
     *(
         "verification.licensees",
         "verification.cards",
+        "verification.continuity",
         "alignment.reorder",
         "verification.inorder",
         "verification.alike",

@@ -152,6 +152,17 @@ def with_settings(scheme: "Scheme", **settings: float | None) -> "Scheme":
     return cast("Scheme", dataclasses.replace(cast(Any, scheme), **given))
 
 
+def settings_of(scheme: "Scheme") -> dict[str, float]:
+    """Those of the scheme's numbers that are not as in its row."""
+    row = scheme_named(scheme.name)
+    numbers = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(cast(Any, scheme))}
+    return {
+        name: value
+        for name, value in numbers.items()
+        if type(value) in {int, float} and value != getattr(row, name)
+    }
+
+
 def read_settings(words: Iterable[str]) -> dict[str, float]:
     """Settings from the words that name them: "user=3" or "strength=0.05".
 

@@ -17,6 +17,7 @@ from nnpassport import __version__
 from nnpassport.cli import attack as attacking
 from nnpassport.cli import claim as claiming
 from nnpassport.cli import compare as comparing
+from nnpassport.cli import diary as keeping
 from nnpassport.cli import layers as inspecting
 from nnpassport.cli import leaderboard as ranking
 from nnpassport.cli import probe as probing
@@ -32,6 +33,10 @@ from nnpassport.cli.options import (
     Best,
     Channels,
     Compile,
+    DiaryFolder,
+    DiaryKeep,
+    DiarySigning,
+    DiarySteps,
     Epochs,
     Factory,
     Flip,
@@ -60,6 +65,7 @@ from nnpassport.cli.options import (
     TestSplit,
     base_from,
     config_from,
+    diary_from,
     images_from,
     journal_in,
     key_from,
@@ -99,6 +105,7 @@ app = typer.Typer(
 key_app = typer.Typer(help="Draw and inspect secret keys.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
 app.add_typer(claiming.app, name="claim")
+app.add_typer(keeping.app, name="diary")
 
 
 @app.command()
@@ -303,6 +310,10 @@ def train(
     factory: Factory = None,
     resume: Resume = False,
     tensorboard: Tensorboard = False,
+    diary: DiaryFolder = None,
+    diary_signing: DiarySigning = None,
+    diary_steps: DiarySteps = None,
+    diary_keep: DiaryKeep = 24,
     as_json: AsJson = False,
 ) -> None:
     """Train a plain network, without any mark: what a marked one is compared with."""
@@ -314,7 +325,8 @@ def train(
     base = base_from(init, model, norm, arguments, (channels, size, size), factory)
     reading = Reading(image_column, label_column, skip_corrupt)
     sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
-    with journal_in(out, resume, tensorboard) as journal:
+    kept = diary_from(diary, diary_signing, diary_steps, diary_keep)
+    with journal_in(out, resume, tensorboard, kept) as journal:
         done = ownership.train(
             out, base.config_for(sets), sets, run, initial=base.weights, journal=journal
         )
@@ -383,6 +395,10 @@ def embed(
     factory: Factory = None,
     resume: Resume = False,
     tensorboard: Tensorboard = False,
+    diary: DiaryFolder = None,
+    diary_signing: DiarySigning = None,
+    diary_steps: DiarySteps = None,
+    diary_keep: DiaryKeep = 24,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
@@ -407,7 +423,8 @@ def embed(
     reading = Reading(image_column, label_column, skip_corrupt)
     sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
     config = base.config_of_its_task(sets)
-    with journal_in(out, resume, tensorboard) as journal:
+    kept = diary_from(diary, diary_signing, diary_steps, diary_keep)
+    with journal_in(out, resume, tensorboard, kept) as journal:
         bound = ownership.bind_key(
             out,
             config,

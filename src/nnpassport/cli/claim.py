@@ -44,7 +44,7 @@ def keygen(
 
     signing = Ed25519PrivateKey.generate()
     beside = out.with_suffix(".pub.pem") if public is None else public
-    secret = _signing_passphrase(signing_passphrase, new=True)
+    secret = passphrase_of_signing(signing_passphrase, new=True)
     save_signing_key(signing, out, beside, passphrase=secret)
     known = public_hex(signing.public_key())
     if as_json:
@@ -107,7 +107,7 @@ def new(
     if (authority is None) != (authority_root is None):
         raise typer.BadParameter("--authority and --authority-root go together; give both")
     owner = signatures.load_signing_key(
-        signing, passphrase=_signing_passphrase(signing_passphrase, new=False)
+        signing, passphrase=passphrase_of_signing(signing_passphrase, new=False)
     )
     secret = key_from(key, passphrase)
     if needs_anchor(secret):
@@ -308,7 +308,8 @@ def _ppm(share: float) -> int:
     return round(share * 1_000_000)
 
 
-def _signing_passphrase(ask: bool, *, new: bool) -> str | None:
+def passphrase_of_signing(ask: bool, *, new: bool) -> str | None:
+    """The signing key's passphrase: the environment's, or asked for if `ask`."""
     given = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
     if given is not None or not ask:
         return given

@@ -80,6 +80,25 @@ Stream = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
+DiaryFolder = Annotated[
+    Path | None,
+    typer.Option("--diary", help="Keep a diary of this training there; `diary new` begins one."),
+]
+DiarySigning = Annotated[
+    Path | None,
+    typer.Option("--diary-signing", help="The secret signing key that the diary was begun with."),
+]
+DiarySteps = Annotated[
+    int | None,
+    typer.Option("--diary-steps", help="Steps between its entries (default: one an hour)."),
+]
+DiaryKeep = Annotated[
+    int,
+    typer.Option(
+        "--diary-keep",
+        help="Keep the checkpoint of every so many entries, to be run again; 0 keeps none.",
+    ),
+]
 Initial = Annotated[Path | None, typer.Option("--init", help="Start from this model folder.")]
 Public = Annotated[
     list[Path] | None,
@@ -352,8 +371,28 @@ def new_passphrase() -> str:
     return str(typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True))
 
 
+def diary_from(folder: Path | None, signing: Path | None, steps: int | None, keep: int) -> Any:
+    """The open diary that a run is to be entered in, or None.
+
+    Raises:
+        typer.BadParameter: one of folder and key is missing, or a number is none.
+    """
+    if (folder is None) != (signing is None):
+        raise typer.BadParameter("--diary and --diary-signing go together; give both")
+    if folder is None or signing is None:
+        return None
+    if keep < 0 or (steps is not None and steps < 1):
+        raise typer.BadParameter("--diary-steps is 1 or more, --diary-keep 0 or more")
+    from nnpassport.claims.signing import load_signing_key
+    from nnpassport.embedding.train.keeping import Diary, Pace
+
+    passphrase = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
+    secret = load_signing_key(signing, passphrase=passphrase)
+    return Diary(folder, secret, Pace(steps=steps, keep=keep))
+
+
 @contextmanager
-def journal_in(out: Path, resume: bool, tensorboard: bool) -> Iterator[Any]:
+def journal_in(out: Path, resume: bool, tensorboard: bool, diary: Any = None) -> Iterator[Any]:
     """The journal of a run, in `out`/training, with a bar on stderr while it is open."""
     from nnpassport.embedding.train.loop import Journal
     from nnpassport.embedding.train.loop import Progress as Step
@@ -366,7 +405,9 @@ def journal_in(out: Path, resume: bool, tensorboard: bool) -> Iterator[Any]:
             show(now.step, now.steps, f"{text}  {now.images_per_second:.0f} images/s")
 
         folder = out / "training"
-        yield Journal(folder, resume=resume, show=step, prepare=show, tensorboard=tensorboard)
+        yield Journal(
+            folder, resume=resume, show=step, prepare=show, tensorboard=tensorboard, diary=diary
+        )
 
 
 def _value(text: str) -> str | int | float | bool:

@@ -6,20 +6,22 @@ What the command line does, for programs: every function reads and writes model 
 import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from nnpassport.catalog import scheme_named
+from nnpassport import __version__
+from nnpassport.catalog import scheme_named, settings_of
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
 from nnpassport.embedding import anchoring
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes.drawn import (
     image_passports,
     random_passports,
@@ -31,6 +33,7 @@ from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggered import with_published_triggers
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import plain_evaluation
+from nnpassport.embedding.train.keeping import Diary
 from nnpassport.embedding.train.loop import Evaluation, Journal, Recipe, classification, fit
 from nnpassport.embedding.train.team import sharing, together
 from nnpassport.files.config import ModelConfig, other_classes
@@ -216,6 +219,7 @@ def train(
 ) -> ModelConfig:
     """Train a plain network, without any mark, into `folder`; returns its config with metrics."""
     model = _initial(config, recipe, initial)
+    journal = _telling(journal, config, sets, initial)
     evaluate = plain_evaluation(sets.validation, sets.normalise)
     fit(
         model,
@@ -229,6 +233,7 @@ def train(
     metrics = _reported(model, sets, plain_evaluation)
     described = _described(config, sets, metrics, {})
     _write(Path(folder), model, described)
+    _enter_result(journal, model)
     return described
 
 
@@ -257,6 +262,7 @@ def embed(
     """
     scheme = scheme or scheme_named(key.context.scheme)
     _check_learns(scheme, recipe, trained=initial is not None)
+    journal = _telling(journal, config, sets, initial, scheme, recipe)
     if key.context.anchor is not None:
         if anchoring.is_taken_on_the_way(key, initial):
             scheme, recipe = anchoring.gently(scheme), anchoring.after(recipe)
@@ -277,6 +283,7 @@ def embed(
     surgery.remove(model)
     described = _described(config, sets, metrics, {"scheme": scheme.name})
     _write(Path(folder), model, described)
+    _enter_result(journal, model)
     return described
 
 
@@ -316,7 +323,7 @@ def bind_key(
         normalise=sets.normalise,
         initial=initial,
         public=public,
-        journal=journal,
+        journal=_telling(journal, config, sets, initial),
     )
 
 
@@ -364,6 +371,38 @@ def _warn_of_triggers(plain: nn.Module, normalise: Normalisation, key: Key, sche
             UnmarkedWarning,
             stacklevel=3,
         )
+
+
+def _telling(
+    journal: Journal | None,
+    config: ModelConfig,
+    sets: Sets,
+    initial: Mapping[str, Tensor] | None,
+    scheme: Scheme | None = None,
+    recipe: Recipe | None = None,
+) -> Journal | None:
+    """The journal, whose diary, if it has one of ours, knows what is trained, and how."""
+    if journal is None or not isinstance(journal.diary, Diary):
+        return journal
+    marked = {} if scheme is None else {"scheme": scheme.name, "settings": settings_of(scheme)}
+    asked = {} if recipe is None else {"asked": asdict(recipe)}
+    return replace(
+        journal,
+        diary=journal.diary.of(
+            _described(config, sets, {}, {}),
+            **marked,
+            **asked,
+            initial=None if initial is None else tensors_digest(initial),
+            made_with={"nnpassport": __version__, "torch": str(torch.__version__)},
+        ),
+    )
+
+
+def _enter_result(journal: Journal | None, model: nn.Module) -> None:
+    """The network as it was written, which a claim may commit to, as the last entry."""
+    diary = None if journal is None else journal.diary
+    if isinstance(diary, Diary) and together().leads:
+        diary.enter_result(model.state_dict())
 
 
 def _initial(

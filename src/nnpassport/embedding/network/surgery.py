@@ -115,6 +115,19 @@ def remove(model: nn.Module) -> None:
         replace_module(model, name, norm.norm)
 
 
+def plain_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a marked network's state dict its plain network has, under the plain one's names."""
+    inner = {f"{n}." for n, m in model.named_modules() if isinstance(m, PassportNorm | BranchNorm)}
+    plain: dict[str, Tensor] = {}
+    for name, value in state.items():
+        home = max((each for each in inner if name.startswith(each)), key=len, default=None)
+        if home is None:
+            plain[name] = value
+        elif name.startswith(f"{home}norm."):
+            plain[home + name.removeprefix(f"{home}norm.")] = value
+    return plain
+
+
 def fold(model: nn.Module) -> None:
     """Write the passports' γ and β into the norms' own weight and bias, in place (V1's release).
 

@@ -17,7 +17,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from nnpassport.data.images import (
     steps_per_epoch,
 )
 from nnpassport.embedding.checkpoint import load_training, save_training
+from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.train.labels import share_right
 from nnpassport.embedding.train.team import (
@@ -157,6 +158,7 @@ class Journal:
             how much, and what is next.
         tensorboard: also write TensorBoard events (needs the `tensorboard` extra).
         checkpoint_every: seconds between checkpoints within an epoch.
+        diary: what this training has come to is entered there, signed, now and then.
     """
 
     folder: Path | None = None
@@ -165,6 +167,39 @@ class Journal:
     prepare: Callable[[float, float, str], None] = lambda *_: None
     tensorboard: bool = False
     checkpoint_every: float = 120.0
+    diary: "Keeper | None" = None
+
+
+class Moment(NamedTuple):
+    """What a training has come to, for a diary.
+
+    Attributes:
+        step: optimiser steps so far.
+        weights: of the plain network, without what a mark adds to it while it is trained.
+        state: what the run goes on from, as `load_training` reads it.
+        recipe: how it is trained, as plain values.
+        data: digest of what it is trained on.
+        metrics: the last numbers that were logged.
+        last: whether the run ends here.
+    """
+
+    step: int
+    weights: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    data: str
+    metrics: Mapping[str, float]
+    last: bool
+
+
+class Keeper(Protocol):
+    """Who keeps a diary of a training, as `embedding.train.keeping` does."""
+
+    def due(self, step: int) -> bool:
+        """Whether an entry is to be made after this step; the first and the last always are."""
+
+    def enter(self, moment: Moment) -> None:
+        """Make it."""
 
 
 class Progress(NamedTuple):
@@ -242,6 +277,7 @@ def fit(
         torch.manual_seed(recipe.seed + team.rank)
         run.restore()
         run.open_log()
+        run.enter()
         compiled = torch.compile(running) if recipe.compile else running
         products = products_in(recipe.precision, team.device)
         with products, _frozen_before_group_norms(network), _interruptible() as interrupted:
@@ -249,6 +285,7 @@ def fit(
                 network.train()
                 for batch in run.batches(normalise):
                     run.step(compiled, objective, batch)  # type: ignore[arg-type]
+                    run.enter_if_due()
                     if run.paused(interrupted()):
                         raise KeyboardInterrupt
                 with sharing(team):
@@ -257,6 +294,8 @@ def fit(
                 run.save()
                 if any(team.any_of(interrupted())):  # during the evaluation, of the last epoch even
                     raise KeyboardInterrupt
+        if run.entered != run.done:
+            run.enter(last=True)
         run.finish()
     return run.history
 
@@ -393,7 +432,7 @@ class _Run:
         # Hashing the images takes a second for large sets: once, and only where it is needed.
         self._identity: dict[str, Any] = (
             {}
-            if journal.folder is None and team.size == 1
+            if journal.folder is None and journal.diary is None and team.size == 1
             else {"recipe": dataclasses.asdict(recipe), "data": data.digest()}
         )
         team.require_same("recipe or set of images", json.dumps(self._identity, sort_keys=True))
@@ -405,6 +444,8 @@ class _Run:
         self._saved = self._started = self._logged = time.monotonic()
         self._logged_step = 0
         self._unread: _Step | None = None
+        self._measures: Mapping[str, float] = {}
+        self.entered = -1
 
     @property
     def epoch(self) -> int:
@@ -483,6 +524,7 @@ class _Run:
                 f"{self.recipe.rate}; a third of that rate is worth a try"
             )
         measures = {name: read_measure(value) for name, value in unread.measures.items()}
+        self._measures = {"loss": loss, **measures}
         self.journal.show(Progress(step, steps, unread.epoch, loss, speed, measures))
         self._record({"step": step, "loss": loss, "images_per_second": speed, **measures})
 
@@ -527,13 +569,20 @@ class _Run:
         now = time.monotonic()
         self.history.seconds += now - self._started
         self._saved = self._started = now
+        state = self._state()
+        if not self.team.leads:
+            return
+        save_training(self.folder / "training.pt", state)
+        if self._writer is not None:
+            self._writer.flush()  # a resumed run writes again only what came after
+
+    def _state(self) -> dict[str, Any]:
+        """What the run goes on from; all processes have to ask for it together."""
         weights, optimizer = (
             whole(dict(self.model.state_dict())),
             whole(self.optimizer.state_dict()),
         )
-        if not self.team.leads:
-            return
-        state = {
+        return {
             **self._identity,
             "done": self.done,
             "model": weights,
@@ -542,9 +591,38 @@ class _Run:
             "best_weights": self.best_weights,
             "generator": torch.get_rng_state(),
         }
-        save_training(self.folder / "training.pt", state)
-        if self._writer is not None:
-            self._writer.flush()  # a resumed run writes again only what came after
+
+    def enter_if_due(self) -> None:
+        """Make an entry in the diary, if there is one and it is time to."""
+        if self.journal.diary is None:
+            return
+        if self.team.size > 1 and self.done % _AGREED_EVERY:
+            return  # all of them have to do it together
+        due = self.journal.diary.due(self.done)
+        if self.team.size > 1:
+            (due,) = self.team.any_of(due and self.team.leads)
+        if due:
+            self.enter()
+
+    def enter(self, *, last: bool = False) -> None:
+        """Make an entry in the diary, if there is one."""
+        if self.journal.diary is None:
+            return
+        self._read()
+        self.entered = self.done
+        state = self._state()
+        if not self.team.leads:
+            return
+        moment = Moment(
+            self.done,
+            surgery.plain_state(self.model, state["model"]),
+            state,
+            dataclasses.asdict(self.recipe),
+            self._identity["data"],
+            self._measures,
+            last or self.done == self.recipe.epochs * self.per_epoch,
+        )
+        self.journal.diary.enter(moment)
 
     def restore(self) -> None:
         if not self.journal.resume or self.folder is None:

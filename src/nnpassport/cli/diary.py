@@ -1,0 +1,270 @@
+"""The commands `diary …`: what a training came to, step by step, signed and dated."""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnpassport.cli.claim import passphrase_of_signing
+from nnpassport.cli.options import AsJson, Factory, Held, Images, Initial, Split
+from nnpassport.cli.terminal import errors, print_table
+
+app = typer.Typer(
+    help="Keep a diary of training: a signed chain of what it came to, timestamped.",
+    no_args_is_help=True,
+)
+
+Folder = Annotated[Path, typer.Argument(help="The diary's folder.")]
+Signing = Annotated[Path, typer.Option(help="Secret signing key, from `claim keygen`.")]
+Root = Annotated[
+    list[Path] | None,
+    typer.Option("--root", help="Root certificate of a timestamp authority, PEM; repeatable."),
+]
+
+
+@app.command()
+def new(
+    folder: Folder,
+    signing: Signing,
+    note: Annotated[str, typer.Option(help="What is trained: one line, for the record.")] = "",
+) -> None:
+    """Begin a diary. `train --diary` and `embed --diary` write into it, and so does `diary add`."""
+    from nnpassport.claims import diary
+
+    line = diary.begin(folder, _signing_key(signing), note)
+    errors.print(f"{folder}: begun, signed with {line.entry.owner_key}", soft_wrap=True)
+
+
+@app.command()
+def add(
+    folder: Folder,
+    signing: Signing,
+    step: Annotated[int, typer.Option(help="Optimiser steps so far.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The network as it is now: a model folder or weights file.")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep a copy of the checkpoint in the diary's folder.")
+    ] = False,
+    configuration: Annotated[
+        Path | None, typer.Option(help="A file that says how it is trained; it is copied.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="SHA-256 of what it is trained on, 64 hex digits.")
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="A number, as loss=0.25; repeatable.")
+    ] = None,
+    note: Annotated[str, typer.Option(help="One line, for the record.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Enter what a training has come to: for loops that are not ours."""
+    from nnpassport.claims import diary
+    from nnpassport.claims.entries import Facts
+
+    if keep and checkpoint is None:
+        raise typer.BadParameter("--keep keeps --checkpoint; give it, or leave --keep out")
+    named = None if checkpoint is None else _digest_of(checkpoint)
+    told = None if configuration is None else _configured(folder, configuration)
+    facts = Facts(step, named, None, told, data, _metrics(metric or []), note)
+    line = diary.add(folder, _signing_key(signing), facts)
+    if keep and checkpoint is not None:
+        _keep(folder, line.entry.number, checkpoint)
+    if as_json:
+        typer.echo(json.dumps(line.entry.as_dict(), indent=2))
+        return
+    errors.print(f"entry {line.entry.number}: {line.digest}", soft_wrap=True)
+
+
+@app.command()
+def stamp(
+    folder: Folder,
+    authority: Annotated[str, typer.Option(help="URL of an RFC 3161 timestamp authority.")],
+    authority_root: Annotated[
+        Path, typer.Option(help="Its root certificate, PEM: the token is checked at once.")
+    ],
+) -> None:
+    """Have the last entry timestamped, and so all before it. Once a day is often enough."""
+    from nnpassport.claims import diary, timestamp
+
+    number = diary.stamp(folder, authority, timestamp.load_roots(authority_root))
+    errors.print(f"entry {number} and all before it are timestamped")
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
+    root: Root = None,
+    network: Annotated[
+        Path | None, typer.Option(help="A network: is it one that the diary names?")
+    ] = None,
+    chain_only: Annotated[
+        bool, typer.Option("--chain-only", help="Do not compare the checkpoints that were kept.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Does a diary hold? 0: yes. 1: chain, dates, checkpoints or network do not. 2: not checked.
+
+    Kept checkpoints are compared, each with the one before and with the first. No network is run:
+    `diary replay` does that, and is what nobody can forge.
+    """
+    from nnpassport.claims import diary
+    from nnpassport.claims.signing import load_public_key
+    from nnpassport.claims.timestamp import load_roots
+    from nnpassport.verification.continuity import continuity
+
+    roots = None if root is None else [each for path in root for each in load_roots(path)]
+    found = diary.check(folder, load_public_key(owner), roots=roots)
+    facts: dict[str, Any] = found.as_dict()
+    holds = found.holds and (roots is None or bool(found.stamps))
+    if found.holds and not chain_only:
+        kept = continuity(folder, found.entries)
+        facts["continuity"] = kept.as_dict()
+        holds = holds and kept.continued is not False
+    if network is not None:
+        entry = found.naming(_digest_of(network))
+        token = None if entry is None else found.dated(entry.number)
+        facts["network"] = {
+            "entry": None if entry is None else entry.number,
+            "latest": None if token is None else token.as_dict()["latest"],
+        }
+        holds = holds and entry is not None
+    facts["holds"] = holds
+    _print(facts, as_json)
+    raise typer.Exit(0 if holds else 1)
+
+
+@app.command()
+def replay(
+    folder: Folder,
+    owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
+    data: Images,
+    split: Split = None,
+    validation: Held = 0.05,
+    start: Annotated[
+        int | None, typer.Option("--from", help="Entry to begin at (default: drawn by lot).")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="The key of a run of `embed`; it is secret no longer.")
+    ] = None,
+    init: Initial = None,
+    tolerance: Annotated[
+        float, typer.Option(help="What counts as rounding: a share of the way that was gone.")
+    ] = 0.05,
+    factory: Factory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a stretch again, between two kept checkpoints. 0: it ends there. 1: not. 2: not checked.
+
+    Give what the run was given: data, its split and held-out share, and the key and network to
+    start from if there were any. All else is in the diary.
+    """
+    from nnpassport.claims import diary
+    from nnpassport.claims.signing import load_public_key
+    from nnpassport.embedding.replaying import replay as run_again
+    from nnpassport.embedding.replaying import running_as, stretches
+    from nnpassport.scheme import BadSignatureError, UnreadableClaimError
+
+    public = load_public_key(owner)
+    found = diary.check_chain(folder, public)
+    if not found.holds:
+        raise BadSignatureError(found.reason)
+    there = [s for s in stretches(folder, found.entries) if start in (None, s.start.number)]
+    if not there:
+        raise UnreadableClaimError(
+            f"{folder} has no stretch of one run between two kept checkpoints"
+            f"{'' if start is None else f' that begins at entry {start}'}; needed: a diary whose "
+            "--diary-keep kept them"
+        )
+    stretch = secrets.choice(there)
+    run = running_as(
+        folder,
+        stretch,
+        data,
+        split=split,
+        validation=validation,
+        key=None if key is None else _key(key),
+        initial=init,
+        trusted_factory=factory,
+    )
+    done = run_again(folder, stretch, run, tolerance=tolerance)
+    _print(done.as_dict(), as_json)
+    raise typer.Exit(0 if done.holds else 1)
+
+
+def _key(path: Path) -> Any:
+    from nnpassport.cli.options import key_from
+
+    return key_from(path, False)
+
+
+def _signing_key(path: Path) -> Any:
+    from nnpassport.claims.signing import load_signing_key
+
+    return load_signing_key(path, passphrase=passphrase_of_signing(False, new=False))
+
+
+def _digest_of(path: Path) -> str:
+    from nnpassport.files.arrays import arrays_digest
+    from nnpassport.files.weights import read_arrays
+
+    return arrays_digest(read_arrays(path).arrays)
+
+
+def _configured(folder: Path, path: Path) -> str:
+    from nnpassport.claims import diary
+    from nnpassport.claims.signing import read_small
+    from nnpassport.scheme import UnreadableClaimError
+
+    data = read_small(path, "configuration", diary.MAX_CONFIGURATION_BYTES, UnreadableClaimError)
+    return diary.configured(folder, data)
+
+
+def _metrics(words: list[str]) -> dict[str, float]:
+    found = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise typer.BadParameter(f"--metric {word!r} is no NAME=NUMBER") from None
+    return found
+
+
+def _keep(folder: Path, number: int, checkpoint: Path) -> None:
+    from nnpassport.claims.diary import kept_in
+    from nnpassport.files.arrays import MAX_MODEL_BYTES
+    from nnpassport.files.config import CONFIG_FILE
+    from nnpassport.files.disk import read_once, write_atomically
+    from nnpassport.files.weights import read_arrays
+
+    inside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    names = list(read_arrays(checkpoint).digests)
+    if checkpoint.is_dir() and os.path.lexists(checkpoint / CONFIG_FILE):
+        names.append(CONFIG_FILE)
+    for name in names:
+        content = read_once(inside / name, MAX_MODEL_BYTES)
+        write_atomically(kept_in(folder, number) / name, content, mode=0o600)
+
+
+def _print(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    typer.echo("HOLDS" if facts.pop("holds") else "DOES NOT HOLD")
+    rows = []
+    for name, value in facts.items():
+        if name == "stamps":
+            shown = "\n".join(f"entry {s['entry']}: {s['latest']}, {s['authority']}" for s in value)
+        elif isinstance(value, dict):
+            shown = str(value.get("reason", value))
+        elif isinstance(value, list):
+            shown = "\n".join(map(str, value))
+        else:
+            shown = str(value)
+        rows.append((name, shown or "none"))
+    print_table(("", ""), rows)
