@@ -39,6 +39,7 @@ TABLES = {
     ],
     "Containers": [
         Row("dictionaries of any nesting, averages, teachers beside, lists, parts in `DataParallel`", "read; the verdict names which", "cases_files", "test_every_network_of_a_container_is_read"),
+        Row("one of several networks in a file, by `--entry`", "read alone", "cases_files", "test_13_the_network_that_is_meant_can_be_named"),
         Row("weight norm, spectral norm, pruning masks", "read", "cases_files", "test_every_network_of_a_container_is_read"),
         Row("shards of safetensors and `.bin`, with overlays, extra and stale entries", "read by the index", "cases_files", "test_15_shards_are_read_by_the_index_as_loaders_do"),
         Row("DeepSpeed's folder", "read", "cases_files", "test_28_the_folder_of_a_training_by_deepspeed_is_read"),

@@ -244,6 +244,18 @@ def test_the_anchor_is_handed_to_the_judge_who_aligns_to_it(house, tmp_path):
     assert any(name.startswith(f"{ANCHOR}/") for name in aligned.digests)
 
 
+def test_a_suspect_that_needs_no_alignment_is_read_whatever_is_given_to_align_to(house):
+    folder, key = house
+    options = Options(alignment=Alignment(folder / "strange"))
+    found = verify(folder / "marked", key, options=options)
+    assert found.accepted
+    assert found.alignment is None
+    assert "the network given to align to is not the key's anchor" in found.reason
+    assert found.log10_p_value == verify(folder / "marked", key).log10_p_value
+    with pytest.raises(UnsuitableModelError, match="not the key's anchor"):
+        verify(folder / "strange", key, options=options)
+
+
 def test_a_judge_says_where_the_anchor_is_missing_or_another(house, tmp_path):
     folder, key = house
     handed = exhibit(house, tmp_path, reference=folder / "marked")

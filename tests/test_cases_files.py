@@ -47,6 +47,7 @@ from nnpassport.files.config import ModelConfig, read_config
 from nnpassport.files.gguf_blocks import FORMS
 from nnpassport.files.pickles.torchfile import read_all_torch
 from nnpassport.files.quantised import dequantise, restored
+from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import read_arrays, read_suspect
 from nnpassport.scheme import FoldedNormsError, OwnershipError, UnreadableModelError
 from nnpassport.verification.verdicts import Alignment, Options
@@ -493,6 +494,7 @@ def test_an_archive_that_was_packed_again_is_read_and_one_unpacked_is_named(owne
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0d71\nsize 19332096\n"
 NO_WEIGHTS = {
+    "onnxruntime's own format": b"\x18\0\0\0ORTM" + bytes(600),
     "Git LFS": LFS,
     "a web page": b"<!DOCTYPE html><html><title>Virus scan warning</title></html>",
     "is empty": b"",
@@ -855,6 +857,34 @@ def test_28_hostile_folders_of_torch_distributed_are_refused(owner, tmp_path):
 
 class Inert:
     """An object of a class that no checkpoint has."""
+
+
+def test_13_the_network_that_is_meant_can_be_named(owner, tmp_path):
+    """As `--entry` does: what is beside it is no candidate, and nothing is paid for it."""
+    model, key = owner
+    teacher = {"ema": state_of(model), "step": 3}
+    torch.save({"model": stranger(), "teacher": teacher}, tmp_path / "two.pt")
+    found = verify(Suspect(tmp_path / "two.pt", "teacher.ema"), key)
+    assert (found.accepted, found.matches) == (True, found.bits)
+    assert found.log10_p_value < verify(tmp_path / "two.pt", key).log10_p_value
+    assert not verify(Suspect(tmp_path / "two.pt", "model"), key).accepted
+    told = r"nothing under 'student'; needed: one of 'model', 'model.classifier'.*'teacher.ema'"
+    with pytest.raises(UnreadableModelError, match=told):
+        verify(Suspect(tmp_path / "two.pt", "student"), key)
+    flat = {f"net_g.{name}": each for name, each in state_of(model).items()}
+    save_file({**flat, **{f"net_d.{n}": each for n, each in stranger().items()}}, tmp_path / "gan")
+    assert verify(Suspect(tmp_path / "gan", "net_g"), key).accepted
+    assert not verify(Suspect(tmp_path / "gan", "net_d"), key).accepted
+
+
+def test_13_tensors_that_two_networks_share_are_in_both(owner, tmp_path):
+    model, key = owner
+    state = state_of(model)
+    torch.save(
+        {"model": state, "best": dict(state), "state_dict": stranger()}, tmp_path / "shared.pt"
+    )
+    for entry in ("model", "best"):
+        assert verify(Suspect(tmp_path / "shared.pt", entry), key).accepted
 
 
 # Arrays of NumPy in pickles

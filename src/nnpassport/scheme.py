@@ -60,6 +60,10 @@ class UnsuitableModelError(OwnershipError):
     """The network, or a layer named in it, cannot carry this scheme."""
 
 
+class OtherAnchorError(UnsuitableModelError):
+    """The network given to align to is not the one that the key is bound to."""
+
+
 class FoldedNormsError(OwnershipError):
     """Norms are folded into the layers that carry a mark, and it is not to be read off these."""
 

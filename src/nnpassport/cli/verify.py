@@ -32,6 +32,13 @@ from nnpassport.cli.terminal import (
 MAX_LOG10_ALPHA = 1_000_000
 
 Suspect = Annotated[Path, typer.Argument(help="Model folder or weights file, from anybody.")]
+Entry = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a file with several networks, the one whose names begin so, such as teacher or "
+        "state.ema (default: all are candidates, and paid for)."
+    ),
+]
 Appeared = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +108,7 @@ def verify(
             "numbers, whatever the suspect says of itself."
         ),
     ] = None,
+    entry: Entry = None,
     black_box: Annotated[
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
     ] = False,
@@ -127,6 +135,7 @@ def verify(
 ) -> None:
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport.claims.facts import check_config
+    from nnpassport.files import suspect as files
     from nnpassport.files.config import read_config
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import verdicts as verification
@@ -151,25 +160,30 @@ def verify(
         standing=standing,
         every_reading=every_reading,
     )
+    there = files.Suspect(suspect, entry)
     if black_box:
         from nnpassport.embedding.measured import verify_answers
 
-        verdict = verify_answers(suspect, secret, options=options)
+        verdict = verify_answers(there, secret, options=options)
     elif as_published:
-        verdict = verification.verify_as_published(suspect, secret, options=options)
+        verdict = verification.verify_as_published(there, secret, options=options)
     else:
         trial = None
         if data is not None:
             from nnpassport.embedding.measured import config_of
 
-            images = images_from(data, split, config_of(suspect, options), reading)
+            images = images_from(data, split, config_of(there, options), reading)
             trial = verification.declared_trial(images, target, tolerance, options.standing)
-        verdict = verification.verify(suspect, secret, trial=trial, options=options)
+        verdict = verification.verify(there, secret, trial=trial, options=options)
     time = _time(appeared)
     facts = {
         **verdict.as_dict(),
         "read": _read(black_box, as_published, align),
-        "suspect": {"file": str(suspect), "appeared": None if time is None else time.isoformat()},
+        "suspect": {
+            "file": str(suspect),
+            **({} if entry is None else {"entry": entry}),
+            "appeared": None if time is None else time.isoformat(),
+        },
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
         "made_with": made_with(),
     }
@@ -189,6 +203,7 @@ def judge(
     exhibits: Annotated[
         list[Path], typer.Argument(help="A folder of each claimant, from `claim disclose`.")
     ],
+    entry: Entry = None,
     root: Roots = None,
     appeared: Appeared = None,
     unrelated: Unrelated = None,
@@ -201,21 +216,23 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
+    from nnpassport.files import suspect as files
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import hearing
     from nnpassport.verification import verdicts as verification
 
     images, reading = {}, Reading(image_column, label_column, skip_corrupt)
+    there = files.Suspect(suspect, entry)
     if data is not None:
         from nnpassport.embedding import measured
 
         # Read here, as what is wrong with them is no claimant's fault
-        configs = hearing.networks(suspect, exhibits)
-        for config in configs or [measured.config_of(suspect, verification.Options())]:
+        configs = hearing.networks(there, exhibits)
+        for config in configs or [measured.config_of(there, verification.Options())]:
             images[config.input_size] = images_from(data, split, config, reading)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
-        heard = hearing.hear(suspect, exhibits, bench, show=show)
+        heard = hearing.hear(there, exhibits, bench, show=show)
     facts = heard.as_dict()
     facts["suspect"]["file"] = str(suspect)
     facts["made_with"] = made_with()

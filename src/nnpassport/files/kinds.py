@@ -57,6 +57,11 @@ def kind_of(path: Path) -> Kind:
     suffix = path.suffix.lower()
     if not first:
         raise UnreadableModelError(f"{path} is empty; needed: a complete file, copy it again")
+    if first[4:8] == b"ORTM":
+        raise UnreadableModelError(
+            f"{path} is a network in onnxruntime's own format; needed: the ONNX file that it was "
+            "made from"
+        )
     for mark, what, needed in _OTHERS:
         if first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(mark):
             raise UnreadableModelError(f"{path} is {what}; needed: {needed}")

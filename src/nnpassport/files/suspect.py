@@ -20,10 +20,12 @@ class Suspect:
 
     Attributes:
         path: where it is.
+        entry: of a file with several networks, the one whose names begin so, such as "generator" or
+            "state.teacher"; None is all that is there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, entry: str | None = None) -> None:
+        self.path, self.entry = path, entry
 
     @classmethod
     def of(cls, suspect: "Suspect | Path | str") -> "Suspect":
@@ -37,7 +39,7 @@ class Suspect:
         Raises:
             UnreadableModelError: missing, corrupt, too large, hostile, or nothing can be used.
         """
-        return read_suspect(self.path)
+        return read_suspect(self.path, self.entry)
 
     @property
     def shards(self) -> Shards | None:
@@ -50,7 +52,7 @@ class Suspect:
 
     @cached_property
     def _shards(self) -> Shards | None:
-        return read_lazily(self.path)
+        return None if self.entry is not None else read_lazily(self.path)
 
     @property
     def tensors(self) -> Mapping[str, Array]:

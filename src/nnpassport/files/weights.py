@@ -4,6 +4,7 @@ A suspect is hostile. What is read is read once, within a limit; no pickle may c
 no tensor may pose as larger than what is stored, or hold NaN or Inf.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ _ENDS = (SUFFIX, ONNX, NPZ, ".gguf", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
 T = TypeVar("T")
+_MOST_ENTRIES = 20  # that a message names
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
@@ -91,8 +93,11 @@ def read_arrays(path: Path) -> Arrays:
     return _with_scale(_checked(read, path), path)
 
 
-def _read(path: Path) -> Arrays:
-    """All that a file holds; of a checkpoint also what is beside its state dict."""
+def _read(path: Path, *, whole: bool = False) -> Arrays:
+    """All that a file holds; of a checkpoint also what is beside its state dict.
+
+    With `whole` every name begins with the dictionaries that the tensor is in.
+    """
     if path.name.lower().endswith(BIN_INDEX_SUFFIX):
         return _read_bins(path)
     if path.name == METADATA:
@@ -105,7 +110,8 @@ def _read(path: Path) -> Arrays:
     if kind is Kind.ONNX:
         return Arrays(*read_onnx(path, MAX_MODEL_BYTES))
     data = read_once(path, MAX_MODEL_BYTES if kind is Kind.GGUF else MAX_PICKLE_BYTES)
-    read = {Kind.NPZ: read_npz, Kind.GGUF: read_gguf}.get(kind, read_all_torch)
+    of_torch = functools.partial(read_all_torch, whole=whole)
+    read = {Kind.NPZ: read_npz, Kind.GGUF: read_gguf}.get(kind, of_torch)
     tensors, left_out = read(data, path)
     return Arrays(tensors, {path.name: hashlib.sha256(data).hexdigest()}, left_out)
 
@@ -141,7 +147,7 @@ def _read_bins(index: Path) -> Arrays:
     return Arrays(arrays, digests, left_out)
 
 
-def read_suspect(path: Path) -> Arrays:
+def read_suspect(path: Path, entry: str | None = None) -> Arrays:
     """The same of a file from anybody, without what no layer can be.
 
     A tensor that holds NaN, or numbers of a kind that is not read, costs a thief four bytes, and
@@ -149,15 +155,37 @@ def read_suspect(path: Path) -> Arrays:
     all tensors are read, also those beside its state dict. Integers that stand for weights are
     brought back to them (`quantised`).
 
+    Args:
+        path: file or folder.
+        entry: of a file with several networks, the one whose names begin so; they are left without.
+
     Raises:
         UnreadableModelError: missing, corrupt, too large, hostile, or nothing of it can be used.
     """
     path = _weights_file(path)
-    read = _read(path)
+    read = _read(path) if entry is None else _under(_read(path, whole=True), entry, path)
     found = restored(read.arrays)
     kept = {name: array for name, array in found.arrays.items() if name not in found.unknown}
     left_out = {**read.left_out, **found.unknown}
     return _with_scale(_usable(Arrays(kept, read.digests, left_out), path), path)
+
+
+def _under(read: Arrays, entry: str, path: Path) -> Arrays:
+    """What has names that begin so, without this beginning."""
+    begin = f"{entry.rstrip('.')}."
+    arrays = {n.removeprefix(begin): each for n, each in read.arrays.items() if n.startswith(begin)}
+    others = {n.removeprefix(begin): why for n, why in read.left_out.items() if n.startswith(begin)}
+    if not arrays and not others:
+        parts = [name.split(".") for name in read.arrays]
+        there = sorted(
+            {".".join(each[:depth]) for each in parts for depth in (1, 2)[: len(each) - 1]}
+        )
+        more = f" and {len(there) - _MOST_ENTRIES} others" if len(there) > _MOST_ENTRIES else ""
+        raise UnreadableModelError(
+            f"{path} has nothing under {entry[:100]!r}; needed: one of "
+            f"{', '.join(map(ascii, there[:_MOST_ENTRIES])) or 'none: no name has parts'}{more}"
+        )
+    return Arrays(arrays, read.digests, others)
 
 
 def read_lazily(path: Path) -> Shards | None:

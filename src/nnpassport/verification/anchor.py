@@ -13,7 +13,7 @@ import numpy as np
 from nnpassport.files.arrays import Array, arrays_digest, is_floating
 from nnpassport.files.weights import Arrays, read_arrays
 from nnpassport.keys.key import Key
-from nnpassport.scheme import UnsuitableModelError
+from nnpassport.scheme import OtherAnchorError, UnsuitableModelError
 
 ANCHOR = "anchor"
 """Name of the folder with the network before the mark, beside the network that has it."""
@@ -27,11 +27,12 @@ def require_anchor(digest: str, key: Key) -> None:
     """Refuse a network with this digest, if it is not the one that the key names.
 
     Raises:
-        UnsuitableModelError: it is another, or the key names none and could not do without.
+        OtherAnchorError: it is another.
+        UnsuitableModelError: the key names none and could not do without.
     """
     require_alignable(key)
     if key.context.anchor is not None and digest != key.context.anchor:
-        raise UnsuitableModelError(
+        raise OtherAnchorError(
             "the network given to align to is not the key's anchor; needed: the network as it was "
             f"before the mark, which `embed` wrote into {ANCHOR}/ beside the marked one"
         )

@@ -22,7 +22,12 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import READERS, check_host, is_adapter, read_product, verdict_on
 from nnpassport.lazy import load
-from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
+from nnpassport.scheme import (
+    OtherAnchorError,
+    UnreadableModelError,
+    UnsuitableModelError,
+    Verdict,
+)
 from nnpassport.verification import candidates
 from nnpassport.verification.aligning import aligned_by_axes, committed_claim
 from nnpassport.verification.bridge import MEASURED, running
@@ -139,24 +144,45 @@ def verify(
 
 def _verdict(suspect: Suspect, key: Key, trial: Trial | None, options: Options) -> Verdict:
     """V, and F if there is a trial, whether or not a claim holds."""
-    found: Verdict
     if options.alignment is not None and options.base is None:
-        claim = committed_claim(key, options.standing)
-        if claim is None:
-            purpose = (
-                "alignment to a network whose axes no claim commits to (`claim axes`, then "
-                "`claim new`)"
+        try:
+            return _aligned(suspect, key, trial, options, options.alignment)
+        except OtherAnchorError:
+            # What the suspect's bits are as they stand does not depend on that network.
+            found = _as_given(suspect, key, trial, replace(options, alignment=None))
+            if not found.marked:
+                raise
+            return found.remarked(
+                "read as it stands, as the network given to align to is not the key's anchor"
             )
-            found = running(f"{MEASURED}:aligned", purpose)(suspect, key, options, trial)
-            return found
-        found = _over_axes(suspect, key, options, options.alignment, claim)
-        if trial is not None:
-            measure = running(f"{MEASURED}:with_aligned_fidelity", "F")
-            found = measure(found, suspect, key, trial, options)
-        return found
-    found = _unaligned(suspect, key, options)
+    return _as_given(suspect, key, trial, options)
+
+
+def _as_given(suspect: Suspect, key: Key, trial: Trial | None, options: Options) -> Verdict:
+    """Without alignment."""
+    found: Verdict = _unaligned(suspect, key, options)
     if trial is not None:
-        found = running(f"{MEASURED}:with_fidelity", "F")(found, suspect, key, trial, options)
+        measure = running(f"{MEASURED}:with_fidelity", "F")
+        found = measure(found, suspect, key, trial, options)
+    return found
+
+
+def _aligned(
+    suspect: Suspect, key: Key, trial: Trial | None, options: Options, alignment: Alignment
+) -> Verdict:
+    """By the axes that a claim commits to, of arrays alone; or as a traced network."""
+    found: Verdict
+    claim = committed_claim(key, options.standing)
+    if claim is None:
+        purpose = (
+            "alignment to a network whose axes no claim commits to (`claim axes`, then `claim new`)"
+        )
+        found = running(f"{MEASURED}:aligned", purpose)(suspect, key, options, trial)
+        return found
+    found = _over_axes(suspect, key, options, alignment, claim)
+    if trial is not None:
+        measure = running(f"{MEASURED}:with_aligned_fidelity", "F")
+        found = measure(found, suspect, key, trial, options)
     return found
 
 

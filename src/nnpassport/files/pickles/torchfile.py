@@ -92,18 +92,21 @@ def read_torch(data: bytes, path: Path) -> dict[str, Array]:
         raise _no_checkpoint(path, error) from error
 
 
-def read_all_torch(data: bytes, path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def read_all_torch(
+    data: bytes, path: Path, *, whole: bool = False
+) -> tuple[dict[str, Array], dict[str, str]]:
     """All tensors of a checkpoint from anybody, and those that cannot be had, by name, and why.
 
     A file does not say which of its dictionaries is loaded. Those of the state dict, as above, have
-    their own names, and the others those of the dictionaries that they are in before them.
+    their own names, and the others those of the dictionaries that they are in before them; with
+    `whole` all have these, and one tensor is there under each of its names.
 
     Raises:
         UnreadableModelError: damaged, hostile, or without a tensor.
     """
     try:
         outline = _outline(data)
-        names = _everything(outline.said)
+        names = _everything(outline.said, whole)
         if not names:
             _state_dict(outline.said)  # says what it holds
         return _tensors(names, outline)
@@ -327,13 +330,13 @@ def _chosen(said: Mapping[str, Any]) -> dict[str, Any] | None:
     return wrapped[0] if len(wrapped) == 1 else maps.get(())
 
 
-def _everything(said: Mapping[str, Any]) -> dict[str, int]:
-    chosen = _chosen(said)
+def _everything(said: Mapping[str, Any], whole: bool) -> dict[str, int]:
+    chosen = None if whole else _chosen(said)
     names: dict[str, int] = {} if chosen is None else dict(chosen["tensors"])
     numbers = set(names.values())  # under two names a tensor would be two candidates
     for found in said["maps"]:
         for name, number in found["tensors"].items():
-            if number not in numbers:
+            if whole or number not in numbers:
                 names.setdefault(".".join((*found["path"], name)), number)
                 numbers.add(number)
     return names
