@@ -48,7 +48,7 @@ DOORS = (
     (
         "You are accused of a copy: see what is held against you.",
         "nnpassport compare YOURS THEIRS",
-        "is one made from the other? `verify YOURS --key KEY`: is their mark in it?",
+        "is it a copy? (`verify`: is it marked?)",
     ),
     (
         "You judge: check a key, a claim, a dispute.",

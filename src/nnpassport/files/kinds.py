@@ -35,6 +35,7 @@ _OTHERS: tuple[tuple[bytes, str, str], ...] = (
     ),
     (b"<", "a web page or another text with tags", "the file itself: the download was not one"),
     (b"{", "a text in JSON", "the weights that it belongs to"),
+    (b"ORTM", "in onnxruntime's own format", "the ONNX file that it was made from"),
     (b"\x89HDF", "HDF5", "its weights as .npz or .safetensors"),
     (b"\x1f\x8b", "packed by gzip", "the file that is in it: unpack it first"),
     (b"7z\xbc\xaf", "packed by 7-Zip", "the file that is in it: unpack it first"),
@@ -57,13 +58,9 @@ def kind_of(path: Path) -> Kind:
     suffix = path.suffix.lower()
     if not first:
         raise UnreadableModelError(f"{path} is empty; needed: a complete file, copy it again")
-    if first[4:8] == b"ORTM":
-        raise UnreadableModelError(
-            f"{path} is a network in onnxruntime's own format; needed: the ONNX file that it was "
-            "made from"
-        )
+    start = first[4:] if first[4:8] == b"ORTM" else first.lstrip(b"\xef\xbb\xbf \t\r\n")
     for mark, what, needed in _OTHERS:
-        if first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(mark):
+        if start.startswith(mark):
             raise UnreadableModelError(f"{path} is {what}; needed: {needed}")
     if first.startswith(b"GGUF"):
         return Kind.GGUF
