@@ -8,8 +8,9 @@ import math
 import signal
 import sys
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import typer
 
@@ -26,55 +27,23 @@ from nnpassport.cli import reproduce as reproducing
 from nnpassport.cli import trace as tracing
 from nnpassport.cli import verify as judging
 from nnpassport.cli.options import (
-    Architecture,
-    Arguments,
     AsJson,
-    BatchSize,
-    Best,
-    Channels,
-    Compile,
-    DiaryFolder,
-    DiaryKeep,
-    DiarySigning,
-    DiarySteps,
-    Epochs,
     Factory,
-    Flip,
-    Held,
-    ImageColumn,
     Images,
-    Initial,
     KeyFile,
-    LabelColumn,
-    Norm,
+    Network,
     Out,
     Passphrase,
-    Precision,
     Public,
-    Rate,
-    Reading,
-    RecipeName,
-    Resume,
-    Seed,
-    Size,
-    SkipCorrupt,
-    Split,
-    Stream,
-    Tensorboard,
-    Test,
-    TestSplit,
-    base_from,
-    config_from,
-    diary_from,
+    Run,
+    Sets,
     images_from,
-    journal_in,
     key_from,
     new_passphrase,
     opened_key,
-    recipe_from,
     save_bound,
-    sets_from,
 )
+from nnpassport.cli.spread import spread
 from nnpassport.cli.terminal import (
     complain,
     complaints,
@@ -84,6 +53,8 @@ from nnpassport.cli.terminal import (
     print_doors,
     print_error,
     print_metrics,
+    print_result,
+    print_rows,
     print_table,
     print_verdict,
     progress_bar,
@@ -132,17 +103,15 @@ def demo(
 
 
 @key_app.command("new")
+@spread
 def key_new(
+    *,
     out: Out,
     scheme: Annotated[
         str, typer.Option(help="As in the catalog; `nnpassport schemes` lists them.")
     ] = "passport-v2",
-    model: Architecture = "alexnet",
-    norm: Norm = "group",
-    arguments: Arguments = None,
+    network: Network,
     classes: Annotated[int, typer.Option(help="Classes of the task.")] = 10,
-    size: Size = 32,
-    channels: Channels = 3,
     layer: Annotated[
         list[str] | None,
         typer.Option(
@@ -201,7 +170,7 @@ def key_new(
         from nnpassport.claims.signing import bound_name, load_public_key
 
         owner = bound_name(owner, load_public_key(signing))
-    config = config_from(model, norm, arguments, classes, (channels, size, size), factory)
+    config, folder = network.config(factory, classes), Path(network.architecture)
     source = None if images is None else images_from(images, images_split, config)
     drawn = ownership.draw_key(
         config,
@@ -210,7 +179,7 @@ def key_new(
         layers=layer,
         text=text,
         passports=passports if passports in {None, "channel", "derived"} else "derived",
-        trained=Path(model) if Path(model).is_dir() else None,
+        trained=folder if folder.is_dir() else None,
         seen=source,
         public=public or (),
     )
@@ -243,13 +212,9 @@ def schemes(as_json: AsJson = False) -> None:
     """List the schemes: what each is, and the paper it is from."""
     from nnpassport.catalog import CATALOG
 
-    if as_json:
-        found = {n: {"source": e.source, "summary": e.summary} for n, e in CATALOG.items()}
-        typer.echo(json.dumps(found, indent=2))
-        return
-    print_table(
-        ("scheme", "from", "what it is"), [(n, e.source, e.summary) for n, e in CATALOG.items()]
-    )
+    facts = {n: {"source": e.source, "summary": e.summary} for n, e in CATALOG.items()}
+    rows = [(n, e.source, e.summary) for n, e in CATALOG.items()]
+    print_result(facts, as_json, lambda: print_table(("scheme", "from", "what it is"), rows))
 
 
 @key_app.command("show")
@@ -272,133 +237,89 @@ def key_show(
         "fingerprint": key.fingerprint,
         "layers": layers,
     }
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
     there = {name: each for name, each in facts.items() if each is not None}
     rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in there.items()]
-    print_table(("", ""), rows)
+    print_rows(facts, as_json, rows)
 
 
 @app.command()
+@spread
 def train(
     data: Images,
     out: Out,
-    split: Split = None,
-    test: Test = None,
-    test_split: TestSplit = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    skip_corrupt: SkipCorrupt = False,
-    stream: Stream = False,
-    model: Architecture = "alexnet",
-    norm: Norm = "group",
-    arguments: Arguments = None,
-    size: Size = 32,
-    channels: Channels = 3,
-    recipe: RecipeName = None,
-    epochs: Epochs = None,
-    batch: BatchSize = None,
-    rate: Rate = None,
-    precision: Precision = "float32",
-    compiled: Compile = False,
-    augment: Flip = True,
-    keep_best: Best = False,
-    seed: Seed = 0,
-    validation: Held = 0.05,
-    init: Initial = None,
-    factory: Factory = None,
-    resume: Resume = False,
-    tensorboard: Tensorboard = False,
-    diary: DiaryFolder = None,
-    diary_signing: DiarySigning = None,
-    diary_steps: DiarySteps = None,
-    diary_keep: DiaryKeep = 24,
+    sets: Sets,
+    network: Network,
+    run: Run,
     as_json: AsJson = False,
 ) -> None:
     """Train a plain network, without any mark: what a marked one is compared with."""
     from nnpassport.embedding import owner as ownership
 
-    run = recipe_from(
-        recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
-    )
-    base = base_from(init, model, norm, arguments, (channels, size, size), factory)
-    reading = Reading(image_column, label_column, skip_corrupt)
-    sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
-    kept = diary_from(diary, diary_signing, diary_steps, diary_keep)
-    with journal_in(out, resume, tensorboard, kept) as journal:
+    recipe, base = run.chosen, run.base(network)
+    images = sets.divided(data, base, run)
+    with run.journal(out) as journal:
         done = ownership.train(
-            out, base.config_for(sets), sets, run, initial=base.weights, journal=journal
+            out, base.config_for(images), images, recipe, initial=base.weights, journal=journal
         )
     print_metrics(out, done.metrics, as_json)
 
 
-@app.command()
-def embed(
-    data: Images,
-    key: KeyFile,
-    out: Out,
-    split: Split = None,
-    test: Test = None,
-    test_split: TestSplit = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    skip_corrupt: SkipCorrupt = False,
-    stream: Stream = False,
-    model: Architecture = "alexnet",
-    norm: Norm = "group",
-    arguments: Arguments = None,
-    size: Size = 32,
-    channels: Channels = 3,
-    recipe: RecipeName = None,
-    epochs: Epochs = None,
-    batch: BatchSize = None,
-    rate: Rate = None,
+@final
+@dataclass(frozen=True, slots=True)
+class Marking:
+    """What a mark is to be like, and what it may cost."""
+
     late: Annotated[
         float | None,
         typer.Option(help="V2, V3: share of steps before the private branch joins (default: 0)."),
-    ] = None,
+    ] = None
     triggers_per_step: Annotated[
         int | None,
         typer.Option(
             help="V3, adi: trigger images in each step (default: 2); more if epochs are few."
         ),
-    ] = None,
+    ] = None
     harm: Annotated[
         float | None,
         typer.Option(
             help="With --init: share of confident answers that the mark may change (default: "
             "0.02); beyond it everything is put back."
         ),
-    ] = None,
+    ] = None
     harm_error: Annotated[
         float | None,
         typer.Option(
             help="The same where no answer is confident: relative error of outputs (default: 0.1)."
         ),
-    ] = None,
-    public: Public = None,
+    ] = None
+    public: Public = None
     setting: Annotated[
         list[str] | None,
         typer.Option(
             "--setting",
             help="Of the scheme, such as user=3 (deepmarks) or strength=0.05; repeatable.",
         ),
-    ] = None,
-    precision: Precision = "float32",
-    compiled: Compile = False,
-    augment: Flip = True,
-    keep_best: Best = False,
-    seed: Seed = 0,
-    validation: Held = 0.05,
-    init: Initial = None,
-    factory: Factory = None,
-    resume: Resume = False,
-    tensorboard: Tensorboard = False,
-    diary: DiaryFolder = None,
-    diary_signing: DiarySigning = None,
-    diary_steps: DiarySteps = None,
-    diary_keep: DiaryKeep = 24,
+    ] = None
+
+    def scheme(self, name: str) -> Any:
+        """The scheme of this name, with these settings."""
+        from nnpassport.catalog import read_settings, scheme_named, with_settings
+
+        given = {n: getattr(self, n) for n in ("late", "triggers_per_step", "harm", "harm_error")}
+        chosen = with_settings(scheme_named(name), **given)
+        return with_settings(chosen, **read_settings(self.setting or ()))
+
+
+@app.command()
+@spread
+def embed(
+    data: Images,
+    key: KeyFile,
+    out: Out,
+    sets: Sets,
+    network: Network,
+    marking: Marking,
+    run: Run,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
@@ -407,46 +328,20 @@ def embed(
     A key with a passport for each channel is bound to the network before the mark, which is written
     into anchor/: what --init names, or what comes of the first part of training.
     """
-    from nnpassport.catalog import read_settings, scheme_named, with_settings
     from nnpassport.embedding import owner as ownership
 
     secret, phrase = opened_key(key, passphrase)
-    named = scheme_named(secret.context.scheme)
-    chosen = with_settings(
-        named, late=late, triggers_per_step=triggers_per_step, harm=harm, harm_error=harm_error
-    )
-    scheme = with_settings(chosen, **read_settings(setting or ()))
-    run = recipe_from(
-        recipe, init, epochs, batch, rate, precision, compiled, augment, keep_best, seed
-    )
-    base = base_from(init, model, norm, arguments, (channels, size, size), factory)
-    reading = Reading(image_column, label_column, skip_corrupt)
-    sets = sets_from(data, split, test, test_split, base, validation, seed, stream, reading)
-    config = base.config_of_its_task(sets)
-    kept = diary_from(diary, diary_signing, diary_steps, diary_keep)
-    with journal_in(out, resume, tensorboard, kept) as journal:
+    scheme, recipe, base = marking.scheme(secret.context.scheme), run.chosen, run.base(network)
+    images = sets.divided(data, base, run)
+    config = base.config_of_its_task(images)
+    with run.journal(out) as journal:
+        begun = {"initial": base.weights, "journal": journal}
         bound = ownership.bind_key(
-            out,
-            config,
-            secret,
-            sets,
-            run,
-            initial=base.weights,
-            public=public or (),
-            journal=journal,
+            out, config, secret, images, recipe, public=marking.public or (), **begun
         )
         if bound is not secret:
             save_bound(bound, key, phrase, out)
-        done = ownership.embed(
-            out,
-            config,
-            bound,
-            sets,
-            run,
-            scheme=scheme,
-            initial=base.weights,
-            journal=journal,
-        )
+        done = ownership.embed(out, config, bound, images, recipe, scheme=scheme, **begun)
     print_metrics(out, done.metrics, as_json)
 
 
@@ -471,7 +366,7 @@ def release(
 
     secret = key_from(key, passphrase)
     verdict = ownership.release(source, secret, out, trusted_factory=factory)
-    print_verdict(verdict, as_json)
+    print_result(verdict.as_dict(), as_json, lambda: print_verdict(verdict))
     if licensee is not None:
         from nnpassport.embedding.licensing import license_to
 

@@ -1,9 +1,8 @@
 """The commands `attack` and `audit`: from files to a subject, and its results back to files."""
 
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, final
 
 import typer
 
@@ -19,38 +18,94 @@ from nnpassport.cli.options import (
     images_from,
     key_from,
 )
-from nnpassport.cli.terminal import errors, print_table, progress_bar
+from nnpassport.cli.spread import spread
+from nnpassport.cli.terminal import errors, print_result, print_table, progress_bar
 
-Network = Annotated[Path, typer.Argument(help="Released model folder.")]
-OwnerKey = Annotated[
-    Path | None, typer.Option("--key", help="The owner's key: what is left of it is measured.")
-]
-AttackerImages = Annotated[
-    str | None, typer.Option("--train", help="Images that attackers have (none: no training).")
-]
-AttackerSplit = Annotated[str | None, typer.Option("--train-split", help="Split of --train.")]
-OtherTask = Annotated[
-    str | None, typer.Option("--transfer", help="Images of another task, to fine-tune to.")
-]
-OtherTest = Annotated[
-    str | None, typer.Option("--transfer-test", help="Test images of that task (default: a tenth).")
-]
-Forge = Annotated[
-    str, typer.Option("--scheme", help="Without --key: the scheme that forgers are to forge.")
-]
-Passes = Annotated[int, typer.Option("--epochs", help="Passes that attackers train for.")]
-StepSize = Annotated[int, typer.Option("--batch", help="Images in an attacker's step.")]
-Limit = Annotated[
-    int | None, typer.Option(help="Measure on so many of the images only (default: all).")
-]
-TrainLimit = Annotated[
-    int | None, typer.Option(help="Give attackers so many of their images only (default: all).")
-]
+Released = Annotated[Path, typer.Argument(help="Released model folder.")]
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Attackers:
+    """What attackers have, and what is measured of what they do."""
+
+    key: Annotated[
+        Path | None, typer.Option("--key", help="The owner's key: what is left of it is measured.")
+    ] = None
+    scheme: Annotated[
+        str, typer.Option("--scheme", help="Without --key: the scheme that forgers are to forge.")
+    ] = "passport-v2"
+    train: Annotated[
+        str | None, typer.Option("--train", help="Images that attackers have (none: no training).")
+    ] = None
+    train_split: Annotated[str | None, typer.Option("--train-split", help="Split of --train.")] = (
+        None
+    )
+    transfer: Annotated[
+        str | None, typer.Option("--transfer", help="Images of another task, to fine-tune to.")
+    ] = None
+    transfer_test: Annotated[
+        str | None,
+        typer.Option("--transfer-test", help="Test images of that task (default: a tenth)."),
+    ] = None
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes that attackers train for.")] = 10
+    batch: Annotated[int, typer.Option("--batch", help="Images in an attacker's step.")] = 64
+    precision: Precision = "float32"
+    limit: Annotated[
+        int | None, typer.Option(help="Measure on at most so many images (default: all).")
+    ] = None
+    train_limit: Annotated[
+        int | None, typer.Option(help="Give attackers at most so many images (default: all).")
+    ] = None
+    seed: Seed = 0
+    factory: Factory = None
+    passphrase: Passphrase = False
+
+    def subject(self, folder: Path, data: str, split: str | None) -> Any:
+        """The network in `folder` and all that attackers of it have."""
+        from nnpassport.catalog import scheme_named
+        from nnpassport.data.images import Normalisation
+        from nnpassport.embedding.checkpoint import load_model
+        from nnpassport.lab.audit import Budget, Subject
+
+        loaded = load_model(folder, trusted_factory=self.factory)
+        secret = None if self.key is None else key_from(self.key, self.passphrase)
+        scheme = self.scheme if secret is None else secret.context.scheme
+        other = self._other_task(loaded.config)
+        return Subject(
+            model=loaded.model,
+            config=loaded.config,
+            scheme=scheme_named(scheme),
+            normalise=Normalisation(loaded.config.mean, loaded.config.std),
+            key=secret,
+            test=self._read(data, split, loaded.config, self.limit),
+            train=self._read(self.train, self.train_split, loaded.config, self.train_limit),
+            transfer=other,
+            budget=Budget(self.epochs, self.batch, self.precision),
+            seed=self.seed,
+        )
+
+    def _other_task(self, config: Any) -> Any:
+        from nnpassport.lab.audit import Transfer
+
+        images = self._read(self.transfer, None, config, self.train_limit)
+        if images is None:
+            return None
+        if self.transfer_test is None:
+            return Transfer(*images.split(0.1, seed=self.seed))
+        return Transfer(images, self._read(self.transfer_test, None, config, self.limit))
+
+    def _read(self, name: str | None, split: str | None, config: Any, most: int | None) -> Any:
+        if name is None:
+            return None
+        return images_from(name, split, config).at_most(most, seed=self.seed)
+
+
+@spread
 def attack(
+    *,
     name: Annotated[str, typer.Argument(help="Attack; `nnpassport attacks` lists them.")],
-    model: Network,
+    model: Released,
     data: Images,
     split: Split = None,
     strength: Annotated[
@@ -60,48 +115,27 @@ def attack(
         Path | None,
         typer.Option("--out", "-o", help="Write the attacked model folder or the forged key here."),
     ] = None,
-    key: OwnerKey = None,
-    scheme: Forge = "passport-v2",
-    train: AttackerImages = None,
-    train_split: AttackerSplit = None,
-    transfer: OtherTask = None,
-    transfer_test: OtherTest = None,
-    epochs: Passes = 10,
-    batch: StepSize = 64,
-    precision: Precision = "float32",
-    limit: Limit = None,
-    train_limit: TrainLimit = None,
-    seed: Seed = 0,
-    factory: Factory = None,
-    passphrase: Passphrase = False,
+    attackers: Attackers,
     as_json: AsJson = False,
 ) -> None:
     """One attack on a network: what is left of the mark, or what the forger wins."""
     from nnpassport.lab import audit as auditing
 
     chosen = auditing.attack_named(name)
-    subject = _subject(
-        _Files(model, (data, split), key, scheme, (train, train_split), (transfer, transfer_test)),
-        budget=auditing.Budget(epochs, batch, precision),
-        limits=(limit, train_limit),
-        seed=seed,
-        factory=factory,
-        passphrase=passphrase,
-    )
+    subject = attackers.subject(model, data, split)
     power = (chosen.quick or chosen.full)[0] if strength is None else strength
     entry = auditing.attack_once(subject, name, power, out)
-    if as_json:
-        typer.echo(json.dumps(entry, indent=2, ensure_ascii=False))
-        return
-    print_table(("", ""), auditing.words(entry))
+    told = auditing.words(entry)
+    print_result(entry, as_json, lambda: print_table(("", ""), told), ensure_ascii=False)
 
 
+@spread
 def audit(
-    model: Network,
+    *,
+    model: Released,
     data: Images,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")],
     split: Split = None,
-    key: OwnerKey = None,
     anchor: Annotated[
         Path | None,
         typer.Option(
@@ -109,7 +143,6 @@ def audit(
             "moved is read by it."
         ),
     ] = None,
-    scheme: Forge = "passport-v2",
     full: Annotated[
         bool,
         typer.Option("--full/--quick", help="All strengths and attacks that train, or minutes."),
@@ -117,43 +150,24 @@ def audit(
     only: Annotated[
         list[str] | None, typer.Option(help="Only this attack; repeatable (default: all).")
     ] = None,
-    train: AttackerImages = None,
-    train_split: AttackerSplit = None,
-    transfer: OtherTask = None,
-    transfer_test: OtherTest = None,
-    epochs: Passes = 10,
-    batch: StepSize = 64,
-    precision: Precision = "float32",
-    limit: Limit = None,
-    train_limit: TrainLimit = None,
-    seed: Seed = 0,
+    attackers: Attackers,
     resume: Resume = False,
-    factory: Factory = None,
-    passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Attack a network with all that is known; writes audit.json and audit.html."""
     from nnpassport.lab import audit as auditing
 
-    subject = _subject(
-        _Files(model, (data, split), key, scheme, (train, train_split), (transfer, transfer_test)),
-        budget=auditing.Budget(epochs, batch, precision),
-        limits=(limit, train_limit),
-        seed=seed,
-        factory=factory,
-        passphrase=passphrase,
-    )
+    subject = attackers.subject(model, data, split)
     if anchor is not None:
-        subject = replace(subject, anchor=_anchor_of(subject.key, anchor, factory))
+        subject = replace(subject, anchor=_anchor_of(subject.key, anchor, attackers.factory))
     with progress_bar("audit") as show:
         report = auditing.audit_to(
             out, subject, full=full, only=only or (), resume=resume, show=show
         )
-    if as_json:
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
-        return
-    typer.echo(auditing.ruling(report))
-    errors.print(f"Every attack, with pictures: {out / 'audit.html'}")
+    ruling = auditing.ruling(report)
+    print_result(report, as_json, lambda: typer.echo(ruling), ensure_ascii=False)
+    if not as_json:
+        errors.print(f"Every attack, with pictures: {out / 'audit.html'}")
 
 
 def list_attacks(as_json: AsJson = False) -> None:
@@ -164,13 +178,11 @@ def list_attacks(as_json: AsJson = False) -> None:
         {"name": n, "family": a.family.value, "summary": a.summary, "needs": sorted(a.needs)}
         for n, a in ATTACKS.items()
     ]
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
     rows = [
         (str(f["name"]), str(f["family"]), str(f["summary"]), ", ".join(f["needs"])) for f in facts
     ]
-    print_table(("attack", "family", "what it does", "needs"), rows)
+    head = ("attack", "family", "what it does", "needs")
+    print_result(facts, as_json, lambda: print_table(head, rows))
 
 
 def _anchor_of(key: Any, folder: Path, factory: str | None) -> Any:
@@ -183,58 +195,3 @@ def _anchor_of(key: Any, folder: Path, factory: str | None) -> Any:
         raise UnreadableKeyError("an anchor was given and no key; needed: --key too, or neither")
     read_anchor(folder, key)
     return load_model(anchor_in(folder), trusted_factory=factory).model
-
-
-class _Files(NamedTuple):
-    """What the options name: a released network, and images as (source, split)."""
-
-    model: Path
-    data: tuple[str, str | None]
-    key: Path | None
-    scheme: str
-    train: tuple[str | None, str | None]
-    transfer: tuple[str | None, str | None]
-
-
-def _subject(
-    files: _Files,
-    *,
-    budget: Any,
-    limits: tuple[int | None, int | None],
-    seed: int,
-    factory: str | None,
-    passphrase: bool,
-) -> Any:
-    """A subject from files."""
-    from nnpassport.catalog import scheme_named
-    from nnpassport.data.images import Normalisation
-    from nnpassport.embedding.checkpoint import load_model
-    from nnpassport.lab.audit import Subject, Transfer
-
-    loaded = load_model(files.model, trusted_factory=factory)
-    secret = None if files.key is None else key_from(files.key, passphrase)
-
-    def read(name: str | None, split: str | None, most: int | None) -> Any:
-        if name is None:
-            return None
-        return images_from(name, split, loaded.config).at_most(most, seed=seed)
-
-    other = None
-    if files.transfer[0] is not None:
-        images = read(files.transfer[0], None, limits[1])
-        if files.transfer[1] is None:
-            other = Transfer(*images.split(0.1, seed=seed))
-        else:
-            other = Transfer(images, read(files.transfer[1], None, limits[0]))
-    return Subject(
-        model=loaded.model,
-        config=loaded.config,
-        scheme=scheme_named(files.scheme if secret is None else secret.context.scheme),
-        normalise=Normalisation(loaded.config.mean, loaded.config.std),
-        key=secret,
-        test=read(*files.data, limits[0]),
-        train=read(*files.train, limits[1]),
-        transfer=other,
-        budget=budget,
-        seed=seed,
-    )

@@ -1,6 +1,5 @@
 """The commands `claim …`: commit to a key before any dispute, and disclose it in one."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nnpassport.cli.options import AsJson, KeyFile, Out, Passphrase, key_from
-from nnpassport.cli.terminal import errors, print_table
+from nnpassport.cli.terminal import errors, print_result, print_rows
 
 app = typer.Typer(
     help="Commit to a key before any dispute: signed, timestamped.", no_args_is_help=True
@@ -47,10 +46,9 @@ def keygen(
     secret = passphrase_of_signing(signing_passphrase, new=True)
     save_signing_key(signing, out, beside, passphrase=secret)
     known = public_hex(signing.public_key())
-    if as_json:
-        typer.echo(json.dumps({"public": str(beside), "owner_key": known}, indent=2))
-        return
-    errors.print(f"{out} is secret; give {beside} to everybody: {known}", soft_wrap=True)
+    said = f"{out} is secret; give {beside} to everybody: {known}"
+    facts = {"public": str(beside), "owner_key": known}
+    print_result(facts, as_json, lambda: errors.print(said, soft_wrap=True))
 
 
 @app.command()
@@ -318,19 +316,17 @@ def passphrase_of_signing(ask: bool, *, new: bool) -> str | None:
 
 
 def _print_finding(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    claim = facts.pop("claim") or {}
-    typer.echo("HOLDS" if facts.pop("holds") else "DOES NOT HOLD")
-    _print({**facts, **claim}, as_json)
+    print_result(facts, as_json, lambda: _print_facts(facts))
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    others = {name: value for name, value in facts.items() if name not in {"claim", "holds"}}
+    typer.echo("HOLDS" if facts["holds"] else "DOES NOT HOLD")
+    _print({**others, **(facts["claim"] or {})}, False)
 
 
 def _print(facts: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    print_table(("", ""), [(name, _words(value)) for name, value in facts.items()])
+    print_rows(facts, as_json, [(name, _words(value)) for name, value in facts.items()])
 
 
 def _words(value: Any) -> str:

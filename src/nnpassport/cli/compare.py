@@ -1,14 +1,13 @@
 """The command `compare`: is one of two networks made from the other? No key is needed."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from nnpassport.cli.options import AsJson
-from nnpassport.cli.terminal import after_all, print_table, shown
+from nnpassport.cli.options import AsJson, Report
+from nnpassport.cli.terminal import paged, print_result, print_table, shown
 
 
 def compare(
@@ -36,9 +35,7 @@ def compare(
         bool,
         typer.Option("--card", help="Hold the base_model of A's card (README.md) against B."),
     ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
-    ] = None,
+    report: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Is one network made from the other? 0: related. 1: no sign. 2: not checked. 3: undecided.
@@ -61,14 +58,8 @@ def compare(
     )
     said = None if bases is None else card_says(bases, found.outcome)
     facts = {**found.as_dict(), "card": said, "made_with": made_with()}
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        print_comparison(facts)
-    if report is not None:
-        from nnpassport.report.comparison import write_comparison_page
-
-        after_all(lambda: write_comparison_page(facts, report), str(report))
+    print_result(facts, as_json, lambda: print_comparison(facts))
+    paged("nnpassport.report.comparison:write_comparison_page", facts, report)
     raise typer.Exit({"related": 0, "none": 1, "undecided": 3}[facts["outcome"]])
 
 

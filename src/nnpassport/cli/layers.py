@@ -1,32 +1,21 @@
 """The command `layers`: what in a network can carry a passport, and what that would cost."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nnpassport.cli.options import (
-    Architecture,
-    Arguments,
-    AsJson,
-    Channels,
-    Factory,
-    Norm,
-    Size,
-    config_from,
-    images_from,
-)
-from nnpassport.cli.terminal import errors, print_table, progress_bar
+from nnpassport.cli.options import AsJson, Factory, Network, images_from
+from nnpassport.cli.spread import spread
+from nnpassport.cli.terminal import errors, print_result, print_table, progress_bar
 
 
+@spread
 def layers(
+    *,
     model: Annotated[str | None, typer.Argument(help="Model folder (or use --model).")] = None,
-    architecture: Architecture = "alexnet",
-    norm: Norm = "group",
-    arguments: Arguments = None,
-    size: Size = 32,
-    channels: Channels = 3,
+    shape: Network,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="Layers to protect, such as 'layer4.*'; repeatable (default: ours)."),
@@ -45,8 +34,8 @@ def layers(
     """What in a network can carry a passport, what cannot and why, and what it would cost."""
     from nnpassport.scheme import UnsuitableModelError
 
-    given = model or architecture
-    config = config_from(given, norm, arguments, None, (channels, size, size), factory)
+    given = model or shape.architecture
+    config = replace(shape, architecture=given).config(factory)
     network = config.build(trusted_factory=factory or None)
     seen = None
     if images is not None:
@@ -60,10 +49,7 @@ def layers(
         facts |= _choice(network, config, layer, seen)
     except UnsuitableModelError as error:
         unsuitable = error
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        _show(facts)
+    print_result(facts, as_json, lambda: _show(facts))
     if unsuitable is not None:
         raise unsuitable
 

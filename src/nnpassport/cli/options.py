@@ -3,9 +3,9 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, final
 
 import typer
 
@@ -115,25 +115,188 @@ Best = Annotated[
 ]
 
 
+Report = Annotated[
+    Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
+]
+
 MADE = "factory:"
 """Before the name of a function of the caller's own that gives images."""
 
 
-class Reading(NamedTuple):
-    """How images are read, where that is not as usual.
+@final
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How images are read, where that is not as usual."""
 
-    Attributes:
-        image: column of the pictures, or None for a usual name.
-        label: column of the classes, or None for a usual name.
-        skip_corrupt: leave out pictures that cannot be read.
-    """
-
-    image: str | None = None
-    label: str | None = None
-    skip_corrupt: bool = False
+    image_column: ImageColumn = None
+    label_column: LabelColumn = None
+    skip_corrupt: SkipCorrupt = False
 
 
 AS_USUAL = Reading()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Network:
+    """The shape of a network: an architecture and its input, or a model folder."""
+
+    architecture: Architecture = "alexnet"
+    norm: Norm = "group"
+    arguments: Arguments = None
+    size: Size = 32
+    channels: Channels = 3
+
+    def config(self, factory: str | None, classes: int | None = None) -> Any:
+        """The config of the model folder, or of the architecture with these arguments.
+
+        Raises:
+            typer.BadParameter: an argument is no name=value.
+        """
+        from nnpassport.files.config import ModelConfig, read_config
+
+        if Path(self.architecture).is_dir():
+            return read_config(Path(self.architecture))
+        given: dict[str, Any] = {"norm": self.norm} if factory is None else {}
+        for pair in self.arguments or []:
+            name, equals, value = pair.partition("=")
+            if not equals:
+                raise typer.BadParameter(
+                    f"--set {pair!r} is no name=value, such as --set width=0.5"
+                )
+            given[name] = _value(value)
+        count = 10 if classes is None else classes
+        if factory is None:
+            given |= {"classes": count, "channels": self.channels}
+        return ModelConfig(
+            architecture=factory or self.architecture,
+            arguments=given,
+            classes=tuple(map(str, range(count))),
+            input_size=(self.channels, self.size, self.size),
+            mean=(0.5,) * self.channels,
+            std=(0.5,) * self.channels,
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Sets:
+    """Which images beside those of --data there are, and how all are read."""
+
+    split: Split = None
+    test: Test = None
+    test_split: TestSplit = None
+    reading: Reading = AS_USUAL
+    stream: Stream = False
+
+    def divided(self, data: str, base: "Base", run: "Run") -> Any:
+        """Training, held-out and test images, read with a bar on stderr, or to be streamed."""
+        from nnpassport.embedding import owner as ownership
+
+        opened = stream_from if self.stream else images_from
+        images = opened(data, self.split, base.config, self.reading)
+        tested = None
+        if self.test is not None:
+            tested = opened(self.test, self.test_split, base.config, self.reading)
+        return ownership.divide(images, tested, validation=run.validation, seed=run.seed)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a training goes, and what it begins with."""
+
+    recipe: RecipeName = None
+    epochs: Epochs = None
+    batch: BatchSize = None
+    rate: Rate = None
+    precision: Precision = "float32"
+    compiled: Compile = False
+    augment: Flip = True
+    keep_best: Best = False
+    seed: Seed = 0
+    validation: Held = 0.05
+    init: Initial = None
+    factory: Factory = None
+    resume: Resume = False
+    tensorboard: Tensorboard = False
+    diary: DiaryFolder = None
+    diary_signing: DiarySigning = None
+    diary_steps: DiarySteps = None
+    diary_keep: DiaryKeep = 24
+
+    @property
+    def chosen(self) -> Any:
+        """The recipe of this name, with what was given in place of its own; None is the usual one.
+
+        Raises:
+            typer.BadParameter: there is no such recipe, or nothing would be trained.
+        """
+        from nnpassport.embedding.train.loop import RECIPES
+
+        name = self.recipe or ("short" if self.init is None else "tune")
+        if name not in RECIPES:
+            there = ", ".join(RECIPES)
+            raise typer.BadParameter(f"--recipe {name!r} is unknown; there are: {there}")
+        if self.epochs == 0 and self.init is None:
+            raise typer.BadParameter(
+                "--epochs 0 trains nothing; it needs a trained network, --init"
+            )
+        given: dict[str, Any] = {"epochs": self.epochs, "batch": self.batch, "rate": self.rate}
+        return replace(
+            RECIPES[name],
+            **{field: value for field, value in given.items() if value is not None},
+            precision=self.precision,
+            compile=self.compiled,
+            augment=self.augment,
+            keep_best=self.keep_best,
+            seed=self.seed,
+        )
+
+    def base(self, network: Network) -> "Base":
+        """The network to start from: a model folder's (--init), or a new one of this shape."""
+        from nnpassport.embedding.checkpoint import load_model
+
+        if self.init is None:
+            return Base(network.config(self.factory), None)
+        loaded = load_model(self.init, trusted_factory=self.factory)
+        return Base(loaded.config, loaded.model.state_dict())
+
+    @contextmanager
+    def journal(self, out: Path) -> Iterator[Any]:
+        """The journal of a run, in `out`/training, with a bar on stderr while it is open."""
+        from nnpassport.embedding.train.loop import Journal
+        from nnpassport.embedding.train.loop import Progress as Step
+
+        diary = self.opened_diary()
+        with progress_bar("training") as show:
+
+            def step(now: Step) -> None:
+                facts = {"loss": now.loss, **now.measures}
+                text = "  ".join(f"{name} {value:.3f}" for name, value in facts.items())
+                show(now.step, now.steps, f"{text}  {now.images_per_second:.0f} images/s")
+
+            options = {"resume": self.resume, "tensorboard": self.tensorboard, "diary": diary}
+            yield Journal(out / "training", show=step, prepare=show, **options)
+
+    def opened_diary(self) -> Any:
+        """The diary that the run is to be entered in, or None.
+
+        Raises:
+            typer.BadParameter: one of folder and key is missing, or a number is none.
+        """
+        if (self.diary is None) != (self.diary_signing is None):
+            raise typer.BadParameter("--diary and --diary-signing go together; give both")
+        if self.diary is None or self.diary_signing is None:
+            return None
+        if self.diary_keep < 0 or (self.diary_steps is not None and self.diary_steps < 1):
+            raise typer.BadParameter("--diary-steps is 1 or more, --diary-keep 0 or more")
+        from nnpassport.claims.signing import load_signing_key
+        from nnpassport.embedding.train.keeping import Diary, Pace
+
+        passphrase = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
+        secret = load_signing_key(self.diary_signing, passphrase=passphrase)
+        return Diary(self.diary, secret, Pace(steps=self.diary_steps, keep=self.diary_keep))
 
 
 class Base:
@@ -168,115 +331,6 @@ class Base:
         return self.config_for(sets)
 
 
-def base_from(
-    init: Path | None,
-    model: str,
-    norm: str,
-    arguments: list[str] | None,
-    input_size: tuple[int, int, int],
-    factory: str | None,
-) -> Base:
-    """The network to start from: a model folder's (`--init`), or a new one of this shape."""
-    from nnpassport.embedding.checkpoint import load_model
-
-    if init is None:
-        return Base(config_from(model, norm, arguments, None, input_size, factory), None)
-    loaded = load_model(init, trusted_factory=factory)
-    return Base(loaded.config, loaded.model.state_dict())
-
-
-def config_from(
-    model: str,
-    norm: str,
-    arguments: list[str] | None,
-    classes: int | None,
-    input_size: tuple[int, int, int],
-    factory: str | None,
-) -> Any:
-    """The config of a model folder, or of an architecture with these arguments.
-
-    Raises:
-        typer.BadParameter: an argument is no name=value.
-    """
-    from nnpassport.files.config import ModelConfig, read_config
-
-    if Path(model).is_dir():
-        return read_config(Path(model))
-    given: dict[str, Any] = {"norm": norm} if factory is None else {}
-    for pair in arguments or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set {pair!r} is no name=value, such as --set width=0.5")
-        given[name] = _value(value)
-    count = 10 if classes is None else classes
-    if factory is None:
-        given |= {"classes": count, "channels": input_size[0]}
-    return ModelConfig(
-        architecture=factory or model,
-        arguments=given,
-        classes=tuple(map(str, range(count))),
-        input_size=input_size,
-        mean=(0.5,) * input_size[0],
-        std=(0.5,) * input_size[0],
-    )
-
-
-def recipe_from(
-    name: str | None,
-    init: Path | None,
-    epochs: int | None,
-    batch: int | None,
-    rate: float | None,
-    precision: str,
-    compiled: bool,
-    augment: bool,
-    keep_best: bool,
-    seed: int,
-) -> Any:
-    """The recipe of this name, with what was given in place of its own; None is the usual one.
-
-    Raises:
-        typer.BadParameter: there is no such recipe, or nothing would be trained.
-    """
-    from nnpassport.embedding.train.loop import RECIPES
-
-    name = name or ("short" if init is None else "tune")
-    if name not in RECIPES:
-        raise typer.BadParameter(f"--recipe {name!r} is unknown; there are: {', '.join(RECIPES)}")
-    if epochs == 0 and init is None:
-        raise typer.BadParameter("--epochs 0 trains nothing; it needs a trained network, --init")
-    given: dict[str, Any] = {"epochs": epochs, "batch": batch, "rate": rate}
-    return replace(
-        RECIPES[name],
-        **{field: value for field, value in given.items() if value is not None},
-        precision=precision,
-        compile=compiled,
-        augment=augment,
-        keep_best=keep_best,
-        seed=seed,
-    )
-
-
-def sets_from(
-    data: str,
-    split: str | None,
-    test: str | None,
-    test_split: str | None,
-    base: Base,
-    validation: float,
-    seed: int,
-    stream: bool = False,
-    reading: Reading = AS_USUAL,
-) -> Any:
-    """Training, held-out and test images, read with a bar on stderr, or to be streamed."""
-    from nnpassport.embedding import owner as ownership
-
-    opened = stream_from if stream else images_from
-    images = opened(data, split, base.config, reading)
-    tested = None if test is None else opened(test, test_split, base.config, reading)
-    return ownership.divide(images, tested, validation=validation, seed=seed)
-
-
 def images_from(source: str, split: str | None, config: Any, reading: Reading = AS_USUAL) -> Any:
     """The images of one source, at the size and channels of `config`; stderr says what was read."""
     from nnpassport.data.images import read_images, read_images_skipping
@@ -287,7 +341,7 @@ def images_from(source: str, split: str | None, config: Any, reading: Reading = 
         from nnpassport.data.datasets import made_by
 
         given, split = made_by(source.removeprefix(MADE), split), None
-    named = {"image_column": reading.image, "label_column": reading.label}
+    named = {"image_column": reading.image_column, "label_column": reading.label_column}
     with progress_bar(f"reading {Path(source).name}") as show:
         wanted = {"split": split, "size": size, "channels": channels, **named, "progress": show}
         if reading.skip_corrupt:
@@ -312,8 +366,8 @@ def stream_from(source: str, split: str | None, config: Any, reading: Reading = 
         split=split,
         size=size,
         channels=channels,
-        image_column=reading.image,
-        label_column=reading.label,
+        image_column=reading.image_column,
+        label_column=reading.label_column,
         skip_corrupt=reading.skip_corrupt,
     )
     say_read(images)
@@ -369,45 +423,6 @@ def new_passphrase() -> str:
     if given is not None:
         return given
     return str(typer.prompt("New passphrase", hide_input=True, confirmation_prompt=True, err=True))
-
-
-def diary_from(folder: Path | None, signing: Path | None, steps: int | None, keep: int) -> Any:
-    """The open diary that a run is to be entered in, or None.
-
-    Raises:
-        typer.BadParameter: one of folder and key is missing, or a number is none.
-    """
-    if (folder is None) != (signing is None):
-        raise typer.BadParameter("--diary and --diary-signing go together; give both")
-    if folder is None or signing is None:
-        return None
-    if keep < 0 or (steps is not None and steps < 1):
-        raise typer.BadParameter("--diary-steps is 1 or more, --diary-keep 0 or more")
-    from nnpassport.claims.signing import load_signing_key
-    from nnpassport.embedding.train.keeping import Diary, Pace
-
-    passphrase = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
-    secret = load_signing_key(signing, passphrase=passphrase)
-    return Diary(folder, secret, Pace(steps=steps, keep=keep))
-
-
-@contextmanager
-def journal_in(out: Path, resume: bool, tensorboard: bool, diary: Any = None) -> Iterator[Any]:
-    """The journal of a run, in `out`/training, with a bar on stderr while it is open."""
-    from nnpassport.embedding.train.loop import Journal
-    from nnpassport.embedding.train.loop import Progress as Step
-
-    with progress_bar("training") as show:
-
-        def step(now: Step) -> None:
-            facts = {"loss": now.loss, **now.measures}
-            text = "  ".join(f"{name} {value:.3f}" for name, value in facts.items())
-            show(now.step, now.steps, f"{text}  {now.images_per_second:.0f} images/s")
-
-        folder = out / "training"
-        yield Journal(
-            folder, resume=resume, show=step, prepare=show, tensorboard=tensorboard, diary=diary
-        )
 
 
 def _value(text: str) -> str | int | float | bool:

@@ -8,8 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from nnpassport.cli.options import AsJson, KeyFile, Passphrase, images_from, key_from
-from nnpassport.cli.terminal import after_all, print_table, print_verdict, progress_bar
+from nnpassport.cli.options import AsJson, KeyFile, Passphrase, Report, images_from, key_from
+from nnpassport.cli.terminal import (
+    after_all,
+    paged,
+    print_result,
+    print_table,
+    print_verdict,
+    progress_bar,
+)
 
 PROTOCOLS = ("huggingface", "openinference", "template", "instances", "multipart")
 
@@ -127,13 +134,12 @@ def probe(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal of --out.")] = (
         False
     ),
-    report: Annotated[
-        Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
-    ] = None,
+    report: Report = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Does a remote service run on your network? 0: yes. 1: no. 2: it could not be checked."""
+    from nnpassport.files.disk import write_atomically
     from nnpassport.keys.derive import triggers_of
     from nnpassport.verification.remote.asking import Limits, asking
     from nnpassport.verification.remote.plan import Terms
@@ -176,11 +182,10 @@ def probe(
             asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
         )
     facts = _facts(found, secret)
-    _print(found, facts, out, as_json)
-    if report is not None:
-        from nnpassport.report.verdict import write_probe_page
-
-        after_all(lambda: write_probe_page(facts, report), str(report))
+    print_result(facts, as_json, lambda: _print(found))
+    if out is not None:
+        after_all(lambda: write_atomically(out, json.dumps(facts, indent=2).encode()), str(out))
+    paged("nnpassport.report.verdict:write_probe_page", facts, report)
     raise typer.Exit(0 if found.verdict.accepted else 1)
 
 
@@ -193,17 +198,9 @@ def _facts(found: Any, key: Any) -> dict[str, Any]:
     return {**found.as_dict(), "key": known, "made_with": made}
 
 
-def _print(found: Any, facts: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    from nnpassport.files.disk import write_atomically
-
-    text = json.dumps(facts, indent=2)
-    if as_json:
-        typer.echo(text)
-    else:
-        print_verdict(found.verdict, False)
-        print_table(("", ""), _rows(found))
-    if out is not None:
-        after_all(lambda: write_atomically(out, text.encode()), str(out))
+def _print(found: Any) -> None:
+    print_verdict(found.verdict)
+    print_table(("", ""), _rows(found))
 
 
 def _open_inference(url: str, model: str | None, *how: Any) -> Any:

@@ -1,6 +1,5 @@
 """The commands `export` and `package`: a released network for those who have other tools."""
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nnpassport.cli.options import AsJson, Factory, Out
-from nnpassport.cli.terminal import errors, print_table
+from nnpassport.cli.terminal import errors, print_result, print_rows
 
 Released = Annotated[Path, typer.Argument(help="Model folder, from `release`.")]
 
@@ -30,13 +29,11 @@ def export(
     if ANCHOR in loaded.config.notes:
         raise typer.BadParameter(f"{source} is {loaded.config.notes[ANCHOR]}")
     done = export_onnx(loaded.model, torch.zeros(2, *loaded.config.input_size), onnx)
-    if as_json:
-        files = [str(path) for path in done.files]
-        typer.echo(json.dumps({"files": files, "left_out": done.left_out}, indent=2))
-        return
-    for path in done.files:
-        errors.print(str(path), markup=False, soft_wrap=True)
-    errors.print(f"{len(done.names)} tensors under their own names, {len(done.left_out)} left out")
+    files, left_out = [str(path) for path in done.files], done.left_out
+    told = f"{len(done.names)} tensors under their own names, {len(left_out)} left out"
+    lines = "\n".join([*files, told])
+    facts = {"files": files, "left_out": left_out}
+    print_result(facts, as_json, lambda: errors.print(lines, markup=False, soft_wrap=True))
 
 
 def package(
@@ -82,9 +79,7 @@ def package(
         source, claim, out, licence=licence, name=name, publish_claim=publish_claim, finish=finish
     )
     digests = {"folder": str(out), "weights": done.weights, "claim": done.claim}
-    if as_json:
-        typer.echo(json.dumps({**digests, "files": done.files}, indent=2))
-        return
-    print_table(("", ""), [*digests.items(), ("files", "\n".join(done.files))])
-    if licence is None:
+    rows = [*digests.items(), ("files", "\n".join(done.files))]
+    print_rows({**digests, "files": done.files}, as_json, rows)
+    if licence is None and not as_json:
         errors.print("The card names no license; --license says what others may do with it.")

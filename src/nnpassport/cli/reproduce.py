@@ -1,24 +1,86 @@
 """The command `reproduce`: the paper's tables and figures, run and rendered."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, final
 
 import typer
 
 from nnpassport.cli.options import AsJson
-from nnpassport.cli.terminal import errors, print_table, progress_bar
+from nnpassport.cli.spread import spread
+from nnpassport.cli.terminal import errors, print_result, print_rows, print_table, progress_bar
 
 if TYPE_CHECKING:
     from nnpassport.lab.cells import Cell
+    from nnpassport.lab.grid import Failure
     from nnpassport.lab.plans import Plan
     from nnpassport.lab.store import Store
 
 PARTS = ("table1", "table2", "table3", "table4", "fig2", "fig3", "fig4", "fig5")
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Where runs are kept, which of them there are to be, and how they are run."""
+
+    data: Annotated[Path | None, typer.Option(help="Folder of the images, as Parquet files.")] = (
+        None
+    )
+    results: Annotated[
+        Path, typer.Option(help="Results are kept here, one file a run; no secrets.")
+    ] = Path("results")
+    networks: Annotated[
+        Path, typer.Option(help="Networks are kept here with their owners' keys: secret.")
+    ] = Path("runs/reproduction")
+    seeds: Annotated[
+        str, typer.Option(help="Such as 0,1,2: a network each (default: the recipe's).")
+    ] = ""
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1
+    backend: Annotated[
+        str, typer.Option(help="loky (this machine), or the cluster of dask or ray.")
+    ] = "loky"
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what there is to run, and for how long.")
+    ] = False
+
+    @property
+    def store(self) -> "Store":
+        """Where results, networks and images are."""
+        from nnpassport.lab.store import Store
+
+        return Store(self.results, self.networks, self.data)
+
+    def run(self, title: str, cells: "Sequence[Cell]") -> "list[Failure]":
+        """Run what is missing of these cells, with a bar on stderr."""
+        from nnpassport.lab import grid
+
+        with progress_bar(title) as show:
+            return grid.run_grid(cells, self.store, jobs=self.jobs, backend=self.backend, show=show)
+
+    def end(
+        self,
+        cells: "Sequence[Cell]",
+        failures: "Sequence[Failure]",
+        made: Mapping[str, str | Sequence[str]],
+        as_json: bool,
+    ) -> NoReturn:
+        """Say what was run and `made` of it; exit code 2 if something could not be run."""
+        done = sum(self.store.done(cell) for cell in cells)
+        failed = {failure.cell.slug: failure.reason for failure in failures}
+        lines = {n: each if isinstance(each, str) else "\n".join(each) for n, each in made.items()}
+        facts = {"cells": len(cells), "done": done, "failed": failed, **made}
+        print_rows(facts, as_json, [("runs", f"{done} of {len(cells)}"), *lines.items()])
+        for name, reason in failed.items():
+            errors.print(f"not run: {name}: {reason}", markup=False)
+        raise typer.Exit(2 if failures else 0)
+
+
+OF_THE_PAPER = Grid(results=Path("results/reproduction"))
+
+
+@spread
 def reproduce(
     what: Annotated[list[str], typer.Argument(help=f"{', '.join(PARTS)}, or all.")],
     recipe: Annotated[
@@ -27,31 +89,13 @@ def reproduce(
             help="steady, short, gpu, gpu-short, paper, sound, or trial (embedded digits)."
         ),
     ] = "short",
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the images, as Parquet files.")
-    ] = None,
-    results: Annotated[
-        Path, typer.Option(help="Results are kept here, one file a run; no secrets.")
-    ] = Path("results/reproduction"),
-    networks: Annotated[
-        Path, typer.Option(help="Networks are kept here with their owners' keys: secret.")
-    ] = Path("runs/reproduction"),
+    grid: Grid = OF_THE_PAPER,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The page (default: in --results).")
     ] = None,
-    seeds: Annotated[
-        str, typer.Option(help="Such as 0,1,2: a network each (default: the recipe's).")
-    ] = "",
     architecture: Annotated[
         list[str] | None, typer.Option(help="Only this one; repeatable (default: the recipe's).")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1,
-    backend: Annotated[
-        str, typer.Option(help="loky (this machine), or the cluster of dask or ray.")
-    ] = "loky",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what there is to run, and for how long.")
-    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of the paper's tables and figures, and render them all.
@@ -59,41 +103,25 @@ def reproduce(
     What was run is never run again; what was interrupted goes on. Exit code 2 if something could
     not be run.
     """
-    from nnpassport.lab import grid
-    from nnpassport.lab.paper import (
-        contents,
-        document,
-    )
+    from nnpassport.lab.paper import contents, document
     from nnpassport.lab.plans import PLANS, plan_named
-    from nnpassport.lab.store import Store
 
     named = [part for word in what for part in (PARTS if word == "all" else (word,))]
     parts = tuple(dict.fromkeys(named))
-    plan = narrowed(plan_named(recipe), seeds, architecture or ())
-    store = Store(results, networks, data)
+    plan = narrowed(plan_named(recipe), grid.seeds, architecture or ())
     cells = contents.cells_of(plan, parts)
-    if dry_run:
-        print_plan(cells, store, jobs, as_json, costs_too="table4" in parts)
+    if grid.dry_run:
+        print_plan(cells, grid.store, grid.jobs, as_json, costs_too="table4" in parts)
         raise typer.Exit(0)
-    with progress_bar("reproduce") as show:
-        failures = grid.run_grid(cells, store, jobs=jobs, backend=backend, show=show)
+    failures = grid.run("reproduce", cells)
     if "table4" in parts:
         from nnpassport.lab.paper.costs import measure_costs
 
         with progress_bar("table4") as show:
-            measure_costs(results, quick=recipe == "trial", show=show)
-    page = out or results / "reproduction.md"
-    document.render(results, PLANS.values(), page)
-    done = sum(store.done(cell) for cell in cells)
-    if as_json:
-        failed = {failure.cell.slug: failure.reason for failure in failures}
-        summary = {"cells": len(cells), "done": done, "failed": failed, "page": str(page)}
-        typer.echo(json.dumps(summary, indent=2))
-    else:
-        print_table(("", ""), [("runs", f"{done} of {len(cells)}"), ("page", str(page))])
-    for failure in failures:
-        errors.print(f"not run: {failure.cell.slug}: {failure.reason}", markup=False)
-    raise typer.Exit(2 if failures else 0)
+            measure_costs(grid.results, quick=recipe == "trial", show=show)
+    page = out or grid.results / "reproduction.md"
+    document.render(grid.results, PLANS.values(), page)
+    grid.end(cells, failures, {"page": str(page)}, as_json)
 
 
 def narrowed(plan: "Plan", seeds: str, architectures: Sequence[str]) -> "Plan":
@@ -149,14 +177,15 @@ def print_plan(
         state = "done" if there else f"to run, {costs.MINUTES:g} minutes at most"
         rows.append({"cell": "costs of Table 4", "state": state, "seconds": None})
     total = sum(value for value in known.values() if value is not None) / jobs
-    if as_json:
-        typer.echo(json.dumps({"cells": rows, "jobs": jobs, "seconds": total}, indent=2))
-        return
-    print_table(
-        ("run", "state", "about"),
-        [(r["cell"], r["state"], _words(r["seconds"])) for r in rows],
-    )
-    print_table(("", ""), [("to run", str(len(to_run))), (f"with {jobs} jobs", _words(total))])
+
+    def told() -> None:
+        print_table(
+            ("run", "state", "about"),
+            [(r["cell"], r["state"], _words(r["seconds"])) for r in rows],
+        )
+        print_table(("", ""), [("to run", str(len(to_run))), (f"with {jobs} jobs", _words(total))])
+
+    print_result({"cells": rows, "jobs": jobs, "seconds": total}, as_json, told)
 
 
 def _words(seconds: float | None) -> str:

@@ -30,6 +30,7 @@ from rich.text import Text
 
 from nnpassport import __version__
 from nnpassport.embedding.train.processes import leads
+from nnpassport.lazy import load
 from nnpassport.scheme import OwnershipError, UnmarkedWarning, Verdict, spelled
 
 # No markup: a path or a name may be [/b].
@@ -180,18 +181,13 @@ def print_metrics(out: Path, metrics: Any, as_json: bool) -> None:
     """Print what a run measured, in percent, or as JSON as it is; one process of several does."""
     if not leads():
         return
-    if as_json:
-        typer.echo(json.dumps({"folder": str(out), "metrics": dict(metrics)}, indent=2))
-        return
-    print_table((str(out), "%"), [(n, f"{100 * value:.2f}") for n, value in metrics.items()])
+    rows = [(n, f"{100 * value:.2f}") for n, value in metrics.items()]
+    facts = {"folder": str(out), "metrics": dict(metrics)}
+    print_result(facts, as_json, lambda: print_table((str(out), "%"), rows))
 
 
-def print_verdict(verdict: Verdict, as_json: bool) -> None:
-    """Print a verdict and all that it rests on."""
-    facts = verdict.as_dict()
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-        return
+def print_verdict(verdict: Verdict) -> None:
+    """Print a verdict and all that it rests on, for people."""
     Console().print("ACCEPTED" if verdict.accepted else "REFUSED", style="bold")
     p = "none" if verdict.log10_p_value is None else f"10^{verdict.log10_p_value:.1f}"
     rows = [
@@ -258,6 +254,27 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
 def shown(text: str, style: str = "") -> Text:
     """Anybody's text for a terminal: an owner's name or a file's is no markup and no command."""
     return Text(spelled(text), style=style)
+
+
+def print_result(
+    facts: Any, as_json: bool, told: Callable[[], object], *, ensure_ascii: bool = True
+) -> None:
+    """Print a result on stdout: as JSON, or as `told` does for people."""
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, ensure_ascii=ensure_ascii))
+    else:
+        told()
+
+
+def print_rows(facts: Any, as_json: bool, rows: Sequence[tuple[str, ...]]) -> None:
+    """The same with a table of these rows, without a head."""
+    print_result(facts, as_json, lambda: print_table(("", ""), rows))
+
+
+def paged(write: str, facts: Any, report: Path | None) -> None:
+    """Also write the page of a printed result; `write` is where what does it is."""
+    if report is not None:
+        after_all(lambda: load(write)(facts, report), str(report))
 
 
 def after_all(write: Callable[[], object], what: str) -> None:

@@ -1,13 +1,12 @@
 """The command `trace`: whose copies a network was made of."""
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from nnpassport.cli.options import AsJson, KeyFile, Passphrase, key_from
-from nnpassport.cli.terminal import print_table
+from nnpassport.cli.terminal import print_result, print_rows, print_table
 
 
 def trace(
@@ -45,23 +44,20 @@ def trace(
 
     found = trace_file(suspect, key_from(key, passphrase))
     shares = {user: found.shares[user] for user in found.users}
-    if as_json:
-        facts = {
-            "users": list(found.users),
-            "published": list(found.published),
-            "shares": {str(user): share for user, share in shares.items()},
-            "scores": {str(user): found.scores[user] for user in found.users},
-            "verdict": found.verdict.as_dict(),
-        }
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        named = ", ".join(f"{user} ({100 * share:.0f} %)" for user, share in shares.items())
-        rows = [
-            ("mark", found.verdict.reason),
-            ("users, and their shares", named or "nobody"),
-            ("by the paper's rule", ", ".join(map(str, found.published)) or "nobody"),
-        ]
-        print_table(("", ""), rows)
+    facts = {
+        "users": list(found.users),
+        "published": list(found.published),
+        "shares": {str(user): share for user, share in shares.items()},
+        "scores": {str(user): found.scores[user] for user in found.users},
+        "verdict": found.verdict.as_dict(),
+    }
+    named = ", ".join(f"{user} ({100 * share:.0f} %)" for user, share in shares.items())
+    rows = [
+        ("mark", found.verdict.reason),
+        ("users, and their shares", named or "nobody"),
+        ("by the paper's rule", ", ".join(map(str, found.published)) or "nobody"),
+    ]
+    print_rows(facts, as_json, rows)
     raise typer.Exit(0 if found.users else 1)
 
 
@@ -75,26 +71,28 @@ def _trace_order(
     as_json: bool,
 ) -> None:
     from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
-    from nnpassport.report.page import small
     from nnpassport.verification.licensees import read_original, trace_order
 
     secret = key_from(key, passphrase)
     threshold = LOG10_ALPHA_UNCOMMITTED if alpha is None else alpha
     found = trace_order(suspect, secret, read_original(original), licensees, log10_alpha=threshold)
-    if as_json:
-        typer.echo(json.dumps(found.as_dict(), indent=2))
-    else:
-        rows = [
-            (
-                each.name,
-                f"{each.fixed} of {each.units}",
-                str(each.axes),
-                small(each.log10_p),
-                "named" if each.name in found.named else "",
-            )
-            for each in found.found
-        ]
-        print_table(("licensee", "units in place", "by chance", "p, for all names", ""), rows)
-        if found.verdict is not None:
-            print_table(("", ""), [("the key's mark, order undone", found.verdict.reason)])
+    print_result(found.as_dict(), as_json, lambda: _print_leak(found))
     raise typer.Exit(0 if found.named else 1)
+
+
+def _print_leak(found: Any) -> None:
+    from nnpassport.report.page import small
+
+    rows = [
+        (
+            each.name,
+            f"{each.fixed} of {each.units}",
+            str(each.axes),
+            small(each.log10_p),
+            "named" if each.name in found.named else "",
+        )
+        for each in found.found
+    ]
+    print_table(("licensee", "units in place", "by chance", "p, for all names", ""), rows)
+    if found.verdict is not None:
+        print_table(("", ""), [("the key's mark, order undone", found.verdict.reason)])

@@ -1,6 +1,5 @@
 """The commands `verify` and `judge`: one key and one suspect, or rival claims to it."""
 
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,20 +9,20 @@ import typer
 from nnpassport.cli.options import (
     AsJson,
     Factory,
-    ImageColumn,
     KeyFile,
-    LabelColumn,
     OptionalImages,
     Passphrase,
     Reading,
-    SkipCorrupt,
+    Report,
     Split,
     images_from,
     key_from,
 )
+from nnpassport.cli.spread import spread
 from nnpassport.cli.terminal import (
-    after_all,
     errors,
+    paged,
+    print_result,
     print_ruling,
     print_verdict,
     progress_bar,
@@ -57,19 +56,16 @@ Roots = Annotated[
     list[Path] | None,
     typer.Option("--root", help="Root certificate of a timestamp authority, PEM; repeatable."),
 ]
-Report = Annotated[
-    Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
-]
 
 
+@spread
 def verify(
+    *,
     suspect: Suspect,
     key: KeyFile,
     data: OptionalImages = None,
     split: Split = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    skip_corrupt: SkipCorrupt = False,
+    reading: Reading,
     target: Annotated[
         float | None,
         typer.Option(help="Accuracy that was declared, 0 to 1 (default: the claim's, or its own)."),
@@ -150,7 +146,6 @@ def verify(
     _check_alpha(alpha, standing)
     if like is not None and standing is not None:
         check_config(like, None if standing.claim is None else standing.claim.network)
-    reading = Reading(image_column, label_column, skip_corrupt)
     options = verification.Options(
         reference=None if like is None else read_config(like),
         trusted_factory=factory,
@@ -187,18 +182,14 @@ def verify(
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
         "made_with": made_with(),
     }
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        print_verdict(verdict, False)
-    if report is not None:
-        from nnpassport.report.verdict import write_verdict_page
-
-        after_all(lambda: write_verdict_page(facts, report), str(report))
+    print_result(facts, as_json, lambda: print_verdict(verdict))
+    paged("nnpassport.report.verdict:write_verdict_page", facts, report)
     raise typer.Exit(0 if verdict.accepted else 1)
 
 
+@spread
 def judge(
+    *,
     suspect: Suspect,
     exhibits: Annotated[
         list[Path], typer.Argument(help="A folder of each claimant, from `claim disclose`.")
@@ -209,9 +200,7 @@ def judge(
     unrelated: Unrelated = None,
     data: OptionalImages = None,
     split: Split = None,
-    image_column: ImageColumn = None,
-    label_column: LabelColumn = None,
-    skip_corrupt: SkipCorrupt = False,
+    reading: Reading,
     report: Report = None,
     as_json: AsJson = False,
 ) -> None:
@@ -221,8 +210,7 @@ def judge(
     from nnpassport.verification import hearing
     from nnpassport.verification import verdicts as verification
 
-    images, reading = {}, Reading(image_column, label_column, skip_corrupt)
-    there = files.Suspect(suspect, entry)
+    there, images = files.Suspect(suspect, entry), {}
     if data is not None:
         from nnpassport.embedding import measured
 
@@ -236,14 +224,8 @@ def judge(
     facts = heard.as_dict()
     facts["suspect"]["file"] = str(suspect)
     facts["made_with"] = made_with()
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        print_ruling(facts)
-    if report is not None:
-        from nnpassport.report.verdict import write_hearing_page
-
-        after_all(lambda: write_hearing_page(facts, report), str(report))
+    print_result(facts, as_json, lambda: print_ruling(facts))
+    paged("nnpassport.report.verdict:write_hearing_page", facts, report)
     codes = {"owner": 0, "shared": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
 
