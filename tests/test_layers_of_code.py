@@ -10,7 +10,7 @@ import nnpassport
 ROOT = Path(nnpassport.__file__).parent
 
 FLOORS = (
-    "scheme lazy",
+    "scheme lazy progress",
     "catalog",
     "files.disk",
     "files.arrays",

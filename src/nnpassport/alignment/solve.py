@@ -21,6 +21,7 @@ from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.alignment.canonical import Weights, canonical, reads
 from nnpassport.alignment.directions import Free
 from nnpassport.alignment.refine import Fit, begun, refined
+from nnpassport.progress import counted
 
 Matrix = NDArray[np.float64]
 SWEEPS = 3
@@ -176,9 +177,9 @@ class Aligner:
             unit = max(waiting, key=lambda each: self._anchored(each, work))
             self.solve(unit, work)
             waiting.remove(unit)
-        for _ in range(SWEEPS):
+        for sweep in range(SWEEPS):
             self._free_directions(work)
-            for unit in self.units:
+            for unit in counted(self.units, f"putting units in order, {sweep + 1} of {SWEEPS}"):
                 self.solve(unit, work)
         for attention in self.attentions:
             self._solve_heads(attention, work)

@@ -37,6 +37,7 @@ from nnpassport.embedding.axes import axes_of, put_tensor, untied
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
 from nnpassport.embedding.network.prove import TOLERANCE, reordered
 from nnpassport.embedding.network.survey import Site, survey
+from nnpassport.progress import counted
 from nnpassport.scheme import BadRecipeError
 
 SPREAD = 4.0
@@ -96,7 +97,7 @@ def move(
         raise BadRecipeError(f"there is no move {unknown[0]!r}; needed: some of {', '.join(KINDS)}")
     subject = _Subject(model, example)
     done, undone = dict[str, int](), dict[str, int]()
-    for kind in chosen:
+    for kind in counted(chosen, "free moves"):
         acts = list(KINDS[kind](subject))
         made = subject.attempt(acts, rng) if acts else 0
         done[kind], undone[kind] = made, len(acts) - made

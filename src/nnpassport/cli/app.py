@@ -59,6 +59,7 @@ from nnpassport.cli.terminal import (
     print_verdict,
     progress_bar,
     tell,
+    told_with_bars,
     warned_in_words,
 )
 from nnpassport.embedding.train.processes import world
@@ -456,7 +457,7 @@ def main() -> None:
     """Run the command line and exit; anything unexpected is "could not be checked", never "no"."""
     words = heeded(sys.argv[1:])
     try:
-        with measured(), warned_in_words():
+        with measured(), warned_in_words(), told_with_bars():
             code = app(words, standalone_mode=False)
     except OwnershipError as error:
         if _first_to_say(type(error).__name__):

@@ -21,6 +21,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -31,6 +32,7 @@ from rich.text import Text
 from nnpassport import __version__
 from nnpassport.embedding.train.processes import leads
 from nnpassport.lazy import load
+from nnpassport.progress import heard_by
 from nnpassport.scheme import OwnershipError, UnmarkedWarning, Verdict, spelled
 
 # No markup: a path or a name may be [/b].
@@ -66,6 +68,7 @@ DOORS = (
 
 _QUIET, _VERBOSE = "--quiet", "--verbose"
 _talkative = False
+_AT_ONCE = 1.0  # seconds that nobody needs a bar for
 
 
 def heeded(words: Sequence[str]) -> list[str]:
@@ -158,7 +161,68 @@ def complain(what: str, why: str, would_work: str, error: BaseException) -> None
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Any]:
-    """A bar on stderr; yields the function to call with (done, total) or (done, total, text)."""
+    """A bar on stderr; yields the function to call with (done, total) or (done, total, text).
+
+    What acts inside tell of themselves (`nnpassport.progress`) has a bar of its own below it.
+    """
+    _alone.end()
+    with _bars() as bars:
+        task = bars.add_task(spelled(title), total=1, note="")
+
+        def show(done: float, total: float, text: str | None = None) -> None:
+            bars.update(task, completed=done, total=total, note=spelled(text or ""))
+
+        with heard_by(_Told(bars)):
+            yield show
+
+
+@contextmanager
+def told_with_bars() -> Iterator[None]:
+    """What acts tell of themselves is shown while they last, once a second has gone by."""
+    ready, told = time.monotonic() + _AT_ONCE, _alone
+
+    def hear(done: float, total: float, what: str) -> None:
+        if done >= total:
+            told.end()
+        elif time.monotonic() > ready:
+            told(done, total, what)
+
+    try:
+        with heard_by(hear):
+            yield
+    finally:
+        told.end()
+
+
+class _Told:
+    """The bar of what acts tell: among other bars, or by itself while there is what to show."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._within, self._bars = bars, bars
+        self._task: TaskID | None = None
+
+    def __call__(self, done: float, total: float, what: str) -> None:
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        if self._task is None:
+            self._task = self._bars.add_task("", total=total, note="")
+        going = done < total
+        self._bars.update(
+            self._task, description=spelled(what), completed=done, total=total, visible=going
+        )
+
+    def end(self) -> None:
+        """Take the bar away, so that results can be printed."""
+        if self._within is None and self._bars is not None:
+            self._bars.stop()
+            self._bars, self._task = None, None
+
+
+_alone = _Told(None)
+
+
+def _bars() -> Progress:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -168,13 +232,7 @@ def progress_bar(title: str) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, transient=True, disable=not leads()) as progress:
-        task = progress.add_task(spelled(title), total=1, note="")
-
-        def show(done: float, total: float, text: str | None = None) -> None:
-            progress.update(task, completed=done, total=total, note=spelled(text or ""))
-
-        yield show
+    return Progress(*columns, console=errors, transient=True, disable=not leads())
 
 
 def print_metrics(out: Path, metrics: Any, as_json: bool) -> None:

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
+from nnpassport.progress import counted
 
 TOLERANCE = 1e-6
 """How far outputs may move, relative to the largest; double precision moves them by some 1e-14."""
@@ -36,10 +37,11 @@ def prove(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> A
     moved = _mover(model, example, seed)
     wrong: set[int] = set()
     numbers = range(len(axes.axes))
-    for bit in range(max(1, (len(axes.axes) - 1).bit_length())):
-        for value in (0, 1):
-            chosen = [n for n in numbers if (n >> bit) & 1 == value and n not in wrong]
-            wrong |= _wrong(chosen, axes.axes, moved)
+    bits = range(max(1, (len(numbers) - 1).bit_length()))
+    rounds = [(bit, value) for bit in bits for value in (0, 1)]
+    for bit, value in counted(rounds, "trying the network's axes"):
+        chosen = [n for n in numbers if (n >> bit) & 1 == value and n not in wrong]
+        wrong |= _wrong(chosen, axes.axes, moved)
     return replace(axes, axes=tuple(axes.axes[n] for n in numbers if n not in wrong))
 
 

@@ -45,6 +45,7 @@ from nnpassport.embedding.train.team import (
     wrapped,
 )
 from nnpassport.files.disk import write_atomically
+from nnpassport.progress import tell
 from nnpassport.scheme import BadRecipeError, Batch
 
 
@@ -145,6 +146,10 @@ Evaluation = Callable[[nn.Module], Mapping[str, float]]
 _AGREED_EVERY = 10  # steps: so often several processes ask one another whether to save or stop
 
 
+def _told(now: "Progress") -> None:
+    tell(now.step, now.steps, "training")
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Journal:
@@ -153,7 +158,7 @@ class Journal:
     Attributes:
         folder: gets `metrics.jsonl` and `training.pt`; None writes nothing.
         resume: continue from the folder's checkpoint, if it has one.
-        show: called every tenth step.
+        show: called every tenth step; the default tells whoever listens (`progress`).
         prepare: called while what comes before the first step is done, with how much of it is, of
             how much, and what is next.
         tensorboard: also write TensorBoard events (needs the `tensorboard` extra).
@@ -163,7 +168,7 @@ class Journal:
 
     folder: Path | None = None
     resume: bool = False
-    show: "Callable[[Progress], None]" = lambda _: None
+    show: "Callable[[Progress], None]" = _told
     prepare: Callable[[float, float, str], None] = lambda *_: None
     tensorboard: bool = False
     checkpoint_every: float = 120.0
