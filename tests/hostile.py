@@ -20,6 +20,7 @@ import threading
 import zipfile
 import zlib
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from PIL import Image
 from pyarrow import parquet
 
-from nnpassport.claims import timestamp
+from nnpassport.claims import diary, entries, timestamp
 from nnpassport.claims.claim import PAYLOAD_TYPE, check_claim, claim_of, sign_claim
 from nnpassport.claims.claimfile import (
     SignedClaim,
@@ -44,8 +45,11 @@ from nnpassport.claims.claimfile import (
     timestamped_bytes,
 )
 from nnpassport.claims.signing import (
+    document_of,
+    envelope_from,
     load_public_key,
     load_signing_key,
+    open_envelope,
     public_from_hex,
     public_hex,
     sign,
@@ -532,6 +536,7 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
     def stamped_file(data: bytes) -> None:
         open_file(encode_signed(stamped._replace(response=data)))
 
+    told = diary_parsers(folder)
     public, secret = _pems()
     root = (GOLDEN / "claim-v1-root.pem").read_bytes()
     projected = LayerShape("fc", (4, 10), (10, 1), Geometry(), 6)
@@ -560,6 +565,7 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
         "answer of an authority": Parser(
             _answers(stamped.response or b""), _bytes, answer, share=20
         ),
+        **told,
         "public key": Parser(public, _pem, _file(folder / "pub.pem", load_public_key)),
         "public key in hex": Parser(
             (public_hex(OWNER).encode(),),
@@ -570,6 +576,50 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
         "root certificates": Parser(
             (root,), _pem, _file(folder / "root.pem", timestamp.load_roots)
         ),
+    }
+
+
+def diary_parsers(folder: Path) -> dict[str, Parser]:
+    """Diaries: a whole file, what an owner signed into one, and tokens beside it."""
+    golden = GOLDEN / "diary-v1"
+    lines = (golden / diary.DIARY_FILE).read_bytes()
+    stamps = (golden / diary.STAMPS_FILE).read_bytes()
+    owner = load_public_key(GOLDEN / "claim-v1-owner.pub.pem")
+    roots = timestamp.load_roots(golden / "root.pem")
+    home = folder / "diary"
+    home.mkdir(exist_ok=True)
+
+    def read(_: object) -> None:
+        found = diary.check(home, owner, roots=roots)
+        found.as_dict()
+
+    def whole(data: bytes) -> None:
+        (home / diary.STAMPS_FILE).write_bytes(stamps)
+        (home / diary.DIARY_FILE).write_bytes(data)
+        read(None)
+
+    def tokens(data: bytes) -> None:
+        (home / diary.DIARY_FILE).write_bytes(lines)
+        (home / diary.STAMPS_FILE).write_bytes(data + b"\n")
+        read(None)
+
+    def payload(data: bytes) -> None:
+        document = document_of(sign(data, entries.PAYLOAD_TYPE, SIGNING))
+        entries.opened(canonical_json(document), OWNER)
+
+    facts, day = (
+        entries.Facts(3, "ab" * 32, metrics={"loss": 0.5}),
+        datetime(2026, 1, 1, tzinfo=UTC),
+    )
+    begun = entries.written(facts, SIGNING, None, date=day)
+    return {
+        "diary": Parser((lines,), _bytes, whole),
+        "entry of a diary": Parser(
+            (open_envelope(envelope_from(json.loads(begun)), entries.PAYLOAD_TYPE, OWNER),),
+            _json,
+            payload,
+        ),
+        "timestamps of a diary": Parser((stamps.rstrip(b"\n"),), _json, tokens),
     }
 
 

@@ -12,9 +12,11 @@ import nnpassport
 from nnpassport.alignment.table import read_table
 from nnpassport.claims.claim import check_claim
 from nnpassport.claims.claimfile import read_signed
+from nnpassport.claims.diary import check, configuration
 from nnpassport.claims.signing import load_public_key
 from nnpassport.claims.timestamp import load_roots
 from nnpassport.files.config import read_config
+from nnpassport.verification.continuity import is_named
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.append(str(GOLDEN))
@@ -86,6 +88,18 @@ def test_a_table_of_axes_is_read():
 def test_an_exhibit_is_heard(call):
     code, out, _ = call("judge", GOLDEN / "network-v1", GOLDEN / "exhibit-v1")
     assert (code, out.splitlines()[0]) == (0, "OWNER: exhibit-v1")
+
+
+def test_a_diary_holds_and_is_dated():
+    folder = GOLDEN / "diary-v1"
+    owner = load_public_key(GOLDEN / "claim-v1-owner.pub.pem")
+    found = check(folder, owner, roots=load_roots(folder / "root.pem"))
+    assert found.holds
+    assert [each.facts.step for each in found.entries] == [0, 0, 10]
+    assert found.entries[2].facts.metrics == {"loss": 0.25}
+    assert found.dated(2) is not None
+    assert configuration(folder, found.entries[1].facts.configuration)
+    assert is_named(folder, found.entries[1]) is None
 
 
 def test_the_table_of_formats_names_every_golden_file():

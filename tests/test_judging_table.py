@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "judging.md"
 DAY = datetime(2026, 1, 1, tzinfo=UTC)
 BLUR = timedelta(seconds=2)
 
-DATES = ("none", "after the suspect", "second", "first")
+DATES = ("none", "after the suspect", "second", "first", "diary")
 NETWORKS = ("none", "idle", "in the suspect")
 MARKS = ("not looked for", "absent", "aligned", "stands")
 KINSHIP = (True, False)
@@ -52,7 +52,10 @@ SPANS = {
     "after the suspect": (DAY + timedelta(days=90), DAY + timedelta(days=90) + BLUR),
     "second": (DAY + timedelta(days=1), DAY + timedelta(days=1) + BLUR),
     "first": (DAY, DAY + BLUR),
+    "diary": None,
 }
+BEGUN = (DAY - timedelta(days=30), DAY - timedelta(days=30) + BLUR)
+"""When the first checkpoint that counts was stamped: claims were slower."""
 
 
 @cache
@@ -71,6 +74,7 @@ def claimant(name, has, *, akin=False, carries=None, others=("a", "b")):
         related=has.network != "none",
         akin={other: akin for other in others if other != name},
         work=work,
+        trained=BEGUN if has.date == "diary" and has.network != "none" else None,
     )
 
 
@@ -90,8 +94,8 @@ def owner(ruled):
 
 
 def dated(has):
-    """Whether he has a dated network that the suspect was made from."""
-    return has.date in {"first", "second"} and has.network == "in the suspect"
+    """Whether he has a dated network that the suspect was made from, by claim or by diary."""
+    return has.date in {"first", "second", "diary"} and has.network == "in the suspect"
 
 
 def kin(x, y, akin):
@@ -121,6 +125,15 @@ ROWS = (
         "X",
         "Y's network was made from one of X's; no date says otherwise",
         lambda x, y, akin, works: x.mark == "stands" and y.mark == "absent",
+    ),
+    Row(
+        "a diary with a checkpoint in the suspect, dated before any network of Y's",
+        "a network dated later by claim or diary, and one of the two was made from the other",
+        "X",
+        "X was training it when Y had nothing; that Y claimed it first is no matter",
+        lambda x, y, akin, works: (
+            dated(x) and x.date == "diary" and dated(y) and y.date != "diary" and kin(x, y, akin)
+        ),
     ),
     Row(
         "a dated network in the suspect",
@@ -196,7 +209,7 @@ def test_the_code_rules_as_the_table_says_in_every_case():
         for akin, works in product(KINSHIP, WORKS):
             assert owner(ruling(a, b, akin, works)) == by_the_table(a, b, akin, works)
             cases += 1
-    assert cases == 18_432
+    assert cases == 28_800
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.x)
@@ -231,7 +244,8 @@ def test_names_and_order_do_not_matter():
 
 BETTER = {"b": 0, "undecided": 1, "shared": 2, "a": 3}
 STRONGER = [
-    *(("date", pair) for pair in combinations(DATES, 2)),
+    # Not from "first" to "diary": who has the diary alone has lost the date of his claim.
+    *(("date", pair) for pair in combinations(DATES, 2) if pair != ("first", "diary")),
     *(("network", (less, "in the suspect")) for less in NETWORKS[:2]),
     *(("mark", pair) for pair in [("absent", "aligned"), ("absent", "stands")]),
     *(("mark", pair) for pair in [("aligned", "stands"), ("not looked for", "stands")]),
@@ -247,6 +261,18 @@ def test_more_evidence_never_moves_the_ruling_away(what, change):
         for akin, works in product(KINSHIP, WORKS):
             before = owner(ruling(a, b, akin, works))
             after = owner(ruling(a._replace(**{what: more}), b, akin, works))
+            assert BETTER[after] >= BETTER[before]
+
+
+def test_a_diary_beside_a_claim_never_moves_the_ruling_away():
+    for a, b in product(HAVINGS, HAVINGS):
+        if a.network == "none" or a.date == "diary":
+            continue
+        for akin, carries in product(KINSHIP, (None, 0.7)):
+            mine = claimant("a", a, akin=akin, carries=carries)
+            his = claimant("b", b, akin=akin, carries=carries)
+            before = owner(rule([mine, his]))
+            after = owner(rule([replace(mine, trained=BEGUN), his]))
             assert BETTER[after] >= BETTER[before]
 
 
@@ -279,7 +305,7 @@ def cheap(has, akin):
     """
     if has.date == "first" and has.network == "in the suspect" and has.mark == "aligned":
         return False
-    return not (akin and has.date in {"first", "second"} and has.network == "in the suspect")
+    return not (akin and dated(has))
 
 
 def test_no_cheap_act_of_a_rival_makes_a_provable_owner_undecided():

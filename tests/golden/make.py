@@ -9,6 +9,7 @@ index.json. The keys are of seeds that stand here, so they are secret to nobody.
 import hashlib
 import json
 import sys
+import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,17 +22,28 @@ from torch import nn
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent)]
 
+from authority import Signer, certificate, new_key, pem  # noqa: E402 - found by the line above
 from constructed import marked as constructed  # noqa: E402 - found by the line above
 from constructed import small_alexnet  # noqa: E402
+from rfc3161_client import HashAlgorithm, TimestampRequestBuilder  # noqa: E402
 
 import nnpassport  # noqa: E402
 from nnpassport.claims.claim import claim_of, sign_claim  # noqa: E402
 from nnpassport.claims.claimfile import write_signed  # noqa: E402
+from nnpassport.claims.diary import DIARY_FILE, STAMPS_FILE, begin, stated  # noqa: E402
+from nnpassport.claims.timestamp import _in_order  # noqa: E402
 from nnpassport.data.images import Normalisation, read_images  # noqa: E402
 from nnpassport.embedding.checkpoint import save_model  # noqa: E402
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest  # noqa: E402
+from nnpassport.embedding.train.keeping import Diary, Pace  # noqa: E402
 from nnpassport.files.config import ModelConfig  # noqa: E402
-from nnpassport.keys.context import Context, LayerShape, TriggerShape  # noqa: E402
+from nnpassport.keys.context import (  # noqa: E402
+    Context,
+    LayerShape,
+    TriggerShape,
+    base64_text,
+    canonical_json,
+)
 from nnpassport.keys.geometry import Geometry  # noqa: E402
 from nnpassport.keys.key import Key  # noqa: E402
 from nnpassport.verification.hearing import disclose  # noqa: E402
@@ -50,6 +62,7 @@ def main():
     keys()
     network()
     channels()
+    diary()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -148,6 +161,30 @@ def channels():
     state = carrier.released().state_dict()
     kept = {name: tensor for name, tensor in state.items() if name.startswith(("3.", "4."))}
     save_file(kept, HERE / "suspect-v1-channels.safetensors")
+
+
+def diary():
+    """Three entries, a kept checkpoint, and a token by an authority whose root lies beside it."""
+    folder = HERE / "diary-v1"
+    if folder.exists():
+        return
+    begin(folder, SIGNING, "golden")
+    kept = Diary(folder, SIGNING, Pace(keep=2))
+    weights = {"fc.weight": torch.arange(12.0).view(3, 4)}
+    how = stated({"recipe": None})
+    kept.enter_network(0, weights, configuration=how, data="ab" * 32)
+    kept.enter_network(10, weights, metrics={"loss": 0.25}, note="the last")
+    with tempfile.TemporaryDirectory() as temporary:
+        root_key, key = new_key(), new_key()
+        root = certificate("A golden root", root_key, ca=True)
+        (folder / "root.pem").write_bytes(pem(root))
+        signed = certificate("A golden authority", key, (root, root_key))
+        signer = Signer(Path(temporary) / "tsa", key, signed)
+        line = (folder / DIARY_FILE).read_bytes().split(b"\n")[2]
+        query = TimestampRequestBuilder(line, HashAlgorithm.SHA256, nonce=True, cert_req=True)
+        response = _in_order(signer.answer(query.build().as_bytes()))
+    token = canonical_json({"entry": 2, "response": base64_text(response)})
+    (folder / STAMPS_FILE).write_bytes(token + b"\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from nnpassport.claims.claimfile import canonical_object
 from nnpassport.claims.entries import MAX_ENTRY_BYTES, Entry, Facts, Line, chained, opened, written
-from nnpassport.claims.signing import public_from_hex, read_small
+from nnpassport.claims.signing import envelope_from, public_from_hex, read_small
 from nnpassport.claims.timestamp import (
     MAX_RESPONSE_BYTES,
     Timestamp,
@@ -36,7 +36,6 @@ from nnpassport.scheme import (
     BadSignatureError,
     NoTimestampError,
     UnreadableClaimError,
-    UnreadableKeyError,
     UnwritableOutputError,
 )
 
@@ -205,7 +204,7 @@ def stamp(folder: Path, url: str, roots: Sequence[x509.Certificate]) -> int:
         UnwritableOutputError: the token cannot be written.
     """
     _, line = _last_line(folder / DIARY_FILE)
-    keyid = canonical_object(line, "entry of a diary")["signatures"][0]["keyid"]
+    keyid = envelope_from(canonical_object(line, "entry of a diary")).keyid
     number = opened(line, public_from_hex(keyid)).entry.number
     response = request_timestamp(line, url, roots)
     told = canonical_json({"entry": number, "response": base64_text(response)})
@@ -215,22 +214,6 @@ def stamp(folder: Path, url: str, roots: Sequence[x509.Certificate]) -> int:
         file.flush()
         os.fsync(file.fileno())
     return number
-
-
-def signer_of(folder: Path) -> Ed25519PublicKey:
-    """The public key that a diary says it is signed with: its own word.
-
-    Raises:
-        BadSignatureError: it names none.
-        UnreadableClaimError: there is no diary, or its first line is none.
-    """
-    document = canonical_object(_lines(folder / DIARY_FILE)[0], "entry of a diary")
-    try:
-        return public_from_hex(document["signatures"][0]["keyid"])
-    except (KeyError, TypeError, IndexError):
-        raise UnreadableClaimError(
-            f"the first line of {folder / DIARY_FILE} is no signed entry; use the original diary"
-        ) from None
 
 
 def check(
@@ -370,7 +353,7 @@ def _stamps(path: Path) -> Iterator[tuple[int, bytes]]:
             number, response = document["entry"], base64_bytes(document["response"])
             known = set(document) == {"entry", "response"} and type(number) is int and number >= 0
             known = known and len(response) <= MAX_RESPONSE_BYTES
-        except (KeyError, TypeError, ValueError, UnreadableKeyError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             known = False
         if not known:
             raise UnreadableClaimError(

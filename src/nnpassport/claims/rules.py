@@ -16,6 +16,12 @@ where several marks are there, order decides, by two kinds of evidence:
    channels of a network of his own beside another's. Images tell whose part does the work; without
    them, or if both do, it is *shared*.
 
+A *diary of training* dates networks too: not one that was claimed, but those on the way to it. Of
+its checkpoints the first counts that a timestamp proves older than the suspect, and that the
+suspect was made from by more than the diary's own beginning explains. So who was slow to claim what
+he had trained for weeks is before somebody who took it and was quick; and a diary that was made up
+afterwards, in whatever way, dates nothing that early (`nnpassport.verification.trained`).
+
 Neither: undecided. Nothing here reads a file; `nnpassport.verification.hearing` does.
 `docs/judging.md` has all cases in a table.
 """
@@ -105,6 +111,8 @@ class Claimant:
             his aligned reading says.
         akin: by another claimant's name, whether one of their two networks was made from the other.
         work: what the part of the suspect that was made from his network does; None: not measured.
+        trained: the first and the last moment at which the first checkpoint of his diary may have
+            been stamped, of those that date a network in the suspect; None where none does.
         notes: what else the judge should know, in words.
     """
 
@@ -123,6 +131,7 @@ class Claimant:
     related: bool | None = None
     akin: Mapping[str, bool] = field(default_factory=dict)
     work: Work | None = None
+    trained: tuple[datetime, datetime] | None = None
     notes: Sequence[str] = ()
 
     @property
@@ -138,6 +147,11 @@ class Claimant:
             verdict.accepted and not (idle and how == ALIGNED)
             for how, verdict in self.readings.items()
         )
+
+    @property
+    def dates_a_network(self) -> bool:
+        """Whether he proves a mark, and has a network that claim or diary dates."""
+        return self.proves and (self.older or self.trained is not None)
 
     @property
     def party(self) -> str:
@@ -162,9 +176,17 @@ class Claimant:
         return related and not (self.work is not None and self.work.idle)
 
     @property
+    def network_span(self) -> tuple[datetime, datetime] | None:
+        """Between which moments a network in the suspect was his first, or None: claim or diary."""
+        found = [self.span] if self.older and self.in_suspect else []
+        idle = self.work is not None and self.work.idle
+        found += [] if idle else [self.trained]
+        return min((each for each in found if each), key=lambda span: span[1], default=None)
+
+    @property
     def network_time(self) -> datetime | None:
         """By when the network that the suspect was made from is proved to be his, or None."""
-        return self.span[1] if self.older and self.span is not None and self.in_suspect else None
+        return None if self.network_span is None else self.network_span[1]
 
     def stands_in(self, other: "Claimant") -> bool:
         """Whether his mark is in the other's network as that one is."""
@@ -334,12 +356,13 @@ def _order(one: Claimant, other: Claimant) -> _Order | None:
 
 def _by_date(one: Claimant, other: Claimant, time: datetime) -> _Order | None:
     """The same of one whose network in the suspect was his by this time."""
-    said = f"the network that the suspect was made from was its own by {_day(time)}"
-    if other.network_time is None or other.span is None:
+    how = " (by its diary)" if one.trained is not None and one.trained[1] == time else ""
+    said = f"the network that the suspect was made from was its own by {_day(time)}{how}"
+    if other.network_span is None:
         return _Order(_BEFORE, f"{said}, and {_undated(other)}")
     if not one.akin_to(other):
         return _beside(one, other, said)
-    first = other.span[0]
+    first = other.network_span[0]
     if time >= first:
         return None
     return _Order(_BEFORE, f"{said}, and that of {other.name} is of {_day(first)} or later")

@@ -248,15 +248,19 @@ def disclose(
         Path | None,
         typer.Option(help="The secret network before the mark, of a key that has one."),
     ] = None,
+    diary: Annotated[
+        Path | None, typer.Option(help="The diary of its training, from `diary new`; it is copied.")
+    ] = None,
     passphrase: Passphrase = False,
 ) -> None:
-    """Put claim, key, reference and anchor into a folder for a judge: they are secret no longer."""
+    """Put claim, key, networks and diary into a folder for a judge: they are secret no longer."""
     from nnpassport.verification import hearing
 
     secret = key_from(key, passphrase)
     if anchor is None and secret.context.anchor is not None:
         errors.print("note: without --anchor no suspect can be aligned; the key names one.")
-    hearing.disclose(path, secret, out, reference=reference, anchor=anchor)
+    given = {"reference": reference, "anchor": anchor, "diary": diary}
+    hearing.disclose(path, secret, out, **given)
     errors.print(f"{out}: give it to the judge, and to nobody else before.", soft_wrap=True)
 
 

@@ -1,12 +1,13 @@
 """Hear a case: one suspect, rival claimants, everything derived again from what they disclose.
 
 An exhibit is a folder that a claimant hands in: `claim.json`, `disclosed.key` (the key, which is
-secret no longer), if the claim commits to one, `reference/`, the released network, and if the key
-has one, `anchor/`, the network before the mark. `nnpassport claim disclose` makes it. Nothing in it
-is believed before it is checked.
+secret no longer), if the claim commits to one, `reference/`, the released network, if the key has
+one, `anchor/`, the network before the mark, and, if he kept one, `diary/`, that of its training.
+`nnpassport claim disclose` makes it. Nothing in it is believed before it is checked.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,6 +22,7 @@ from nnpassport.alignment.table import AXES_FILE
 from nnpassport.catalog import entry_named
 from nnpassport.claims.claim import Claim, open_claim
 from nnpassport.claims.claimfile import read_signed, write_signed
+from nnpassport.claims.diary import check_chain, time_of
 from nnpassport.claims.facts import Facts, check_config
 from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Ruling, rule
 from nnpassport.claims.signing import public_from_hex
@@ -51,6 +53,7 @@ from nnpassport.scheme import (
 from nnpassport.verification.aligning import read_committed
 from nnpassport.verification.anchor import ANCHOR, anchor_in, require_anchor
 from nnpassport.verification.bridge import MEASURED, RELATIONS, running
+from nnpassport.verification.trained import trained_by
 from nnpassport.verification.verdicts import (
     Alignment,
     Options,
@@ -67,6 +70,7 @@ LARGEST_SIDE = 1_024
 """Pixels a side of the judge's images, at most, whatever a claimant says that his network takes."""
 
 CLAIM_FILE, KEY_FILE, REFERENCE = "claim.json", "disclosed.key", "reference"
+DIARY = "diary"
 
 Show = Callable[[float, float, str], None]
 """Told how many readings are done, of how many, and which is next."""
@@ -128,6 +132,9 @@ class Hearing:
                     "related": each.related,
                     "akin": dict(each.akin),
                     "work": None if each.work is None else each.work._asdict(),
+                    "trained": None
+                    if each.trained is None
+                    else [time_of(moment) for moment in each.trained],
                     "notes": list(each.notes),
                     "standing": None
                     if each.name not in self.standings
@@ -147,6 +154,7 @@ class Exhibit(NamedTuple):
     config: ModelConfig | None
     notes: tuple[str, ...] = ()
     anchor: Path | None = None
+    diary: Path | None = None
 
 
 def hear(
@@ -195,10 +203,11 @@ def hear(
                 found_there = _readings(there, exhibit, strict, bench.unrelated)
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
+        claimants[name] = _with_diary(claimants[name], exhibit, suspect, bench)
     dated = {
         name: exhibit.reference
         for name, exhibit in exhibits.items()
-        if exhibit.reference is not None and claimants[name].older and claimants[name].proves
+        if exhibit.reference is not None and claimants[name].dates_a_network
     }
     for name, facts in _compared(suspect, dated, claimants, bench).items():
         claimants[name] = replace(
@@ -211,6 +220,27 @@ def hear(
     everyone = list(claimants.values())
     standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
+
+
+def _with_diary(claimant: Claimant, exhibit: Exhibit, suspect: Path, bench: Bench) -> Claimant:
+    """The claimant, with what his diary dates."""
+    claim = exhibit.standing.claim
+    if claim is None or exhibit.diary is None or not claimant.proves:
+        return claimant
+    try:
+        found = trained_by(
+            exhibit.diary,
+            claim,
+            suspect,
+            roots=bench.roots,
+            appeared=bench.appeared,
+            unrelated=bench.unrelated,
+        )
+        between, note = found.between, found.note
+    except Exception as error:  # what a claimant hands in stops no other
+        between, note = None, f"its diary could not be checked: {_said(error)}"
+    notes = (*claimant.notes, f"{claimant.name}: {note}")
+    return replace(claimant, trained=between, notes=notes)
 
 
 def _compared(
@@ -279,11 +309,13 @@ def disclose(
     *,
     reference: Path | None = None,
     anchor: Path | None = None,
+    diary: Path | None = None,
 ) -> None:
     """Make the folder that a claimant hands to a judge; the key in it is not encrypted.
 
     Raises:
         BadSignatureError: the claim does not hold with this key.
+        BadSignatureError: the diary is another key's, or does not hold.
         UnsuitableModelError: `reference` is not the network that the claim commits to, or `anchor`
             not the key's.
         UnwritableOutputError: the folder cannot be written to, or holds a key already.
@@ -299,11 +331,17 @@ def disclose(
         at = anchor_in(anchor)
         require_anchor(arrays_digest(read_arrays(at).arrays), key)
         files |= _files_of(at, ANCHOR, standing.claim, key.context.anchor)
+    if diary is not None:
+        held = check_chain(diary, public_from_hex(standing.claim.owner_key))
+        if not held.holds:
+            raise BadSignatureError(f"the diary {diary} does not hold: {held.reason}")
     with writing(folder), make_folder(folder):
         save_key(key, folder / KEY_FILE)
         write_signed(signed, folder / CLAIM_FILE)
         for name, content in files.items():
             write_atomically(folder / name, content)
+        if diary is not None:
+            shutil.copytree(diary, folder / DIARY, copy_function=shutil.copyfile)
 
 
 def _files_of(folder: Path, name: str, claim: Claim, digest: str | None) -> dict[Path, bytes]:
@@ -337,7 +375,9 @@ def read_exhibit(folder: Path, bench: Bench) -> Exhibit:
     config = None if path is None else read_config(path)
     anchor, missing = _anchor_in(folder, key)
     notes = tuple(note for note in (why, missing) if note is not None)
-    return Exhibit(standing, key, path, config, notes, anchor)
+    diary = folder / DIARY
+    kept = diary if diary.is_dir() and not diary.is_symlink() else None
+    return Exhibit(standing, key, path, config, notes, anchor, kept)
 
 
 def _reference_in(folder: Path, standing: Standing) -> tuple[Path | None, str | None]:
