@@ -222,7 +222,7 @@ def hear(
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
 
 
-def _with_diary(claimant: Claimant, exhibit: Exhibit, suspect: Path, bench: Bench) -> Claimant:
+def _with_diary(claimant: Claimant, exhibit: Exhibit, suspect: Suspect, bench: Bench) -> Claimant:
     """The claimant, with what his diary dates."""
     claim = exhibit.standing.claim
     if claim is None or exhibit.diary is None or not claimant.proves:

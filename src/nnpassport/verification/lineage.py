@@ -218,13 +218,14 @@ class Lineage:
         }
 
 
-def open_network(path: Path, axes: Path | None = None) -> Network:
+def open_network(where: Suspect | Path, axes: Path | None = None) -> Network:
     """A network from anybody, and the table of axes that is named or lies beside it.
 
     Raises:
         UnreadableModelError: it, or a table that is named, cannot be read.
     """
-    suspect = Suspect(path)
+    suspect = Suspect.of(where)
+    path = suspect.path
     tensors, digests = suspect.tensors, suspect.digests
     if axes is not None:
         return Network(str(path), tensors, digests, read_table(axes), named=True)

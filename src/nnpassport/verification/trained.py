@@ -28,6 +28,7 @@ from nnpassport.claims.diary import Finding, check, kept_in, time_of
 from nnpassport.claims.entries import Entry
 from nnpassport.claims.signing import public_from_hex
 from nnpassport.claims.timestamp import Timestamp
+from nnpassport.files.suspect import Suspect
 from nnpassport.scheme import NoTimestampError
 from nnpassport.verification.bridge import RELATIONS, running
 from nnpassport.verification.continuity import continuity, kept_entries, spaced
@@ -56,7 +57,7 @@ class Trained(NamedTuple):
 def trained_by(
     folder: Path,
     claim: Claim,
-    suspect: Path,
+    suspect: Suspect | Path,
     *,
     roots: Sequence[x509.Certificate],
     appeared: datetime | None,
@@ -77,7 +78,7 @@ def trained_by(
         fault = whole.reason
     if fault is not None:
         return _nothing(fault)
-    return _first(suspect, folder, kept[0], dated, unrelated)
+    return _first(Suspect.of(suspect), folder, kept[0], dated, unrelated)
 
 
 def _fault(
@@ -98,7 +99,7 @@ def _fault(
 
 
 def _first(
-    suspect: Path,
+    suspect: Suspect,
     folder: Path,
     beginning: Entry,
     dated: Sequence[_Token],
