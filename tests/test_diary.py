@@ -919,7 +919,7 @@ def test_a_diary_has_to_be_dated_and_of_the_network_that_is_claimed(tmp_path, da
 def test_a_diary_that_cannot_be_read_stops_nobody(tmp_path, days):
     """And it is copied into an exhibit only by whose it is."""
     tiny = Tiny(tmp_path)
-    verdict = Verdict("s", 100, 100, -200.0, -30.0, "", True)
+    verdict = Verdict("s", 100, 100, -200.0, -30.0)
     standing = Standing(claims.Finding(True, "", tiny.claim), -9.0, False, "")
     exhibit = Exhibit(standing, None, None, None, diary=tiny.folder)
     (tiny.folder / diaries.DIARY_FILE).write_bytes(b"{}\n")
