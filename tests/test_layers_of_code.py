@@ -38,6 +38,7 @@ FLOORS = (
     "embedding.owner embedding.licensing",
     "embedding.publish",
     "attacks",
+    "lab.marks lab.named",
     "lab.audit",
     "lab",
     "lab.demo",
