@@ -39,6 +39,7 @@ FLOORS = (
     "embedding.owner embedding.licensing",
     "embedding.publish embedding.replaying",
     "attacks",
+    "lab.marks lab.named",
     "lab.audit",
     "lab",
     "lab.demo",

@@ -16,6 +16,7 @@ from nnpassport.attacks.subject import Budget
 from nnpassport.catalog import CATALOG
 from nnpassport.embedding.schemes.triggered import TriggerSet
 from nnpassport.embedding.train.loop import RECIPES, Recipe
+from nnpassport.lab.named import named
 from nnpassport.scheme import BadRecipeError
 
 PASSPORTS = ("derived", "shuffle-train", "shuffle-test")
@@ -290,9 +291,7 @@ def plan_named(name: str) -> Plan:
     Raises:
         BadRecipeError: there is none.
     """
-    if name not in PLANS:
-        raise BadRecipeError(f"recipe {name!r} is unknown; there are: {', '.join(PLANS)}")
-    return PLANS[name]
+    return named(PLANS, name, "recipe")
 
 
 def field_plan_named(name: str) -> Plan:
@@ -301,6 +300,4 @@ def field_plan_named(name: str) -> Plan:
     Raises:
         BadRecipeError: there is none.
     """
-    if name not in FIELD_PLANS:
-        raise BadRecipeError(f"recipe {name!r} is unknown; there are: {', '.join(FIELD_PLANS)}")
-    return FIELD_PLANS[name]
+    return named(FIELD_PLANS, name, "recipe")

@@ -28,7 +28,6 @@ from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.schemes.drawn import shuffled_passports, with_passports
 from nnpassport.embedding.schemes.passport import draw_by_layer
 from nnpassport.embedding.schemes.protocol import Scheme
-from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy, measuring_on
 from nnpassport.embedding.train.loop import Journal, Progress
 from nnpassport.embedding.train.team import together
@@ -45,6 +44,7 @@ from nnpassport.lab.cells import (
     settings_of,
     transfer_recipe,
 )
+from nnpassport.lab.marks import facts_of, readings
 from nnpassport.lab.speed import training_speed
 from nnpassport.lab.stepcost import step_cost
 from nnpassport.lab.store import Store
@@ -301,22 +301,17 @@ def _read_by_stranger(loaded: Loaded, scheme: Scheme, key: Key) -> Iterator[dict
         published = scheme.verify_as_published(by_paper[mark])
         yield {
             "mark": mark,
-            **_facts(verdict),
+            **facts_of(verdict),
             "published_matches": published.matches,
             "published_accepted": published.accepted,
         }
 
 
 def _read_all_marks(loaded: Loaded, scheme: Scheme, key: Key) -> dict[str, Verdict]:
-    model, alpha = loaded.model.eval(), LOG10_ALPHA_COMMITTED
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
-    found = {}
-    if scheme.reads_weights or not scheme.triggers:
-        found["bits"] = scheme.verify_network(model, key, normalise, log10_alpha=alpha)
-    if scheme.triggers:
-        answers = answers_to(key, model, normalise)
-        found["triggers"] = scheme.verify_answers(answers, key, log10_alpha=alpha)
-    return found
+    model, alpha = loaded.model.eval(), LOG10_ALPHA_COMMITTED
+    ways = readings(scheme, key, model, normalise, log10_alpha=alpha)
+    return {mark: read() for mark, read in ways.items()}
 
 
 def _with_plan_passports(key: Key, cell: Cell, store: Store) -> Key:
@@ -404,31 +399,15 @@ def _forgeries(cell: Cell, subject: Subject) -> dict[str, Key]:
 
 def _marks(subject: Subject) -> dict[str, Any]:
     """What V reads of the owner's mark: bits of the weights, answers to triggers."""
-    key, found = subject.key, {}
-    if key is None:
+    if subject.key is None:
         return {}
-    if subject.scheme.reads_weights:
-        found["bits"] = _facts(subject.scheme.verify(subject.model.state_dict(), key))
-    elif not subject.scheme.triggers:
-        read = subject.scheme.verify_network(subject.model, key, subject.normalise)
-        found["bits"] = _facts(read)
-    if subject.scheme.triggers:
-        answers = answers_to(key, subject.model, subject.normalise)
-        found["triggers"] = _facts(subject.scheme.verify_answers(answers, key))
-    return found
+    ways = readings(subject.scheme, subject.key, subject.model, subject.normalise)
+    return {mark: facts_of(read()) for mark, read in ways.items()}
 
 
 def _read_all(keys: Mapping[str, Key], subject: Subject, model: nn.Module) -> dict[str, Any]:
-    return {name: _facts(verify_model(model, subject.normalise, key)) for name, key in keys.items()}
-
-
-def _facts(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "bits": verdict.bits,
-        "matches": verdict.matches,
-        "log10_p_value": verdict.log10_p_value,
-        "accepted": verdict.accepted,
-    }
+    read = {name: verify_model(model, subject.normalise, key) for name, key in keys.items()}
+    return {name: facts_of(verdict) for name, verdict in read.items()}
 
 
 def _note_beginning(folder: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import statistics
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import draw_by_layer
-from nnpassport.embedding.train.loop import PRECISIONS, Objective, classification, products_in
+from nnpassport.embedding.train.loop import Objective, classification
 from nnpassport.lab.cells import Cell, embed_recipe, settings_of
-from nnpassport.scheme import Batch
+from nnpassport.lab.descent import descent, random_batch
 
 Arguments = tuple[tuple[str, Any], ...]
 SIDE = 32
@@ -130,20 +131,6 @@ def training_step(
         key = draw_by_layer(chosen, model, example, seed=bytes(32))
         chosen.insert(model, key, example)
         objective = chosen.objective(key, steps=1, normalise=CIFAR10)
-    kind = torch.device(device).type
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimiser = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.001)
-    images = torch.randn(batch, 3, SIDE, SIDE, device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch,), device=device)
-    dtype = PRECISIONS[precision]
-
-    def step() -> None:
-        with products_in(precision, kind):
-            with torch.autocast(kind, dtype, enabled=dtype is not None):
-                loss = objective(model, Batch(images, labels, 0)).loss
-            loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    return step
+    images = random_batch((batch, 3, SIDE, SIDE), device)
+    return descent(model, objective, images, repeat(0), precision=precision)

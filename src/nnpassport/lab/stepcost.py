@@ -2,22 +2,21 @@
 
 import statistics
 import time
-from collections.abc import Callable
 from copy import deepcopy
+from itertools import count
 from typing import Any
 
 import torch
-from torch import nn
 
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.schemes.protocol import Scheme
-from nnpassport.embedding.train.loop import PRECISIONS, Objective, classification
+from nnpassport.embedding.train.loop import classification
 from nnpassport.keys.keyfile import load_key
 from nnpassport.lab.cells import Cell, embed_recipe
+from nnpassport.lab.descent import descent, random_batch
 from nnpassport.lab.store import Store
 from nnpassport.report.provenance import device_name
-from nnpassport.scheme import Batch
 
 TURNS = 9
 _WARM = 3
@@ -32,11 +31,14 @@ def step_cost(cell: Cell, store: Store, scheme: Scheme) -> dict[str, Any]:
     scheme.insert(marked, key, torch.zeros(2, *plain.config.input_size))
     recipe = embed_recipe(cell.plan, cell.network)
     objective = scheme.objective(key, steps=TURNS + _WARM, normalise=normalise)
-    size, dtype = plain.config.input_size, PRECISIONS[recipe.precision]
-    steps = {
-        "plain": _step(plain.model, classification, recipe.batch, size, dtype),
-        "marked": _step(marked, objective, recipe.batch, size, dtype),
-    }
+    steps = {}
+    for name, model, descended in (
+        ("plain", plain.model, classification),
+        ("marked", marked, objective),
+    ):
+        model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        batch = random_batch((recipe.batch, *plain.config.input_size), "cpu")
+        steps[name] = descent(model, descended, batch, count(), precision=recipe.precision)
     ratios = []
     for turn in range(TURNS + _WARM):
         taken = {}
@@ -55,27 +57,3 @@ def step_cost(cell: Cell, store: Store, scheme: Scheme) -> dict[str, Any]:
         "precision": recipe.precision,
         "device": device_name(),
     }
-
-
-def _step(
-    model: nn.Module,
-    objective: Objective,
-    batch: int,
-    size: tuple[int, int, int],
-    dtype: torch.dtype | None,
-) -> Callable[[], None]:
-    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimiser = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.001)
-    images = torch.randn(batch, *size).contiguous(memory_format=torch.channels_last)
-    labels, done = torch.randint(10, (batch,)), 0
-
-    def step() -> None:
-        nonlocal done
-        with torch.autocast("cpu", dtype, enabled=dtype is not None):
-            loss = objective(model, Batch(images, labels, done)).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        done += 1
-
-    return step

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from nnpassport.files.disk import write_atomically
 from nnpassport.lab.cells import Cell
+from nnpassport.lab.named import write_json
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnreadableDataError
 
@@ -88,6 +88,5 @@ class Store:
             "seconds": round(time.monotonic() - begun, 1),
             "provenance": provenance(),
         }
-        text = json.dumps(entry, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.path(cell), text.encode())
+        write_json(self.path(cell), entry)
         return entry

@@ -20,8 +20,9 @@ from nnpassport.embedding.measured import verify_aligned, verify_model
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import other_classes
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
+from nnpassport.lab.marks import facts_of, readings
+from nnpassport.lab.named import named, write_json
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import (
     BadRecipeError,
@@ -109,8 +110,8 @@ def audit(
         show(done, len(chosen), name if not ATTACKS[name].strength else f"{name} {strength:g}")
         if _find(report, name, strength) is None:
             report["entries"].append(attempt(subject, name, strength, report["before"]))
-            _write(report, path)
-    _write(report, path)
+            write_json(path, report)
+    write_json(path, report)
     return report
 
 
@@ -198,16 +199,9 @@ def _marks(subject: Subject, model: nn.Module) -> dict[str, Any]:
     """The owner's mark in a network: bits by the weights, triggers by the answers."""
     if subject.key is None:
         return {}
-    marks: dict[str, Any] = {}
-    scheme, key = subject.scheme, subject.key
-    if scheme.reads_weights:
-        marks["owner"] = _read(lambda: scheme.verify(model.state_dict(), key))
-    elif not scheme.triggers:
-        marks["owner"] = _read(lambda: scheme.verify_network(model, key, subject.normalise))
-    if scheme.triggers:
-        answers = answers_to(key, model, subject.normalise)
-        marks["owner_triggers"] = _read(lambda: scheme.verify_answers(answers, key))
-    return marks
+    names = {"bits": "owner", "triggers": "owner_triggers"}
+    ways = readings(subject.scheme, subject.key, model, subject.normalise)
+    return {names[mark]: _read(read) for mark, read in ways.items()}
 
 
 def _aligned(subject: Subject, model: nn.Module) -> dict[str, Any]:
@@ -226,13 +220,7 @@ def _read(verify: Callable[[], Verdict]) -> dict[str, Any]:
         verdict = verify()
     except OwnershipError as error:
         return {"unreadable": str(error)}
-    return {
-        "bits": verdict.bits,
-        "matches": verdict.matches,
-        "log10_p_value": verdict.log10_p_value,
-        "log10_alpha": verdict.log10_alpha,
-        "accepted": verdict.accepted,
-    }
+    return {**facts_of(verdict), "log10_alpha": verdict.log10_alpha}
 
 
 def _forgery(
@@ -255,14 +243,11 @@ def _forgery(
         "accuracy": shown,
         "forged": {
             "accuracy": reached,
-            "bits": verdict.bits,
-            "matches": verdict.matches,
+            **facts_of(verdict),
             "published_signature": published.marked,
             "published_fidelity": faithful,
             "published_accepted": published.marked and faithful,
             "derived": key.derived,
-            "log10_p_value": verdict.log10_p_value,
-            "accepted": verdict.accepted,
             "reason": verdict.reason,
             "differs_from_owner": _difference(subject.key, key),
         },
@@ -352,16 +337,10 @@ def _find(report: Mapping[str, Any], name: str, strength: float) -> dict[str, An
     return next(found, None)
 
 
-def _write(report: Mapping[str, Any], path: Path) -> None:
-    write_atomically(path, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def attack_named(name: str) -> Attack:
     """The attack called `name`.
 
     Raises:
         BadRecipeError: there is none.
     """
-    if name not in ATTACKS:
-        raise BadRecipeError(f"attack {name!r} is unknown; there are: {', '.join(ATTACKS)}")
-    return ATTACKS[name]
+    return named(ATTACKS, name, "attack")

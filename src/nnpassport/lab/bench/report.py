@@ -1,7 +1,6 @@
 """Measure the cells that there is time for; what there is none for is named."""
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -9,12 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nnpassport.files.disk import write_atomically
 from nnpassport.lab.bench.cells import NETWORKS, QUICK, Cell, plan, rows_of
 from nnpassport.lab.bench.comparisons import limits, ratios
 from nnpassport.lab.bench.networks import SLOW_REFERENCE, lower_bound, work
 from nnpassport.lab.bench.page import render
 from nnpassport.lab.bench.timing import Measurement, measure, peak_memory
+from nnpassport.lab.named import write_json
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import BadRecipeError
 
@@ -38,7 +37,7 @@ def run(
     else:
         results = collect(cells, minutes=minutes, memory=False, show=show)
     if out is not None:
-        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+        write_json(out, results)
     return render(results)
 
 

@@ -14,6 +14,7 @@ from nnpassport.embedding.schemes.passport import V2, draw_by_layer
 from nnpassport.embedding.train.loop import Objective, Recipe, classification
 from nnpassport.lab.bench.cells import CHEAPER, SCHEMES, Cell
 from nnpassport.lab.bench.networks import SLOW_REFERENCE, example, images, network, precision
+from nnpassport.lab.descent import descent
 from nnpassport.scheme import Batch
 
 _PLAIN = {"plain", "eager"}
@@ -30,24 +31,22 @@ def training_step(cell: Cell, device: str) -> Callable[[], None]:
 def bare_steps(cell: Cell, model: nn.Module, descend: Objective, device: str) -> Callable[[], None]:
     """The same of a network that is ready to be trained."""
     recipe = Recipe()
-    optimizer = torch.optim.SGD(
-        (p for p in model.parameters() if p.requires_grad),
-        lr=recipe.rate,
+    # Within the cycle, where not all steps are alike.
+    numbers = itertools.cycle(range(cell.steps)) if cell.network in CHEAPER else itertools.count()
+    step = descent(
+        _compiled(cell, model),
+        descend,
+        images(cell, device),
+        numbers,
+        precision=cell.precision,
+        rate=recipe.rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    batch, labels = images(cell, device)
-    running, steps = _compiled(cell, model), itertools.count()
 
     def run() -> None:
         for _ in range(cell.steps):
-            # Within the cycle, where not all steps are alike.
-            step = next(steps) % cell.steps if cell.network in CHEAPER else next(steps)
-            with precision(cell, device):
-                outcome = descend(running, Batch(batch, labels, step))
-            outcome.loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            step()
 
     return run
 

@@ -15,9 +15,9 @@ from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport, draw_by_layer
 from nnpassport.embedding.schemes.triggers import answers_to
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.lab.bench import Cell, cells, collect
+from nnpassport.lab.named import write_json
 from nnpassport.scheme import Verdict
 
 NAME = "costs.json"
@@ -70,7 +70,7 @@ def measure_costs(
         },
         "verification_turns": turns,
     }
-    write_atomically(path, (json.dumps(report, indent=1) + "\n").encode())
+    write_json(path, report)
     return report
 
 
