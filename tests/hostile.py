@@ -54,6 +54,7 @@ from nnpassport.claims.signing import (
     public_hex,
     sign,
 )
+from nnpassport.claims.statement import STATEMENT_TYPE, stated
 from nnpassport.data.decoding import Encoded, Wanted, decode_all
 from nnpassport.data.images import read_images
 from nnpassport.data.triggers import read_triggers
@@ -528,6 +529,9 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
         signed = decode_signed(encode_signed(SignedClaim(sign(data, PAYLOAD_TYPE, SIGNING), None)))
         check_claim(signed, OWNER, key=key)
 
+    def statement(data: bytes) -> None:
+        check_claim(SignedClaim(sign(data, STATEMENT_TYPE, SIGNING), None), OWNER, key=key)
+
     covered = timestamped_bytes(stamped.envelope)
 
     def response(data: bytes) -> None:
@@ -560,6 +564,9 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
         "claim file": Parser((file, golden), _json, open_file),
         "envelope": Parser((timestamped_bytes(stamped.envelope),), _json, envelope),
         "signed claim": Parser((claim.encode(),), _json, payload),
+        "in-toto statement": Parser(
+            (stated(claim.encode(), {"model.safetensors": "0" * 64}),), _json, statement
+        ),
         "timestamp": Parser((stamped.response or b"",), _bytes, response),
         "claim with timestamp": Parser((stamped.response or b"",), _bytes, stamped_file),
         "answer of an authority": Parser(

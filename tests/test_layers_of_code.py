@@ -24,7 +24,7 @@ FLOORS = (
     "files",
     "alignment",
     "claims.curve claims.signing claims.timestamp claims.claimfile claims.facts claims.claim "
-    "claims.entries",
+    "claims.entries claims.statement",
     "claims",
     "report.provenance",
     "verification",

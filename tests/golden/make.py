@@ -28,7 +28,7 @@ from constructed import small_alexnet  # noqa: E402
 from rfc3161_client import HashAlgorithm, TimestampRequestBuilder  # noqa: E402
 
 import nnpassport  # noqa: E402
-from nnpassport.claims.claim import claim_of, sign_claim  # noqa: E402
+from nnpassport.claims.claim import claim_of, sign_claim, sign_statement  # noqa: E402
 from nnpassport.claims.claimfile import write_signed  # noqa: E402
 from nnpassport.claims.diary import DIARY_FILE, STAMPS_FILE, begin, stated  # noqa: E402
 from nnpassport.claims.timestamp import _in_order  # noqa: E402
@@ -63,6 +63,7 @@ def main():
     network()
     channels()
     diary()
+    statement()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -161,6 +162,19 @@ def channels():
     state = carrier.released().state_dict()
     kept = {name: tensor for name, tensor in state.items() if name.startswith(("3.", "4."))}
     save_file(kept, HERE / "suspect-v1-channels.safetensors")
+
+
+def statement():
+    """A claim as an in-toto statement of the network's files."""
+    path, folder = HERE / "claim-v1-in-toto.json", HERE / "network-v1"
+    if path.exists():
+        return
+    key = nnpassport.load_key(HERE / "key-v1-network.key")
+    reference = tensors_digest(read_weights(folder).tensors)
+    claim = claim_of(key, SIGNING.public_key(), reference=reference, date="2026-01-31")
+    names = ("config.json", "model.safetensors")
+    files = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
+    write_signed(sign_statement(claim, files, SIGNING), path)
 
 
 def diary():

@@ -5,7 +5,7 @@ the only way from bytes to a `Claim` is through a checked signature.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
 from typing import Any, NamedTuple, final
@@ -21,7 +21,8 @@ from nnpassport.claims.claimfile import (
     timestamped_bytes,
 )
 from nnpassport.claims.facts import Facts, facts_from
-from nnpassport.claims.signing import binding_of, open_envelope, public_hex, sign
+from nnpassport.claims.signing import Envelope, binding_of, open_envelope, public_hex, sign
+from nnpassport.claims.statement import STATEMENT_TYPE, stated, statement_in
 from nnpassport.claims.timestamp import (
     MAX_RESPONSE_BYTES,
     Timestamp,
@@ -212,12 +213,37 @@ def sign_claim(claim: Claim, signing: Ed25519PrivateKey) -> SignedClaim:
         BadSignatureError: the claim is for another public key.
         UnreadableClaimError: it is larger than what is read back.
     """
+    return _signed(claim, claim.encode(), PAYLOAD_TYPE, signing)
+
+
+def sign_statement(
+    claim: Claim, subject: Mapping[str, str], signing: Ed25519PrivateKey
+) -> SignedClaim:
+    """The same as an in-toto statement: tools that know these check its signature.
+
+    Args:
+        claim: what is committed to.
+        subject: SHA-256 (hex) of the files of the network that it commits to, by name.
+        signing: the owner's.
+
+    Raises:
+        BadSignatureError: the claim is for another public key.
+        UnreadableClaimError: it commits to no network, or is larger than what is read back.
+    """
+    committed = claim.reference is not None
+    _require(committed, "no reference, so no files to be a statement of", "a reference")
+    return _signed(claim, stated(claim.encode(), subject), STATEMENT_TYPE, signing)
+
+
+def _signed(
+    claim: Claim, payload: bytes, payload_type: str, signing: Ed25519PrivateKey
+) -> SignedClaim:
     if claim.owner_key != public_hex(signing.public_key()):
         raise BadSignatureError(
             f"the claim names the public key {claim.owner_key}, but the signing key is another's; "
             "sign with the owner's own"
         )
-    signed = SignedClaim(sign(claim.encode(), PAYLOAD_TYPE, signing), None)
+    signed = SignedClaim(sign(payload, payload_type, signing), None)
     size = len(encode_signed(signed)) + 4 * MAX_RESPONSE_BYTES // 3
     _require(size <= MAX_CLAIM_BYTES, f"{size} bytes", f"at most {MAX_CLAIM_BYTES}")
     return signed
@@ -240,7 +266,26 @@ def open_claim(signed: SignedClaim, owner: Ed25519PublicKey) -> Claim:
         BadSignatureError: nothing in the envelope may be believed.
         UnreadableClaimError: its owner signed what is not a claim of this version.
     """
-    return _parsed(open_envelope(signed.envelope, PAYLOAD_TYPE, owner), owner)
+    return _parsed(_payload(signed.envelope, owner), owner)
+
+
+def subject_of(signed: SignedClaim, owner: Ed25519PublicKey) -> Mapping[str, str] | None:
+    """SHA-256 (hex) of the files that a statement is about, by name; None of a plain claim.
+
+    Raises:
+        BadSignatureError: nothing in the envelope may be believed.
+        UnreadableClaimError: its owner signed what is no statement of ours.
+    """
+    if signed.envelope.payload_type != STATEMENT_TYPE:
+        return None
+    return statement_in(open_envelope(signed.envelope, STATEMENT_TYPE, owner)).subject
+
+
+def _payload(envelope: Envelope, owner: Ed25519PublicKey) -> bytes:
+    """The claim's encoding, once the signature over it, in the form it says it has, is checked."""
+    if envelope.payload_type == STATEMENT_TYPE:
+        return statement_in(open_envelope(envelope, STATEMENT_TYPE, owner)).claim
+    return open_envelope(envelope, PAYLOAD_TYPE, owner)
 
 
 def open_stamped_claim(
@@ -252,7 +297,7 @@ def open_stamped_claim(
         BadSignatureError: signature or timestamp does not hold, or there is no timestamp.
         UnreadableClaimError: its owner signed what is not a claim of this version.
     """
-    payload = open_envelope(signed.envelope, PAYLOAD_TYPE, owner)
+    payload = _payload(signed.envelope, owner)
     if signed.response is None:
         raise BadSignatureError(
             "the claim has no timestamp, so nothing proves its age; to check the signature alone, "

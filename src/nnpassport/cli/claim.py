@@ -86,6 +86,14 @@ def new(
     tolerance: Annotated[
         float, typer.Option(help="ε_f that you declare with --target, 0 to 1.")
     ] = 0.03,
+    in_toto: Annotated[
+        bool,
+        typer.Option(
+            "--in-toto",
+            help="As an in-toto statement of the files of --reference, whose signature other tools "
+            "check too.",
+        ),
+    ] = False,
     date: Annotated[
         str | None, typer.Option(help="Only for the record, as 2026-01-31 (default: today).")
     ] = None,
@@ -127,7 +135,12 @@ def new(
         network=None if reference is None else _facts_of(reference),
         axes=None if aligned_to is None else _axes_of(aligned_to),
     )
-    signed = claim.sign_claim(made, owner)
+    if in_toto and reference is None:
+        raise typer.BadParameter("--in-toto is a statement of files: --reference says of which")
+    if in_toto and reference is not None:
+        signed = claim.sign_statement(made, _files_of(reference), owner)
+    else:
+        signed = claim.sign_claim(made, owner)
     if authority is not None and authority_root is not None:
         signed = claim.stamp_claim(signed, authority, timestamp.load_roots(authority_root))
     write_signed(signed, out)
@@ -198,6 +211,8 @@ def show(
     facts: dict[str, Any] = finding.as_dict()
     facts["timestamp"] = None if signed.response is None else "there is one; `verify` checks it"
     facts["self_asserted"] = owner is None
+    if finding.holds and (subject := claim.subject_of(signed, public)) is not None:
+        facts["subject"] = dict(subject)
     _print_finding(facts, as_json)
     if owner is None and finding.holds:
         errors.print("Self-asserted: the signature was checked against the key in the file itself.")
@@ -279,6 +294,18 @@ def _digest_of(reference: Path) -> str:
     from nnpassport.files.weights import read_arrays
 
     return arrays_digest(read_arrays(reference).arrays)
+
+
+def _files_of(reference: Path) -> dict[str, str]:
+    """SHA-256 of the files of the network, and of its config if it has one, by name."""
+    from nnpassport.files.config import CONFIG_FILE
+    from nnpassport.files.disk import sha256_of
+    from nnpassport.files.weights import read_arrays
+
+    files = dict(read_arrays(reference).digests)
+    if reference.is_dir() and os.path.lexists(reference / CONFIG_FILE):
+        files[CONFIG_FILE] = sha256_of(reference / CONFIG_FILE)
+    return files
 
 
 def _axes_of(reference: Path) -> str | None:
