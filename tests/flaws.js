@@ -13,6 +13,7 @@ const withoutWords = () => [
 
 const withoutNames = () => [...document.querySelectorAll('table')].filter(table => {
     const head = table.tHead;
+    if (!table.checkVisibility()) return false;
     if (!head || head.checkVisibility() && getComputedStyle(head).display !== 'none') return false;
     const named = cell => cell.dataset.label || cell.textContent.trim() === '' || cell.colSpan > 1;
     return [...table.tBodies].some(body => [...body.rows].some(row => {

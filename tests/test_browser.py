@@ -119,7 +119,7 @@ def test_the_checks_find_each_flaw(opened, tmp_path):
 
 def test_the_leaderboard_scrolls_in_itself_and_names_its_columns(made, opened):
     page = opened(made["leaderboard"], "phone")
-    board = page.locator(".board")
+    board = page.locator(".board.screen")
     assert board.evaluate("e => e.scrollWidth > e.clientWidth")
     assert board.locator("thead th").first.is_visible()
     assert page.locator("table.ranking tbody tr").count() > 10
