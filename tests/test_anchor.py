@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nnpassport.alignment.rate import ANCHOR as TO_ANCHOR
 from nnpassport.alignment.table import AXES_FILE, read_table
-from nnpassport.attacks.obfuscation import combine
+from nnpassport.attacks.obfuscation import combine, flip_signs, insert_dummies, permute
 from nnpassport.claims.claim import claim_of, sign_claim
 from nnpassport.claims.claimfile import write_signed
 from nnpassport.claims.standing import standing_of
@@ -112,6 +112,20 @@ def test_a_turned_copy_is_read_once_it_is_aligned_to_the_anchor(house, where):
     strange = verify(folder / "strange", key, options=Options(alignment=Alignment(folder / where)))
     assert not strange.marked
     assert not strange.alignment["related"]
+
+
+def test_channels_that_cancel_each_other_hide_it_at_no_width(house, tmp_path):
+    """Put in again and again: five times as wide, and then everything moved."""
+    folder, key = house
+    wide = load_model(folder / "marked").model
+    for share in (1.0, 1.0, 0.3):
+        wide = insert_dummies(wide, torch.Generator().manual_seed(1), share=share).model
+    thief = combine(wide, torch.Generator().manual_seed(2), attacks=(permute, flip_signs)).model
+    save_file(thief.state_dict(), tmp_path / "wide.safetensors")
+    options = Options(alignment=Alignment(folder / "marked"))
+    found = verify(tmp_path / "wide.safetensors", key, options=options)
+    assert found.accepted
+    assert found.matches == found.bits
 
 
 def test_the_table_of_its_axes_reads_it_without_running_a_network(house):

@@ -38,8 +38,10 @@ from nnpassport.keys.reading import (
 )
 from nnpassport.scheme import UnsuitableModelError, Verdict
 
-MOST_TIMES_WIDER = 4
+MOST_TIMES_WIDER = 64
 """A suspect's tensor that is longer than so many times the reference's is left out."""
+MOST_TIMES_LARGER, MOST_NUMBERS = 16, 2**28
+"""All together may be so many times as large as the reference, or have so many numbers."""
 
 BLIND = 0.55
 """Share of bits that unrelated networks may match, all together; chance has a half."""
@@ -241,10 +243,20 @@ def _floating(tensors: Mapping[str, Array]) -> Weights:
 
 
 def _alike(suspect: Mapping[str, Array], reference: Weights) -> Weights:
-    """The suspect's tensors that can be the reference's: of a likely length, under its names."""
-    return _floating(
-        {n: a for n, a in suspect.items() if n in reference and _near(a, reference[n])}
-    )
+    """The suspect's tensors that can be the reference's: of a likely length, under its names.
+
+    Raises:
+        UnsuitableModelError: together they are too large.
+    """
+    found = {n: a for n, a in suspect.items() if n in reference and _near(a, reference[n])}
+    total, there = (sum(a.size for a in each.values()) for each in (found, reference))
+    if total > max(MOST_TIMES_LARGER * there, MOST_NUMBERS):
+        raise UnsuitableModelError(
+            f"the suspect has {total} numbers where the reference has {there}; needed for "
+            f"alignment: at most {MOST_TIMES_LARGER} times as many, or {MOST_NUMBERS}; verify "
+            "without it"
+        )
+    return _floating(found)
 
 
 def _near(array: Array, there: Matrix) -> bool:

@@ -41,8 +41,10 @@ from nnpassport.alignment.channels import (
 from nnpassport.alignment.unfold import completed
 from nnpassport.scheme import UnsuitableModelError
 
-MOST_TIMES_WIDER = 4
-"""A suspect with a layer that is more times wider than the reference's is not looked at."""
+MOST_TIMES_WIDER = 64
+"""A suspect with a layer that is more times wider than the reference's is not looked at. Channels
+that cancel each other can be put in again and again; so wide, they make a network that nobody runs.
+"""
 
 MOST_CHANNELS = 8192
 """Nor is one with more channels than this on one axis: matching takes their square in memory."""
