@@ -286,21 +286,25 @@ def _needed(value: Any, option: str, what: str) -> Any:
 def _normalisation(
     mean: str | None, std: str | None, config: Any, *, committed: bool = False
 ) -> Any:
-    from nnpassport.data.images import Normalisation
-
     if committed and config is not None and (mean, std) != (None, None):
         raise typer.BadParameter("the claim says what --mean and --std are; leave them out")
     if mean is None and std is None and config is not None:
-        return Normalisation(config.mean, config.std)
+        return config
     if mean is None or std is None:
         raise typer.BadParameter(
             "this protocol takes normalised numbers: give --like, or --mean and --std (0 and 1 for "
             "a model that normalises by itself)"
         )
     try:
-        return Normalisation(*(tuple(map(float, each.split(","))) for each in (mean, std)))
+        given = [tuple(map(float, each.split(","))) for each in (mean, std)]
     except ValueError as error:
         raise typer.BadParameter(f"--mean and --std: {error}") from error
+    if len(given[0]) != len(given[1]) or not all(each > 0 for each in given[1]):
+        raise typer.BadParameter(
+            f"--mean and --std: mean is {given[0]} and std is {given[1]}; needed: one of each for "
+            "every channel, and every std above 0"
+        )
+    return SimpleNamespace(mean=given[0], std=given[1])
 
 
 def _template(path: Path | None) -> str:
