@@ -56,12 +56,8 @@ JUDGES = {
 }
 UPWARDS = {
     "verification.relations": JUDGES,
-    "verification.remote.finding": {"data"},
-    "verification.remote.plan": {"data"},
-    "verification.remote.probe": {"data"},
-    "verification.remote.services": {"data"},
 }
-"""Arrows that run up all the same: from what still runs networks, or has images as tensors."""
+"""Arrows that run up all the same: from what still runs networks."""
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor.split()}
 ALONE = {"files.pickles.unpickling"}  # runs by itself: nothing of ours is imported there
 MODULES = sorted(ROOT.rglob("*.py"))

@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -32,6 +33,7 @@ from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import save_key
+from nnpassport.keys.reading import ANSWERED
 from nnpassport.scheme import (
     BadRecipeError,
     UnreachableServiceError,
@@ -46,7 +48,13 @@ from nnpassport.verification.remote.journal import resume as read_journal
 from nnpassport.verification.remote.labels import Labels, read_labels
 from nnpassport.verification.remote.plan import Plan, Terms, settle
 from nnpassport.verification.remote.probe import probe
-from nnpassport.verification.remote.services import HuggingFace, OpenInference, Template, Upload
+from nnpassport.verification.remote.services import (
+    HuggingFace,
+    OpenInference,
+    Template,
+    Upload,
+    png,
+)
 
 ROOT = Path(__file__).parents[1]
 ADI = with_settings(CATALOG["adi"].scheme, triggers=40)
@@ -1014,3 +1022,25 @@ def test_a_released_network_behind_mlserver_is_recognised(served, capsys):
     code, text, _ = run(capsys, *common, "--key", served.keys / "fresh.key", *options)
     assert code == 1
     assert not json.loads(text)["accepted"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_is_a_png_of_the_same_pixels(channels):
+    pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+    with Image.open(io.BytesIO(png(pixels))) as picture:
+        assert picture.mode == ("L" if channels == 1 else "RGB")
+        found = torch.from_numpy(np.array(picture))
+    assert torch.equal(found if channels == 1 else found.permute(2, 0, 1), pixels.squeeze(0))
+
+
+def test_a_service_is_sent_the_numbers_that_a_network_gets():
+    pixels = torch.randint(0, 256, (3, 6, 5), dtype=torch.uint8)
+    normalise = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    service = OpenInference("http://h", "m", normalise)
+    (tensor,) = json.loads(service.request(pixels).body)["inputs"]
+    numbers = torch.tensor(tensor["data"]).view(tensor["shape"])
+    torch.testing.assert_close(numbers, normalise(pixels[None]))
+
+
+def test_the_schemes_that_can_be_asked_are_those_with_labels():
+    assert {name for name, entry in CATALOG.items() if entry.scheme.triggers} == ANSWERED

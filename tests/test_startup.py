@@ -61,7 +61,8 @@ GROUND = (
     *("verification.verdicts", "verification.candidates", "verification.hearing"),
     *("verification.aligning", "verification.bridge", "verification.compare"),
     *("alignment.order", "alignment.inside", "report.comparison"),
-    *("keys.order", "verification.licensees"),
+    *("keys.order", "verification.licensees", "files.suspect"),
+    *("verification.remote.probe", "verification.remote.finding", "verification.remote.labels"),
 )
 """What a judge's side is made of: it does without torch, also where none is installed."""
 
@@ -365,3 +366,39 @@ def test_the_tables_print_without_the_schemes_and_the_attacks(call):
 def test_load_finds_what_an_address_names():
     found = lazy.load("nnpassport.embedding.schemes.uchida:UCHIDA")
     assert found is UCHIDA
+
+
+def test_a_service_is_probed_where_torch_is_not_installed(house, tmp_path):
+    shape = TriggerShape(100, 10, (1, 8, 8))
+    key = Key(bytes(range(32)), Context("adi", "Alice", (), shape, bytes(16)))
+    save_key(key, tmp_path / "asked.key")
+    program = f"""{WITHOUT_TORCH}
+import json, threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from nnpassport import load_key
+from nnpassport.cli.app import main
+from nnpassport.verification.remote.services import png
+
+images, labels = load_key("asked.key").trigger_arrays()
+known = {{png(image): str(label) for image, label in zip(images, labels)}}
+
+class Service(BaseHTTPRequestHandler):
+    def do_POST(self):
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        said = json.dumps([{{"label": known.get(sent, "0"), "score": 0.9}}]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+    def log_message(self, *_):
+        pass
+
+server = HTTPServer(("127.0.0.1", 0), Service)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+sys.argv += [f"http://127.0.0.1:{{server.server_port}}/"]
+main()
+"""
+    out, _ = python(program, "probe", "--key", "asked.key", "--json", cwd=tmp_path)
+    facts = json.loads(out)
+    assert (facts["accepted"], facts["matches"], facts["bits"]) == (True, 100, 100)
+    assert facts["chance"] == 0.1

@@ -2,13 +2,15 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import typer
 
 from nnpassport.cli.options import AsJson, KeyFile, Passphrase, Report, images_from, key_from
+from nnpassport.cli.spread import spread
 from nnpassport.cli.terminal import (
     after_all,
     paged,
@@ -23,52 +25,143 @@ PROTOCOLS = ("huggingface", "openinference", "template", "instances", "multipart
 MAX_TEMPLATE_BYTES = 2**20
 
 
-def probe(
-    url: Annotated[str, typer.Argument(help="Address of the service, http:// or https://.")],
-    key: KeyFile,
-    protocol: Annotated[str, typer.Option(help=f"{', '.join(PROTOCOLS)}.")] = PROTOCOLS[0],
+@final
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How a service is asked, and where its answer has the label."""
+
+    protocol: Annotated[str, typer.Option(help=f"{', '.join(PROTOCOLS)}.")] = PROTOCOLS[0]
     model: Annotated[
         str | None, typer.Option(help="openinference: the model's name on the server.")
-    ] = None,
+    ] = None
     input_name: Annotated[
         str, typer.Option("--input", help="openinference: name of the model's input.")
-    ] = "input",
+    ] = "input"
     output_name: Annotated[
         str | None, typer.Option("--output", help="openinference: output to read, or the first.")
-    ] = None,
+    ] = None
     channels_last: Annotated[
         bool,
         typer.Option("--channels-last", help="Where numbers are sent: height width channels."),
-    ] = False,
+    ] = False
     mean: Annotated[
         str | None,
         typer.Option(
             help="Where numbers are sent: of pixels in 0 to 1, a number a channel, as 0.5,0.4,0.4"
         ),
-    ] = None,
+    ] = None
     std: Annotated[
         str | None, typer.Option(help="Where numbers are sent: the same to divide by.")
-    ] = None,
+    ] = None
     template: Annotated[
         Path | None,
         typer.Option(
             help="template: file with the JSON to send, $IMAGE for the PNG in base64, or "
             '"$NUMBERS" for nested lists.'
         ),
-    ] = None,
+    ] = None
     pointer: Annotated[
         str | None,
         typer.Option(
             help="template, instances, multipart: where the answer has the label (default: /label; "
             "instances: /predictions/0)."
         ),
-    ] = None,
+    ] = None
     form_field: Annotated[
         str, typer.Option("--field", help="multipart: the form's name for the file.")
-    ] = "file",
+    ] = "file"
     ranked: Annotated[
         bool, typer.Option("--top", help="The answer lists labels or indices, the best first.")
-    ] = False,
+    ] = False
+
+    def service(self, url: str, config: Any, *, committed: bool) -> Any:
+        """The service at this address; `config` says how pixels become numbers, if it is known."""
+        from nnpassport.verification.remote import services
+
+        text = _template(self.template) if self.protocol == "template" else ""
+        numbers: Any = None
+        if self.protocol in {"openinference", "instances"} or "$NUMBERS" in text:
+            numbers = _normalisation(self.mean, self.std, config, committed=committed)
+        how = (numbers, self.channels_last, self.ranked)
+        if self.protocol == "openinference":
+            named = _needed(self.model, "--model", "the model's name on the server")
+            ends = (self.input_name, self.output_name, self.channels_last, self.ranked)
+            return services.OpenInference(url, named, numbers, *ends)
+        if self.protocol == "instances":
+            return services.Template(url, services.INSTANCES, self._at("/predictions/0"), *how)
+        if self.protocol == "multipart":
+            return services.Upload(url, self._at("/label"), self.form_field, self.ranked)
+        if self.protocol == "template":
+            return services.Template(url, text, self._at("/label"), *how)
+        if self.protocol != "huggingface":
+            there = ", ".join(PROTOCOLS)
+            raise typer.BadParameter(f"--protocol {self.protocol!r}; there are: {there}")
+        return services.HuggingFace(url)
+
+    def _at(self, usual: str) -> str:
+        return usual if self.pointer is None else self.pointer
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """Among what, how often and how patiently a service is asked."""
+
+    cover: Annotated[
+        str | None,
+        typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
+    ] = None
+    cover_split: Annotated[str | None, typer.Option(help="Split of --cover.")] = None
+    covers: Annotated[int, typer.Option(help="Ordinary images for each trigger.")] = 1
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Most queries, retries and one or two innocent pictures apart."),
+    ] = None
+    rate: Annotated[
+        float | None, typer.Option(help="Most requests a second (default: as fast as it answers).")
+    ] = None
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take in full.")] = 30.0
+    retries: Annotated[int, typer.Option(help="How often a query that failed is repeated.")] = 4
+    header: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VARIABLE: send a header whose value, such as 'Bearer hf_…', is in the "
+            "environment; repeatable."
+        ),
+    ] = None
+    authorities: Annotated[
+        Path | None,
+        typer.Option("--ca", help="PEM file of the certificates to trust (default: the usual)."),
+    ] = None
+
+    def asking(self, service: Any, labels: Any) -> Any:
+        """The connection to a service, to be entered."""
+        from nnpassport.verification.remote.asking import Limits, asking
+
+        limits = Limits(timeout=self.timeout, retries=self.retries, rate=self.rate)
+        headers = _headers(self.header or [])
+        return asking(service, labels, limits, headers=headers, authorities=self.authorities)
+
+    def images(self, size: tuple[int, int, int]) -> Any:
+        """The ordinary images, if there are any."""
+        if self.cover is None:
+            return None
+        return images_from(self.cover, self.cover_split, SimpleNamespace(input_size=size))
+
+    def terms(self, alpha: float | None, *, any_order: bool) -> Any:
+        """What is settled before the first query."""
+        from nnpassport.verification.remote.plan import Terms
+
+        chosen = {} if alpha is None else {"log10_alpha": alpha}
+        return Terms(self.budget, self.covers, any_order=any_order, **chosen)
+
+
+@spread
+def probe(
+    *,
+    url: Annotated[str, typer.Argument(help="Address of the service, http:// or https://.")],
+    key: KeyFile,
+    speech: Speech,
     like: Annotated[
         Path | None,
         typer.Option(help="Your model folder: names of the classes (as --labels), mean and std."),
@@ -98,32 +191,7 @@ def probe(
         Path | None,
         typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
     ] = None,
-    cover: Annotated[
-        str | None,
-        typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
-    ] = None,
-    cover_split: Annotated[str | None, typer.Option(help="Split of --cover.")] = None,
-    covers: Annotated[int, typer.Option(help="Ordinary images for each trigger.")] = 1,
-    budget: Annotated[
-        int | None,
-        typer.Option(help="Most queries, retries and one or two innocent pictures apart."),
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Most requests a second (default: as fast as it answers).")
-    ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take in full.")] = 30.0,
-    retries: Annotated[int, typer.Option(help="How often a query that failed is repeated.")] = 4,
-    header: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=VARIABLE: send a header whose value, such as 'Bearer hf_…', is in the "
-            "environment; repeatable."
-        ),
-    ] = None,
-    authorities: Annotated[
-        Path | None,
-        typer.Option("--ca", help="PEM file of the certificates to trust (default: the usual)."),
-    ] = None,
+    manner: Manner,
     alpha: Annotated[
         float | None, typer.Option(help="log10 of the threshold on p (default: -30.1: 2^-100).")
     ] = None,
@@ -141,8 +209,6 @@ def probe(
     """Does a remote service run on your network? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport.files.disk import write_atomically
     from nnpassport.keys.derive import triggers_of
-    from nnpassport.verification.remote.asking import Limits, asking
-    from nnpassport.verification.remote.plan import Terms
     from nnpassport.verification.remote.probe import probe as ask_all
 
     if resume and out is None:
@@ -151,33 +217,11 @@ def probe(
     shape, config = triggers_of(secret.context), _config(like)
     if claim is not None:
         config = _committed(claim, owner, secret, like, config, alpha)
-    text = _template(template) if protocol == "template" else ""
-    numbers = None
-    if protocol in {"openinference", "instances"} or "$NUMBERS" in text:
-        numbers = _normalisation(mean, std, config, committed=claim is not None)
-    if protocol == "openinference":
-        how = (input_name, output_name, channels_last, ranked)
-        service = _open_inference(url, model, numbers, *how)
-    elif protocol == "instances":
-        service = _instances(url, pointer, numbers, channels_last, ranked)
-    elif protocol == "multipart":
-        service = _upload(url, pointer, form_field, ranked)
-    elif protocol == "template":
-        service = _json(url, text, pointer, numbers, channels_last, ranked)
-    else:
-        service = _pictures(protocol, url)
+    service = speech.service(url, config, committed=claim is not None)
     known = _labels(labels, config, shape.classes)
-    images = None if cover is None else _covers(cover, cover_split, shape.size)
-    chosen = {} if alpha is None else {"log10_alpha": alpha}
-    terms = Terms(budget=budget, covers_per_trigger=covers, any_order=any_order, **chosen)
-    limits = Limits(timeout=timeout, retries=retries, rate=rate)
-    with (
-        asking(
-            service, known, limits, headers=_headers(header or []), authorities=authorities
-        ) as asker,
-        progress_bar("probe") as show,
-    ):
-        journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
+    images, terms = manner.images(shape.size), manner.terms(alpha, any_order=any_order)
+    journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
+    with manner.asking(service, known) as asker, progress_bar("probe") as show:
         found = ask_all(
             asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
         )
@@ -201,38 +245,6 @@ def _facts(found: Any, key: Any) -> dict[str, Any]:
 def _print(found: Any) -> None:
     print_verdict(found.verdict)
     print_table(("", ""), _rows(found))
-
-
-def _open_inference(url: str, model: str | None, *how: Any) -> Any:
-    from nnpassport.verification.remote.services import OpenInference
-
-    return OpenInference(url, _needed(model, "--model", "the model's name on the server"), *how)
-
-
-def _instances(url: str, pointer: str | None, *how: Any) -> Any:
-    from nnpassport.verification.remote.services import INSTANCES, Template
-
-    return Template(url, INSTANCES, "/predictions/0" if pointer is None else pointer, *how)
-
-
-def _json(url: str, template: str, pointer: str | None, *how: Any) -> Any:
-    from nnpassport.verification.remote.services import Template
-
-    return Template(url, template, "/label" if pointer is None else pointer, *how)
-
-
-def _upload(url: str, pointer: str | None, *how: Any) -> Any:
-    from nnpassport.verification.remote.services import Upload
-
-    return Upload(url, "/label" if pointer is None else pointer, *how)
-
-
-def _pictures(protocol: str, url: str) -> Any:
-    from nnpassport.verification.remote.services import HuggingFace
-
-    if protocol != "huggingface":
-        raise typer.BadParameter(f"--protocol {protocol!r}; there are: {', '.join(PROTOCOLS)}")
-    return HuggingFace(url)
 
 
 def _config(folder: Path | None) -> Any:
@@ -286,21 +298,25 @@ def _needed(value: Any, option: str, what: str) -> Any:
 def _normalisation(
     mean: str | None, std: str | None, config: Any, *, committed: bool = False
 ) -> Any:
-    from nnpassport.data.images import Normalisation
-
     if committed and config is not None and (mean, std) != (None, None):
         raise typer.BadParameter("the claim says what --mean and --std are; leave them out")
     if mean is None and std is None and config is not None:
-        return Normalisation(config.mean, config.std)
+        return config
     if mean is None or std is None:
         raise typer.BadParameter(
             "this protocol takes normalised numbers: give --like, or --mean and --std (0 and 1 for "
             "a model that normalises by itself)"
         )
     try:
-        return Normalisation(*(tuple(map(float, each.split(","))) for each in (mean, std)))
+        given = [tuple(map(float, each.split(","))) for each in (mean, std)]
     except ValueError as error:
         raise typer.BadParameter(f"--mean and --std: {error}") from error
+    if len(given[0]) != len(given[1]) or not all(each > 0 for each in given[1]):
+        raise typer.BadParameter(
+            f"--mean and --std: mean is {given[0]} and std is {given[1]}; needed: one of each for "
+            "every channel, and every std above 0"
+        )
+    return SimpleNamespace(mean=given[0], std=given[1])
 
 
 def _template(path: Path | None) -> str:
@@ -321,10 +337,6 @@ def _labels(path: Path | None, config: Any, classes: int) -> Any:
     if path is not None:
         return read_labels(path, classes)
     return Labels(classes) if config is None else Labels.in_order(config.classes, classes)
-
-
-def _covers(source: str, split: str | None, size: tuple[int, int, int]) -> Any:
-    return images_from(source, split, SimpleNamespace(input_size=size))
 
 
 def _headers(given: list[str]) -> dict[str, str]:

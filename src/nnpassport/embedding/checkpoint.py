@@ -8,7 +8,7 @@ the caller can vouch for a factory (`trusted_factory`).
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -42,15 +42,13 @@ from nnpassport.files.disk import (
 )
 from nnpassport.files.onnx import ONNX
 from nnpassport.files.suspect import Suspect
-from nnpassport.files.weights import MAX_PICKLE_BYTES, WEIGHTS_FILE
+from nnpassport.files.weights import MAX_PICKLE_BYTES, WEIGHTS_FILE, without_prefixes
 from nnpassport.scheme import (
     OwnershipError,
     UnreadableModelError,
     UnsuitableModelError,
     UnwritableOutputError,
 )
-
-PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 
 class Loaded(NamedTuple):
@@ -285,7 +283,8 @@ def _fit(
 ) -> dict[str, Tensor]:
     """The tensors under the model's own names, once every one is known to fit."""
     expected = model.state_dict()
-    tensors = chosen(dict(without_prefixes(tensors, expected)), model)
+    names = without_prefixes(tensors, expected)
+    tensors = chosen({new: tensors[old] for new, old in names.items()}, model)
     if path.suffix.lower() == ONNX:
         tensors = state_from(tensors, model)
     faults = {
@@ -314,20 +313,6 @@ def _fit(
 def _kind(tensor: Tensor) -> str:
     # Any float may stand for any float (half precision is common), but no integer for a float.
     return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
-
-
-def without_prefixes(tensors: Mapping[str, Tensor], wanted: Iterable[str]) -> Mapping[str, Tensor]:
-    """The same tensors, without the prefixes that wrappers for training put before every name.
-
-    A stranger's tensor that has none does not keep the others from losing theirs.
-    """
-    wanted = set(wanted)
-    for prefix in PREFIXES * 2:
-        if tensors.keys() >= wanted or not any(name.startswith(prefix) for name in tensors):
-            continue
-        shorter = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        tensors = shorter if len(shorter) == len(tensors) else tensors
-    return tensors
 
 
 def _weights_of(folder: Path, digest: str | None) -> Weights:

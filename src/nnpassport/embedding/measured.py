@@ -49,6 +49,7 @@ from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
 from nnpassport.files.suspect import Suspect
+from nnpassport.files.weights import within
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
@@ -57,7 +58,7 @@ from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelErro
 from nnpassport.verification import candidates
 from nnpassport.verification.anchor import ANCHOR, anchor_in, require_alignable, require_anchor
 from nnpassport.verification.relabelling import best_map, corrected, log10_injections
-from nnpassport.verification.verdicts import Options, Trial, named, prefixed, under_claim, without
+from nnpassport.verification.verdicts import Options, Trial, under_claim, weights_of, without
 
 
 def verify_model(
@@ -97,7 +98,7 @@ def trace_file(suspect: Suspect | Path, key: Key) -> Trace:
     Raises:
         OwnershipError: it could not be checked; the key is not one of deepmarks, say.
     """
-    weights = _without_prefixes(as_tensors(Suspect.of(suspect).arrays), key)
+    weights = as_tensors(Suspect.of(suspect).arrays).under(weights_of(key))
     return trace(weights.tensors, key)
 
 
@@ -309,7 +310,7 @@ def with_aligned_fidelity(
 def _aligned(suspect: Suspect, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
     """The verdict, the aligned network if there is one, and the config of the reference."""
     assert options.alignment is not None  # noqa: S101 - the caller has looked
-    weights = _without_prefixes(as_tensors(suspect.arrays), key)
+    weights = as_tensors(suspect.arrays).under(weights_of(key))
     anchored, folder = key.context.anchor is not None, options.alignment.reference
     folder = anchor_in(folder) if anchored else folder
     reference = load_model(folder, trusted_factory=options.trusted_factory)
@@ -325,9 +326,9 @@ def _aligned(suspect: Suspect, key: Key, options: Options) -> tuple[Verdict, Loa
         example=noise_for(reference.config),
     )
     what = ANCHOR if anchored else "reference"
-    digests = {**weights.digests, **named(what, reference.digests)}
+    digests = {**weights.digests, **within(what, reference.digests)}
     for name, each in unrelated.items():
-        digests |= named(name, each.digests)
+        digests |= within(name, each.digests)
     verdict = without(weights.left_out, found.verdict)
     if options.standing is None and not anchored:
         verdict = verdict.remarked(
@@ -407,12 +408,6 @@ def _check_committed(reference: Path, standing: Standing | None) -> None:
             "that `claim new --reference` was given, or no claim"
         )
     check_config(reference, claim.network)
-
-
-def _without_prefixes(weights: Weights, key: Key) -> Weights:
-    """Under the names that the key knows."""
-    names = prefixed(weights.tensors, key)
-    return weights._replace(arrays={new: weights.tensors[old] for new, old in names.items()})
 
 
 def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:

@@ -7,7 +7,7 @@ no tensor may pose as larger than what is stored, or hold NaN or Inf.
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
@@ -44,6 +44,8 @@ _DEEPSPEED = "_model_states.pt"
 _ENDS = (SUFFIX, ONNX, NPZ, ".gguf", ".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 
 
+PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
+
 T = TypeVar("T")
 _MOST_ENTRIES = 20  # that a message names
 _NOTHING: Mapping[str, str] = MappingProxyType({})
@@ -65,8 +67,32 @@ class Weights(NamedTuple, Generic[T]):
         """The same, where they are tensors."""
         return self.arrays
 
+    def under(self, wanted: Iterable[str]) -> "Weights[T]":
+        """The same under the `wanted` names, as far as only prefixes keep them from these."""
+        names = without_prefixes(self.arrays, wanted)
+        return self._replace(arrays={new: self.arrays[old] for new, old in names.items()})
+
 
 Arrays = Weights[Array]
+
+
+def within(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """Digests under names that begin with their folder's."""
+    return {f"{folder}/{name}": digest for name, digest in digests.items()}
+
+
+def without_prefixes(there: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """By name without the prefixes that wrappers for training put before all, the name there is.
+
+    A stranger's tensor that has none does not keep the others from losing theirs.
+    """
+    wanted, names = set(wanted), {name: name for name in there}
+    for prefix in PREFIXES * 2:
+        if names.keys() >= wanted:
+            break
+        shorter = {name.removeprefix(prefix): old for name, old in names.items()}
+        names = shorter if len(shorter) == len(names) else names
+    return names
 
 
 def read_arrays(path: Path) -> Arrays:

@@ -107,6 +107,7 @@ def verdict_on(
         log10_alpha=log10_alpha,
         found=f"{whose}{matches} of {bits} {counts.what} match",
         layers=dict(counts.layers) if counts.listed else {},
+        chance=counts.chance if counts.some else None,
     ).paid(math.log10(counts.choices), of=counts.chosen)
     if key.text is None or not key.derived:
         return verdict
@@ -522,6 +523,51 @@ def _widened(rows: Array) -> Iterator[Read]:
     for at in range(0, max(1, len(rows)), count):
         yield rows[at : at + count].astype(np.float64)
 
+
+# Answers to triggers
+
+
+def read_answers(answers: NDArray[np.int64], key: Key) -> Counts:
+    """Trigger labels: predicted classes of the key's trigger images, in order; −1 is no answer.
+
+    Derived labels are uniform over K classes, so chance matches 1/K; where labels are drawn from c
+    classes chosen for each image, at most 1/c. They are independent of whatever an independent
+    network does, and so of which images it declines: the matches among the n answers are
+    Binomial(n, 1/K) all the same. That holds if the images to ask about were settled before the
+    first answer was seen.
+
+    Raises:
+        UnsuitableModelError: the key has no triggers, the answers are not one for each, or none
+            of them was answered.
+    """
+    if key.context.triggers is None:
+        raise UnsuitableModelError(
+            f"the key is for {key.context.scheme} and has no trigger set; needed: a key of a "
+            "scheme with triggers. Without them a network is verified by its weights"
+        )
+    _, labels = key.trigger_arrays()
+    if answers.shape != labels.shape:
+        raise UnsuitableModelError(
+            f"got answers of shape {tuple(answers.shape)}; needed: one class for each of the "
+            f"{len(labels)} trigger images, in order"
+        )
+    answered = int((answers >= 0).sum())
+    if not answered:
+        raise UnsuitableModelError(
+            f"none of the {len(labels)} trigger images was answered, so nothing can be said; "
+            "needed: predicted classes from 0; ask again, or verify by the weights"
+        )
+    counts = {"triggers": (matching(answers, labels), answered)}
+    return Counts("trigger labels", counts, chance=1 / key.label_choices, some=True)
+
+
+ANSWERED = frozenset(
+    {
+        *("passport-v3", "adi", "zhang-content", "zhang-noise", "zhang-unrelated", "guo"),
+        *("deepsigns-blackbox", "frontier-stitching"),
+    }
+)
+"""Schemes whose pictures have labels: whoever answers can be asked about them."""
 
 READERS: Mapping[str, Reader] = {
     **dict.fromkeys(("passport-v1", "passport-v2", "passport-v3", "pan"), read_passports),

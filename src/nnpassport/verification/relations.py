@@ -16,7 +16,7 @@ from nnpassport.alignment.null import Unrelated
 from nnpassport.alignment.unfold import state_from
 from nnpassport.claims.rules import Work
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.embedding.checkpoint import Loaded, load_model, without_prefixes
+from nnpassport.embedding.checkpoint import Loaded, load_model
 from nnpassport.embedding.measured import given, of_its_own
 from nnpassport.embedding.network.tensors import as_tensors, read_weights
 from nnpassport.embedding.train.fidelity import accuracy
@@ -24,6 +24,7 @@ from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.files.disk import brief
 from nnpassport.files.onnx import ONNX
 from nnpassport.files.suspect import Suspect
+from nnpassport.files.weights import without_prefixes
 from nnpassport.scheme import OwnershipError
 from nnpassport.verification.relation import Relation, relation, work_of
 
@@ -159,7 +160,8 @@ def _on_noise(found: Relation, config: ModelConfig) -> tuple[str, ...]:
 def _under_names_of(tensors: Mapping[str, Tensor], one: Loaded) -> Mapping[str, Tensor]:
     """The same tensors, without the prefixes that wrappers for training put before every name."""
     wanted = {name for name, values in one.model.state_dict().items() if values.dim() > 1}
-    return without_prefixes(tensors, wanted)
+    names = without_prefixes(tensors, wanted)
+    return {new: tensors[old] for new, old in names.items()}
 
 
 def _config_of(suspect: Path) -> list[ModelConfig]:

@@ -3,7 +3,7 @@
 Every function here either gives a verdict or raises, and then nothing was decided.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
@@ -16,7 +16,7 @@ from nnpassport.claims.standing import Standing
 from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.suspect import Suspect
-from nnpassport.files.weights import Arrays, read_arrays
+from nnpassport.files.weights import Arrays, read_arrays, within, without_prefixes
 from nnpassport.keys.adapters import added
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.03
 """ε_f where none is declared: the paper's for AlexNet."""
-
-PREFIXES = ("module.", "_orig_mod.")  # left by DistributedDataParallel and torch.compile
 
 BASE_DATED_ONLY = (
     "what was added to a base counts only under a claim that is proved older than the suspect: "
@@ -190,7 +188,7 @@ def _over_axes(
     suspect: Suspect, key: Key, options: Options, alignment: Alignment, claim: Claim
 ) -> Verdict:
     """V aligned over the axes that the claim commits to, of arrays alone."""
-    weights = _without_prefixes(suspect.arrays, key)
+    weights = suspect.arrays.under(weights_of(key))
     unrelated = {str(path): read_arrays(path) for path in alignment.unrelated}
     folder = alignment.reference
     found = aligned_by_axes(weights, key, folder, claim, unrelated, options.threshold)
@@ -200,7 +198,7 @@ def _over_axes(
 def _unaligned(suspect: Suspect, key: Key, options: Options) -> Verdict:
     """By the weights alone if the scheme can: then nothing of the suspect is even built."""
     if options.base is not None:
-        weights = _without_prefixes(suspect.arrays, key)
+        weights = suspect.arrays.under(weights_of(key))
         return without(weights.left_out, _added(weights, options.base, key, options))
     if not reads_weights(key):
         found: Verdict = running(f"{MEASURED}:asked", "asking a network")(suspect, key, options)
@@ -283,11 +281,11 @@ def _opened(suspect: Suspect, key: Key) -> _Opened:
     """The suspect, of safetensors none of it read: what is not asked for is not read at all."""
     shards = suspect.shards
     if shards is not None:
-        shards = shards.renamed(prefixed(shards, key))
+        shards = shards.renamed(without_prefixes(shards, weights_of(key)))
         described = shards.described()
         if not is_adapter(described):
             return _Opened(shards, described, lambda: suspect.digests, shards.left_out)
-    weights = _without_prefixes(suspect.arrays, key)
+    weights = suspect.arrays.under(weights_of(key))
     return _Opened(weights.arrays, weights.arrays, lambda: weights.digests, weights.left_out)
 
 
@@ -374,8 +372,7 @@ def _by_shape(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
 
 def _check_names(described: candidates.Headers, key: Key) -> None:
     """Refuse a network without the key's layers."""
-    whole = {f"{layer.name}.weight" for layer in key.context.layers}
-    if is_adapter(described) and not whole & described.keys():
+    if is_adapter(described) and not weights_of(key) & described.keys():
         raise UnsuitableModelError(
             "this is an adapter (low-rank pairs) and no network, and the key is for the layers of "
             "one; needed: the network that it was made for, with the adapter merged into it"
@@ -386,7 +383,7 @@ def _check_names(described: candidates.Headers, key: Key) -> None:
 
 def _added(weights: Arrays, path: Path, key: Key, options: Options) -> Verdict:
     """V on what the suspect's weights add to those of the base."""
-    base = _without_prefixes(read_arrays(path), key)
+    base = read_arrays(path).under(weights_of(key))
     arrays = added(weights.arrays, base.arrays, key)
     alpha = options.threshold
     if options.log10_alpha is None:  # what will be done to a public network can be foreseen
@@ -396,28 +393,9 @@ def _added(weights: Arrays, path: Path, key: Key, options: Options) -> Verdict:
         verdict = verdict.remarked("that the base is older than the suspect is your word")
     elif not options.standing.older:
         verdict = replace(verdict.remarked(BASE_DATED_ONLY), barred=True)
-    return replace(verdict, digests={**weights.digests, **named("base", base.digests)})
+    return replace(verdict, digests={**weights.digests, **within("base", base.digests)})
 
 
-def prefixed(there: Iterable[str], key: Key) -> dict[str, str]:
-    """The names that the key knows, and those that are there: wrappers for training prefix all."""
-    wanted = {f"{layer.name}.weight" for layer in key.context.layers}
-    names = {name: name for name in there}
-    for prefix in PREFIXES * 2:
-        if names.keys() >= wanted:
-            continue
-        # Not only where all names have it: a stranger's tensor among them changes nothing.
-        shorter = {name.removeprefix(prefix): old for name, old in names.items()}
-        names = shorter if len(shorter) == len(names) else names
-    return names
-
-
-def named(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
-    """Digests under names that begin with their folder's."""
-    return {f"{folder}/{name}": digest for name, digest in digests.items()}
-
-
-def _without_prefixes(weights: Arrays, key: Key) -> Arrays:
-    """Under the names that the key knows."""
-    names = prefixed(weights.arrays, key)
-    return weights._replace(arrays={new: weights.arrays[old] for new, old in names.items()})
+def weights_of(key: Key) -> set[str]:
+    """The names that the weights of a key's layers have in the owner's network."""
+    return {f"{layer.name}.weight" for layer in key.context.layers}

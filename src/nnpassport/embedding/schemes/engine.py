@@ -15,7 +15,6 @@ object has to be both. No other class is inherited from, and none of them is inh
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -327,8 +326,7 @@ class Mark(Protocol):
         """
         if not self.triggers:
             self._refuse_answers(key)
-        verdict = read_answers(answers, key, log10_alpha=log10_alpha)
-        return replace(verdict, chance=1 / key.label_choices)
+        return read_answers(answers, key, log10_alpha=log10_alpha)
 
     def released(self, model: nn.Module) -> nn.Module:
         """A copy: the mark is in the weights, and nothing else is there."""

@@ -14,18 +14,18 @@ from nnpassport.embedding.network.layers import own_statistics
 from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes.pan import encode_norms
 from nnpassport.embedding.train.fidelity import accuracy, recalibrate
+from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import (
-    Counts,
     as_published,
     check_host,
     matching,
     read_passports,
     verdict_on,
 )
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import Verdict
 
 __all__ = [
     "as_published",
@@ -82,41 +82,13 @@ def read_answers(
     *,
     log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
 ) -> Verdict:
-    """V of the trigger set: derived labels are uniform over K classes, so chance matches 1/K.
-
-    Where labels are drawn from c classes chosen for each image, chance matches at most 1/c of them.
-
-    `answers` are the predicted classes of the key's trigger images, in order; −1 is no answer.
-    Derived labels are independent of whatever an independent network does, and so of which
-    images it declines: the matches among the n answers are Binomial(n, 1/K) all the same. That
-    holds if the images to ask about were settled before the first answer was seen.
+    """V of the trigger set: `keys.reading.read_answers`, and the exact verdict.
 
     Raises:
         UnsuitableModelError: the key has no triggers, the answers are not one for each, or none
             of them was answered.
     """
-    shape = key.context.triggers
-    if shape is None:
-        raise UnsuitableModelError(
-            f"the key is for {key.context.scheme} and has no trigger set; needed: a key of a "
-            "scheme with triggers. Without them a network is verified by its weights"
-        )
-    _, labels = key.trigger_set()
-    if answers.shape != labels.shape:
-        raise UnsuitableModelError(
-            f"got answers of shape {tuple(answers.shape)}; needed: one class for each of the "
-            f"{len(labels)} trigger images, in order"
-        )
-    answered = int((answers >= 0).sum())
-    if not answered:
-        raise UnsuitableModelError(
-            f"none of the {len(labels)} trigger images was answered, so nothing can be said; "
-            "needed: predicted classes from 0; ask again, or verify by the weights"
-        )
-    matches = matching(answers.cpu(), labels)
-    counts = Counts(
-        "trigger labels", {"triggers": (matches, answered)}, chance=1 / key.label_choices, some=True
-    )
+    counts = reading.read_answers(answers.cpu().numpy(), key)
     return verdict_on(counts, key, log10_alpha=log10_alpha)
 
 

@@ -21,14 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 from urllib.parse import parse_qsl, urlsplit
 
-from jaxtyping import UInt8
-from torch import Tensor
-
 from nnpassport.files.disk import brief
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError, UnreadableDataError
 from nnpassport.verification.remote.answers import Label, Scores, is_number, number, parsed
 from nnpassport.verification.remote.labels import Labels, token
-from nnpassport.verification.remote.services import Request, Service
+from nnpassport.verification.remote.services import Pixels, Request, Service
 
 if TYPE_CHECKING:
     import httpx
@@ -201,7 +198,7 @@ class Asker:
         other.labels, other._any_order = labels, any_order
         return other
 
-    def ask(self, pixels: UInt8[Tensor, "channels height width"]) -> Answer:
+    def ask(self, pixels: Pixels) -> Answer:
         """What the service calls one image, asked again while that is worth it."""
         started, retries = self._clock.now(), 0
         request = self.service.request(pixels)

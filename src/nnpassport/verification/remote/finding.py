@@ -4,17 +4,18 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from nnpassport.catalog import scheme_named
-from nnpassport.data.images import ImageSet
+from nnpassport.catalog import entry_named
 from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import ANSWERED, read_answers, verdict_on
+from nnpassport.keys.validity import RULES
+from nnpassport.lazy import load
 from nnpassport.scheme import (
     BadRecipeError,
     UnreachableServiceError,
@@ -31,6 +32,9 @@ from nnpassport.verification.relabelling import (
 from nnpassport.verification.remote.asking import NO_CLASS, OUTSIDE, Answer, Kind
 from nnpassport.verification.remote.labels import Labels
 from nnpassport.verification.remote.plan import Terms
+
+if TYPE_CHECKING:
+    from nnpassport.data.images import ImageSet
 
 _ENOUGH_TO_CALL_CONSTANT = 10
 _ENOUGH_TO_SUSPECT = 5
@@ -99,15 +103,16 @@ def require_triggers(key: Key) -> None:
     Raises:
         UnsuitableModelError: it is one.
     """
-    scheme = scheme_named(key.context.scheme)
-    if not scheme.triggers:
+    name = key.context.scheme
+    own = name not in RULES and entry_named(name).scheme.triggers
+    if name not in ANSWERED and not own:
         raise UnsuitableModelError(
-            f"a key of {scheme.name} has no triggers to ask a service about; needed: a key of a "
+            f"a key of {name} has no triggers to ask a service about; needed: a key of a "
             "scheme that has; verify this one with the network itself"
         )
 
 
-def require_power(key: Key, mask: Bool[Tensor, " triggers"], terms: Terms) -> None:
+def require_power(key: Key, mask: NDArray[np.bool_], terms: Terms) -> None:
     """Refuse to ask the triggers of `mask` if not even the right answers would be recognised.
 
     Raises:
@@ -126,7 +131,7 @@ def finding(
     key: Key,
     terms: Terms,
     answers: tuple[Sequence[Answer], Sequence[Answer]],
-    cover: ImageSet | None,
+    cover: "ImageSet | None",
     labels: Labels | None = None,
 ) -> Probed:
     """What the answers to triggers and covers say; `cover` are the covers themselves, in order.
@@ -184,11 +189,11 @@ def _verdict(key: Key, terms: Terms, read: _Read) -> Verdict:
             were so many ways to read them.
     """
     count, (asked, answered, *_) = triggers_of(key.context).count, _tally(read.triggers)
-    answers = torch.full((count,), NO_CLASS)
-    answers[:asked] = torch.tensor([answer.label for answer in read.triggers])
+    answers = np.full(count, NO_CLASS)
+    answers[:asked] = [answer.label for answer in read.triggers]
     if answered:
-        possible = torch.zeros(count, dtype=torch.bool)
-        possible[:asked] = torch.tensor(read.possible)
+        possible = np.zeros(count, np.bool_)
+        possible[:asked] = read.possible
         best = corrected(_best(key, possible, terms, answers >= 0), read.choices)
     if not answered or (best.log10_p_value is not None and not best.marked):
         declined = ", ".join(sorted({a.note for a in read.triggers if a.note})[:3])
@@ -198,9 +203,7 @@ def _verdict(key: Key, terms: Terms, read: _Read) -> Verdict:
             f"α = 10^{terms.log10_alpha:.1f} however they were; needed: a service that answers "
             "more; check the labels, or verify by the weights"
         )
-    scheme = scheme_named(key.context.scheme)
-    found = scheme.verify_answers(answers, key, log10_alpha=terms.log10_alpha)
-    verdict = corrected(found, read.choices)
+    verdict = corrected(_said(answers, key, terms), read.choices)
     if not verdict.accepted:
         _require_known_indices(read)
     if answered == asked:
@@ -228,7 +231,7 @@ def _in_the_best_order(key: Key, triggers: Sequence[Answer], covers: Sequence[An
 
     What the map leaves out is an answer that matches nothing.
     """
-    _, wanted = key.trigger_set()
+    _, wanted = key.trigger_arrays()
     classes = triggers_of(key.context).classes
     pairs = zip(triggers, wanted.tolist(), strict=False)
     said = [(answer.label, label) for answer, label in pairs if answer.label != NO_CLASS]
@@ -301,18 +304,25 @@ def _chance(key: Key, right: Sequence[bool]) -> str:
 
 def _best(
     key: Key,
-    mask: Bool[Tensor, " triggers"],
+    mask: NDArray[np.bool_],
     terms: Terms,
-    answered: Bool[Tensor, " triggers"] | None = None,
+    answered: NDArray[np.bool_] | None = None,
 ) -> Verdict:
     """The verdict if every trigger that `mask` names were answered as the owner's network does.
 
     All others that were `answered`, if any, as it does not.
     """
-    _, labels = key.trigger_set()
-    no = torch.full_like(labels, NO_CLASS)
+    _, labels = key.trigger_arrays()
+    no = np.full_like(labels, NO_CLASS)
     if answered is not None:
         no[answered] = triggers_of(key.context).classes  # no label of any trigger
-    scheme = scheme_named(key.context.scheme)
-    answers = torch.where(mask, labels, no)
-    return scheme.verify_answers(answers, key, log10_alpha=terms.log10_alpha)
+    return _said(np.where(mask, labels, no), key, terms)
+
+
+def _said(answers: NDArray[np.int64], key: Key, terms: Terms) -> Verdict:
+    """V on these answers."""
+    if key.context.scheme in ANSWERED:
+        return verdict_on(read_answers(answers, key), key, log10_alpha=terms.log10_alpha)
+    tensor = load("nnpassport.embedding.network.tensors:as_tensor")(answers)
+    scheme = entry_named(key.context.scheme).scheme  # one of the caller's own
+    return scheme.verify_answers(tensor, key, log10_alpha=terms.log10_alpha)

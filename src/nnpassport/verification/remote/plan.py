@@ -2,18 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from nnpassport.data.images import ImageSet
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import TriggerShape
 from nnpassport.keys.derive import stream
 from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, UnreadableDataError
+
+if TYPE_CHECKING:
+    from nnpassport.data.images import ImageSet
 
 
 @final
@@ -55,7 +56,7 @@ class Plan(NamedTuple):
     covers: int
 
 
-def settle(shape: TriggerShape, terms: Terms, cover: ImageSet | None) -> Plan:
+def settle(shape: TriggerShape, terms: Terms, cover: "ImageSet | None") -> Plan:
     """How many triggers and covers a run asks about.
 
     Raises:
@@ -91,13 +92,14 @@ def places(order: Sequence[int]) -> list[int]:
 
 
 def query_images(
-    key: Key, plan: Plan, cover: ImageSet | None, chosen: Sequence[int]
-) -> UInt8[Tensor, "queries channels height width"]:
-    """The images of all queries: triggers first, then the covers that were chosen."""
-    triggers = key.trigger_set()[0][: plan.triggers]
-    if cover is None:
+    key: Key, plan: Plan, cover: "ImageSet | None", chosen: Sequence[int]
+) -> NDArray[np.uint8]:
+    """The images of all queries (queries channels height width): triggers, then chosen covers."""
+    triggers: NDArray[np.uint8] = key.trigger_arrays()[0][: plan.triggers]
+    if cover is None or not chosen:
         return triggers
-    return torch.cat([triggers, cover.images[torch.tensor(chosen, dtype=torch.long)].cpu()])
+    covers: Any = cover.images[list(chosen)]
+    return np.concatenate([triggers, covers.cpu().numpy()])
 
 
 def _shuffled(count: int, draw: Callable[[int], bytes]) -> list[int]:

@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from nnpassport.data.images import ImageSet
 from nnpassport.keys.context import canonical_json
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
@@ -36,6 +35,9 @@ from nnpassport.verification.remote.plan import (
 )
 from nnpassport.verification.remote.rehearsal import advice, innocent, rehearse
 
+if TYPE_CHECKING:
+    from nnpassport.data.images import ImageSet
+
 _FAILURES_IN_A_ROW = 3  # each of them tried several times: the service is down
 _NONE_OF_THE_FIRST = 10  # queries answered: a wrong address or token, say
 
@@ -47,7 +49,7 @@ def probe(
     asker: Asker,
     key: Key,
     *,
-    cover: ImageSet | None = None,
+    cover: "ImageSet | None" = None,
     terms: Terms | None = None,
     journal: Path | None = None,
     resume: bool = False,
@@ -73,7 +75,7 @@ def probe(
     labels = replace(asker.labels, owned=key.context.classes or ())
     asker = asker.reading(labels, any_order=terms.any_order)
     plan = settle(shape, terms, cover)
-    require_power(key, torch.arange(shape.count) < plan.triggers, terms)
+    require_power(key, np.arange(shape.count) < plan.triggers, terms)
     kept = _kept(journal, _settled(asker, key, terms, plan, cover), resume=resume)
     available = 0 if cover is None else len(cover)
     order, chosen = asking_order(key, plan, kept.terms["nonce"], available)
@@ -83,12 +85,14 @@ def probe(
         _rehearse(asker, innocent(shape, ordinary, chosen), kept)
     _ask_all(asker, [images[query] for query in order], kept, show)
     answers = [kept.answers[place] for place in places(order)]
-    used = cover.subset(torch.tensor(chosen)) if cover is not None and chosen else None
+    used = None
+    if cover is not None and chosen:
+        used = cover.subset(cover.labels.new_tensor(chosen))
     parts = answers[: plan.triggers], answers[plan.triggers :]
     return finding(asker.service.description, key, terms, parts, used, labels)
 
 
-def _rehearse(asker: Asker, pictures: Tensor, journal: Journal) -> None:
+def _rehearse(asker: Asker, pictures: NDArray[np.uint8], journal: Journal) -> None:
     try:
         rehearse(asker, pictures)
     except UnreachableServiceError:
@@ -97,7 +101,7 @@ def _rehearse(asker: Asker, pictures: Tensor, journal: Journal) -> None:
 
 
 def _settled(
-    asker: Asker, key: Key, terms: Terms, plan: Plan, cover: ImageSet | None
+    asker: Asker, key: Key, terms: Terms, plan: Plan, cover: "ImageSet | None"
 ) -> dict[str, Any]:
     """What a run must not change while it goes on."""
     any_order = {"any_order": True} if terms.any_order else {}
@@ -129,7 +133,9 @@ def _kept(path: Path | None, settled: Mapping[str, Any], *, resume: bool) -> Jou
     return found
 
 
-def _ask_all(asker: Asker, images: list[Tensor], journal: Journal, show: Show | None) -> None:
+def _ask_all(
+    asker: Asker, images: list[NDArray[np.uint8]], journal: Journal, show: Show | None
+) -> None:
     """Ask all that is left. What may be the service's bad day is kept back until it answers.
 
     Raises:

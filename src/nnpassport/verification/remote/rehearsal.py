@@ -6,10 +6,10 @@ triggers on answers that nobody can read, and a service that has seen them knows
 
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from nnpassport.keys.context import TriggerShape
 from nnpassport.scheme import UnreachableServiceError
@@ -32,22 +32,23 @@ _ADVICE = {
 
 def innocent(
     shape: TriggerShape,
-    cover: UInt8[Tensor, "images channels height width"] | None,
+    cover: Any | None,
     chosen: Sequence[int],
-) -> UInt8[Tensor, "pictures channels height width"]:
-    """Pictures of the triggers' size that say nothing of them.
+) -> NDArray[np.uint8]:
+    """Pictures of the triggers' size that say nothing of them (pictures channels height width).
 
     They are covers, of those that are not `chosen` to hide triggers while there are any; or slopes
     of grey that no key knows.
     """
     if cover is None or not len(cover):
-        return torch.stack([_slope(shape.size) for _ in range(PICTURES)])
+        return np.stack([_slope(shape.size) for _ in range(PICTURES)])
     left = sorted(set(range(len(cover))) - set(chosen)) or list(chosen)
     picks = [left[secrets.randbelow(len(left))] for _ in range(PICTURES)]
-    return cover[torch.tensor(picks)].cpu()
+    shown: NDArray[np.uint8] = cover[picks].cpu().numpy()
+    return shown
 
 
-def rehearse(asker: Asker, pictures: UInt8[Tensor, "pictures channels height width"]) -> None:
+def rehearse(asker: Asker, pictures: NDArray[np.uint8]) -> None:
     """Ask about innocent pictures until one is answered with a class.
 
     Raises:
@@ -79,9 +80,9 @@ def advice(asker: Asker, answer: Answer) -> str:
     return asker.service.options
 
 
-def _slope(size: tuple[int, int, int]) -> Tensor:
+def _slope(size: tuple[int, int, int]) -> NDArray[np.uint8]:
     """A picture that grows lighter from one side to the other, between random greys."""
     channels, height, width = size
     dark, light = secrets.randbelow(100), 155 + secrets.randbelow(100)
-    row = torch.linspace(dark, light, width).round().to(torch.uint8)
-    return row.expand(channels, height, width).contiguous()
+    row = np.linspace(dark, light, width).round().astype(np.uint8)
+    return np.tile(row, (channels, height, 1))

@@ -7,20 +7,20 @@ its bytes are, it is a label, no label (None), or `UnreachableServiceError`.
 """
 
 import base64
-import io
 import json
 import math
 import secrets
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, final
 from urllib.parse import quote, urlsplit
 
-from jaxtyping import UInt8
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from nnpassport.data.images import Normalisation
-from nnpassport.scheme import UnreachableServiceError, UnsuitableModelError
+from nnpassport.scheme import UnreachableServiceError, UnreadableDataError, UnsuitableModelError
 from nnpassport.verification.remote.answers import (
     Answered,
     Label,
@@ -49,6 +49,22 @@ INSTANCES = f'{{"instances": [{NUMBERS}]}}'
 SHOWN_NAMES = 8  # of a service's outputs, in an error
 
 
+Pixels = NDArray[np.uint8]
+"""A picture (channels height width), 0 to 255: an array, or a tensor on the processor."""
+
+
+class Scale(Protocol):
+    """How pixels become numbers, (x/255 − mean) / std by channel; a `Normalisation` or a config."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Of each channel, in units of the range 0 to 1."""
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """The same; above 0."""
+
+
 class Request(NamedTuple):
     """What is sent to ask for one image's label."""
 
@@ -64,7 +80,7 @@ class Service(Protocol):
     def description(self) -> str:
         """The protocol and the address, without what may be secret in it."""
 
-    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+    def request(self, pixels: Pixels) -> Request:
         """What to send for one image."""
 
     @property
@@ -103,7 +119,7 @@ class HuggingFace:
         """The protocol alone."""
         return "--protocol (template with --pointer reads any JSON, multipart uploads a form)"
 
-    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+    def request(self, pixels: Pixels) -> Request:
         """The picture itself."""
         headers = {"Content-Type": "image/png", "Accept": "application/json"}
         return Request(self.url, png(pixels), headers)
@@ -143,7 +159,7 @@ class OpenInference:
 
     url: str
     model: str
-    normalise: Normalisation
+    normalise: Scale
     input_name: str = "input"
     output_name: str | None = None
     channels_last: bool = False
@@ -162,7 +178,7 @@ class OpenInference:
         """Which output, and how it is read."""
         return "--output (which output to read), --top (it lists labels or indices, best first)"
 
-    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+    def request(self, pixels: Pixels) -> Request:
         """The normalised picture as a batch of one, float32."""
         numbers = _numbers(pixels, self.normalise, self.channels_last)
         tensor = {
@@ -217,7 +233,7 @@ class Template:
     url: str
     template: str
     pointer: str
-    normalise: Normalisation | None = None
+    normalise: Scale | None = None
     channels_last: bool = False
     ranked: bool = False
 
@@ -246,7 +262,7 @@ class Template:
         """Where the label is, and how it is read."""
         return _POINTED
 
-    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+    def request(self, pixels: Pixels) -> Request:
         """The template with the picture in its place; base64 needs no escaping in JSON."""
         text = self.template
         if self.normalise is not None and NUMBERS in text:
@@ -301,7 +317,7 @@ class Upload:
         """Where the label is, and how it is read."""
         return f"--field (the form's name for the file), {_POINTED}"
 
-    def request(self, pixels: UInt8[Tensor, "channels height width"]) -> Request:
+    def request(self, pixels: Pixels) -> Request:
         """A form with one file."""
         boundary = f"----{secrets.token_hex(16)}"
         head = (
@@ -329,11 +345,17 @@ def _pointed(body: bytes, pointer: str, *, ranked: bool) -> Answered:
     return several(flat(found), ranked=ranked) if isinstance(found, list) else plain(found)
 
 
-def _numbers(
-    pixels: UInt8[Tensor, "channels height width"], normalise: Normalisation, channels_last: bool
-) -> Tensor:
-    numbers = normalise(pixels[None])
-    return numbers.permute(0, 2, 3, 1) if channels_last else numbers
+def _numbers(pixels: Pixels, normalise: Scale, channels_last: bool) -> NDArray[np.float32]:
+    """float32 (1 channels height width), or (1 height width channels)."""
+    pixels = np.asarray(pixels)
+    if len(pixels) != len(normalise.mean):
+        raise UnreadableDataError(
+            f"images have {len(pixels)} channels, but the normalisation has "
+            f"{len(normalise.mean)}; read the images with channels={len(normalise.mean)}"
+        )
+    mean, std = np.array([normalise.mean, normalise.std], np.float32)[:, :, None, None] * 255
+    numbers: NDArray[np.float32] = ((pixels - mean) / std)[None]
+    return numbers.transpose(0, 2, 3, 1) if channels_last else numbers
 
 
 _JSON_HEADERS: Mapping[str, str] = {
@@ -384,20 +406,26 @@ def shown(url: str) -> str:
     return urlsplit(url)._replace(query="", fragment="").geturl()
 
 
-def png(pixels: UInt8[Tensor, "channels height width"]) -> bytes:
-    """The picture as a PNG file, without anything else in it.
+def png(pixels: Pixels) -> bytes:
+    """The picture as a PNG file, without anything else in it.                      [ISO 15948]
 
     Raises:
         UnsuitableModelError: it is neither grey nor red, green and blue.
     """
-    from PIL import Image  # noqa: PLC0415 - slow to import
-
-    if pixels.shape[0] not in {1, 3}:
+    pixels = np.asarray(pixels)
+    if len(pixels) not in {1, 3}:
         raise UnsuitableModelError(
-            f"the key's trigger images have {pixels.shape[0]} channels, and pictures are sent with "
+            f"the key's trigger images have {len(pixels)} channels, and pictures are sent with "
             "1 or 3; use the Open Inference Protocol, which takes numbers"
         )
-    array = pixels[0].numpy() if pixels.shape[0] == 1 else pixels.permute(1, 2, 0).numpy()
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "PNG")
-    return file.getvalue()
+    channels, height, width = pixels.shape
+    rows = pixels.transpose(1, 2, 0).reshape(height, width * channels)
+    unfiltered = np.concatenate([np.zeros((height, 1), np.uint8), rows], axis=1)
+    head = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    parts = ((b"IHDR", head), (b"IDAT", zlib.compress(unfiltered.tobytes())), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, content) for name, content in parts)
+
+
+def _chunk(name: bytes, content: bytes) -> bytes:
+    check = zlib.crc32(name + content)
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", check)
