@@ -32,7 +32,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import zoo  # noqa: E402
 
 from nnpassport import V2  # noqa: E402
-from nnpassport.alignment.byaxes import Reference, anchor_of, verify_anchored  # noqa: E402
+from nnpassport.alignment.anchored import verify_anchored  # noqa: E402
+from nnpassport.alignment.byaxes import Reference, anchor_of  # noqa: E402
 from nnpassport.attacks.moves import KINDS, move  # noqa: E402
 from nnpassport.attacks.perturbation import prune_layerwise, quantise  # noqa: E402
 from nnpassport.embedding.axes import axes_of  # noqa: E402

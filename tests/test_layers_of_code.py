@@ -173,7 +173,8 @@ def test_a_wrong_arrow_is_found(name, target):
 GROUND = (
     *("keys", "files", "claims"),
     *("alignment.axes", "alignment.table", "alignment.canonical", "alignment.solve"),
-    *("alignment.byaxes", "alignment.rate"),
+    *("alignment.byaxes", "alignment.rate", "alignment.anchored", "alignment.naming"),
+    *("alignment.mirrors", "alignment.directions", "alignment.refine"),
     *("verification.verdicts", "verification.candidates", "verification.aligning"),
     *("verification.bridge", "verification.hearing", "verification.compare"),
     *("verification.difference", "verification.equal", "verification.lineage"),

@@ -14,7 +14,8 @@ import zoo
 from torch import nn
 
 from nnpassport import V2
-from nnpassport.alignment.byaxes import anchor_of, verify_anchored
+from nnpassport.alignment.anchored import verify_anchored
+from nnpassport.alignment.byaxes import anchor_of
 from nnpassport.attacks.moves import KINDS, move
 from nnpassport.embedding.axes import axes_of
 from nnpassport.embedding.measured import verify_aligned

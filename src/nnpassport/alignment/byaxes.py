@@ -14,7 +14,7 @@ Aligned to a key's anchor, the network before the mark, nothing is projected out
 what knows nothing of the bits cannot prefer any.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.canonical import Weights, canonical, restored
 from nnpassport.alignment.directions import Free, free_in, spanned
-from nnpassport.alignment.rate import MIXTURES, Other, against, exact
+from nnpassport.alignment.rate import MIXTURES, Other, against
 from nnpassport.alignment.solve import Aligner, aligner
 from nnpassport.alignment.table import LONGEST, check_table
 from nnpassport.files.arrays import Array, arrays_digest, is_floating
@@ -74,21 +74,23 @@ class Reference(NamedTuple):
     Attributes:
         means: what layer norms take away of its tensors. A suspect's own cannot be known; those of
             a network that knows nothing of the bits stand in for it.
+        layers: names of the weights that the key reads.
     """
 
     axes: Axes
     tensors: Weights
     to: Aligner
     means: Weights = {}  # noqa: RUF012 - never changed
+    layers: frozenset[str] = frozenset()
 
-    def place(self, suspect: Mapping[str, Array]) -> Placed:
-        """Align one network.
+    def place(self, suspect: Mapping[str, Array], loose: Collection[str] = ()) -> Placed:
+        """Align one network; rows of `loose` tensors are of any sign and scale.
 
         Raises:
             UnsuitableModelError: its tensors are not those of such a network.
         """
         try:
-            found = dict(self.to.align(_alike(suspect, self.tensors)).weights)
+            found = dict(self.to.align(alike(suspect, self.tensors), loose).weights)
         except (ValueError, IndexError, np.linalg.LinAlgError) as error:
             raise UnsuitableModelError(
                 f"the suspect cannot be aligned over these axes ({type(error).__name__}); needed: "
@@ -140,7 +142,8 @@ def anchor_of(axes: Axes, tensors: Mapping[str, Array], key: Key) -> Reference:
     to = aligner(axes, known, marked, _free(axes, known, key))
     whole = canonical(axes, known, centred=False)
     means = {name: whole[name] - each for name, each in to.reference.items()}
-    return Reference(axes, known, to, {name: each for name, each in means.items() if each.any()})
+    means = {name: each for name, each in means.items() if each.any()}
+    return Reference(axes, known, to, means, frozenset(marked & known.keys()))
 
 
 def _free(axes: Axes, known: Weights, key: Key) -> dict[str, Free]:
@@ -214,16 +217,13 @@ def verify_by_axes(
     return against(found, placed, others, origin, skipped)
 
 
-def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference) -> Verdict:
-    """V on the suspect once it is aligned to the network before the mark; its p-value is exact.
+def strangers_of(suspect: Mapping[str, Array], reference: Reference) -> Placed:
+    """A network of the suspect's own numbers that has nothing to do with the reference, aligned.
 
     Raises:
-        UnsuitableModelError: the suspect cannot be aligned.
+        UnsuitableModelError: it cannot be aligned.
     """
-    placed = anchor.place(suspect)
-    stranger = anchor.place(next(_mixtures(suspect, anchor)))
-    found = read(anchor.with_own_scales(placed.arrays))
-    return exact(found, placed, stranger.cosines)
+    return reference.place(next(_mixtures(suspect, reference)))
 
 
 def _require_blind(found: Verdict, others: list[Other]) -> None:
@@ -242,7 +242,7 @@ def _floating(tensors: Mapping[str, Array]) -> Weights:
     return {name: tensors[name].astype(np.float64) for name in names}
 
 
-def _alike(suspect: Mapping[str, Array], reference: Weights) -> Weights:
+def alike(suspect: Mapping[str, Array], reference: Weights) -> Weights:
     """The suspect's tensors that can be the reference's: of a likely length, under its names.
 
     Raises:
@@ -303,12 +303,12 @@ def _cosine(mine: Matrix, theirs: Matrix) -> float:
 
 def _mixtures(suspect: Mapping[str, Array], reference: Reference) -> Iterator[Mapping[str, Array]]:
     """The suspect with the rows of every matrix rotated at random among themselves."""
-    alike = _alike(suspect, reference.tensors)
+    own = alike(suspect, reference.tensors)
     seed = int(arrays_digest(dict(suspect))[:15], 16)
     rng = np.random.default_rng(seed)
     for _ in range(MIXTURES):
         yield {
-            name: _rotated(array, rng) if array.ndim > 1 else array for name, array in alike.items()
+            name: _rotated(array, rng) if array.ndim > 1 else array for name, array in own.items()
         }
 
 

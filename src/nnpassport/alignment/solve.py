@@ -66,7 +66,7 @@ class Spot(NamedTuple):
         return found
 
 
-class _Unit(NamedTuple):
+class Unit(NamedTuple):
     """What is solved at once: an axis, or the groups of a group norm with what is inside them.
 
     Attributes:
@@ -159,7 +159,7 @@ class Aligner:
 
     axes: Axes
     reference: Weights
-    units: tuple[_Unit, ...]
+    units: tuple[Unit, ...]
     attentions: tuple[_Attention, ...]
     on: Mapping[str, frozenset[int]]
     marked: frozenset[str]
@@ -193,7 +193,7 @@ class Aligner:
         weights = canonical(self.axes, known)
         return Work(weights, dict(self.reference), {}, set(), frozenset(loose), [])
 
-    def usable(self, unit: _Unit, work: Work, known: set[int] | None = None) -> list[Spot]:
+    def usable(self, unit: Unit, work: Work, known: set[int] | None = None) -> list[Spot]:
         """Spots whose tensors can be compared along this axis, all their other axes being known."""
         mine = set(unit.numbers) | (work.settled if known is None else known)
         return [
@@ -205,7 +205,7 @@ class Aligner:
             and _like_but_for(spot, work.weights[spot.tensor], self.reference[spot.tensor])
         ]
 
-    def _anchored(self, unit: _Unit, work: Work) -> float:
+    def _anchored(self, unit: Unit, work: Work) -> float:
         there = [spot for spot in unit.spots if spot.tensor in work.weights]
         return len(self.usable(unit, work)) / max(1, len(there))
 
@@ -213,10 +213,11 @@ class Aligner:
         """Compare marked filters from now on by what no mark moves."""
         for name in self.free if names is None else names:
             mine, theirs = work.weights.get(name), self.reference[name]
-            if name in self.free and mine is not None and mine.shape == theirs.shape:
+            scaled = name in self.free and name not in work.loose  # else rows may be of any length
+            if scaled and mine is not None and mine.shape == theirs.shape:
                 work.targets[name] = self.free[name].taken(mine, theirs)
 
-    def solve(self, unit: _Unit, work: Work) -> None:
+    def solve(self, unit: Unit, work: Work) -> None:
         """Bring one axis into place, as far as its other axes are."""
         spots = self.usable(unit, work)
         work.settled |= set(unit.numbers)
@@ -249,7 +250,7 @@ class Aligner:
 
         return change
 
-    def _turn(self, unit: _Unit, spots: Sequence[Spot], work: Work) -> None:
+    def _turn(self, unit: Unit, spots: Sequence[Spot], work: Work) -> None:
         """Rotate or mix the suspect's rows into the reference's."""
         pairs = [(spot, self._rows_of_both(spot, work)) for spot in spots]
         held = [(s, rows) for s, rows in pairs if s.reads or s.tensor not in work.loose]
@@ -302,7 +303,7 @@ class Aligner:
                     tensor = change(spot, tensor)
         return tensor
 
-    def _match(self, unit: _Unit, spots: Sequence[Spot], work: Work) -> None:
+    def _match(self, unit: Unit, spots: Sequence[Spot], work: Work) -> None:
         """Put the suspect's rows into the order of the reference's."""
         weights = work.weights
         longer = _longer(unit, spots, weights, self.reference)
@@ -324,7 +325,7 @@ class Aligner:
                 cosines += np.abs(found) if unit.either_sign or loose else found
         signs: Matrix | None = None
         if not unit.normed or longer:
-            order = _assigned(cosines)
+            order = assigned(cosines)
         else:
             cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
             felt = turned[np.arange(unit.size), order].reshape(unit.groups, -1).sum(1)
@@ -368,7 +369,7 @@ class Aligner:
             return rows
         return rows * signs[:, None]
 
-    def _rescale(self, unit: _Unit, work: Work) -> None:
+    def _rescale(self, unit: Unit, work: Work) -> None:
         """Give rows the reference's scale where each may have any, and its sign where that is free.
 
         Behind a ReLU a reader may be multiplied by what its writer is divided by; of two factors of
@@ -414,7 +415,7 @@ class Aligner:
                 for source in (self.reference, work.weights)
             )
             cosines += theirs @ mine.T
-        order = _in_groups(cosines, heads) if copies > 1 else _assigned(cosines)
+        order = _in_groups(cosines, heads) if copies > 1 else assigned(cosines)
         rows = np.arange(len(order))
         found = float(cosines[rows, order].mean() / len(attention.insides))
         work.likeness[attention.heads] = found
@@ -453,7 +454,7 @@ class Aligner:
             }
         )
         alone = order[::copies] // copies
-        for spot in _spots(axes, outer):
+        for spot in spots_of(axes, outer):
             if spot.tensor not in work.weights or not self._fits(spot, work.weights):
                 continue
             finer = both.get((spot.tensor, spot.dimension))
@@ -500,7 +501,7 @@ def aligner(
     )
 
 
-def _units(axes: Axes) -> list[_Unit]:
+def _units(axes: Axes) -> list[Unit]:
     """Axes that are solved on their own, and pairs of groups and their insides."""
     found, paired = [], set[int]()
     normed = [n for n, axis in enumerate(axes.axes) if "group norm" in axis.traits]
@@ -513,14 +514,14 @@ def _units(axes: Axes) -> list[_Unit]:
             together = len(spots) == len(axis.places) == len(other.places)
             if together and _is_outer(spots[0], axis, other):
                 size = axis.size * other.size
-                pair = _Unit((outer, inner), "permute", size, axis.size, False, True, tuple(spots))
+                pair = Unit((outer, inner), "permute", size, axis.size, False, True, tuple(spots))
                 found.append(pair)
                 paired |= {outer, inner}
     for number, axis in enumerate(axes.axes):
         if number not in paired and axis.kind != "inner":
             sign, turns = "product" in axis.traits, number in normed
-            spots = _spots(axes, axis)
-            found.append(_Unit((number,), axis.kind, axis.size, 1, sign, turns, tuple(spots)))
+            spots = spots_of(axes, axis)
+            found.append(Unit((number,), axis.kind, axis.size, 1, sign, turns, tuple(spots)))
     return found
 
 
@@ -530,7 +531,8 @@ def _is_outer(spot: Spot, axis: Axis, other: Axis) -> bool:
     return bool((np.abs(np.diff(table, axis=1)) <= np.abs(np.diff(table, axis=0)).min()).all())
 
 
-def _spots(axes: Axes, axis: Axis) -> list[Spot]:
+def spots_of(axes: Axes, axis: Axis) -> list[Spot]:
+    """Where an axis is."""
     return [
         Spot(place.tensor, place.dimension, place.positions(axis.size), reads(axes, place))
         for place in axis.places
@@ -613,7 +615,7 @@ def _sides(axes: Axes, heads: int, copies: int | None, inner: int) -> list[_Side
             both = crossed(axes, outer, axes.axes[copies])
             place = (spot.tensor, spot.dimension)
             rows = next((each for each in both if (each.tensor, each.dimension) == place), None)
-            column = next((each for each in _spots(axes, inside) if each[:2] == place), None)
+            column = next((each for each in spots_of(axes, inside) if each[:2] == place), None)
             if rows is not None and column is not None:
                 positions = _meeting(rows.positions, column.positions)
                 single = None if positions is None else spot._replace(positions=positions)
@@ -647,18 +649,21 @@ def _like_but_for(spot: Spot, mine: Matrix, theirs: Matrix) -> bool:
     return mine.ndim == theirs.ndim and all(mine.shape[n] == theirs.shape[n] for n in others)
 
 
-def _longer(unit: _Unit, spots: Sequence[Spot], weights: Weights, reference: Weights) -> int:
+def _longer(unit: Unit, spots: Sequence[Spot], weights: Weights, reference: Weights) -> int:
     """How many rows the suspect has where it has more than the reference; else 0."""
     most = {weights[spot.tensor].shape[spot.dimension] for spot in spots}
     plain = all(reference[s.tensor].shape[s.dimension] == unit.size for s in spots)
     return max(most) if plain and len(most) == 1 and max(most) > unit.size else 0
 
 
-def _assigned(cosines: Matrix) -> NDArray[np.int64]:
-    """By row, the column that it is matched with: the largest sum there is."""
+def assigned(cosines: Matrix) -> NDArray[np.int64]:
+    """By row, the column that it is matched with, −1 for none: the largest sum there is."""
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
 
-    return np.asarray(linear_sum_assignment(np.nan_to_num(cosines), maximize=True)[1])
+    rows, columns = linear_sum_assignment(np.nan_to_num(cosines), maximize=True)
+    found = np.full(len(cosines), -1)
+    found[rows] = columns
+    return found
 
 
 def _assigned_in_groups(
@@ -679,7 +684,7 @@ def _assigned_in_groups(
 
 
 def _best_sum(cosines: Matrix) -> float:
-    return float(cosines[np.arange(len(cosines)), _assigned(cosines)].sum())
+    return float(cosines[np.arange(len(cosines)), assigned(cosines)].sum())
 
 
 def _in_groups(cosines: Matrix, groups: int) -> NDArray[np.int64]:
@@ -690,9 +695,9 @@ def _in_groups(cosines: Matrix, groups: int) -> NDArray[np.int64]:
     for a in range(groups):
         for b in range(groups):
             block = cosines[a * inside : (a + 1) * inside, b * inside : (b + 1) * inside]
-            orders[a, b] = _assigned(block)
+            orders[a, b] = assigned(block)
             sums[a, b] = block[np.arange(inside), orders[a, b]].sum()
-    chosen = _assigned(sums)
+    chosen = assigned(sums)
     return np.concatenate([b * inside + orders[a, b] for a, b in enumerate(chosen)])
 
 

@@ -14,6 +14,7 @@ an attacker can do without data, training or loss is therefore what is done, wha
     mix        linear bottlenecks by any invertible matrix
     heads      the inside of every attention head by any invertible matrix
     balance    the two factors of a product of hidden units (gated layers), signs too
+    mirror     kernels, and the pictures with them: what runs the network has to turn these
     split      hidden units into two that share what one did: the network grows
 
 Table of these: `docs/attacks.md`. Rounding in the network's own precision is all that is lost.
@@ -22,7 +23,8 @@ Table of these: `docs/attacks.md`. Rounding in the network's own precision is al
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from torch.func import functional_call
 
 from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
+from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.solve import Spot, attentions, crossed
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
@@ -61,6 +64,8 @@ class Moved(NamedTuple):
         done: by kind of move, in how many places it was made.
         undone: by kind of move, in how many places it would have moved the outputs.
         error: how far the outputs moved in double precision, relative to the largest.
+        shown: how pictures have to be turned for it, which the copy does by a hook: its weights
+            alone do not.
     """
 
     model: nn.Module
@@ -68,6 +73,7 @@ class Moved(NamedTuple):
     done: Mapping[str, int]
     undone: Mapping[str, int]
     error: float
+    shown: Orientation = AS_IT_IS
 
     @property
     def attacked(self) -> Attacked:
@@ -98,10 +104,13 @@ def move(
     subject = _Subject(model, example)
     done, undone = dict[str, int](), dict[str, int]()
     for kind in counted(chosen, "free moves"):
+        if kind == "mirror":
+            done[kind], undone[kind] = subject.mirror(rng)
+            continue
         acts = list(KINDS[kind](subject))
         made = subject.attempt(acts, rng) if acts else 0
         done[kind], undone[kind] = made, len(acts) - made
-    return Moved(subject.result(model), stop(), done, undone, subject.error())
+    return Moved(subject.result(model), stop(), done, undone, subject.error(), subject.shown)
 
 
 class _Subject:
@@ -114,7 +123,26 @@ class _Subject:
         _add_biases(self.exact, self.axes)
         self.sites = survey(self.exact, self.inputs).sites
         self.state: State = {n: t.detach().clone() for n, t in self.exact.state_dict().items()}
+        self.shown = AS_IT_IS
         self.before = self._outputs(self.state)
+
+    def mirror(self, rng: torch.Generator) -> tuple[int, int]:
+        """Turn kernels and pictures, in the first way by lot that leaves the outputs alone.
+
+        Returns whether one did, and how many did not.
+        """
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.state.items()}
+        ways = list(possible(self.axes, shapes))
+        order = torch.randperm(len(ways), generator=rng).tolist()
+        inputs, arrays = self.inputs, {n: t.numpy() for n, t in self.state.items()}
+        for number, way in enumerate(ways[index] for index in order):
+            tried = {n: torch.from_numpy(a) for n, a in turned(self.axes, arrays, way).items()}
+            self.inputs, self.shown = with_tensors(inputs, partial(_turned_picture, way)), way
+            if self._error(tried) <= TOLERANCE:
+                self.state = {name: tensor.clone() for name, tensor in tried.items()}
+                return 1, number
+        self.inputs, self.shown = inputs, AS_IT_IS
+        return 0, len(ways)
 
     def attempt(self, acts: Sequence[Act], rng: torch.Generator) -> int:
         """Do what leaves the outputs where they are, found by halves; returns how many acts."""
@@ -142,6 +170,11 @@ class _Subject:
                 tensor.detach().copy_(value)
             else:
                 put_tensor(found, name, value)
+        if self.shown != AS_IT_IS:
+            before: Any = _Turning(self.shown)
+            after: Any = _TurningBack(self.shown)
+            found.register_forward_pre_hook(before, with_kwargs=True)
+            found.register_forward_hook(after)
         return found
 
     def _done(self, acts: Sequence[Act], state: State, rng: torch.Generator) -> bool:
@@ -169,7 +202,35 @@ class _Subject:
         else:
             given = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
             output = functional_call(self.exact, state, given, tie_weights=False)
-        return logits_of(output).detach()
+        return _turned_picture(self.shown.inverse, logits_of(output).detach())
+
+
+class _Turning(NamedTuple):
+    """Turns the pictures that a network is given, as whoever runs it does."""
+
+    way: Orientation
+
+    def __call__(self, _: nn.Module, given: Any, named: Any) -> tuple[Any, Any]:
+        change = partial(_turned_picture, self.way)
+        return with_tensors(given, change), with_tensors(named, change)
+
+
+class _TurningBack(NamedTuple):
+    """Turns maps that a network gives back to how its pictures came."""
+
+    way: Orientation
+
+    def __call__(self, _: nn.Module, __: Any, output: Any) -> Any:
+        return with_tensors(output, partial(_turned_picture, self.way.inverse))
+
+
+def _turned_picture(way: Orientation, tensor: Tensor) -> Tensor:
+    """A tensor of four dimensions turned, or of numbers in time reversed; others as they are."""
+    signal = tensor.dim() == 3 and tensor.is_floating_point() and not way.transposed
+    if tensor.dim() == 4:
+        tensor = tensor.transpose(-1, -2) if way.transposed else tensor
+        return tensor.flip(way.flipped) if way.flipped else tensor
+    return tensor.flip(-1) if signal and -1 in way.flipped else tensor
 
 
 # The moves
@@ -439,6 +500,11 @@ def _split(subject: _Subject) -> Iterator[Act]:
         yield do
 
 
+def _mirror(_: _Subject) -> Iterator[Act]:
+    """Nothing along an axis: `_Subject.mirror` does it, since it changes the pictures as well."""
+    yield from ()
+
+
 KINDS: Mapping[str, Callable[[_Subject], Iterator[Act]]] = {
     "negate": _negate,
     "scale": _scale,
@@ -450,6 +516,7 @@ KINDS: Mapping[str, Callable[[_Subject], Iterator[Act]]] = {
     "mix": _mix,
     "rotate": _rotate,
     "reorder": _reorder,
+    "mirror": _mirror,
     "split": _split,
 }
 """All kinds of moves, in the order in which `move` makes them; growing comes last."""

@@ -5,6 +5,7 @@ Every function here either gives a verdict or raises, and then nothing was decid
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nnpassport.alignment.byaxes import anchor_of, verify_anchored
+from nnpassport.alignment.anchored import verify_anchored
+from nnpassport.alignment.byaxes import anchor_of
 from nnpassport.alignment.channels import channels_of
 from nnpassport.alignment.null import (
     AlignedVerdict,
@@ -50,7 +52,7 @@ from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
 from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import within
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import READERS, verdict_on
@@ -138,9 +140,20 @@ def verify_aligned(
         return scheme.verify(tensors, key, log10_alpha=log10_alpha)
 
     ways = _ways(scheme, key, read, weights, reference, others)
-    if key.context.anchor is not None and example is not None and not _is_known(reference):
-        verdict = _over_axes(weights, key, reference, example, log10_alpha)
-        return AlignedVerdict(verdict, None)
+    inputs = None if key.context.anchor is None else example
+    if inputs is not None and not _is_known(reference):
+        return AlignedVerdict(_over_axes(weights, key, reference, inputs, log10_alpha), None)
+    found = _over_layers(ways, weights)
+    if inputs is not None and not found.verdict.marked:
+        # What its layers alone do not show: kernels that are turned, blocks that were put in.
+        with suppress(UnsuitableModelError):
+            again = _over_axes(weights, key, reference, inputs, log10_alpha)
+            return AlignedVerdict(again, None) if again.marked else found
+    return found
+
+
+def _over_layers(ways: "_Ways", weights: Mapping[str, Tensor]) -> AlignedVerdict:
+    """Aligned by the names of layers that are known, or else by their shapes."""
     named = None
     try:
         named = ways.by_name()
@@ -148,7 +161,7 @@ def verify_aligned(
         refused = error
     else:
         reason = "aligned by the tensors' names"
-        paid = named.verdict.paid(LOG10_BY_NAME, reason, of=candidates.TENSORS)
+        paid = named.verdict.paid(LOG10_BY_NAME, reason, of=TENSORS)
         named = named._replace(verdict=paid)
         if named.verdict.marked:
             return named
@@ -187,8 +200,7 @@ def _over_axes(
     found = axes_of(anchor, example)
     verdict = verify_anchored(read, dict(ArraysOf(weights)), anchor_of(found, state, key))
     traits = f"over {len(found.axes)} axes that its trace shows, proved by reordering"
-    reason = f"aligned by the tensors' names, {traits}"
-    return verdict.paid(LOG10_BY_NAME, reason, of=candidates.TENSORS)
+    return verdict.remarked(traits)
 
 
 class _Ways(NamedTuple):
@@ -244,7 +256,7 @@ def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
     """The verdict by shape, once every choice of tensors is paid for."""
     reason = f"aligned by the tensors' shapes, of 10^{found.log10_choices:.1f} choices"
     log10_choices = LOG10_BY_SHAPE + found.log10_choices
-    paid = found.verdict.paid(log10_choices, reason, of=candidates.TENSORS)
+    paid = found.verdict.paid(log10_choices, reason, of=TENSORS)
     facts = candidates.by_shape(found.taken, weights, found.log10_choices)
     return replace(paid, candidates=facts)
 

@@ -24,6 +24,9 @@ tries 2¹⁰⁰ seeds, and a genuine mark of a few hundred bits passes by far.
 
 
 _OTHERS = 2.0**-10  # the share of α for readings by shape: they are many, or not needed
+TENSORS = "choices of tensors"
+"""What a reading of one of several tensors pays for."""
+
 LOG10_BY_NAME = -math.log10(1 - _OTHERS)
 """What the reading of the tensors under the names that are expected costs, where others could be.
 

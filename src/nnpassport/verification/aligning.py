@@ -9,14 +9,9 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from nnpassport.alignment.anchored import verify_anchored
 from nnpassport.alignment.axes import Axes
-from nnpassport.alignment.byaxes import (
-    anchor_of,
-    can_read,
-    reference_of,
-    verify_anchored,
-    verify_by_axes,
-)
+from nnpassport.alignment.byaxes import anchor_of, can_read, reference_of, verify_by_axes
 from nnpassport.alignment.table import AXES_FILE, MAX_AXES_BYTES
 from nnpassport.claims.claim import Claim
 from nnpassport.claims.facts import check_config
@@ -24,12 +19,11 @@ from nnpassport.claims.standing import Standing
 from nnpassport.files.arrays import Array, arrays_digest
 from nnpassport.files.disk import read_once, refuse_leaving
 from nnpassport.files.weights import Arrays, read_arrays
-from nnpassport.keys.chance import LOG10_BY_NAME
+from nnpassport.keys.chance import LOG10_BY_NAME, TENSORS
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.verification.anchor import ANCHOR, anchor_in
-from nnpassport.verification.candidates import TENSORS
 
 
 def committed_claim(key: Key, standing: Standing | None) -> Claim | None:
@@ -93,8 +87,8 @@ def aligned_by_axes(
         others = [each.arrays for each in unrelated.values()] if unrelated else None
         reference = reference_of(axes, weights.arrays, key)
         verdict = verify_by_axes(read, suspect.arrays, reference, others)
-    reason = "aligned by the tensors' names, over the claim's axes"
-    verdict = verdict.paid(LOG10_BY_NAME, reason, of=TENSORS)
+        verdict = verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
+    verdict = verdict.remarked("over the claim's axes")
     what = ANCHOR if anchored else "reference"
     digests = {**suspect.digests, **_named(what, weights.digests)}
     digests[f"{what}/{AXES_FILE}"] = str(claim.axes)

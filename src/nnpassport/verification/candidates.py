@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnpassport.files.arrays import Array, Described, is_floating
-from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE
+from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.patches import filters, mean_patch, own_shape
@@ -35,9 +35,6 @@ Headers = Mapping[str, Array | Described]
 
 Read = Callable[[Mapping[str, Array]], Verdict]
 """V on tensors under the names that the key knows."""
-
-TENSORS = "choices of tensors"
-"""What a reading of one of several tensors pays for."""
 
 _SHOWN = 3
 MOST_LISTED = 40

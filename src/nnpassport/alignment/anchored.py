@@ -1,0 +1,224 @@
+"""V on a suspect that is aligned to a key's anchor, under whatever names and however it is turned.
+
+What was aligned to knows nothing of the bits, so they are coins whatever alignment did. Readings
+share α all the same: the one of the tensors under the anchor's names has nearly all of it, and the
+others pay for every way that there was to choose tensors and orientations (`keys.chance`).
+
+It is read by the names first. Where the key's layers are not in place then, the kernels may be
+turned (`mirrors`); or blocks were put in or left out, or everything has other names (`naming`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from nnpassport.alignment.byaxes import Placed, Read, Reference, alike, strangers_of
+from nnpassport.alignment.canonical import Weights
+from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
+from nnpassport.alignment.naming import FITS, Naming, loose_in, named
+from nnpassport.alignment.rate import exact
+from nnpassport.files.arrays import Array, is_floating
+from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
+
+_LISTED = 40
+_NAMED = 3
+
+
+class _Reading(NamedTuple):
+    """A verdict that is paid for.
+
+    Attributes:
+        in_place: whether the key's layers are, in what it is of.
+        turned: whether most kernels are not, so that they may be turned.
+    """
+
+    verdict: Verdict
+    in_place: bool
+    turned: bool
+
+
+def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference) -> Verdict:
+    """V on the suspect once it is aligned to the network before the mark; its p-value is exact.
+
+    Raises:
+        UnsuitableModelError: nothing of the suspect can be aligned; it says what was looked for.
+        UnreadableModelError: what could be cannot be read.
+    """
+    refused: UnsuitableModelError | UnreadableModelError | None = None
+    first: _Reading | None = None
+    try:
+        first = _by_name(read, suspect, anchor)
+    except (UnsuitableModelError, UnreadableModelError) as error:
+        refused = error
+    if first is not None and first.in_place and not first.turned:
+        return first.verdict
+    ways = [AS_IT_IS, *possible(anchor.axes, {n: t.shape for n, t in anchor.tensors.items()})]
+    if first is not None:
+        way = _best_way(suspect, anchor, ways)
+        if way != AS_IT_IS:
+            again = _by_name(read, suspect, anchor, way, len(ways))
+            if _less(again.verdict, first.verdict):
+                first = again
+        if first.verdict.marked or first.in_place:
+            return first.verdict
+    found = _by_content(read, suspect, anchor, ways)
+    if found is not None and (found.marked or first is None):
+        return found
+    sought = ", ".join(f"{name} {anchor.tensors[name].shape}" for name in sorted(anchor.layers))
+    if first is not None:
+        return first.verdict.remarked(
+            "under other names and in other orientations nothing of it fits better"
+        )
+    raise UnsuitableModelError(
+        f"{refused}; nor does any of the suspect's {len(suspect)} tensors, under whatever name, "
+        f"fit a layer of the key: looked for were {sought:.300}, as they are, with their axes "
+        f"exchanged, as parts of fused projections, and in {len(ways)} orientations; needed: a "
+        "network that has them"
+    )
+
+
+def _less(one: Verdict, other: Verdict) -> bool:
+    return (one.log10_p_value or 0.0) < (other.log10_p_value or 0.0)
+
+
+def _by_name(
+    read: Read,
+    suspect: Mapping[str, Array],
+    anchor: Reference,
+    way: Orientation = AS_IT_IS,
+    ways: int = 1,
+) -> _Reading:
+    """The reading under the anchor's names, of kernels that are turned back."""
+    if way != AS_IT_IS:
+        suspect = turned(anchor.axes, suspect, way)
+    placed = anchor.place(suspect)
+    found = _read(read, suspect, placed, anchor)
+    verdict = found.verdict
+    if ways == 1:
+        return found._replace(
+            verdict=verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
+        )
+    reason = f"its kernels were {way.inverse.name}, of {ways} orientations that are paid for"
+    paid = verdict.paid(LOG10_BY_SHAPE + math.log10(ways), reason, of=TENSORS)
+    facts = {**(paid.alignment or {}), "orientation": way.inverse.name, "orientations": ways}
+    return found._replace(verdict=replace(paid, alignment=facts))
+
+
+def _read(read: Read, suspect: Mapping[str, Array], placed: Placed, anchor: Reference) -> _Reading:
+    stranger = strangers_of(suspect, anchor).cosines
+    found = read(anchor.with_own_scales(placed.arrays))
+    fits = {
+        name: (cosine - stranger[name]) / max(1e-9, 1 - stranger[name])
+        for name, cosine in placed.cosines.items()
+    }
+    layers = [fits[name] for name in anchor.layers if name in fits]
+    kernels = [fits[name] for name in fits if math.prod(anchor.tensors[name].shape[2:]) > 1]
+    in_place = bool(layers) and min(layers) >= FITS
+    return _Reading(
+        exact(found, placed, stranger), in_place, bool(kernels) and median(kernels) < FITS
+    )
+
+
+def _best_way(
+    suspect: Mapping[str, Array], anchor: Reference, ways: Sequence[Orientation]
+) -> Orientation:
+    """The orientation in which what meets the pictures is most like the anchor's."""
+    units = anchor.to.units
+    first = [
+        name
+        for name, theirs in anchor.tensors.items()
+        if theirs.ndim > 1
+        and name in anchor.to.on
+        and any(anchor.to.on[name] <= set(unit.numbers) for unit in units)
+    ]
+    there = alike({n: suspect[n] for n in first if n in suspect}, anchor.tensors)
+    vectors = {n: suspect[n] for n in suspect if n in anchor.tensors and suspect[n].ndim < 2}
+
+    def likeness(way: Orientation) -> float:
+        tensors = {**alike(vectors, anchor.tensors), **turned(anchor.axes, there, way)}
+        try:
+            placed = anchor.place(tensors)
+        except UnsuitableModelError:
+            return 0.0
+        return float(np.mean([placed.cosines.get(name, 0.0) for name in there] or [0.0]))
+
+    return max(ways, key=likeness)
+
+
+def _by_content(
+    read: Read, suspect: Mapping[str, Array], anchor: Reference, ways: Sequence[Orientation]
+) -> Verdict | None:
+    """The reading of tensors that fit best under any names; None where none fits a key's layer."""
+    best: tuple[int, float, Naming, Orientation] | None = None
+    tried = 0
+    for way in ways:
+        tried += 1
+        found = named(anchor.to, turned(anchor.axes, suspect, way))
+        layers = [name for name in anchor.layers if name in found.taken]
+        fit = float(np.mean([*found.fits.values(), 0.0]))
+        if best is None or (len(layers), fit) > best[:2]:
+            best = (len(layers), fit, found, way)
+        if len(layers) == len(anchor.layers):
+            break
+    if best is None or not best[0]:
+        return None
+    _, _, found, way = best
+    tensors = found.tensors(turned(anchor.axes, suspect, way), anchor.to.reference)
+    placed = anchor.place(tensors, loose_in(anchor.to))
+    verdict = _read(read, tensors, _whole(placed, anchor), anchor).verdict
+    return _paid(verdict, found, suspect, anchor, way, tried)
+
+
+def _whole(placed: Placed, anchor: Reference) -> Placed:
+    """With zeros, which match no bit, for layers of the key that the suspect does not have."""
+    none: Weights = {
+        name: np.zeros(anchor.tensors[name].shape)
+        for name in anchor.layers
+        if name not in placed.arrays or placed.arrays[name].shape != anchor.tensors[name].shape
+    }
+    return placed._replace(arrays={**placed.arrays, **none})
+
+
+def _paid(
+    verdict: Verdict,
+    found: Naming,
+    suspect: Mapping[str, Array],
+    anchor: Reference,
+    way: Orientation,
+    ways: int,
+) -> Verdict:
+    """The verdict once all choices are paid for, and which tensors were read."""
+    read = {name: found.taken[name] for name in anchor.layers if name in found.taken}
+    log10_choices = math.log10(ways) + sum(math.log10(found.choices[name]) for name in read)
+    shown = ", ".join(
+        f"{each.name[:60]!r} for {name}" for name, each in list(read.items())[:_NAMED]
+    )
+    missing = len(anchor.layers) - len(read)
+    reason = (
+        f"read from the tensors that fit best under any name, {shown}"
+        f"{', …' if len(read) > _NAMED else ''}, 10^{log10_choices:.1f} ways to choose them and "
+        "to turn them being paid for"
+        + (f"; {missing} of the key's layers are not there" if missing else "")
+        + (f"; its kernels were {way.inverse.name}" if way != AS_IT_IS else "")
+    )
+    paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
+    taken = {name: each.name for name, each in read.items()}
+    unread = sorted(
+        n
+        for n, t in suspect.items()
+        if is_floating(t) and t.ndim > 1 and n not in {e.name for e in found.taken.values()}
+    )
+    candidates = {
+        "read": "by shape",
+        "log10_choices": LOG10_BY_SHAPE + log10_choices,
+        "taken": taken,
+        "unread": unread[:_LISTED],
+        "unread_count": len(unread),
+    }
+    facts = {**(paid.alignment or {}), "orientation": way.inverse.name, "orientations": ways}
+    return replace(paid, candidates=candidates, alignment=facts)

@@ -1,0 +1,388 @@
+"""Which of a suspect's tensors is which of the anchor's, whatever they are called.
+
+Names are free, blocks can be put in and left out. So a tensor is told by what is in it: it is
+brought into place along those of its axes that are known already, the last one that is not is
+solved by it alone, and what is left says how well it fits. It begins where a network is anchored,
+at what reads pictures or letters and at what writes classes, and goes on from there.
+
+Vectors are not told apart, there is nothing to tell them by. Norms' weights that a reader was
+multiplied with are tried; rows in front of a norm may then be of either sign, which the anchor
+gives back. Nothing here looks at bits: what is found is one reading, however much was tried.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nnpassport.alignment.canonical import Weights, canonical
+from nnpassport.alignment.solve import Aligner, Spot, Unit, Work, assigned, spots_of
+from nnpassport.files.arrays import Array, is_floating
+
+Matrix = NDArray[np.float64]
+FITS, FITS_MARKED = 0.3, 0.1
+"""How far from what does not fit to 1 a tensor's fit must be, and that of one that has a mark."""
+CLEAR = 0.95
+"""From here on no other norm's weight is tried in front of a tensor."""
+MOST_PRODUCTS = 2**41
+"""Products of all that is compared in one suspect: some ten minutes of one processor."""
+_ROWS = 64  # of a tensor's, that are compared
+_PARTS = (2, 3)  # of which fused projections are made
+_LONGER = 4
+_TINY = 1e-300
+
+
+class Candidate(NamedTuple):
+    """A suspect's tensor that may be one of the anchor's.
+
+    Attributes:
+        name: what it is called.
+        turned: whether its two axes change places first.
+        part: which rows it is of the tensor: of how many parts, and which; (1, 0) is all.
+    """
+
+    name: str
+    turned: bool = False
+    part: tuple[int, int] = (1, 0)
+
+
+@final
+@dataclass(slots=True, repr=False)
+class Naming:
+    """What was found of one suspect.
+
+    Attributes:
+        taken: by the anchor's name, the tensor that is it.
+        gains: by the name of a norm's weight of the anchor, the suspect's; "" where it was folded.
+        fits: how well each fits, in [0, 1].
+        choices: by the anchor's name, among how many it was chosen.
+        tried: how many were compared.
+    """
+
+    taken: dict[str, Candidate] = field(default_factory=dict)
+    gains: dict[str, str] = field(default_factory=dict)
+    fits: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, int] = field(default_factory=dict)
+    tried: int = 0
+
+    def tensors(self, suspect: Mapping[str, Array], reference: Weights) -> Weights:
+        """The suspect's tensors under the anchor's names, and the norms' weights."""
+        found = {n: shown(suspect, each, reference[n]) for n, each in self.taken.items()}
+        vectors = {n: np.asarray(suspect[g], np.float64) for n, g in self.gains.items() if g}
+        return {**found, **vectors}
+
+
+def shown(suspect: Mapping[str, Array], candidate: Candidate, like: Matrix) -> Matrix:
+    """A candidate as the anchor's tensor is laid out."""
+    tensor = np.asarray(suspect[candidate.name], np.float64)
+    if candidate.turned:
+        tensor = tensor.T
+    count, which = candidate.part
+    if count > 1:
+        rows = len(tensor) // count
+        tensor = tensor[which * rows : (which + 1) * rows]
+    if tensor.ndim == 2 and like.ndim > 2:
+        return tensor.reshape(*tensor.shape, *[1] * (like.ndim - 2))
+    if tensor.ndim > 2 and like.ndim == 2:
+        return tensor.reshape(len(tensor), -1)
+    return tensor
+
+
+def candidates_of(
+    shapes: Mapping[str, tuple[int, ...]], like: tuple[int, ...], grows: Sequence[bool]
+) -> list[Candidate]:
+    """All that could be a tensor of this shape; `grows`: where it may be longer."""
+
+    def fits(shape: tuple[int, ...]) -> bool:
+        if len(shape) == 2 and len(like) > 2:
+            shape = (*shape, *[1] * (len(like) - 2))
+        if len(shape) > 2 and len(like) == 2 and math.prod(shape[2:]) == 1:
+            shape = shape[:2]
+        return len(shape) == len(like) and all(
+            mine == theirs or (grow and theirs < mine <= _LONGER * theirs)
+            for mine, theirs, grow in zip(shape, like, grows, strict=True)
+        )
+
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+    found = [Candidate(name) for name, shape in matrices.items() if fits(shape)]
+    if len(like) > 2:
+        return found
+    flat = {name: shape for name, shape in matrices.items() if len(shape) == 2}
+    found += [Candidate(name, turned=True) for name, shape in flat.items() if fits(shape[::-1])]
+    return found + [
+        Candidate(name, turned, (count, part))
+        for name, shape in flat.items()
+        for turned in (False, True)
+        for count in _PARTS
+        if (shape[::-1] if turned else shape) == (count * like[0], like[1])
+        for part in range(count)
+    ]
+
+
+def named(aligner: Aligner, suspect: Mapping[str, Array]) -> Naming:
+    """Find the anchor's tensors among a suspect's."""
+    return _Search(aligner, suspect).run()
+
+
+@final
+class _Search:
+    def __init__(self, aligner: Aligner, suspect: Mapping[str, Array]) -> None:
+        self.to, self.found = aligner, Naming()
+        self.suspect = {n: t for n, t in suspect.items() if is_floating(t) and t.size}
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.suspect.items()}
+        whole = {
+            (spot.tensor, spot.dimension)
+            for unit in aligner.units
+            if unit.kind == "permute" and unit.groups == 1
+            for spot in unit.spots
+            if aligner.reference[spot.tensor].shape[spot.dimension] == unit.size
+        }
+        self.wanted = {
+            name: candidates_of(
+                shapes, theirs.shape, [(name, n) in whole for n in range(theirs.ndim)]
+            )
+            for name, theirs in aligner.reference.items()
+            if theirs.ndim > 1 and name in aligner.on
+        }
+        self.vectors: dict[int, list[str]] = {}
+        for name, shape in shapes.items():
+            if len(shape) == 1:
+                self.vectors.setdefault(shape[0], []).append(name)
+        self.work: Work = aligner.begun({}, loose_in(aligner))
+        self.products = 0
+        self.waiting = {name for name, several in self.wanted.items() if several}
+
+    def run(self) -> Naming:
+        for _ in range(2 * len(self.wanted) + 1):
+            ready = {n: unit for n in sorted(self.waiting) if (unit := self._open(n)) is not None}
+            if not ready or self.products > MOST_PRODUCTS:
+                break
+            if not self._take(ready) and not self._settle():
+                break
+        return self.found
+
+    def _open(self, name: str) -> list[int] | None:
+        """Numbers of the axes of a tensor that are not in place, if they are of one unit."""
+        left = self.to.on[name] - self.work.settled
+        if not left or all(self.to.axes.axes[number].kind == "inner" for number in left):
+            return sorted(left)
+        return sorted(left) if any(left <= set(u.numbers) for u in self.to.units) else None
+
+    def _take(self, ready: Mapping[str, list[int]]) -> bool:
+        """Take what fits, of tensors of one shape together; whether anything did."""
+        groups: dict[tuple[Candidate, ...], list[str]] = {}
+        for name in ready:
+            groups.setdefault(tuple(self.wanted[name]), []).append(name)
+        any_taken = False
+        for several, names in groups.items():
+            free = [c for c in several if c not in self.found.taken.values()]
+            if not free:
+                self.waiting -= set(names)
+                continue
+            table, gain = self._table(names, free, ready)
+            order = assigned(table)
+            for row, column in enumerate(order):
+                name = names[row]
+                if column >= 0 and self._is_clear(name, free, table[row], int(column), ready):
+                    self._add(name, free[column], float(table[row, column]), gain[row, column])
+                    any_taken = True
+        if any_taken:
+            self._settle()
+        return any_taken
+
+    def _table(
+        self, names: Sequence[str], free: Sequence[Candidate], ready: Mapping[str, list[int]]
+    ) -> tuple[Matrix, NDArray[np.int64]]:
+        """How well each candidate fits each tensor, and with which norm's weight."""
+        table, gain = np.zeros((len(names), len(free))), np.full((len(names), len(free)), -1)
+        for row, name in enumerate(names):
+            gains = self._gains(name)
+            for count in (1, None):  # norms' weights are tried where none fits without
+                for column, each in enumerate(free):
+                    found = self._fit(name, each, ready[name], gains[:count])
+                    table[row, column], gain[row, column] = found
+                if table[row].max() > CLEAR or len(gains) == 1:
+                    break
+        return table, gain
+
+    def _is_clear(
+        self,
+        name: str,
+        free: Sequence[Candidate],
+        fits: Matrix,
+        column: int,
+        ready: Mapping[str, list[int]],
+    ) -> bool:
+        """Whether a fit is far above what a tensor of the same numbers in no order gives."""
+        fit = float(fits[column])
+        gains = self._gains(name)
+        stranger = self._fit(name, free[column], ready[name], gains, mixed=True)[0]
+        enough = FITS_MARKED if name in self.to.marked else FITS
+        return fit - stranger >= enough * (1 - stranger)
+
+    def _gains(self, name: str) -> list[str]:
+        """Norms' weights that may be in front of a reader; "" for none."""
+        before = self.to.axes.reads.get(name, (0, None))[1]
+        if before is None or before not in self.to.axes.norms:
+            return [""]
+        if before in self.found.gains:
+            return [self.found.gains[before]]
+        return ["", *self.vectors.get(self.to.reference[before].size, [])]
+
+    def _fit(
+        self,
+        name: str,
+        candidate: Candidate,
+        left: list[int],
+        gains: Sequence[str],
+        *,
+        mixed: bool = False,
+    ) -> tuple[float, int]:
+        """How well a tensor fits, with the norm's weight that fits best, and which that is."""
+        tensor = shown(self.suspect, candidate, self.to.reference[name])
+        if mixed:
+            rng = np.random.default_rng(0)
+            tensor = rng.permutation(tensor.ravel()).reshape(tensor.shape)
+        best = (0.0, -1)
+        for number, gain in enumerate(gains):
+            self.found.tried += 1
+            self.products += tensor.size * _ROWS
+            placed = self._placed(name, tensor, gain)
+            fit = 0.0 if placed is None else self._alone(name, placed, left)
+            best = max(best, (fit, number))
+        return best
+
+    def _placed(self, name: str, tensor: Matrix, gain: str) -> Matrix | None:
+        before = self.to.axes.reads.get(name, (0, None))[1]
+        vectors = {}
+        if before is not None and before in self.to.axes.norms:
+            shape = self.to.reference[before].shape
+            vectors[before] = (
+                np.asarray(self.suspect[gain], np.float64).reshape(shape)
+                if gain
+                else np.ones(shape)
+            )
+        try:
+            whole = canonical(self.to.axes, {name: tensor, **vectors})[name]
+            found = self.to.joined(name, whole, self.work)
+        except (ValueError, IndexError):
+            return None
+        return found if np.isfinite(found).all() else None
+
+    def _alone(self, name: str, mine: Matrix, left: list[int]) -> float:
+        """The mean cosine once the axes that are left are solved by this tensor alone."""
+        theirs = self.to.reference[name]
+        loose = name in self.work.loose
+        if not left:
+            return _by_rows(mine, theirs, loose=loose) if mine.shape == theirs.shape else 0.0
+        if all(self.to.axes.axes[number].kind == "inner" for number in left):
+            return self._by_heads(name, mine, theirs, left)
+        unit = next(u for u in self.to.units if set(left) <= set(u.numbers))
+        spot = next(each for each in unit.spots if each.tensor == name)
+        if unit.kind == "permute":
+            either = loose or unit.either_sign or unit.normed
+            return _matched(spot, mine, theirs, signed=not either)
+        return _turned(unit, spot, mine, theirs) if mine.shape == theirs.shape else 0.0
+
+    def _by_heads(self, name: str, mine: Matrix, theirs: Matrix, left: list[int]) -> float:
+        """How much the spaces have in common that the rows of matched heads span."""
+        if mine.shape != theirs.shape:
+            return 0.0
+        axes = [self.to.axes.axes[number] for number in left]
+        batched = [axis for axis in axes if "batched" in axis.traits] or axes
+        outer = max(batched, key=lambda axis: len(axis.places))
+        fits = []
+        for spot in spots_of(self.to.axes, outer):
+            if spot.tensor == name:
+                fits.append(_overlap(_blocks(spot, mine), _blocks(spot, theirs)))
+        return float(np.mean(fits)) if fits else 0.0
+
+    def _add(self, name: str, candidate: Candidate, fit: float, gain: int) -> None:
+        names = self._gains(name)
+        before = self.to.axes.reads.get(name, (0, None))[1]
+        chosen = names[gain] if 0 <= gain < len(names) else ""
+        self.found.choices[name] = len(self.wanted[name]) * len(names)
+        if before is not None and before in self.to.axes.norms:
+            self.found.gains.setdefault(before, chosen)
+        self.found.taken[name], self.found.fits[name] = candidate, fit
+        placed = self._placed(name, shown(self.suspect, candidate, self.to.reference[name]), chosen)
+        if placed is not None:
+            self.work.weights[name] = placed
+        self.waiting.discard(name)
+
+    def _settle(self) -> bool:
+        """Bring into place one after the other what can be told by now; whether anything was."""
+        settled = False
+        while True:
+            units = [
+                (len(spots), unit)
+                for unit in self.to.units
+                if not set(unit.numbers) <= self.work.settled
+                and (spots := self.to.usable(unit, self.work))
+            ]
+            if not units:
+                return settled
+            self.to.solve(max(units, key=lambda pair: pair[0])[1], self.work)
+            settled = True
+
+
+def loose_in(aligner: Aligner) -> frozenset[str]:
+    """Layers in front of a norm or a factor, whose rows are of any sign if that is not known."""
+    return frozenset(aligner.axes.batch_norms) | frozenset(aligner.axes.gains)
+
+
+def _matched(spot: Spot, mine: Matrix, theirs: Matrix, *, signed: bool) -> float:
+    """The mean cosine of some rows to the best that there is for each."""
+    length = mine.shape[spot.dimension]
+    longer = length != theirs.shape[spot.dimension]
+    rows = np.moveaxis(mine, spot.dimension, 0).reshape(length, -1) if longer else spot.rows(mine)
+    wanted = spot.rows(theirs)
+    some = np.linspace(0, len(wanted) - 1, min(len(wanted), _ROWS)).astype(int)
+    if rows.shape[1] != wanted.shape[1]:
+        return 0.0
+    cosines = _unit(wanted[some]) @ _unit(rows).T
+    return float((cosines if signed else np.abs(cosines)).max(1).mean())
+
+
+def _turned(unit: Unit, spot: Spot, mine: Matrix, theirs: Matrix) -> float:
+    """The cosine once rows are rotated, or what their spaces have in common."""
+    rows, wanted = spot.rows(mine), spot.rows(theirs)
+    if unit.kind != "orthogonal":
+        return _overlap(rows[None], wanted[None])
+    u, _, v = np.linalg.svd(wanted @ rows.T)
+    return _cosine(u @ v @ rows, wanted)
+
+
+def _by_rows(mine: Matrix, theirs: Matrix, *, loose: bool) -> float:
+    a, b = (each.reshape(len(each), -1) for each in (mine, theirs))
+    cosines = (_unit(a) * _unit(b)).sum(1)
+    return float((np.abs(cosines) if loose else cosines).mean())
+
+
+def _cosine(mine: Matrix, theirs: Matrix) -> float:
+    length = np.linalg.norm(mine) * np.linalg.norm(theirs)
+    return float((mine * theirs).sum() / max(length, _TINY))
+
+
+def _blocks(spot: Spot, tensor: Matrix) -> Matrix:
+    moved = np.moveaxis(tensor, spot.dimension, 0)
+    heads, inside = spot.positions.shape
+    return moved[spot.positions.reshape(-1)].reshape(heads, inside, -1)
+
+
+def _overlap(mine: Matrix, theirs: Matrix) -> float:
+    """Of blocks of rows (blocks rows numbers), what spaces of the best matched have in common."""
+    if min(mine.shape[1], theirs.shape[1]) >= mine.shape[2]:
+        return 0.0  # every such space is all there is
+    bases = [np.linalg.qr(each.swapaxes(1, 2))[0] for each in (mine, theirs)]
+    common = np.einsum("anj,bnk->abjk", *bases, optimize=True)
+    shared = np.square(common).sum((2, 3)) / mine.shape[1]
+    order = assigned(shared)
+    return float(shared[np.arange(len(order)), order].mean())
+
+
+def _unit(rows: Matrix) -> Matrix:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
