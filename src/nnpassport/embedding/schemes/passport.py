@@ -34,7 +34,7 @@ from nnpassport.embedding.network.layers import (
     public_count,
 )
 from nnpassport.embedding.network.outputs import Example, call, length_of, part_of
-from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
+from nnpassport.embedding.network.survey import Site, choose, choose_enough, shares, survey
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
@@ -176,7 +176,8 @@ class Passport:
         if self._of_channels(passports):
             anchor = None if seen is None else tensors_digest(model.state_dict())
             sites = choose_enough(model, found, layers, bits=channels.BITS)
-            shapes, metrics = _channel_shapes(model, sites, seen)
+            most = shares(model, sites, layers, bits=channels.BITS)
+            shapes, metrics = _channel_shapes(model, sites, seen, most)
         else:
             sites = choose(model, found, layers)
             shapes, metrics = tuple(_shape_of(site) for site in sites), {}
@@ -480,13 +481,15 @@ def _shape_of(site: Site) -> LayerShape:
 
 
 def _channel_shapes(
-    model: nn.Module, sites: Sequence[Site], seen: Example | None
+    model: nn.Module, sites: Sequence[Site], seen: Example | None, most: Mapping[str, int]
 ) -> tuple[tuple[LayerShape, ...], dict[str, Any]]:
     watched: Mapping[str, Seen] = {}
     if seen is not None:
         with on_branch(model, Branch.PUBLIC):
             watched = watch(model, {site.name: site.layer for site in sites}, seen)
-    found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
+    found = [
+        channels.shape_of(model, site, watched.get(site.name), most[site.name]) for site in sites
+    ]
     metrics = {shape.name: metric for shape, metric in found if metric is not None}
     return tuple(shape for shape, _ in found), metrics
 
@@ -501,10 +504,10 @@ def bound_to(key: Key, model: nn.Module, seen: Example) -> Key:
     Raises:
         UnsuitableModelError: a layer of the key cannot carry passports of channels there.
     """
-    names = [layer.name for layer in key.context.layers]
+    most = {layer.name: layer.length for layer in key.context.layers}
     found = survey(model, part_of(seen, 0, 2))
-    sites = [site for site in choose(model, found, names) if site.name in names]
-    shapes, metrics = _channel_shapes(model, sites, seen)
+    sites = [site for site in choose(model, found, [*most]) if site.name in most]
+    shapes, metrics = _channel_shapes(model, sites, seen, most)
     anchor = tensors_digest(model.state_dict())
     context = replace(key.context, layers=shapes, anchor=anchor)
     return replace(key, context=context, metrics=metrics or None)
