@@ -413,6 +413,10 @@ def test_the_mark_is_no_singular_vector():
     assert V2.verify(state, owned).matches >= 19
 
 
+def drawn_with(scheme, plain, images):
+    return scheme.draw_key(plain, images[:2], seed=bytes(32), seen=images)
+
+
 @pytest.mark.parametrize("scheme", [V1, V2, V3], ids=["v1", "v2", "v3"])
 def test_keys_for_a_network_that_was_seen_have_passports_of_channels_and_others_by_name(scheme):
     plain, images = small()
@@ -426,6 +430,12 @@ def test_keys_for_a_network_that_was_seen_have_passports_of_channels_and_others_
         assert derived.context.anchor is None
     with pytest.raises(UnsuitableModelError, match="channel, derived"):
         scheme.draw_key(plain, images[:2], passports="best")
+    shown = scheme.draw_key(plain, images, seed=bytes(32))  # an example of 160 inputs
+    assert shown.fingerprint == drawn_with(scheme, plain, images).fingerprint
+    for given in ({"passports": "derived"}, {"layers": ["0"]}):
+        other = torch.zeros_like(images) if "layers" in given else images
+        derived = scheme.draw_key(plain, other, **{"layers": ["0"], **given})
+        assert all(layer.channels is None for layer in derived.context.layers)
     pan = PAN.draw_key(plain, images[:2], layers=["0"], seen=images)
     assert all(layer.channels is None for layer in pan.context.layers)
 
