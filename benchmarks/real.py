@@ -47,8 +47,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 import zoo  # noqa: E402 - it is beside the tests
 
 SEED = bytes(32)
-OWNED, STOLEN, TESTED = 128, 1_000, 300
 CONFIDENT = 0.5
+
+
+class Sizes(NamedTuple):
+    """How many inputs the owner measures with, the thief has, and nobody has seen."""
+
+    owner: int = 128
+    thief: int = 1_000
+    test: int = 300
+
+    def cut(self, inputs: Example) -> "Inputs":
+        """The first of them, the next, and those after."""
+        ends = (0, self.owner, self.owner + self.thief, sum(self))
+        return Inputs(*(part_of(inputs, *pair) for pair in itertools.pairwise(ends)))
 
 
 class Inputs(NamedTuple):
@@ -66,28 +78,22 @@ class Network(NamedTuple):
     norm: str
     answers: str
     build: Callable[[], nn.Module]
-    inputs: Callable[[Path], Inputs]
+    inputs: Callable[[Path, Sizes], Inputs]
     asking: Asking
+    sizes: Sizes = Sizes()
 
 
-def _images(data: Path) -> Inputs:
+def _images(data: Path, sizes: Sizes) -> Inputs:
     normalise = Normalisation((0.5,) * 3, (0.5,) * 3)
     train, test = (read_images(data / f"caltech101-64px-{part}.parquet") for part in PARTS)
-    drawn = train.sample(OWNED + STOLEN, seed=0)
-    sets = (
-        drawn.subset(torch.arange(OWNED)),
-        drawn.subset(torch.arange(OWNED, OWNED + STOLEN)),
-        test.sample(TESTED, seed=0),
-    )
-    return Inputs(*(normalise(each.resized(224).images) for each in sets))
+    sets = (train.sample(sizes.owner + sizes.thief, seed=0), test.sample(sizes.test, seed=0))
+    return sizes.cut(torch.cat([normalise(each.resized(224).images) for each in sets]))
 
 
-def _sentences(_data: Path) -> Inputs:
+def _sentences(_data: Path, sizes: Sizes) -> Inputs:
     texts = zoo.plain_sentences()
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-    tokens = zoo.sentences([texts[i] for i in order[: OWNED + STOLEN + TESTED]])
-    ends = (0, OWNED, OWNED + STOLEN, OWNED + STOLEN + TESTED)
-    return Inputs(*(part_of(tokens, *pair) for pair in itertools.pairwise(ends)))
+    return sizes.cut(zoo.sentences([texts[i] for i in order[: sum(sizes)]]))
 
 
 PARTS = ("train", "test")
@@ -99,6 +105,7 @@ NETWORKS: Mapping[str, Network] = {
         zoo.lite0,
         _images,
         Asking(call, same_classes),
+        Sizes(thief=400),  # 224 pixels: what two shared cores get through
     ),
     "MiniLM": Network(
         "encoder of sentences, all-MiniLM-L6-v2",
@@ -172,11 +179,11 @@ def run(name: str, attacks: list[str], data: Path) -> None:
     paths = {each: _path(name, each) for each in ("graft", *attacks)}
     if all(path.exists() for path in paths.values()):
         return
-    inputs = network.inputs(data)
+    inputs = network.inputs(data, network.sizes)
     subject = marked(network, inputs)
     own = answers_of(subject.released, inputs.test, network.asking)
     plain = answers_of(subject.plain, inputs.test, network.asking)
-    shared = {"network": name, "inputs": [OWNED, STOLEN, TESTED], "provenance": origin}
+    shared = {"network": name, "inputs": [*network.sizes], "provenance": origin}
     if not paths["graft"].exists():
         _write(paths["graft"], {**shared, **_graft(network, subject, plain, own)})
     missing = [attack for attack in attacks if not paths[attack].exists()]
@@ -261,7 +268,7 @@ def render() -> str:
     removals = {n: [e for e in entries if e["network"] == n and "attack" in e] for n in grafts}
     lines = [*_ABOUT, "", "## What a mark costs, and the best removal found", ""]
     lines += _table(
-        ("network", "norm", "layers", "bits", "answers kept", "sure ones kept",
+        ("network", "norm", "inputs", "layers", "bits", "answers kept", "sure ones kept",
          "private against public", "seconds", "MiB", "best removal found"),
         [_graft_row(network, entry, removals[network]) for network, entry in grafts.items()],
     )  # fmt: skip
@@ -278,10 +285,10 @@ _ABOUT = [
     "# Networks that the world trained",
     "",
     "Rendered by `python benchmarks/real.py render` from `results/real/*.json`. V2, a passport for "
-    f"each channel, on the layers that the package chooses by itself; {OWNED} inputs to measure "
-    f"with, {STOLEN:,} others for the thief, who has no labels, and {TESTED} that neither has seen "
-    "to say what became of the answers: images of Caltech-101 at 224 pixels, sentences of "
-    "scikit-learn's own documentation. *Kept* is the share of classes that stay, or the mean "
+    "each channel, on the layers that the package chooses by itself. *Inputs* are those to measure "
+    "with, others for the thief, who has no labels, and those that neither has seen, to say what "
+    "became of the answers: images of Caltech-101 at 224 pixels, sentences of scikit-learn's own "
+    "documentation. *Kept* is the share of classes that stay, or the mean "
     "cosine of sentence vectors, in %; *sure* answers have p > ½. Seconds and memory were measured "
     "on two cores that others used as well: they are upper bounds. One run each.",
 ]
@@ -299,6 +306,7 @@ def _graft_row(network: str, entry: Any, removals: list[Any]) -> list[str]:
     return [
         f"{network}, {entry['kind']}",
         entry["norm"],
+        " / ".join(f"{each:,}" for each in entry["inputs"]),
         str(len(entry["layers"])),
         f"{entry['matches']:,} of {entry['bits']:,}",
         _percent(entry["kept"]),

@@ -110,9 +110,11 @@ def read_channels(
     digest = ""
     if metric is not None:
         digest = hashlib.sha256(spelled({"metric": metric})).hexdigest()
+        based = int(metric[0, 0] == -(2**15))  # no direction, but the weight of each input
+        weights, metric = metric[0, 1:] * 2.0**-8 if based else 1.0, metric[based:]
         strengths, directions = metric[:, 0].astype(float), metric[:, 1:].astype(float)
         along = np.rint(z @ directions.T * (strengths * 2.0**-15))
-        z = z + (along @ directions) * 2.0**-23
+        z = weights * z + (along @ directions) * 2.0**-23
     require(digest == form["metric"], f"another metric of {name} than the context's")
     scale = suspect.get(f"{form['norm']}.weight", np.ones(len(rows)))
     require(scale.shape == (len(rows),), f"a norm of another width behind {name}", 2)

@@ -20,14 +20,15 @@ from nnpassport.claims.claim import claim_of, sign_claim
 from nnpassport.claims.claimfile import write_signed
 from nnpassport.claims.standing import standing_of
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding import anchoring
 from nnpassport.embedding.axes import axes_of_folder
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.owner import Sets, bind_key, draw_key, embed
 from nnpassport.embedding.schemes.graft import graft_channels
-from nnpassport.embedding.schemes.passport import V2
+from nnpassport.embedding.schemes.passport import V2, Passport
 from nnpassport.embedding.train.loop import Journal, Recipe
 from nnpassport.files.arrays import arrays_digest
-from nnpassport.files.config import ModelConfig
+from nnpassport.files.config import ModelConfig, read_config
 from nnpassport.files.weights import read_arrays
 from nnpassport.keys.keyfile import save_key
 from nnpassport.scheme import (
@@ -350,6 +351,28 @@ def test_a_run_that_is_resumed_finds_its_anchor_and_another_leaves_it_alone(
     strange = replace(bound, context=replace(bound.context, anchor="0" * 64))
     with pytest.raises(UnwritableOutputError, match="is another key's"):
         embed(folder, SMALL, strange, digit_sets, BRIEF)
+
+
+def test_from_an_anchor_that_was_taken_on_the_way_the_training_goes_on(
+    from_scratch, digit_sets, tmp_path, monkeypatch
+):
+    """As in the first run: no harm is too much, and nobody is taught a beginner's answers."""
+    folder, _, bound = from_scratch
+    begun, used = load_model(folder / ANCHOR), []
+    embedded = Passport.embed
+
+    def noted(scheme, *given, **options):
+        used.append(scheme)
+        return embedded(scheme, *given, **options)
+
+    monkeypatch.setattr(Passport, "embed", noted)
+    given = {"initial": begun.model.state_dict()}
+    embed(tmp_path, begun.config, bound, digit_sets, replace(BRIEF, epochs=1), **given)
+    (scheme,) = used
+    assert (scheme.teaching, scheme.harm) == (0.0, 1.0)
+    assert verify(tmp_path, bound).accepted
+    assert load_model(tmp_path / ANCHOR).config.notes == begun.config.notes
+    assert not anchoring.is_trained_in_part(read_config(tmp_path))
 
 
 @pytest.fixture(scope="module")

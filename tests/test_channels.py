@@ -18,9 +18,9 @@ from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
 from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.graft import graft_channels
-from nnpassport.embedding.schemes.passport import PAN, V1, V2, V3
+from nnpassport.embedding.schemes.passport import PAN, V1, V2, V3, bound_to
 from nnpassport.keys.context import ChannelForm, Context, LayerShape
-from nnpassport.keys.derive import derive_channels, spread
+from nnpassport.keys.derive import BASE, derive_channels, spread
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key, metric_digest
 from nnpassport.keys.keyfile import load_key, save_key
@@ -38,6 +38,13 @@ def metric(directions=3, fan_in=FAN_IN):
     rows = np.linalg.qr(rng.normal(size=(fan_in, directions)))[0].T
     strengths = np.linspace(-256, 2560, directions)[:, None]
     return np.concatenate([strengths, rows * 2**15], 1).round().astype(np.int16)
+
+
+def lying(weight=0):
+    """The same, and beside its directions m has nothing, or each input with this weight."""
+    base = np.full((1, 1 + FAN_IN), weight, np.int16)
+    base[0, 0] = BASE
+    return np.concatenate([base, metric()[1:]])
 
 
 def context(scheme="passport-v2", carriers=None, kept=None, **form):
@@ -75,7 +82,7 @@ def readings(kept):
     return np.array(found)
 
 
-@pytest.mark.parametrize("kept", [None, metric()], ids=["white", "measured"])
+@pytest.mark.parametrize("kept", [None, metric(), lying()], ids=["white", "floor", "directions"])
 def test_signs_are_fair_and_independent_for_any_fixed_weights(kept):
     found = readings(kept)
     n = len(found)
@@ -89,8 +96,9 @@ def test_signs_are_fair_and_independent_for_any_fixed_weights(kept):
 
 def test_a_passport_and_its_opposite_are_equally_likely():
     drawn = np.random.default_rng(2).integers(-127, 128, (2, 50, FAN_IN)).astype(np.float64)
-    assert np.array_equal(spread(-drawn, metric()), -spread(drawn, metric()))
-    assert not np.array_equal(spread(drawn, metric()), drawn)
+    for kept in (metric(), lying(), lying(77)):
+        assert np.array_equal(spread(-drawn, kept), -spread(drawn, kept))
+        assert not np.array_equal(spread(drawn, kept), drawn)
 
 
 def test_passports_are_those_of_the_documented_formula():
@@ -117,6 +125,20 @@ def test_the_metric_shapes_the_passports_and_an_empty_direction_gets_nothing():
     sizes = along.std(0) / along.std(0)[1]
     assert sizes[0] < 0.01  # strength −1
     assert sizes[2] == pytest.approx(11 / (1 + kept[1, 0] / 256), rel=0.15)
+
+
+def test_where_the_inputs_weigh_nothing_passports_lie_in_the_directions_alone():
+    drawn = np.random.default_rng(2).integers(-127, 128, (50, FAN_IN)).astype(np.float64)
+    directions = lying()[1:, 1:].astype(float) / 2**15
+    inside = spread(drawn, lying())
+    assert np.linalg.matrix_rank(inside, tol=1e-3) == len(directions) == 2
+    slow = (drawn @ directions.T * (lying()[1:, 0] / 256)) @ directions
+    assert np.abs(inside - slow).max() < 2 * 2**-8
+    assert np.array_equal(spread(drawn, lying(64)) - inside, drawn / 4)
+    for bad in (lying(257), lying(-1), np.concatenate([lying(), lying()]), lying()[:0]):
+        with pytest.raises(UnreadableKeyError, match="another metric"):
+            key(kept=bad)
+    assert key(kept=lying()[:1]).metrics is not None  # all zero: it matches nothing
 
 
 def written(weights, owned):
@@ -264,6 +286,59 @@ def test_a_graft_writes_every_bit_and_both_branches_compute_what_the_network_did
         assert torch.allclose(released(images), private, rtol=1e-3, atol=1e-3)
 
 
+def test_noise_in_inputs_that_are_dead_changes_nothing_of_what_is_read():
+    """Ten of sixteen channels never light up: ninety numbers of each filter, more than any few."""
+    plain, images = small()
+    dead = torch.arange(2, 12)
+    with torch.no_grad():
+        plain[1].weight[dead], plain[1].bias[dead] = 0.0, -1.0
+        owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+        model = deepcopy(plain)
+        V2.insert(model, owned, images[:2])
+        graft_channels(model, images)
+        released = V2.released(model).eval()
+        before = released(images)
+        layer = released[3].weight
+        layer[:, dead] += 300 * layer.std() * torch.randn(24, len(dead), 3, 3)
+        assert torch.equal(released(images), before)
+    verdict = V2.verify(released.state_dict(), owned)
+    assert verdict.matches == verdict.bits == 23
+
+
+def blocks(wide, count):
+    """Blocks of two layers, the first of them wide, and inputs."""
+    torch.manual_seed(0)
+    made = [nn.Sequential(nn.Linear(256, wide), nn.GELU(), nn.Linear(wide, 256))]
+    made += [deepcopy(made[0]) for _ in range(count - 1)]
+    return nn.Sequential(*made).eval(), torch.randn(40, 256)
+
+
+@pytest.mark.parametrize(("count", "taken"), [(6, 3), (2, 2), (1, 1)])
+def test_by_default_the_bits_are_spread_so_that_no_block_holds_the_mark(count, taken):
+    model, inputs = blocks(1200, count)
+    for given in ({"seen": inputs}, {"passports": "channel"}):
+        owned = V2.draw_key(model, inputs[:2], seed=bytes(32), **given)
+        held = [layer.length for layer in owned.context.layers]
+        assert len(held) == taken
+        assert 1000 <= sum(held) <= 1500
+        assert max(held) <= max(400, 1.4 * sum(held) / count)
+        named = V2.draw_key(model, inputs[:2], layers=["0.0"], **given)
+        assert named.context.bits == 1200  # who names a layer has all of it
+    bound = bound_to(owned, model, inputs)
+    assert [layer.length for layer in bound.context.layers] == held
+
+
+def test_where_a_layer_carries_a_part_the_loudest_channels_do():
+    model, inputs = blocks(1200, 3)
+    with torch.no_grad():
+        model[0][0].weight[:100] *= 3
+        model[0][0].weight[100:110] = 0
+    first, *_ = V2.draw_key(model, inputs[:2], seen=inputs).context.layers
+    carrying = first.channels.carrying(1200)
+    assert carrying[:100].all()
+    assert not carrying[100:110].any()
+
+
 def test_where_no_norm_follows_the_private_branch_is_the_public_one():
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(32, 40), nn.GELU(), nn.Linear(40, 6)).eval()
@@ -338,6 +413,10 @@ def test_the_mark_is_no_singular_vector():
     assert V2.verify(state, owned).matches >= 19
 
 
+def drawn_with(scheme, plain, images):
+    return scheme.draw_key(plain, images[:2], seed=bytes(32), seen=images)
+
+
 @pytest.mark.parametrize("scheme", [V1, V2, V3], ids=["v1", "v2", "v3"])
 def test_keys_for_a_network_that_was_seen_have_passports_of_channels_and_others_by_name(scheme):
     plain, images = small()
@@ -351,6 +430,12 @@ def test_keys_for_a_network_that_was_seen_have_passports_of_channels_and_others_
         assert derived.context.anchor is None
     with pytest.raises(UnsuitableModelError, match="channel, derived"):
         scheme.draw_key(plain, images[:2], passports="best")
+    shown = scheme.draw_key(plain, images, seed=bytes(32))  # an example of 160 inputs
+    assert shown.fingerprint == drawn_with(scheme, plain, images).fingerprint
+    for given in ({"passports": "derived"}, {"layers": ["0"]}):
+        other = torch.zeros_like(images) if "layers" in given else images
+        derived = scheme.draw_key(plain, other, **{"layers": ["0"], **given})
+        assert all(layer.channels is None for layer in derived.context.layers)
     pan = PAN.draw_key(plain, images[:2], layers=["0"], seen=images)
     assert all(layer.channels is None for layer in pan.context.layers)
 

@@ -34,6 +34,14 @@ BEFORE = 0.13
 NEVER_RELEASED = "the network before a mark: whoever has it can subtract the mark; never release it"
 """What the config of an anchor says about it."""
 
+PARTLY = "trained in part"
+"""Title of a note in the config of an anchor that was taken on the way of a training."""
+
+
+def is_trained_in_part(config: ModelConfig) -> bool:
+    """Whether a network is such a snapshot: training is to go on, and not to keep its answers."""
+    return PARTLY in config.notes
+
 
 def is_taken_on_the_way(key: Key, initial: Mapping[str, Tensor] | None) -> bool:
     """Whether the key's anchor is a snapshot of the training itself."""
@@ -96,7 +104,7 @@ def bind(
             fit(model, classification, train, part, normalise=normalise, journal=own)
         model = model.cpu().eval()
         check_secret(model.state_dict(), public)
-        keep(folder, model, config)
+        keep(folder, model, config, partly=initial is None)
     # As it was written: so a run that is resumed has the same key.
     model = load_model(path, trusted_factory=config.architecture).model
     inputs = normalise(train.sample(GRAFTED_ON, seed=recipe.seed).images)
@@ -131,7 +139,8 @@ def start(
             "--images`), or a new key"
         )
     if not there:
-        keep(folder, _network(config, Recipe(), initial), config)
+        partly = is_trained_in_part(config)
+        keep(folder, _network(config, Recipe(), initial), config, partly=partly)
     return initial
 
 
@@ -146,10 +155,14 @@ def check_secret(weights: Mapping[str, Tensor], public: Sequence[Path]) -> None:
     require_secret(mine, theirs)
 
 
-def keep(folder: Path, model: nn.Module, config: ModelConfig) -> None:
-    """Write the anchor, for its owner's eyes only; of several processes the leader does."""
+def keep(folder: Path, model: nn.Module, config: ModelConfig, *, partly: bool = False) -> None:
+    """Write the anchor, for its owner's eyes only; of several processes the leader does.
+
+    `partly` notes that it is a snapshot on the way of a training.
+    """
     path = folder / ANCHOR
-    described = replace(config, metrics={}, notes={ANCHOR: NEVER_RELEASED})
+    notes = {ANCHOR: NEVER_RELEASED, **({PARTLY: "the mark comes with the rest"} if partly else {})}
+    described = replace(config, metrics={}, notes=notes)
 
     def write() -> None:
         _make_private(path)

@@ -254,7 +254,8 @@ def embed(
     before the mark, if the key is bound to one (`bind_key`). V2 and V3 can be used as they are; a
     V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own with
     other settings; None leaves them as in the catalog. `initial` are the weights of a trained
-    network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
+    network: passports are grafted into it, and a recipe of a few steps, or none, is enough. Where
+    they are an anchor that was taken on the way, as `config` says then, the whole recipe follows.
 
     Raises:
         BadRecipeError: the recipe has no epochs, and the scheme has something to be learnt.
@@ -266,7 +267,9 @@ def embed(
     if key.context.anchor is not None:
         if anchoring.is_taken_on_the_way(key, initial):
             scheme, recipe = anchoring.gently(scheme), anchoring.after(recipe)
-        kept = _described(config, sets, {}, {})
+        elif anchoring.is_trained_in_part(config):
+            scheme = anchoring.gently(scheme)
+        kept = _described(config, sets, {}, config.notes)
         initial = anchoring.start(Path(folder), kept, key, initial)
     model = _initial(config, recipe, initial)
     scheme.embed(

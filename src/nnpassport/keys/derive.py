@@ -22,6 +22,9 @@ SEED_BYTES = 32
 UNIT_VARIANCE = (127 * 128 / 3) / 128**2
 """Variance of each number of z, an integer uniform in −127…127 over 128."""
 
+BASE = -(2**15)
+"""In the place of a strength: what follows is no direction, but the weight of each input."""
+
 Stream = Callable[[int], bytes]
 """The first n bytes of an endless pseudo-random string."""
 
@@ -106,12 +109,13 @@ def derive_channels(
     """m_γ and m_β of some channels of a layer (2 channels fan_in), gains and bits left out.
 
         z_o: 2·fan_in integers uniform in −127…127, of SHAKE-256(K ‖ o), K the layer's own 32 bytes
-        m_o = (z_o + Σ_k rint(2⁸·s_k·⟨u_k, z_o⟩) · 2⁻⁸·u_k) / 128
+        m_o = (w·z_o + Σ_k rint(2⁸·s_k·⟨u_k, z_o⟩) · 2⁻⁸·u_k) / 128
 
-    u_k and s_k are the `metric`'s directions and strengths (see `keys.metric`); without it m is z.
-    All sums are of integers that float64 holds exactly, and rounding is to even: so m is the same
-    on every machine, and −z gives −m. For weights that do not depend on the seed ⟨W_o, m_o⟩ is
-    therefore as often positive as negative, in each channel for itself.
+    u_k and s_k are the `metric`'s directions and strengths, w the weight of each input, 1 unless it
+    says otherwise (see `spread`); without a metric m is z. All sums are of integers that float64
+    holds exactly, and rounding is to even: so m is the same on every machine, and −z gives −m. For
+    weights that do not depend on the seed ⟨W_o, m_o⟩ is therefore as often positive as negative, in
+    each channel for itself.
 
     Raises:
         UnreadableKeyError: the context has no such layer.
@@ -131,11 +135,16 @@ def spread(drawn: NDArray[np.float64], metric: NDArray[np.int16]) -> NDArray[np.
     """Whole numbers z below 128 (… fan_in), put in proportion to what a layer sees.
 
     `metric` (directions 1+fan_in) has the strengths s_k in units of 2⁻⁸ and, after them, the
-    directions u_k in units of 2⁻¹⁵.
+    directions u_k in units of 2⁻¹⁵. A first row whose strength is `BASE` has the weights w of the
+    inputs in units of 2⁻⁸; they are 0 where m is to lie in the directions alone, and all 1 in keys
+    that have no such row.
     """
+    weights = np.ones(metric.shape[1] - 1)
+    if metric[0, 0] == BASE:
+        weights, metric = metric[0, 1:].astype(np.float64) * 2.0**-8, metric[1:]
     strengths, directions = metric[:, 0].astype(np.float64), metric[:, 1:].astype(np.float64)
     along = np.rint(drawn @ directions.T * (strengths * 2.0**-15))
-    turned: NDArray[np.float64] = drawn + (along @ directions) * 2.0**-23
+    turned: NDArray[np.float64] = drawn * weights + (along @ directions) * 2.0**-23
     return turned
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nnpassport.keys.context import Context, TriggerShape
 from nnpassport.keys.derive import (
+    BASE,
     SEED_BYTES,
     array_of,
     check_text,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MAX_DIRECTIONS = 64
+MAX_DIRECTIONS = 256
 """Most directions in which a key says what a layer receives."""
 _AT_ONCE = 2**21  # numbers of passports of channels that are there at a time
 
@@ -64,7 +65,7 @@ class Key:
         trigger_labels: explicit labels (count), int64.
         trigger_choices: the classes that the labels of explicit images are drawn from, (count
             choices) int64, distinct in each row; None is all classes.
-        metrics: what layers were seen to receive, by layer, each (directions 1+fan_in) int16; see
+        metrics: what layers were seen to receive, by layer, each (rows 1+fan_in) int16; see
             `derive.spread`. Nothing chosen freely: the context has its digest, so that whoever
             changes it draws every passport and every bit anew.
     """
@@ -319,12 +320,21 @@ def _check_metrics(key: Key) -> None:
             f"what {len(key.metrics or {})} layers receive", f"that of {len(measured)} layers"
         )
     for name, metric in (key.metrics or {}).items():
-        directions, fan_in = len(metric), math.prod(forms[name].weight[1:])
-        _check_tensor(metric, f"metrics/{name}", np.int16, (directions, 1 + fan_in))
+        rows, fan_in = len(metric), math.prod(forms[name].weight[1:])
+        _check_tensor(metric, f"metrics/{name}", np.int16, (rows, 1 + fan_in))
         form = forms[name].channels
-        fits = 1 <= directions <= MAX_DIRECTIONS and (metric[:, 0] >= -(2**8)).all()
-        if form is None or not fits or metric_digest(metric) != form.metric:
+        if form is None or not _is_metric(metric) or metric_digest(metric) != form.metric:
             raise _bad_key(f"another metric of layer {name!r:.80}", "the one in its context")
+
+
+def _is_metric(metric: NDArray[np.int16]) -> bool:
+    if not len(metric):
+        return False
+    based = int(metric[0, 0]) == BASE
+    weights, directions = metric[:based, 1:], metric[based:]
+    strong = bool((directions[:, 0] >= -(2**8)).all())
+    weighs = bool(((weights >= 0) & (weights <= 2**8)).all())
+    return strong and weighs and len(directions) <= MAX_DIRECTIONS
 
 
 def metric_digest(metric: NDArray[np.int16]) -> str:

@@ -23,6 +23,7 @@ PAPER_LAYERS: Mapping[str, tuple[str, ...]] = {
 }
 
 _HARM = 0.02  # of a layer's output
+_SPREAD = 3  # layers, at least, that share the bits
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,  # batch, sync-batch and instance norm have no public base
@@ -176,17 +177,18 @@ def choose_enough(
 
     The paper's choice for its networks. In others: layers that a norm or an activation follows, by
     quarters of the depth in turn, so that taking one block out does not end the mark; of each
-    quarter the one that is harmed least, until there are `bits`. Layers whose filters have few
-    numbers are taken where the others do not have as many.
+    quarter the one that is harmed least, until there are `bits`, of which a layer counts at most
+    a third. Layers whose filters have few numbers are taken where the others do not have as
+    many.
 
     Raises:
         UnsuitableModelError: as `choose`.
     """
     default = choose(model, found, patterns)  # first, for its refusals
-    if patterns is not None or type(model).__name__ in PAPER_LAYERS:
+    if not _is_spread(model, patterns):
         return default
     sites = [s for s in found.sites.values() if s.norm or s.activation] or [*found.sites.values()]
-    limit = _HARM
+    limit, most = _HARM, -(-bits // _SPREAD)
     gentle = [s for s in sites if predicted_harm(s) <= limit]
     while sum(map(_channels, gentle)) < bits and len(gentle) < len(sites):
         limit *= 2
@@ -199,8 +201,29 @@ def choose_enough(
         for quarter in turns:
             if count < bits and turn < len(quarter):
                 taken.add(quarter[turn].name)
-                count += _channels(quarter[turn])
+                count += min(most, _channels(quarter[turn]))
     return [site for site in gentle if site.name in taken]
+
+
+def shares(
+    model: nn.Module, sites: Sequence[Site], patterns: Sequence[str] | None, *, bits: int
+) -> dict[str, int]:
+    """How many bits each of the sites that `choose_enough` chose carries at most.
+
+    All that it has where its owner or the paper named it; else a third of `bits`, or as much more
+    as it takes to have them all.
+    """
+    have = {site.name: _channels(site) for site in sites}
+    if not _is_spread(model, patterns):
+        return have
+    most = -(-bits // _SPREAD)
+    while sum(min(most, each) for each in have.values()) < min(bits, sum(have.values())):
+        most *= 2
+    return {name: min(most, each) for name, each in have.items()}
+
+
+def _is_spread(model: nn.Module, patterns: Sequence[str] | None) -> bool:
+    return patterns is None and type(model).__name__ not in PAPER_LAYERS
 
 
 def _channels(site: Site) -> int:

@@ -29,7 +29,7 @@ from nnpassport.embedding.network.outputs import (
 from nnpassport.embedding.network.survey import Site
 from nnpassport.embedding.schemes.seen import FLOOR, Seen, metric_of, parts
 from nnpassport.keys.context import ChannelForm, LayerShape
-from nnpassport.keys.derive import UNIT_VARIANCE
+from nnpassport.keys.derive import UNIT_VARIANCE, spread
 from nnpassport.keys.key import metric_digest
 from nnpassport.scheme import UnsuitableModelError
 
@@ -41,10 +41,13 @@ _CONFIDENT = 0.5
 _ENOUGH = 10  # confident answers that say something of harm
 
 
-def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShape, Any]:
+def shape_of(
+    model: nn.Module, site: Site, seen: Seen | None, most: int | None = None
+) -> tuple[LayerShape, Any]:
     """A layer whose channels have a passport each, and its metric, or None where nothing was seen.
 
-    Dead channels and those that the norm all but mutes carry no bit.
+    Dead channels and those that the norm all but mutes carry no bit. Of the others at most `most`
+    do: those that what follows hears loudest, which nobody changes without being heard.
 
     Raises:
         UnsuitableModelError: no channel of it can carry one.
@@ -54,6 +57,7 @@ def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShap
     metric = None if seen is None else metric_of(seen)
     scale, shift = own_affine_of(model, site)
     carrying = scale.abs() > _MUTE * scale.abs().median()
+    variance = flat.square().sum(1)
     if seen is not None:
         variance = seen.about(centred=True).power(flat)
         carrying &= variance > _DEAD * variance.median()
@@ -62,6 +66,7 @@ def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShap
             f"no channel of {site.name!r} can carry a bit: its filters, or its norm's scales, are "
             "all zero; needed: a layer that does something; name others"
         )
+    carrying &= _loudest(site, scale, variance, carrying, most)
     typical = _typical(flat[carrying], metric)
     wide = max(_rms(shift[carrying]), 0.1 * _rms(scale[carrying]))
     gains = tuple(_rounded(each / typical) for each in (_rms(scale[carrying]), wide))
@@ -73,6 +78,19 @@ def shape_of(model: nn.Module, site: Site, seen: Seen | None) -> tuple[LayerShap
     )
     passport = (shape[1] * site.geometry.groups, *(shape[2:] or (1,)))
     return LayerShape(site.name, shape, passport, site.geometry, channels=form), metric
+
+
+def _loudest(
+    site: Site, scale: Tensor, variance: Tensor, carrying: Tensor, most: int | None
+) -> Tensor:
+    """Which channels are among the `most` loudest of those that carry a bit."""
+    if most is None or int(carrying.sum()) <= most:
+        return carrying
+    loud = variance if site.norm is None else scale.square()  # a norm makes all equally loud
+    order = torch.where(carrying, loud, -1.0).argsort(descending=True, stable=True)
+    chosen = torch.zeros_like(carrying)
+    chosen[order[:most]] = True
+    return chosen
 
 
 def own_affine_of(model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
@@ -93,11 +111,11 @@ def _has_scale(model: nn.Module, norm: str) -> bool:
 
 def _typical(rows: Float[Tensor, "out fan_in"], metric: NDArray[np.int16] | None) -> float:
     """Root mean square of ⟨W_o, m_o⟩ over all that the seed might give."""
-    # m = R·z, and ⟨W, R·z⟩ = ⟨R·W, z⟩ as R is symmetric; R·W without the rounding of z's.
+    # m = R·z, and ⟨W, R·z⟩ = ⟨R·W, z⟩ as R is symmetric; in units so small that nothing is rounded.
     wide = rows.numpy()
     if metric is not None:
-        strengths, directions = metric[:, 0] * 2.0**-8, metric[:, 1:] * 2.0**-15
-        wide = wide + (wide @ directions.T * strengths) @ directions
+        unit = 2.0**-40 * (float(np.abs(wide).max()) or 1.0)
+        wide = spread(wide / unit, metric) * unit
     return float(np.sqrt(UNIT_VARIANCE * np.square(wide).sum(1).mean()))
 
 

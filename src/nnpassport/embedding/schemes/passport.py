@@ -33,8 +33,8 @@ from nnpassport.embedding.network.layers import (
     passport_norms,
     public_count,
 )
-from nnpassport.embedding.network.outputs import Example, call, length_of, part_of
-from nnpassport.embedding.network.survey import Site, choose, choose_enough, survey
+from nnpassport.embedding.network.outputs import Example, call, length_of, part_of, tensors_in
+from nnpassport.embedding.network.survey import Site, choose, choose_enough, shares, survey
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
 from nnpassport.embedding.schemes.graft import graft
@@ -75,6 +75,8 @@ from nnpassport.scheme import (
     Verdict,
 )
 
+SHOWN = 64
+"""Inputs, at least, that an example shows what layers receive with."""
 GRAFTED_ON = 512
 """Images, without their labels, that a key is grafted into a trained network with."""
 
@@ -150,7 +152,7 @@ class Passport:
         """A key for a network of this shape, every secret in it derived from one seed.
 
         `example` is what the network runs on: images (batch channels height width), or positional
-        or named inputs; its values do not matter. It tells which layers there are, how large their
+        or named inputs. It tells which layers there are, how large their
         inputs are and, with triggers, how many classes. `layers` are patterns as in
         `survey.choose`; by default `survey.choose_enough` has a thousand bits of them.
         `text` is a signature that can be read back; without it the bits are the
@@ -159,11 +161,12 @@ class Passport:
 
         `passports` is "channel", a passport for each channel, or "derived", one for a whole layer
         as in the paper. Those of channels are for a network that is trained already: draw the key
-        for it, and give some hundred of its inputs as `seen`. Then they are the default (but for
-        PAN), in proportion to what each layer receives, and dead channels carry no bit. That
-        network is the *anchor*: its digest is in the context, so that all that is derived depends
-        on it, and suspects are aligned to it. Keep it, and keep it secret. Without `seen` the
-        default is the paper's form, which can be aligned to the released network.
+        for it, and give some hundred of its inputs as `seen`; without it an `example` of 64 inputs
+        or more is looked at. Then they are the default (but for PAN), in proportion to what each
+        layer receives, and dead channels carry no bit. That network is the *anchor*: its digest is
+        in the context, so that all that is derived depends on it, and suspects are aligned to it.
+        Keep it, and keep it secret. Where there is nothing to look at the default is the paper's
+        form, which can be aligned to the released network.
 
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport, or all layers
@@ -171,12 +174,15 @@ class Passport:
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
         found, anchor = survey(model, example), None
+        if seen is None and _tells(example):
+            seen = example
         if passports is None:
             passports = "derived" if seen is None or self.encoded else "channel"
         if self._of_channels(passports):
             anchor = None if seen is None else tensors_digest(model.state_dict())
             sites = choose_enough(model, found, layers, bits=channels.BITS)
-            shapes, metrics = _channel_shapes(model, sites, seen)
+            most = shares(model, sites, layers, bits=channels.BITS)
+            shapes, metrics = _channel_shapes(model, sites, seen, most)
         else:
             sites = choose(model, found, layers)
             shapes, metrics = tuple(_shape_of(site) for site in sites), {}
@@ -472,6 +478,14 @@ V3 = Passport("passport-v3", two_branches=True, triggers=100)
 PAN = Passport("pan", two_branches=True, encoded=True)
 
 
+def _tells(example: Example) -> bool:
+    """Whether there are inputs enough in it, and different ones, to see what layers receive."""
+    if length_of(example) < SHOWN:
+        return False
+    inputs = [each for each in tensors_in(example) if each.dim() and len(each) >= SHOWN]
+    return any(bool((each[1:] != each[:1]).any()) for each in inputs)
+
+
 def _shape_of(site: Site) -> LayerShape:
     weight = tuple(filters(site.layer.get_parameter("weight"), site.geometry).shape)
     space = passport_space(site.space, weight[2:], site.geometry)
@@ -480,13 +494,15 @@ def _shape_of(site: Site) -> LayerShape:
 
 
 def _channel_shapes(
-    model: nn.Module, sites: Sequence[Site], seen: Example | None
+    model: nn.Module, sites: Sequence[Site], seen: Example | None, most: Mapping[str, int]
 ) -> tuple[tuple[LayerShape, ...], dict[str, Any]]:
     watched: Mapping[str, Seen] = {}
     if seen is not None:
         with on_branch(model, Branch.PUBLIC):
             watched = watch(model, {site.name: site.layer for site in sites}, seen)
-    found = [channels.shape_of(model, site, watched.get(site.name)) for site in sites]
+    found = [
+        channels.shape_of(model, site, watched.get(site.name), most[site.name]) for site in sites
+    ]
     metrics = {shape.name: metric for shape, metric in found if metric is not None}
     return tuple(shape for shape, _ in found), metrics
 
@@ -501,10 +517,10 @@ def bound_to(key: Key, model: nn.Module, seen: Example) -> Key:
     Raises:
         UnsuitableModelError: a layer of the key cannot carry passports of channels there.
     """
-    names = [layer.name for layer in key.context.layers]
+    most = {layer.name: layer.length for layer in key.context.layers}
     found = survey(model, part_of(seen, 0, 2))
-    sites = [site for site in choose(model, found, names) if site.name in names]
-    shapes, metrics = _channel_shapes(model, sites, seen)
+    sites = [site for site in choose(model, found, [*most]) if site.name in most]
+    shapes, metrics = _channel_shapes(model, sites, seen, most)
     anchor = tensors_digest(model.state_dict())
     context = replace(key.context, layers=shapes, anchor=anchor)
     return replace(key, context=context, metrics=metrics or None)

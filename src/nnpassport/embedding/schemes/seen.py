@@ -18,18 +18,20 @@ from torch import Tensor, nn
 from nnpassport.embedding.network.equations import filters, geometry_of
 from nnpassport.embedding.network.outputs import Example, call, length_of, part_of
 from nnpassport.embedding.schemes.patches import input_patches
+from nnpassport.keys.derive import BASE
 from nnpassport.scheme import UnsuitableModelError
 
 FLOOR = 1.0
-"""λ of m, and of the metric in which the graft's change is least, over the mean eigenvalue. Far
-less of it puts the mark where inputs do not go, and from there it is taken away at no cost."""
-DIRECTIONS = 32
-"""Directions in which a key says what a layer sees; in all others it has the floor."""
+"""λ of the metric in which the graft's change is least, over the mean eigenvalue. Far less of it
+puts the change where inputs do not go, and from there it is taken away at no cost."""
+DIRECTIONS = 256
+"""Directions in which a key's passports lie: those in which a layer's inputs vary most."""
+ENOUGH = 0.5
+"""Share of the mean variance from which on all directions weigh alike in them."""
 AT_ONCE = 16
 """Inputs that run together."""
 _PATCHES = 4096
 _NUMBERS = 2**23  # of a layer's patches that are looked at
-_EMPTY = 1e-9  # of the mean eigenvalue: inputs do not go there
 _TINY = 1e-30
 
 
@@ -91,20 +93,6 @@ class Spread(NamedTuple):
         values, vectors = _top(gram, min(count, len(gram)))
         found = nn.functional.normalize(vectors.T @ self.patches, dim=1)
         return values, found, gram.diagonal().sum() / self.patches.shape[1]
-
-    def empty(self, count: int) -> Tensor:
-        """Directions in which there is nothing, at most so many (found fan_in); none if more."""
-        if self.moment is None:
-            return torch.zeros(0, 0)
-        least = _EMPTY * float(self.moment.diagonal().mean().clamp(min=_TINY))
-        above = self.moment.clone()
-        above.diagonal().sub_(least)
-        if int(torch.linalg.cholesky_ex(above).info) == 0:  # all are larger
-            return torch.zeros(0, len(above))
-        last = min(count, len(above) - 1)
-        values, vectors = eigh(self.moment.numpy(), subset_by_index=(0, last))
-        there = int((values < least).sum())
-        return torch.from_numpy(vectors[:, : there if there <= count else 0].T.copy())
 
 
 def _top(symmetric: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -210,21 +198,16 @@ def parts(inputs: Example) -> Iterator[Example]:
 
 
 def metric_of(seen: Seen) -> NDArray[np.int16]:
-    """What a key keeps of it (directions 1+fan_in): see `keys.derive.spread`.
+    """What a key keeps of it (1+directions 1+fan_in): see `keys.derive.spread`.
 
-    A direction in which inputs never go, as behind a layer norm, has the strength −1: m has
-    nothing there.
+    m lies in the directions in which inputs vary most, with weights that rise with the variance up
+    to half of its mean over all directions. In all others m has nothing, so that whatever is done
+    to the filters there, at no cost, changes nothing of what is read (`results/floor.md`).
     """
-    spread = seen.about(centred=True)
-    nowhere = spread.empty(DIRECTIONS // 4) if seen.samples > len(seen.mean) else torch.zeros(0, 0)
-    nowhere = nowhere.reshape(-1, len(seen.mean))
-    room = min(DIRECTIONS, len(seen.mean)) - len(nowhere)
-    values, vectors, mean = spread.directions(room)
-    mean = mean.clamp(min=_TINY)
-    others = len(seen.mean) - len(values)
-    rest = (mean * len(seen.mean) - values.sum()).clamp(min=0) / max(1, others)
-    strengths = ((values + FLOOR * mean) / (rest + FLOOR * mean)).sqrt() - 1
-    said = torch.cat([strengths.new_full((len(nowhere),), -1.0), strengths])
-    chosen = torch.cat([nowhere.to(vectors), vectors])
-    whole = torch.cat([said[:, None] * 2.0**8, chosen * 2.0**15], 1).round()
-    return whole.clamp(-(2**15 - 1), 2**15 - 1).numpy().astype(np.int16)
+    values, vectors, mean = seen.about(centred=True).directions(DIRECTIONS)
+    strengths = (values / (ENOUGH * mean).clamp(min=_TINY)).clamp(max=1.0)
+    chosen = torch.cat([strengths[:, None] * 2.0**8, vectors * 2.0**15], 1).round()
+    base = torch.zeros(1, 1 + len(seen.mean))
+    base[0, 0] = BASE
+    whole = torch.cat([base.to(chosen), chosen])
+    return whole.clamp(-(2**15), 2**15 - 1).numpy().astype(np.int16)
