@@ -181,7 +181,7 @@ def _claim(path: Path, digest: str) -> tuple[Claim, bytes]:
     """The claim, checked against the public key in itself, and the bytes of its file."""
     signed = read_signed(path)
     owner = public_from_hex(signed.envelope.keyid)
-    finding = check_claim(signed._replace(response=None), owner)
+    finding = check_claim(signed.undated(), owner)
     if finding.claim is None or not finding.holds:
         raise UnreadableClaimError(
             f"{path} does not hold ({finding.reason}); use the original file of `claim new`"
