@@ -34,7 +34,11 @@ def compare(
     ] = None,
     card: Annotated[
         bool,
-        typer.Option("--card", help="Hold the base_model of A's card (README.md) against B."),
+        typer.Option(
+            "--card",
+            help="Hold against B what A's card (base_model in README.md) or its bill of materials "
+            "(bom.cdx.json) declares.",
+        ),
     ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Also write the result as one self-contained HTML page.")
@@ -47,11 +51,11 @@ def compare(
     only, and the chance is known exactly. Related is not copied: the same seed does it too.
     """
     from nnpassport.report.provenance import made_with
-    from nnpassport.verification.cards import card_says, declared_bases
+    from nnpassport.verification.cards import declaration_says, declared
     from nnpassport.verification.compare import compare as compare_networks
     from nnpassport.verification.lineage import open_network
 
-    bases = declared_bases(first) if card else None
+    stated = declared(first) if card else None
     a, b = open_network(first, axes), open_network(second)
     found = compare_networks(
         a,
@@ -59,7 +63,7 @@ def compare(
         parents=[open_network(path) for path in parents or ()],
         unrelated=[open_network(path) for path in unrelated or ()],
     )
-    said = None if bases is None else card_says(bases, found.outcome)
+    said = None if stated is None else declaration_says(stated, found.outcome, b.digests)
     facts = {**found.as_dict(), "card": said, "made_with": made_with()}
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
