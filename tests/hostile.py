@@ -66,6 +66,7 @@ from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.scheme import OwnershipError
+from nnpassport.verification import cards
 
 GOLDEN = Path(__file__).parent / "golden"
 PASSPHRASE = "correct horse"
@@ -564,6 +565,11 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
         "claim file": Parser((file, golden), _json, open_file),
         "envelope": Parser((timestamped_bytes(stamped.envelope),), _json, envelope),
         "signed claim": Parser((claim.encode(),), _json, payload),
+        "bill of materials": Parser(
+            (json.dumps(_BILL).encode(),),
+            _json,
+            _file(folder / cards.BOM_FILE, lambda path: cards.declared_ancestors(path.parent)),
+        ),
         "in-toto statement": Parser(
             (stated(claim.encode(), {"model.safetensors": "0" * 64}),), _json, statement
         ),
@@ -584,6 +590,28 @@ def _of_evidence(folder: Path) -> dict[str, Parser]:
             (root,), _pem, _file(folder / "root.pem", timestamp.load_roots)
         ),
     }
+
+
+_BILL = {
+    "bomFormat": "CycloneDX",
+    "specVersion": "1.6",
+    "metadata": {
+        "component": {
+            "type": "machine-learning-model",
+            "name": "mine",
+            "pedigree": {
+                "ancestors": [
+                    {
+                        "type": "machine-learning-model",
+                        "name": "theirs",
+                        "hashes": [{"alg": "SHA-256", "content": "ab" * 32}],
+                        "components": [{"hashes": [{"alg": "SHA-256", "content": "cd" * 32}]}],
+                    }
+                ]
+            },
+        }
+    },
+}
 
 
 def diary_parsers(folder: Path) -> dict[str, Parser]:

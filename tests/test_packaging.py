@@ -111,7 +111,7 @@ def contents(folder):
 
 def test_the_folder_is_the_released_one_and_a_card(house):
     done = packaged(house, licence="apache-2.0")
-    assert done.files == ("README.md", "config.json", "model.safetensors")
+    assert done.files == ("README.md", "bom.cdx.json", "config.json", "model.safetensors")
     found, source = contents(house / "hub"), contents(house / "released")
     assert {name: found[name] for name in source} == source
     assert load_model(house / "hub").config == CONFIG
@@ -158,7 +158,8 @@ def test_the_upload_takes_the_folder_as_it_is(house, monkeypatch):
     monkeypatch.setattr(HfApi, "_validate_yaml", lambda _, content, **__: checked.append(content))
     files = HfApi()._prepare_upload_folder_additions(house / "hub", "")
     assert [each.path_in_repo for each in files] == [
-        *("README.md", "config.json", "model.safetensors", "nnpassport.claim.json")
+        *("README.md", "bom.cdx.json", "config.json", "model.safetensors"),
+        "nnpassport.claim.json",
     ]
     assert checked == [(house / "hub" / "README.md").read_text(encoding="utf-8")]
     claim = (house / "hub" / "nnpassport.claim.json").read_bytes()

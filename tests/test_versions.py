@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TOOLS = {  # they look at the code, or build what is around it: always the newest
     *("mypy", "ruff", "build", "twine", "check-jsonschema", "sphinx", "myst-parser", "furo"),
+    "cyclonedx-python-lib",
     *("nbclient", "nbformat", "ipykernel"),
 }
 

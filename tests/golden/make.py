@@ -29,7 +29,7 @@ from rfc3161_client import HashAlgorithm, TimestampRequestBuilder  # noqa: E402
 
 import nnpassport  # noqa: E402
 from nnpassport.claims.claim import claim_of, sign_claim, sign_statement  # noqa: E402
-from nnpassport.claims.claimfile import write_signed  # noqa: E402
+from nnpassport.claims.claimfile import read_signed, write_signed  # noqa: E402
 from nnpassport.claims.diary import DIARY_FILE, STAMPS_FILE, begin, stated  # noqa: E402
 from nnpassport.claims.timestamp import _in_order  # noqa: E402
 from nnpassport.data.images import Normalisation, read_images  # noqa: E402
@@ -64,6 +64,7 @@ def main():
     channels()
     diary()
     statement()
+    two_tokens()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -175,6 +176,14 @@ def statement():
     names = ("config.json", "model.safetensors")
     files = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in names}
     write_signed(sign_statement(claim, files, SIGNING), path)
+
+
+def two_tokens():
+    """A claim with two tokens; both are the golden one's, so the second says the same."""
+    path = HERE / "claim-v1-two-tokens.json"
+    if not path.exists():
+        one = read_signed(HERE / "claim-v1-stamped.json")
+        write_signed(one.with_token(one.response), path)
 
 
 def diary():

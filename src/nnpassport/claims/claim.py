@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from nnpassport.claims.claimfile import (
     MAX_CLAIM_BYTES,
+    MOST_TOKENS,
     SignedClaim,
     canonical_object,
     encode_signed,
@@ -244,7 +245,7 @@ def _signed(
             "sign with the owner's own"
         )
     signed = SignedClaim(sign(payload, payload_type, signing), None)
-    size = len(encode_signed(signed)) + 4 * MAX_RESPONSE_BYTES // 3
+    size = len(encode_signed(signed)) + MOST_TOKENS * 4 * MAX_RESPONSE_BYTES // 3
     _require(size <= MAX_CLAIM_BYTES, f"{size} bytes", f"at most {MAX_CLAIM_BYTES}")
     return signed
 
@@ -252,11 +253,15 @@ def _signed(
 def stamp_claim(signed: SignedClaim, url: str, roots: Sequence[x509.Certificate]) -> SignedClaim:
     """The same claim with a timestamp by the authority at `url`, checked against `roots`.
 
+    Beside those that it has: two authorities are harder to bribe, or to lose, than one.
+
     Raises:
         NoTimestampError: the authority gave no token that holds.
+        UnreadableClaimError: it has as many as are read.
     """
-    response = request_timestamp(timestamped_bytes(signed.envelope), url, roots)
-    return signed._replace(response=response)
+    count = len(signed.responses)
+    _require(count < MOST_TOKENS, f"{count} timestamps", f"at most {MOST_TOKENS}")
+    return signed.with_token(request_timestamp(timestamped_bytes(signed.envelope), url, roots))
 
 
 def open_claim(signed: SignedClaim, owner: Ed25519PublicKey) -> Claim:
@@ -291,20 +296,38 @@ def _payload(envelope: Envelope, owner: Ed25519PublicKey) -> bytes:
 def open_stamped_claim(
     signed: SignedClaim, owner: Ed25519PublicKey, roots: Sequence[x509.Certificate]
 ) -> tuple[Claim, Timestamp]:
-    """Check the signature, then the timestamp, and only then parse.
+    """Check the signature, then the timestamps, and only then parse.
+
+    Of several tokens that hold the one counts that proves the claim oldest: whose last possible
+    moment, by the accuracy that it states, is the earliest.
 
     Raises:
         BadSignatureError: signature or timestamp does not hold, or there is no timestamp.
         UnreadableClaimError: its owner signed what is not a claim of this version.
     """
     payload = _payload(signed.envelope, owner)
-    if signed.response is None:
-        raise BadSignatureError(
+    held, faults = _tokens(signed, roots)
+    if not held:
+        raise BadSignatureError("; ".join(faults))
+    return _parsed(payload, owner), min(held, key=lambda each: each.latest)
+
+
+def _tokens(
+    signed: SignedClaim, roots: Sequence[x509.Certificate]
+) -> tuple[list[Timestamp], list[str]]:
+    """The tokens that one of `roots` vouches for, and why others prove nothing."""
+    held, faults = list[Timestamp](), list[str]()
+    if not signed.responses:
+        faults.append(
             "the claim has no timestamp, so nothing proves its age; to check the signature alone, "
             "give no root certificate"
         )
-    timestamp = check_timestamp(signed.response, timestamped_bytes(signed.envelope), roots)
-    return _parsed(payload, owner), timestamp
+    for response in signed.responses:
+        try:
+            held.append(check_timestamp(response, timestamped_bytes(signed.envelope), roots))
+        except BadSignatureError as error:
+            faults.append(str(error))
+    return held, faults
 
 
 def check_claim(
@@ -322,15 +345,16 @@ def check_claim(
         NoTimestampError: there is a timestamp and no root to check it against.
         UnreadableClaimError: its owner signed what is not a claim of this version.
     """
-    timestamp = None
+    timestamp, others = None, list[str]()
     try:
         if roots is None:
             claim = open_claim(signed, owner)
         else:
             claim, timestamp = open_stamped_claim(signed, owner, roots)
+            others = _others(signed, roots, timestamp)
     except BadSignatureError as error:
         return Finding(False, str(error))
-    if roots is None and signed.response is not None:
+    if roots is None and signed.responses:
         raise NoTimestampError(
             "the signature holds, but the claim has a timestamp and there is no root certificate "
             "to check it against; needed: the authority's root as PEM, from a source you trust"
@@ -342,9 +366,23 @@ def check_claim(
         proved += ["there is no timestamp, so nothing proves the claim's age"]
     else:
         proved += [f"the timestamp proves that it is from {timestamp.as_dict()['latest']} or older"]
+    proved += others
     if key is not None:
         proved += ["the disclosed key is the one committed to"]
     return Finding(True, "; ".join(proved), claim, timestamp)
+
+
+def _others(
+    signed: SignedClaim, roots: Sequence[x509.Certificate], counted: Timestamp
+) -> list[str]:
+    """What further tokens say, in words."""
+    held, faults = _tokens(signed, roots)
+    said = [
+        f"{each.authority} says {each.as_dict()['latest']} or older too"
+        for each in held
+        if each != counted
+    ]
+    return said + [f"another timestamp proves nothing: {fault}" for fault in faults]
 
 
 def _parsed(payload: bytes, owner: Ed25519PublicKey) -> Claim:

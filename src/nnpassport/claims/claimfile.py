@@ -1,6 +1,7 @@
 """Claim files: a signed envelope, and what a timestamp authority said about it. Nothing is checked.
 
-claim file = {"envelope": DSSE envelope of the claim, "timestamp": RFC 3161 response or null}
+claim file = {"envelope": DSSE envelope of the claim, "timestamp": null or
+              {"response": RFC 3161 response, "also": further ones, of other authorities, if any}}
 """
 
 from pathlib import Path
@@ -15,16 +16,36 @@ from nnpassport.scheme import UnreadableClaimError, UnreadableKeyError
 MAX_CLAIM_BYTES = 2**22
 """The largest claim file that is read."""
 
+MOST_TOKENS = 4
+"""Timestamps of one claim, at most."""
+
 
 class SignedClaim(NamedTuple):
     """What is in a claim file. Nobody has checked it, and nothing in it may be believed yet.
 
     Attributes:
         response: an RFC 3161 response over `timestamped_bytes`, or None.
+        also: those of further authorities, over the same bytes.
     """
 
     envelope: Envelope
     response: bytes | None
+    also: tuple[bytes, ...] = ()
+
+    @property
+    def responses(self) -> tuple[bytes, ...]:
+        """All of them, in the order in which they were asked for."""
+        return (*(() if self.response is None else (self.response,)), *self.also)
+
+    def undated(self) -> "SignedClaim":
+        """The same without any."""
+        return self._replace(response=None, also=())
+
+    def with_token(self, response: bytes) -> "SignedClaim":
+        """The same with one more."""
+        if self.response is None:
+            return self._replace(response=response)
+        return self._replace(also=(*self.also, response))
 
 
 def timestamped_bytes(envelope: Envelope) -> bytes:
@@ -37,8 +58,11 @@ def timestamped_bytes(envelope: Envelope) -> bytes:
 
 def encode_signed(signed: SignedClaim) -> bytes:
     """The bytes of a claim file."""
-    response = signed.response
-    stamp = None if response is None else {"response": base64_text(response)}
+    stamp: dict[str, Any] | None = None
+    if signed.response is not None:
+        # Absent, not empty: claims with one token encode as ever.
+        also = {"also": [base64_text(each) for each in signed.also]} if signed.also else {}
+        stamp = {"response": base64_text(signed.response), **also}
     return canonical_json({"envelope": document_of(signed.envelope), "timestamp": stamp})
 
 
@@ -52,17 +76,21 @@ def decode_signed(data: bytes) -> SignedClaim:
     try:
         envelope, stamp = document["envelope"], document["timestamp"]
         response = None if stamp is None else base64_bytes(stamp["response"])
-        signed = SignedClaim(envelope_from(envelope), response)
+        also = () if stamp is None else tuple(map(base64_bytes, stamp.get("also", [])))
+        signed = SignedClaim(envelope_from(envelope), response, also)
+        sizes = [len(each) for each in signed.responses]
         # Encoding again also catches fields that are not known.
-        known = encode_signed(signed) == data and len(response or b"") <= MAX_RESPONSE_BYTES
+        known = encode_signed(signed) == data and len(sizes) <= MOST_TOKENS
+        known = known and max(sizes, default=0) <= MAX_RESPONSE_BYTES
     except UnreadableClaimError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError):
         known = False
     if not known:
         raise UnreadableClaimError(
-            "the claim file has unknown or missing fields, but needs an envelope, and a timestamp "
-            f"of at most {MAX_RESPONSE_BYTES} bytes or null; use the original file"
+            "the claim file has unknown or missing fields, but needs an envelope, and at most "
+            f"{MOST_TOKENS} timestamps of at most {MAX_RESPONSE_BYTES} bytes, or null; use the "
+            "original file"
         )
     return signed
 

@@ -78,9 +78,9 @@ def standing_of(
     Raises:
         UnreadableClaimError: its owner signed what is not a claim of this version.
     """
-    finding = check_claim(signed._replace(response=None), owner, key=key)
+    finding = check_claim(signed.undated(), owner, key=key)
     undated = None
-    if signed.response is not None and finding.holds:
+    if signed.responses and finding.holds:
         dated = check_claim(signed, owner, roots=roots, key=key) if roots else None
         if dated is not None and dated.holds:
             finding = dated

@@ -74,10 +74,17 @@ def new(
         ),
     ] = None,
     authority: Annotated[
-        str | None, typer.Option(help="URL of an RFC 3161 timestamp authority.")
+        list[str] | None,
+        typer.Option(
+            help="URL of an RFC 3161 timestamp authority; repeatable: two are better than one."
+        ),
     ] = None,
     authority_root: Annotated[
-        Path | None, typer.Option(help="Its root certificate, PEM: the token is checked at once.")
+        list[Path] | None,
+        typer.Option(
+            help="Its root certificate, PEM: the token is checked at once. One for each authority, "
+            "in their order."
+        ),
     ] = None,
     alpha: Annotated[int, typer.Option(help="log10 of the threshold on p, an integer.")] = -9,
     target: Annotated[
@@ -110,8 +117,7 @@ def new(
     from nnpassport.claims.claimfile import write_signed
     from nnpassport.verification.anchor import needs_anchor
 
-    if (authority is None) != (authority_root is None):
-        raise typer.BadParameter("--authority and --authority-root go together; give both")
+    authorities = _authorities(authority, authority_root)
     owner = signatures.load_signing_key(
         signing, passphrase=passphrase_of_signing(signing_passphrase, new=False)
     )
@@ -141,12 +147,18 @@ def new(
         signed = claim.sign_statement(made, _files_of(reference), owner)
     else:
         signed = claim.sign_claim(made, owner)
-    if authority is not None and authority_root is not None:
-        signed = claim.stamp_claim(signed, authority, timestamp.load_roots(authority_root))
+    for url, root in authorities:
+        signed = claim.stamp_claim(signed, url, timestamp.load_roots(root))
     write_signed(signed, out)
     _print(made.as_dict(), as_json)
     stamped = "timestamped" if authority else "not timestamped: nobody can tell how old it is"
     errors.print(f"{out}: signed, {stamped}")
+
+
+def _authorities(urls: list[str] | None, roots: list[Path] | None) -> list[tuple[str, Path]]:
+    if len(urls or ()) != len(roots or ()):
+        raise typer.BadParameter("--authority and --authority-root go together; give both of each")
+    return list(zip(urls or (), roots or (), strict=True))
 
 
 @app.command()
@@ -207,9 +219,10 @@ def show(
         public = signing.public_from_hex(signed.envelope.keyid)
     else:
         public = signing.load_public_key(owner)
-    finding = claim.check_claim(signed._replace(response=None), public)
+    finding = claim.check_claim(signed.undated(), public)
     facts: dict[str, Any] = finding.as_dict()
-    facts["timestamp"] = None if signed.response is None else "there is one; `verify` checks it"
+    count = len(signed.responses)
+    facts["timestamp"] = f"there are {count}; `verify` checks them" if count else None
     facts["self_asserted"] = owner is None
     if finding.holds and (subject := claim.subject_of(signed, public)) is not None:
         facts["subject"] = dict(subject)
@@ -224,8 +237,11 @@ def verify(
     path: ClaimFile,
     owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
     root: Annotated[
-        Path | None,
-        typer.Option(help="Root certificate of the timestamp authority, PEM; requires a token."),
+        list[Path] | None,
+        typer.Option(
+            help="Root certificate of a timestamp authority, PEM; requires a token. Repeatable: of "
+            "several tokens that hold the earliest that is proved counts."
+        ),
     ] = None,
     key: Annotated[
         Path | None, typer.Option(help="A disclosed key: is it the one committed to?")
@@ -244,7 +260,7 @@ def verify(
     finding = claim.check_claim(
         read_signed(path),
         signing.load_public_key(owner),
-        roots=None if root is None else timestamp.load_roots(root),
+        roots=None if not root else [one for path in root for one in timestamp.load_roots(path)],
         key=None if key is None else key_from(key, passphrase),
     )
     _print_finding(finding.as_dict(), as_json)

@@ -33,7 +33,11 @@ def compare(
     ] = None,
     card: Annotated[
         bool,
-        typer.Option("--card", help="Hold the base_model of A's card (README.md) against B."),
+        typer.Option(
+            "--card",
+            help="Hold against B what A's card (base_model in README.md) or its bill of materials "
+            "(bom.cdx.json) declares.",
+        ),
     ] = False,
     report: Report = None,
     as_json: AsJson = False,
@@ -44,11 +48,11 @@ def compare(
     only, and the chance is known exactly. Related is not copied: the same seed does it too.
     """
     from nnpassport.report.provenance import made_with
-    from nnpassport.verification.cards import card_says, declared_bases
+    from nnpassport.verification.cards import declaration_says, declared
     from nnpassport.verification.compare import compare as compare_networks
     from nnpassport.verification.lineage import open_network
 
-    bases = declared_bases(first) if card else None
+    stated = declared(first) if card else None
     a, b = open_network(first, axes), open_network(second)
     found = compare_networks(
         a,
@@ -56,7 +60,7 @@ def compare(
         parents=[open_network(path) for path in parents or ()],
         unrelated=[open_network(path) for path in unrelated or ()],
     )
-    said = None if bases is None else card_says(bases, found.outcome)
+    said = None if stated is None else declaration_says(stated, found.outcome, b.digests)
     facts = {**found.as_dict(), "card": said, "made_with": made_with()}
     print_result(facts, as_json, lambda: print_comparison(facts))
     paged("nnpassport.report.comparison:write_comparison_page", facts, report)

@@ -274,7 +274,7 @@ def _committed(
         public = signing.public_from_hex(signed.envelope.keyid)
     else:
         public = signing.load_public_key(owner)
-    found = check_claim(signed._replace(response=None), public, key=key)
+    found = check_claim(signed.undated(), public, key=key)
     if not found.holds or found.claim is None:
         raise BadSignatureError(f"{path} does not hold with this key: {found.reason}")
     declared = found.claim.log10_alpha

@@ -52,6 +52,17 @@ def package(
         bool,
         typer.Option("--publish-claim", help="Add the claim file, and not only its digest."),
     ] = False,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A network that this one was made from, as NAME=FOLDER; repeatable. It is "
+            "compared, and the bill of materials has what was found."
+        ),
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter that was merged into it, as NAME=FOLDER; repeatable."),
+    ] = None,
     signing: Annotated[
         Path | None,
         typer.Option(
@@ -61,7 +72,10 @@ def package(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a folder that can be uploaded to a model hub as it is: weights, card, no secret."""
+    """Write a folder that can be uploaded to a model hub as it is: no secret is in it.
+
+    Weights, a model card, and a bill of materials (CycloneDX 1.6, bom.cdx.json).
+    """
     from nnpassport.embedding.publish import (
         hub,
         signed,
@@ -76,10 +90,31 @@ def package(
             signed.sign_folder(folder, signing, passphrase)
 
     done = hub.package(
-        source, claim, out, licence=licence, name=name, publish_claim=publish_claim, finish=finish
+        source,
+        claim,
+        out,
+        licence=licence,
+        name=name,
+        publish_claim=publish_claim,
+        bases=_named(base, "--base"),
+        adapters=_named(adapter, "--adapter"),
+        finish=finish,
     )
+    for each, outcome in done.bases.items():
+        errors.print(f"{each}: {outcome}", markup=False, soft_wrap=True)
     digests = {"folder": str(out), "weights": done.weights, "claim": done.claim}
     rows = [*digests.items(), ("files", "\n".join(done.files))]
-    print_rows({**digests, "files": done.files}, as_json, rows)
+    print_rows({**digests, "files": done.files, "bases": dict(done.bases)}, as_json, rows)
     if licence is None and not as_json:
         errors.print("The card names no license; --license says what others may do with it.")
+
+
+def _named(words: list[str] | None, option: str) -> dict[str, Path]:
+    """Folders by name, from words that are NAME=FOLDER."""
+    found = {}
+    for word in words or ():
+        name, equals, path = word.partition("=")
+        if not (name and equals and path) or name in found:
+            raise typer.BadParameter(f"{option} {word!r} is not NAME=FOLDER, or a name comes twice")
+        found[name] = Path(path)
+    return found

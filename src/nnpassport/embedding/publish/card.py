@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -39,10 +39,12 @@ def model_card(
     *,
     parameters: int,
     licence: str | None,
+    bases: Sequence[str] = (),
 ) -> str:
     """The README of a model repository: front matter for the hub, and Markdown.
 
     `digests` are SHA-256 in hexadecimal: of the weights as "file" and as "tensors", of the "claim".
+    `bases` are networks that this one is declared to be made from.
     """
     rows = [
         ("architecture", facts.architecture),
@@ -62,16 +64,17 @@ def model_card(
         ("SHA-256 of the claim file", digests["claim"]),
     ]
     return _CARD.format(
-        front=_front_matter(facts, licence),
+        front=_front_matter(facts, licence, bases),
         title=_cell(facts.title),
         rows=_table(rows),
         claimed=_table(claimed),
     )
 
 
-def _front_matter(facts: Facts, licence: str | None) -> str:
+def _front_matter(facts: Facts, licence: str | None, bases: Sequence[str]) -> str:
     fields: dict[str, object] = {
         "license": licence,
+        "base_model": list(bases),
         "library_name": facts.library,
         "pipeline_tag": facts.task,
         "tags": ["nnpassport", "model-ownership", "watermark"],

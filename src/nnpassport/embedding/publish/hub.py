@@ -1,4 +1,4 @@
-"""A folder that can be uploaded as it is: weights, config, a model card, and never a secret."""
+"""A folder that can be uploaded as it is: weights, config, card, bill, and never a secret."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +17,7 @@ from nnpassport.claims.claimfile import encode_signed, read_signed
 from nnpassport.claims.signing import public_from_hex
 from nnpassport.embedding.anchoring import NEVER_RELEASED
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
+from nnpassport.embedding.publish.bom import BOM_FILE, bill_of, declared_parts
 from nnpassport.embedding.publish.card import CARD_FILE, Facts, model_card
 from nnpassport.files.config import CONFIG_FILE, MAX_CONFIG_BYTES, read_config
 from nnpassport.files.disk import make_folder, read_once, reading, sha256_of, writing
@@ -43,6 +44,7 @@ _SECRETS = {
     b"PRIVATE KEY-----": "a private key",
     NEVER_RELEASED.encode(): "of the secret network before a mark",
 }
+_WRITTEN = {CARD_FILE, BOM_FILE}
 _SEARCHED = 2**24  # bytes at the start of a file, which is all of any but the weights
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 
@@ -50,11 +52,15 @@ _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 @final
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """What was packaged: the files, and the digests that the card states, in hexadecimal."""
+    """What was packaged: the files, and the digests that the card states, in hexadecimal.
+
+    `bases` are what `compare` says of each network that this one is declared to be made from.
+    """
 
     files: tuple[str, ...]
     weights: str
     claim: str
+    bases: Mapping[str, str]
 
 
 def package(
@@ -65,12 +71,17 @@ def package(
     licence: str | None = None,
     name: str | None = None,
     publish_claim: bool = False,
+    bases: Mapping[str, Path] | None = None,
+    adapters: Mapping[str, Path] | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> Packaged:
     """Write a folder for a model hub out of a released one, whole or not at all.
 
     `source` is a folder of `nnpassport release`, or one that a Hugging Face model was saved into:
-    its files are copied byte for byte, and a model card is added, in place of one that is there.
+    its files are copied byte for byte, and a model card and a bill of materials (CycloneDX) are
+    added, in place of those that are there. `bases` are networks that this one is declared to be
+    made from, by name: the bill has their digests and what `compare` says of each; `adapters` were
+    merged into it.
     `claim` must hold, and be about these weights if it names any; the card states its digest, and
     `publish_claim` adds the file.
     `finish` is called with the folder before it takes its name, to sign it, say.
@@ -96,7 +107,9 @@ def package(
     claim_digest = hashlib.sha256(claim_bytes).hexdigest()
     digests = {"file": weights.digests[WEIGHTS_FILE], "tensors": digest, "claim": claim_digest}
     count = sum(t.numel() for t in weights.tensors.values() if t.is_floating_point())
-    card = model_card(facts, committed, digests, parameters=count, licence=licence)
+    made_from, merged = declared_parts(source / WEIGHTS_FILE, bases or {}, adapters or {})
+    names = tuple(each.name for each in made_from)
+    card = model_card(facts, committed, digests, parameters=count, licence=licence, bases=names)
 
     def fill(staged: Path) -> None:
         for each in files:
@@ -106,12 +119,24 @@ def package(
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
         if publish_claim:
             (staged / CLAIM_FILE).write_bytes(claim_bytes)
+        bill = bill_of(
+            facts,
+            committed,
+            digests,
+            {each.name: sha256_of(each) for each in sorted(staged.iterdir())},
+            made_from,
+            merged,
+            licence=licence,
+            claim_file=CLAIM_FILE if publish_claim else None,
+        )
+        (staged / BOM_FILE).write_bytes(bill)
         if finish is not None:
             finish(staged)
 
     _write_folder(folder, fill)
     made = tuple(sorted(each.name for each in folder.iterdir()))
-    return Packaged(made, digest, claim_digest)
+    found = {each.name: each.found.outcome.value for each in made_from if each.found is not None}
+    return Packaged(made, digest, claim_digest, found)
 
 
 def _check_new(folder: Path) -> None:
@@ -152,7 +177,7 @@ def _files(source: Path) -> list[str]:
                 "where nobody else can read it, and draw another if it was ever uploaded"
             )
     strangers = [p.name for p in found if not p.is_file() or not _is_allowed(p.name)]
-    strangers = [name for name in strangers if name != CARD_FILE]
+    strangers = [name for name in strangers if name not in _WRITTEN]
     if strangers:
         raise UnsuitableModelError(
             f"{source} also holds {', '.join(map(repr, strangers[:5]))}, and nobody can say that "
@@ -164,7 +189,7 @@ def _files(source: Path) -> list[str]:
             f"{source} has no {', '.join(sorted(missing))}; needed: a folder of `nnpassport "
             "release`, or of `save_pretrained`, with the weights in one file"
         )
-    return [path.name for path in found if path.name != CARD_FILE]
+    return [path.name for path in found if path.name not in _WRITTEN]
 
 
 def _is_allowed(name: str) -> bool:
@@ -181,7 +206,7 @@ def _claim(path: Path, digest: str) -> tuple[Claim, bytes]:
     """The claim, checked against the public key in itself, and the bytes of its file."""
     signed = read_signed(path)
     owner = public_from_hex(signed.envelope.keyid)
-    finding = check_claim(signed._replace(response=None), owner)
+    finding = check_claim(signed.undated(), owner)
     if finding.claim is None or not finding.holds:
         raise UnreadableClaimError(
             f"{path} does not hold ({finding.reason}); use the original file of `claim new`"
