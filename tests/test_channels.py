@@ -520,3 +520,17 @@ def test_an_insider_makes_passports_of_whole_layers_of_it_that_have_no_p_value(g
     assert forged.key.metrics is None
     assert forged.key.context.anchor is None
     assert forged.key.seed != owned.seed
+
+
+def test_where_inputs_vary_in_few_directions_the_mark_is_no_handful_of_vectors():
+    """Passports lie in all directions then, and signs of singular vectors say nothing of bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 4))
+    few, many = torch.randn(256, 3) @ torch.randn(3, 96), torch.randn(256, 96)
+    for inputs, metric in ((few, False), (many, True)):
+        key = V2.draw_key(model, inputs[:2], seed=bytes(32), layers=["0"], seen=inputs)
+        (layer,) = key.context.layers
+        assert bool(layer.channels.metric) == metric
+        passports = np.concatenate([part for _, part in key.channel_arrays("0")], axis=1)[0]
+        spread = np.linalg.svd(passports, compute_uv=False) ** 2
+        assert spread.sum() ** 2 / np.square(spread).sum() > 20  # so many vectors, in effect

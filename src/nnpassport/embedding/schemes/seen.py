@@ -28,6 +28,9 @@ DIRECTIONS = 256
 """Directions in which a key's passports lie: those in which a layer's inputs vary most."""
 ENOUGH = 0.5
 """Share of the mean variance from which on all directions weigh alike in them."""
+FEW = 8.0
+"""Where inputs vary in fewer directions than these, in effect, passports lie in all directions: in
+those few the mark would be a handful of vectors for the whole layer."""
 AT_ONCE = 16
 """Inputs that run together."""
 _PATCHES = 4096
@@ -197,15 +200,18 @@ def parts(inputs: Example) -> Iterator[Example]:
         yield part_of(inputs, start, start + AT_ONCE)
 
 
-def metric_of(seen: Seen) -> NDArray[np.int16]:
-    """What a key keeps of it (1+directions 1+fan_in): see `keys.derive.spread`.
+def metric_of(seen: Seen) -> NDArray[np.int16] | None:
+    """What a key keeps of it (1+directions 1+fan_in), if anything: see `keys.derive.spread`.
 
     m lies in the directions in which inputs vary most, with weights that rise with the variance up
     to half of its mean over all directions. In all others m has nothing, so that whatever is done
-    to the filters there, at no cost, changes nothing of what is read (`results/floor.md`).
+    to the filters there, at no cost, changes nothing of what is read (`results/floor.md`). None is
+    of inputs that vary in a few directions only.
     """
     values, vectors, mean = seen.about(centred=True).directions(DIRECTIONS)
     strengths = (values / (ENOUGH * mean).clamp(min=_TINY)).clamp(max=1.0)
+    if strengths.sum().square() < FEW * strengths.square().sum():
+        return None
     chosen = torch.cat([strengths[:, None] * 2.0**8, vectors * 2.0**15], 1).round()
     base = torch.zeros(1, 1 + len(seen.mean))
     base[0, 0] = BASE
