@@ -117,6 +117,29 @@ def probe(
         Path | None,
         typer.Option("--ca", help="PEM file of the certificates to trust (default: the usual)."),
     ] = None,
+    labels_only: Annotated[
+        bool,
+        typer.Option("--labels-only", help="Keys of answers: read no scores, only labels."),
+    ] = False,
+    looks: Annotated[
+        int,
+        typer.Option(
+            help="Keys of answers: how often to look whether it is proved already, and stop; p is "
+            "multiplied by it."
+        ),
+    ] = 5,
+    among: Annotated[
+        int,
+        typer.Option(help="How many services you asked, this one counted: p is multiplied by it."),
+    ] = 1,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Keys of answers: say which p how many queries would reach on your own network "
+            "(--like), and send nothing.",
+        ),
+    ] = False,
     alpha: Annotated[
         float | None, typer.Option(help="log10 of the threshold on p (default: -30.1: 2^-100).")
     ] = None,
@@ -142,6 +165,7 @@ def probe(
     if resume and out is None:
         raise typer.BadParameter("--resume goes on from the journal beside --out; give --out")
     secret = key_from(key, passphrase)
+    _print_plan(plan, like, secret, budget)
     shape, config = triggers_of(secret.context), _config(like)
     if claim is not None:
         config = _committed(claim, owner, secret, like, config, alpha)
@@ -172,9 +196,11 @@ def probe(
         progress_bar("probe") as show,
     ):
         journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
-        found = ask_all(
-            asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
-        )
+        kept = {"journal": journal, "resume": resume, "show": show}
+        if secret.context.answers is None:
+            found = ask_all(asker, secret, cover=images, terms=terms, **kept).among(among)
+        else:
+            found = _ordinary(asker, secret, kept, budget, looks, labels_only, among, chosen)
     facts = _facts(found, secret)
     _print(found, facts, out, as_json)
     if report is not None:
@@ -182,6 +208,40 @@ def probe(
 
         after_all(lambda: write_probe_page(facts, report), str(report))
     raise typer.Exit(0 if found.verdict.accepted else 1)
+
+
+def _ordinary(
+    asker: Any,
+    key: Any,
+    kept: dict[str, Any],
+    budget: int | None,
+    looks: int,
+    labels_only: bool,
+    among: int,
+    chosen: dict[str, float],
+) -> Any:
+    from nnpassport.verification.remote.ordinary import OrdinaryTerms, probe_answers
+
+    terms = OrdinaryTerms(
+        budget=budget, looks=looks, labels_only=labels_only, among=among, **chosen
+    )
+    return probe_answers(asker, key, terms=terms, **kept)
+
+
+def _print_plan(asked_for: bool, folder: Path | None, key: Any, budget: int | None) -> None:
+    """Which p so many queries would reach on the owner's own network; nothing follows it."""
+    if not asked_for:
+        return
+    from nnpassport.embedding.answering import planned
+
+    like = _needed(folder, "--like", "your network, to foretell with")
+    rows = [
+        (f"{each.queries:,}", f"10^{each.scores:.1f}", f"10^{each.labels:.1f}")
+        for each in planned(like, key, most=budget)
+    ]
+    print_table(("queries", "p by scores", "p by labels"), rows)
+    typer.echo("So it would be with your own network behind the service; a copy shows less.")
+    raise typer.Exit(0)
 
 
 def _facts(found: Any, key: Any) -> dict[str, Any]:

@@ -57,11 +57,13 @@ NO_ANSWER = -1
 
 _WAVES = 6  # of a picture's side, in `layout`
 _BANK, _SIDE, _STRIDE, _SCALES, _PLACES = 32, 5, 2, (1, 2), 2  # of `filters`
-_ROUNDED = 1.05  # what rounded probabilities may sum to
+_ROUNDED = 1.5  # what rounded probabilities may sum to
 _AT_ONCE = 256  # inputs whose patches are there at a time
 _RIDGE = 0.01
 _APART = 0.05  # of the least that functions of one class are kept apart by
-_WHOLE = 8  # inputs for each number that a baseline predicts with, at least
+_WHOLE = 40  # inputs for each number that a whole baseline predicts with, at least
+_FEWEST = 8  # inputs that say something
+_NOTHING = 1e-9  # of a score: so little is rounding
 
 Read = NDArray[np.float64]
 
@@ -278,55 +280,98 @@ def _apart(centred: Read, columns: Read) -> Read:
 # What was answered
 
 
-def centred_scores(scores: Any) -> Read:
+class Said(NamedTuple):
+    """Answers as scores less their mean over the classes, and how that was done.
+
+    Attributes:
+        scores: (inputs classes); a row of NaN where nothing was answered.
+        floor: what was added to probabilities before their logarithm; None of scores.
+    """
+
+    scores: Read
+    floor: float | None = None
+
+
+def centred_scores(scores: Any) -> Said:
     """Scores less their mean over the classes, of scores or probabilities (inputs classes).
 
-    Rows that are not negative and sum to at most 1 are probabilities, of which the logarithm is
-    taken; others are scores before a softmax. Of a row with gaps (NaN), the best five of a hundred
-    say, what is left of the probability is shared among the gaps, and in place of a score is the
-    least that was given. A row of gaps alone stays one.
+    Rows that are not negative and sum to about 1 at most are probabilities, of which the logarithm
+    is taken; others are scores before a softmax. Of a row with gaps (NaN), the best five of a
+    hundred say, what is left of the probability is shared among the gaps, and in place of a score
+    is the least that was given. A row of gaps alone stays one.
     """
     found = np.array(scores, np.float64)
     given = np.isfinite(found)
     there = given.any(1)
     known = np.where(given, found, 0.0)
-    probable = bool((known >= 0).all() and (known.sum(1) <= _ROUNDED).all() and there.any())
-    filled = _logarithms(known, given) if probable else _filled(found, given)
+    likely = ((known >= 0) & (known <= 1)).all() and (known.sum(1) <= _ROUNDED).all()
+    floor = None
+    if likely and there.any():
+        rest = np.clip(1 - known.sum(1), 0, None) / np.maximum((~given).sum(1), 1)
+        chances = np.where(given, known, rest[:, None])
+        positive = chances[chances > 0]
+        floor = min(MOST, max(LEAST, float(positive.min()) / 2)) if positive.size else MOST
+        filled = np.log(chances + floor)
+    else:
+        least = np.where(given, found, np.inf).min(1)
+        filled = np.where(given, found, np.where(np.isfinite(least), least, 0.0)[:, None])
     filled -= filled.mean(1, keepdims=True)
     filled[~there] = np.nan
-    return filled
+    return Said(filled, floor)
 
 
-def _logarithms(known: Read, given: NDArray[np.bool_]) -> Read:
-    rest = np.clip(1 - known.sum(1), 0, None) / np.maximum((~given).sum(1), 1)
-    chances = np.where(given, known, rest[:, None])
-    positive = chances[chances > 0]
-    floor = float(positive.min()) / 2 if positive.size else MOST
-    return np.log(np.clip(chances, 0, 1) + min(MOST, max(LEAST, floor)))
-
-
-def _filled(found: Read, given: NDArray[np.bool_]) -> Read:
-    least = np.where(given, found, np.inf).min(1)
-    return np.where(given, found, np.where(np.isfinite(least), least, 0.0)[:, None])
+def _floored(before: Read, floor: float | None) -> tuple[Read, Read]:
+    """A baseline's scores as if they had been answered with that floor, and its probabilities."""
+    chances = np.exp(before - before.max(1, keepdims=True))
+    chances /= chances.sum(1, keepdims=True)
+    if floor is None:
+        return before, chances
+    logs = np.log(chances + floor)
+    return logs - logs.mean(1, keepdims=True), chances
 
 
 def baseline_from(scores: Any) -> NDArray[np.int16]:
     """What a key keeps of its baseline's scores: centred, in units of 1/64."""
-    whole = np.rint(np.nan_to_num(centred_scores(scores)) * UNITS)
+    whole = np.rint(np.nan_to_num(centred_scores(scores).scores) * UNITS)
     return np.clip(whole, -(2**15) + 1, 2**15 - 1).astype(np.int16)
 
 
 def shown_labels(labels: Any, classes: int) -> Read:
-    """One class each as scores (inputs classes): 1 for it, NaN where nothing was answered.
+    """One label each as scores (inputs columns): 1 for it, and a row of NaN where there is none.
 
-    A class that is none of them counts as none.
+    Labels are any whole numbers from 0; those that come up most have a column, four for each
+    class at most.
     """
     named = np.asarray(labels, np.int64)
-    table = np.zeros((len(named), classes))
-    known = (named >= 0) & (named < classes)
-    table[np.flatnonzero(known), named[known]] = 1.0
-    table[named == NO_ANSWER] = np.nan
+    usual = named.max(initial=0) < classes
+    known, counts = np.unique(named[named >= 0], return_counts=True)
+    kept = np.arange(classes) if usual else np.sort(known[np.argsort(-counts)[: 4 * classes]])
+    table = (named[:, None] == kept).astype(np.float64)
+    table[named < 0] = np.nan
     return table
+
+
+def in_order(said: Read, baseline: Read) -> Read:
+    """The columns of `said` (inputs columns) in the baseline's order of classes (inputs classes).
+
+    Which column is which class is what agrees best with the baseline, one to one: a service may
+    call its classes anything, in any order. No sign plays a part, so it costs nothing. Classes for
+    which no column is left say nothing.
+    """
+    there = ~np.isnan(said).any(1)
+    wanted = np.exp(baseline[there] - baseline[there].max(1, keepdims=True))
+    wanted = wanted / wanted.sum(1, keepdims=True)
+    shown, classes = said[there] - said[there].mean(0), wanted.shape[1]
+    agree = shown.T @ (wanted - wanted.mean(0))
+    if agree.shape == (classes, classes) and (agree.argmax(1) == np.arange(classes)).all():
+        return said
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
+
+    columns, places = linear_sum_assignment(agree, maximize=True)
+    ordered = np.zeros((len(said), classes))
+    ordered[:, places] = said[:, columns]
+    ordered[~there] = np.nan
+    return ordered
 
 
 class Leanings(NamedTuple):
@@ -336,32 +381,28 @@ class Leanings(NamedTuple):
     answered: int
 
 
-def leanings(
-    answers: Read, baseline: Read, functions: Read, classes: NDArray[np.int64]
-) -> Leanings:
+def leanings(said: Said, baseline: Read, functions: Read, classes: NDArray[np.int64]) -> Leanings:
     """T_i of answers (inputs classes), NaN rows left out, of φ (inputs coins) of these classes.
 
     Both are taken less what the baseline (inputs classes) says of them, by least squares: T is then
     how answers lean beyond it. Nothing here depends on a sign.
     """
-    there = ~np.isnan(answers).any(1)
+    there = ~np.isnan(said.scores).any(1)
     answered = int(there.sum())
     numbers = np.zeros(functions.shape[1])
-    if answered < 3:
+    if answered < _FEWEST:
         return Leanings(numbers, answered)
-    said, before, phi = answers[there], baseline[there], functions[there]
-    chances = np.exp(before - before.max(1, keepdims=True))
-    chances /= chances.sum(1, keepdims=True)
-    whole = answered >= _WHOLE * 2 * before.shape[1]
-    for each in range(min(said.shape[1], len(classes))):
+    answers, phi = said.scores[there], functions[there]
+    parts = _floored(baseline[there], said.floor)
+    whole = answered >= _WHOLE * (2 * baseline.shape[1] + 1)
+    for each in range(min(answers.shape[1], len(classes))):
         own = np.flatnonzero(classes == each)
-        parts = (before, chances) if whole else (before[:, [each]], chances[:, [each]])
-        known = np.linalg.qr(np.concatenate([np.ones((answered, 1)), *parts], axis=1))[0]
-        left = said[:, each] - known @ (known.T @ said[:, each])
+        beside = parts if whole else tuple(part[:, [each]] for part in parts)
+        known = np.linalg.qr(np.concatenate([np.ones((answered, 1)), *beside], axis=1))[0]
+        left = answers[:, each] - known @ (known.T @ answers[:, each])
         size = float(np.sqrt(np.square(left).mean()))
-        if size < 1e-9:
-            continue
-        numbers[own] = (phi[:, own] - known @ (known.T @ phi[:, own])).T @ left / size
+        if size > _NOTHING:
+            numbers[own] = (phi[:, own] - known @ (known.T @ phi[:, own])).T @ left / size
     return Leanings(numbers, answered)
 
 
@@ -446,14 +487,28 @@ def read_on(
 
     Exact only where whoever chose them did not know the key's signs.
     """
-    _, shape = form_of(key.context)
-    table = shown_labels(answers, shape.classes) if labels else np.asarray(answers, np.float64)
-    if table.ndim != 2 or table.shape[1] != shape.classes or len(table) > len(inputs):
-        raise UnsuitableModelError(
-            f"answers of shape {table.shape} were given for {len(inputs)} inputs in "
-            f"{shape.classes} classes; needed: a row for each input, a column for each class"
-        )
-    said = table if labels else centred_scores(table)
-    count = len(said)
-    leans = leanings(said, baseline[:count], functions(inputs[:count]), coins_of(key).classes)
+    count, columns = len(answers), baseline.shape[1]
+    if labels:
+        said = Said(shown_labels(answers, columns))
+    else:
+        table = np.asarray(answers, np.float64)
+        if table.ndim != 2 or table.shape[1] < 2:
+            raise _other_answers(table.shape, len(inputs), columns)
+        said = centred_scores(table)
+    if count > len(inputs):
+        raise _other_answers((count,), len(inputs), columns)
+    before = baseline[:count]
+    leans = leanings(
+        said._replace(scores=in_order(said.scores, before)),
+        before,
+        functions(inputs[:count]),
+        coins_of(key).classes,
+    )
     return verdict_of(key, leans, "labels" if labels else "scores", log10_alpha=log10_alpha)
+
+
+def _other_answers(shape: tuple[int, ...], inputs: int, classes: int) -> UnsuitableModelError:
+    return UnsuitableModelError(
+        f"answers of shape {shape} were given for {inputs} inputs in {classes} classes; needed: a "
+        "row for each input, and a column for each class or one label"
+    )
