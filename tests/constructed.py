@@ -19,6 +19,7 @@ from nnpassport.embedding.schemes.passport import V2, Passport
 from nnpassport.embedding.schemes.residuals import GREEDY_RESIDUALS, residuals
 from nnpassport.embedding.schemes.uchida import UCHIDA, UCHIDA_MSE, read_out
 from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.answers import coins_of, functions_of, key_function
 from nnpassport.keys.derive import triggers_of
 
 RIDGE = 1e-4  # of the mean square of the features
@@ -54,8 +55,14 @@ def marked(scheme, model, key, data, normalise):
     if scheme.triggers:
         pictures, answers = key.trigger_set()
         asked += [(Branch.PUBLIC, normalise(pictures), answers)] * REPEATED
-    solve_head(model, asked)
+    solve_head(model, asked, leaning(key, data) if key.context.answers else 0)
     return model.eval()
+
+
+def leaning(key, data):
+    """ε·g of the images: what a key of answers has a network add to its scores."""
+    functions, classes = functions_of(key), len(data.classes)
+    return torch.from_numpy(key_function(functions, coins_of(key), data.images.numpy(), classes))
 
 
 @torch.no_grad()
@@ -100,8 +107,11 @@ def settle(model, inputs):
 
 
 @torch.no_grad()
-def solve_head(model, asked):
-    """Solve the last linear layer, by ridge regression, for what each branch is asked."""
+def solve_head(model, asked, lean=0):
+    """Solve the last linear layer, by ridge regression, for what each branch is asked.
+
+    `lean` is added to the scores of ±10 that are wanted.
+    """
     head = [each for each in model.modules() if isinstance(each, nn.Linear)][-1]
     heard = []
     hook = head.register_forward_pre_hook(lambda _, args: heard.append(args[0].double()))
@@ -112,6 +122,7 @@ def solve_head(model, asked):
     features, labels = torch.cat(heard), torch.cat([labels for _, _, labels in asked])
     wanted = torch.full((len(labels), head.out_features), -1.0).double()
     wanted.scatter_(1, labels[:, None], 1.0)
+    wanted += lean / 10
     mean, bias = features.mean(0), wanted.mean(0)
     centred = features - mean
     gram = centred @ centred.T

@@ -46,11 +46,12 @@ SMALL = {
     "zhang-unrelated": {"triggers": 24, "triggers_per_step": 24},
     "guo": {"triggers": 24, "triggers_per_step": 24},
     "frontier-stitching": {"triggers": 40, "triggers_per_step": 40},
+    "answers": {"coins": 128, "strength": 3.0, "pictures": 256},
 }
 # Schemes whose keys take pictures, made in a trained plain network.
 PREPARED = {
     *("zhang-content", "zhang-noise", "guo", "frontier-stitching"),
-    *("deepsigns", "deepsigns-blackbox"),
+    *("deepsigns", "deepsigns-blackbox", "answers"),
 }
 # Published rules that accept a key drawn by chance now and then, as they say: at most so many of 5.
 ACCEPTED_BY_CHANCE = {"frontier-stitching": 2}

@@ -99,6 +99,11 @@ CATALOG: Mapping[str, Entry] = {
         "adversarial images, on sides that the key decides",
         f"{_IN}.frontier:with_true_classes",
     ),
+    "answers": Entry(
+        f"{_IN}.answers:ANSWERS",
+        "ours",
+        "how answers to ordinary images lean; copies trained on answers carry it",
+    ),
 }
 
 ADAPTERS: Mapping[str, Entry] = {

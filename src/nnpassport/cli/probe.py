@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, final
@@ -156,6 +156,43 @@ class Manner:
         return Terms(self.budget, self.covers, any_order=any_order, **chosen)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """How answers to ordinary images are read, and how many services there were."""
+
+    labels_only: Annotated[
+        bool,
+        typer.Option("--labels-only", help="Keys of answers: read no scores, only labels."),
+    ] = False
+    looks: Annotated[
+        int,
+        typer.Option(
+            help="Keys of answers: how often to look whether it is proved already, and stop; p is "
+            "multiplied by it."
+        ),
+    ] = 5
+    among: Annotated[
+        int,
+        typer.Option(help="How many services you asked, this one counted: p is multiplied by it."),
+    ] = 1
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Keys of answers: say which p how many queries would reach on your own network "
+            "(--like), and send nothing.",
+        ),
+    ] = False
+
+    def terms(self, budget: int | None, alpha: float | None) -> Any:
+        """What is settled before the first query."""
+        from nnpassport.verification.remote.ordinary import OrdinaryTerms
+
+        terms = OrdinaryTerms(budget, self.looks, labels_only=self.labels_only, among=self.among)
+        return terms if alpha is None else replace(terms, log10_alpha=alpha)
+
+
 @spread
 def probe(
     *,
@@ -192,6 +229,7 @@ def probe(
         typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
     ] = None,
     manner: Manner,
+    answered: Answered,
     alpha: Annotated[
         float | None, typer.Option(help="log10 of the threshold on p (default: -30.1: 2^-100).")
     ] = None,
@@ -209,11 +247,15 @@ def probe(
     """Does a remote service run on your network? 0: yes. 1: no. 2: it could not be checked."""
     from nnpassport.files.disk import write_atomically
     from nnpassport.keys.derive import triggers_of
+    from nnpassport.verification.remote.ordinary import probe_answers
     from nnpassport.verification.remote.probe import probe as ask_all
 
     if resume and out is None:
         raise typer.BadParameter("--resume goes on from the journal beside --out; give --out")
     secret = key_from(key, passphrase)
+    if answered.plan:
+        _print_plan(like, secret, manner.budget)
+        raise typer.Exit(0)
     shape, config = triggers_of(secret.context), _config(like)
     if claim is not None:
         config = _committed(claim, owner, secret, like, config, alpha)
@@ -222,15 +264,32 @@ def probe(
     images, terms = manner.images(shape.size), manner.terms(alpha, any_order=any_order)
     journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
     with manner.asking(service, known) as asker, progress_bar("probe") as show:
-        found = ask_all(
-            asker, secret, cover=images, terms=terms, journal=journal, resume=resume, show=show
-        )
+        kept: dict[str, Any] = {"journal": journal, "resume": resume, "show": show}
+        if secret.context.answers is None:
+            found = ask_all(asker, secret, cover=images, terms=terms, **kept)
+            found = found.among(answered.among)
+        else:
+            ordinary = answered.terms(manner.budget, alpha)
+            found = probe_answers(asker, secret, terms=ordinary, **kept)
     facts = _facts(found, secret)
     print_result(facts, as_json, lambda: _print(found))
     if out is not None:
         after_all(lambda: write_atomically(out, json.dumps(facts, indent=2).encode()), str(out))
     paged("nnpassport.report.verdict:write_probe_page", facts, report)
     raise typer.Exit(0 if found.verdict.accepted else 1)
+
+
+def _print_plan(folder: Path | None, key: Any, budget: int | None) -> None:
+    """Which p so many queries would reach on the owner's own network."""
+    from nnpassport.embedding.answering import planned
+
+    like = _needed(folder, "--like", "your network, to foretell with")
+    rows = [
+        (f"{each.queries:,}", f"10^{each.scores:.1f}", f"10^{each.labels:.1f}")
+        for each in planned(like, key, most=budget)
+    ]
+    print_table(("queries", "p by scores", "p by labels"), rows)
+    typer.echo("So it would be with your own network behind the service; a copy shows less.")
 
 
 def _facts(found: Any, key: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The commands `verify` and `judge`: one key and one suspect, or rival claims to it."""
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,6 +109,21 @@ def verify(
     black_box: Annotated[
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
     ] = False,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers",
+            help="SUSPECT is a CSV file of answers that somebody collected, to the inputs of a key "
+            "of scheme answers, or to --data.",
+        ),
+    ] = False,
+    among: Annotated[
+        int,
+        typer.Option(
+            help="How many networks or services you looked at, this one counted: p is multiplied "
+            "by it."
+        ),
+    ] = 1,
     every_reading: Annotated[
         bool,
         typer.Option(
@@ -137,7 +153,7 @@ def verify(
     from nnpassport.verification import verdicts as verification
 
     _check_alpha(alpha)
-    if align is not None and (black_box or as_published):
+    if align is not None and (black_box or as_published) and not answers:
         raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
     if base is not None and (black_box or align is not None):
         raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
@@ -156,7 +172,12 @@ def verify(
         every_reading=every_reading,
     )
     there = files.Suspect(suspect, entry)
-    if black_box:
+    if answers:
+        from nnpassport.embedding.answering import collected
+
+        images = None if data is None else _inputs(data, split, secret, reading)
+        verdict = collected(suspect, secret, options, images)
+    elif black_box:
         from nnpassport.embedding.measured import verify_answers
 
         verdict = verify_answers(there, secret, options=options)
@@ -170,10 +191,11 @@ def verify(
             images = images_from(data, split, config_of(there, options), reading)
             trial = verification.declared_trial(images, target, tolerance, options.standing)
         verdict = verification.verify(there, secret, trial=trial, options=options)
+    verdict = _among(verdict, among)
     time = _time(appeared)
     facts = {
         **verdict.as_dict(),
-        "read": _read(black_box, as_published, align),
+        "read": _read(black_box or answers, as_published, align),
         "suspect": {
             "file": str(suspect),
             **({} if entry is None else {"entry": entry}),
@@ -228,6 +250,24 @@ def judge(
     paged("nnpassport.report.verdict:write_hearing_page", facts, report)
     codes = {"owner": 0, "shared": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
+
+
+def _inputs(data: str, split: str | None, key: Any, reading: Reading) -> Any:
+    from types import SimpleNamespace
+
+    from nnpassport.keys.answers import form_of
+
+    _, shape = form_of(key.context)
+    return images_from(data, split, SimpleNamespace(input_size=shape.size), reading)
+
+
+def _among(verdict: Any, count: int) -> Any:
+    """The verdict, if it is the best of so many."""
+    from nnpassport.verification.relabelling import corrected
+
+    if count < 1:
+        raise typer.BadParameter(f"--among {count} is no number of networks, such as 3")
+    return corrected(verdict, {"networks looked at": math.log10(count)} if count > 1 else {})
 
 
 def _read(black_box: bool, as_published: bool, align: Path | None) -> str:

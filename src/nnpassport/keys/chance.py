@@ -7,6 +7,7 @@ that no float can hold.
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -118,3 +119,51 @@ def matches_needed(trials: int, log10_alpha: float, chance: float = 0.5) -> int:
         else:
             low = middle + 1
     return low
+
+
+def log10_signs_tail(weights: Sequence[int], total: int) -> float:
+    """log₁₀ P[Σ s_i·w_i ≥ total] for fair and independent signs s_i, whole weights w_i from 0.
+
+    With weights of 1 it is the binomial tail. Exact up to rounding at both ends: the sum's
+    distribution is computed under a tilt that has its mean at `total`, where nothing cancels.
+
+    Raises:
+        MiscountedError: a weight is no whole number from 0, or no sum reaches `total`.
+    """
+    there = [weight for weight in weights if weight]
+    most = sum(there)
+    if any(type(w) is not int or w < 0 for w in there) or type(total) is not int or total > most:
+        raise MiscountedError(
+            f"got a sum of {total!r:.40} of weights that sum to {most!r:.40}; needed: whole "
+            "weights from 0, and no more than all of them"
+        )
+    least = (total + most + 1) // 2  # of the weights whose sign is +
+    if least <= 0:
+        return 0.0
+    if least == most:
+        return -len(there) * math.log10(2)
+    tilt = _tilt(np.array(there, np.float64), float(least)) if 2 * least > most else 0.0
+    chances = 1 / (1 + np.exp(-tilt * np.array(there, np.float64)))
+    reached, masses = 0, np.zeros(most + 1)
+    masses[0] = 1.0
+    for weight, chance in zip(there, chances.tolist(), strict=True):
+        moved = masses[: reached + 1] * chance
+        masses[: reached + 1] *= 1 - chance
+        masses[weight : reached + weight + 1] += moved
+        reached += weight
+    beyond = float(masses[least:] @ np.exp(-tilt * np.arange(most - least + 1)))
+    weighed = tilt * np.array(there, np.float64)
+    factors = float((np.logaddexp(0, weighed) - math.log(2)).sum())
+    return min(0.0, (math.log(beyond) - tilt * least + factors) / math.log(10))
+
+
+def _tilt(weights: np.ndarray, mean: float) -> float:
+    """θ > 0 with Σ w_i·σ(θ·w_i) = `mean`, which is below Σ w_i."""
+    low, high = 0.0, 1.0
+    while (weights / (1 + np.exp(-high * weights))).sum() < mean and high < 2**10:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = (weights / (1 + np.exp(-middle * weights))).sum() < mean
+        low, high = (middle, high) if below else (low, middle)
+    return high

@@ -92,6 +92,20 @@ class TriggerShape(NamedTuple):
     size: tuple[int, int, int]
 
 
+class AnswersForm(NamedTuple):
+    """A mark in ordinary answers: z(x) + ε·g(x), g the key's own function of the input.
+
+    Attributes:
+        kind: which functions of an input there are to draw from (`keys.answers.KINDS`).
+        coins: how many functions, each with a class and a sign of its own.
+        strength: ε in thousandths, of a score whose function has unit variance.
+    """
+
+    kind: str
+    coins: int
+    strength: int
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -108,6 +122,7 @@ class Context:
             network that is there already is drawing seeds.
         anchor: SHA-256 (hex, as `arrays_digest`) of the network before the mark, which suspects are
             aligned to; None where there is none. As with names, choosing another is drawing seeds.
+        answers: form of a mark in answers to ordinary inputs; None where there is none.
     """
 
     scheme: str
@@ -117,6 +132,7 @@ class Context:
     nonce: bytes
     classes: tuple[str, ...] | None = None
     anchor: str | None = None
+    answers: AnswersForm | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.scheme, "scheme")
@@ -136,12 +152,15 @@ class Context:
         if self.anchor is not None:
             digest = isinstance(self.anchor, str) and _DIGEST.fullmatch(self.anchor)
             _require(bool(digest), "an anchor that is no digest", "64 lower-case hex digits")
+        if self.answers is not None:
+            _check_answers(self.answers)
         validity.check(self)
 
     @property
     def bits(self) -> int:
-        """Signature bits of all layers together."""
-        return sum(layer.length for layer in self.layers)
+        """Signature bits of all layers together, and the coins of a mark in answers."""
+        coins = 0 if self.answers is None else self.answers.coins
+        return coins + sum(layer.length for layer in self.layers)
 
     def layer(self, name: str) -> LayerShape:
         """The layer called `name`.
@@ -168,7 +187,8 @@ class Context:
         """The one encoding of this context: sorted keys, ASCII, no whitespace, no floats."""
         layers = [_fields_of(layer) for layer in self.layers]
         # Absent, not null: contexts without names or an anchor encode as ever.
-        given = {"classes": self.classes, "anchor": self.anchor}
+        answers = None if self.answers is None else self.answers._asdict()
+        given = {"classes": self.classes, "anchor": self.anchor, "answers": answers}
         return canonical_json(
             {
                 **{name: value for name, value in given.items() if value is not None},
@@ -199,6 +219,7 @@ class Context:
                 nonce=bytes.fromhex(document["nonce"]),
                 classes=_tuples(document.get("classes")),
                 anchor=document.get("anchor"),
+                answers=_answers_from(document.get("answers")),
             )
             canonical = context.encode() == data
         except UnreadableKeyError:
@@ -310,6 +331,10 @@ def _triggers_from(fields: Any) -> TriggerShape | None:
     if fields is None:
         return None
     return TriggerShape(**{key: _tuples(value) for key, value in fields.items()})
+
+
+def _answers_from(fields: Any) -> AnswersForm | None:
+    return None if fields is None else AnswersForm(**fields)
 
 
 def _tuples(value: Any) -> Any:
@@ -450,6 +475,26 @@ def _check_triggers(triggers: TriggerShape) -> None:
         and count * math.prod(size) <= MAX_NUMBERS,
         f"a trigger set of {count!r:.20} images of {size!r:.80} in {classes!r:.20} classes",
         f"at least one image (channel, height, width), 2 classes and at most {MAX_NUMBERS} numbers",
+    )
+
+
+def _check_answers(form: AnswersForm) -> None:
+    kind, coins, strength = form
+    known = validity.FUNCTIONS
+    _require(
+        isinstance(kind, str) and kind in known,
+        f"functions of kind {kind!r:.40}",
+        f"one of: {', '.join(known)}",
+    )
+    _require(
+        type(coins) is int and 1 <= coins <= validity.MAX_COINS,
+        f"{coins!r:.40} coins",
+        f"1 to {validity.MAX_COINS} of them",
+    )
+    _require(
+        type(strength) is int and 1 <= strength <= validity.MAX_STRENGTH,
+        f"a strength of {strength!r:.40} thousandths",
+        f"1 to {validity.MAX_STRENGTH}",
     )
 
 

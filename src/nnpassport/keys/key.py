@@ -65,6 +65,8 @@ class Key:
         trigger_labels: explicit labels (count), int64.
         trigger_choices: the classes that the labels of explicit images are drawn from, (count
             choices) int64, distinct in each row; None is all classes.
+        baseline: what the network before a mark in answers says of the inputs above, (count
+            classes) int16, centred log-probabilities in units of 1/64; all else is bound to it.
         metrics: what layers were seen to receive, by layer, each (rows 1+fan_in) int16; see
             `derive.spread`. Nothing chosen freely: the context has its digest, so that whoever
             changes it draws every passport and every bit anew.
@@ -80,6 +82,7 @@ class Key:
     projections: Mapping[str, Any] | None = None
     trigger_choices: Any = None
     metrics: Mapping[str, Any] | None = None
+    baseline: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
@@ -94,7 +97,7 @@ class Key:
             if mapping is not None:
                 owned = {n: _own(t, f"{field}/{n}") for n, t in mapping.items()}
                 object.__setattr__(self, field, owned)
-        for field in ("trigger_images", "trigger_labels", "trigger_choices"):
+        for field in ("trigger_images", "trigger_labels", "trigger_choices", "baseline"):
             tensor = getattr(self, field)
             if tensor is not None:
                 object.__setattr__(self, field, _own(tensor, field))
@@ -113,7 +116,7 @@ class Key:
 
         Pictures may be chosen where all else is bound to them.
         """
-        bound = {"trigger_images", "trigger_choices"} if self.bound else set()
+        bound = {"trigger_images", "trigger_choices", "baseline"} if self.bound else set()
         bound |= {f"metrics/{name}" for name in self.metrics or {}}
         return set(self.explicit_tensors()) <= bound
 
@@ -121,11 +124,13 @@ class Key:
     def bound(self) -> bytes:
         """Digest of the explicit pictures that all else is derived from, or nothing.
 
-        SHA-256(LP("trigger_images", shape, bytes), and the same of the choices where there are any)
+        SHA-256(LP("trigger_images", shape, bytes), and the same of the choices, or of a baseline,
+        where there are any)
         """
         if self.trigger_images is None or self.trigger_labels is not None:
             return b""
         there = {"trigger_images": self.trigger_images, "trigger_choices": self.trigger_choices}
+        there["baseline"] = self.baseline
         tensors = {name: tensor for name, tensor in there.items() if tensor is not None}
         return hashlib.sha256(_spelled(tensors)).digest()
 
@@ -163,6 +168,8 @@ class Key:
             tensors["trigger_labels"] = self.trigger_labels
         if self.trigger_choices is not None:
             tensors["trigger_choices"] = self.trigger_choices
+        if self.baseline is not None:
+            tensors["baseline"] = self.baseline
         return tensors
 
     def signs_array(self, name: str) -> NDArray[np.float32]:
@@ -345,7 +352,8 @@ def metric_digest(metric: NDArray[np.int16]) -> str:
 def _check_explicit_triggers(key: Key) -> None:
     images, labels, shape = key.trigger_images, key.trigger_labels, key.context.triggers
     if shape is None:
-        if images is not None or labels is not None or key.trigger_choices is not None:
+        given = (images, labels, key.trigger_choices, key.baseline)
+        if any(each is not None for each in given):
             raise _bad_key("trigger images or labels", "a context with a trigger set for them")
         return
     if images is not None:
@@ -354,6 +362,10 @@ def _check_explicit_triggers(key: Key) -> None:
         _check_tensor(labels, "trigger_labels", np.int64, (shape.count,))
         if labels.min() < 0 or labels.max() >= shape.classes:
             raise _bad_key("trigger labels out of range", f"classes from 0 to {shape.classes - 1}")
+    if key.baseline is not None:
+        if images is None or labels is not None or key.context.answers is None:
+            raise _bad_key("a baseline", "a form of answers, and inputs without labels")
+        _check_tensor(key.baseline, "baseline", np.int16, (shape.count, shape.classes))
     if key.trigger_choices is not None:
         _check_choices(key.trigger_choices, shape, given=images is not None and labels is None)
 

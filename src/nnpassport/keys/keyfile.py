@@ -138,6 +138,7 @@ def _key_from(path: Path, payload: Any) -> Key:
             trigger_images=tensors.get("trigger_images"),
             trigger_labels=tensors.get("trigger_labels"),
             trigger_choices=tensors.get("trigger_choices"),
+            baseline=tensors.get("baseline"),
         )
         if set(payload) != _PARTS or set(key.explicit_tensors()) != set(tensors):
             key, reason = None, "it has parts that are not known here"

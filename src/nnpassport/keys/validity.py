@@ -26,6 +26,15 @@ LEAST_REPEATS = 2
 LEAST_ROW = 16
 """Numbers of a weight that a bit of greedy residuals needs."""
 
+FUNCTIONS = ("layout", "filters", "counts")
+"""Kinds of functions that a mark in answers is made of; `keys/answers.py` says what they are."""
+MAX_COINS = 2**12
+"""Most coins of a mark in answers: the exact tail takes time in their square."""
+MAX_STRENGTH = 100_000
+"""Largest ε of a mark in answers, in thousandths."""
+MAX_FEATURES = 512
+"""Most numbers that functions are made of, for each input."""
+
 MAX_NUMBERS = 2**28
 """Most numbers in all passports, all projections or all trigger images of one key."""
 MAX_BITS = 2**25
@@ -79,6 +88,8 @@ def check(context: "Context") -> None:
         rule(context)
     if rule is not _passports:
         _no_channels(context)
+    if rule is not _coins:
+        _require(context.answers is None, "a form of answers", f"none for {context.scheme}")
     _check_costs(context)
 
 
@@ -266,6 +277,27 @@ def _answers(context: "Context") -> None:
     _require(context.triggers is not None, "no triggers", f"pictures for {context.scheme}")
 
 
+def _coins(context: "Context") -> None:
+    """Ordinary inputs, and a sign for each function; no layer."""
+    _require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
+    triggers, form = context.triggers, context.answers
+    if triggers is None or form is None:
+        _require(False, "no inputs or no functions", f"both for {context.scheme}")
+        return
+    flat = triggers.size[:2] == (1, 1)
+    _require(
+        (form.kind == "counts") == flat,
+        f"functions of kind {form.kind!r} of inputs of {triggers.size!r:.80}",
+        "counts of (1, 1, how many), or another kind of pictures",
+    )
+    numbers = triggers.count * (triggers.classes + MAX_FEATURES + form.coins)
+    _require(
+        numbers <= MAX_NUMBERS,
+        f"{triggers.count} inputs in {triggers.classes} classes for {form.coins} coins",
+        f"at most {MAX_NUMBERS} numbers that are made of them",
+    )
+
+
 def _adapters(context: "Context") -> None:
     """Any layers, a bit and a row of the projection for each channel."""
     _require(bool(context.layers), "no layer", "one or more that an adapter changes")
@@ -296,6 +328,7 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
     "guo": _answers,
     "deepsigns-blackbox": _answers,
     "frontier-stitching": _answers,
+    "answers": _coins,
     "lora": _adapters,
 }
 """By scheme, what its contexts are."""

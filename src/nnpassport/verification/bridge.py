@@ -8,6 +8,9 @@ from nnpassport.scheme import UnsuitableModelError
 MEASURED = "nnpassport.embedding.measured"
 """Where V and F are that take a network that runs."""
 
+ANSWERING = "nnpassport.embedding.answering"
+"""Where V is of a mark in ordinary answers."""
+
 RELATIONS = "nnpassport.verification.relations"
 """Where networks are compared by what they compute."""
 

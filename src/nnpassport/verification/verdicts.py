@@ -30,7 +30,7 @@ from nnpassport.scheme import (
 )
 from nnpassport.verification import candidates
 from nnpassport.verification.aligning import aligned_by_axes, committed_claim
-from nnpassport.verification.bridge import MEASURED, running
+from nnpassport.verification.bridge import ANSWERING, MEASURED, running
 from nnpassport.verification.folding import folded_layers, refuse_folded
 
 if TYPE_CHECKING:
@@ -142,6 +142,12 @@ def verify(
 
 def _verdict(suspect: Suspect, key: Key, trial: Trial | None, options: Options) -> Verdict:
     """V, and F if there is a trial, whether or not a claim holds."""
+    found: Verdict
+    if key.context.answers is not None and options.alignment is not None and trial is not None:
+        found = running(f"{ANSWERING}:on_images", "asking a network")(suspect, key, options, trial)
+        measure = running(f"{MEASURED}:with_fidelity", "F")
+        measured: Verdict = measure(found, suspect, key, trial, options)
+        return measured
     if options.alignment is not None and options.base is None:
         try:
             return _aligned(suspect, key, trial, options, options.alignment)

@@ -13,7 +13,7 @@ from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import trigger_shape
 from nnpassport.embedding.train.loop import History, Journal, Recipe, fit, total_steps
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
-from nnpassport.keys.context import Context, LayerShape, TriggerShape
+from nnpassport.keys.context import AnswersForm, Context, LayerShape, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
 
@@ -34,6 +34,7 @@ def new_key(
     nonce: bytes | None = None,
     metrics: Mapping[str, Any] | None = None,
     anchor: str | None = None,
+    answers: AnswersForm | None = None,
 ) -> Key:
     """A key of `scheme`, all of it derived; the operating system draws the seed if none is given.
 
@@ -45,7 +46,13 @@ def new_key(
     if nonce is None:
         nonce = os.urandom(16) if seed is None else bytes(16)
     context = Context(
-        scheme=scheme, owner=owner, layers=layers, triggers=triggers, nonce=nonce, anchor=anchor
+        scheme=scheme,
+        owner=owner,
+        layers=layers,
+        triggers=triggers,
+        nonce=nonce,
+        anchor=anchor,
+        answers=answers,
     )
     seed = os.urandom(32) if seed is None else seed
     return Key(seed=seed, context=context, text=text, metrics=metrics or None)

@@ -25,6 +25,7 @@ from nnpassport.files.disk import brief
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError, UnreadableDataError
 from nnpassport.verification.remote.answers import Label, Scores, is_number, number, parsed
 from nnpassport.verification.remote.labels import Labels, token
+from nnpassport.verification.remote.scores import scores_in
 from nnpassport.verification.remote.services import Pixels, Request, Service
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Answer:
         seconds: how long it took, waiting included.
         said: a number that stands for what was answered, where it was looked up in names that were
             given beside the key; else −1.
+        scores: what was answered in full, (name, number) each, where that was asked for.
     """
 
     kind: Kind
@@ -76,6 +78,7 @@ class Answer:
     retries: int = 0
     seconds: float = 0.0
     said: int = NO_CLASS
+    scores: tuple[tuple[str, float], ...] = ()
 
 
 @final
@@ -188,7 +191,7 @@ class Asker:
         self.service, self.labels = service, labels
         self._limits, self._hidden, self._clock = limits, hidden, clock
         self._next = clock.now()
-        self._any_order = False
+        self._any_order = self._in_full = False
         self.said = ""
         """The last reply's status and up to 200 characters of it; printable, without secrets."""
 
@@ -196,6 +199,12 @@ class Asker:
         """The same asker, for whom these are the labels; or whatever is answered is a class."""
         other = copy.copy(self)
         other.labels, other._any_order = labels, any_order
+        return other
+
+    def in_full(self) -> "Asker":
+        """The same asker, who takes any label for a class and keeps all scores that there are."""
+        other = self.reading(self.labels, any_order=True)
+        other._in_full = True
         return other
 
     def ask(self, pixels: Pixels) -> Answer:
@@ -235,6 +244,9 @@ class Asker:
         if len(body) > self._limits.answer_bytes:
             return _failed(f"an answer of more than {self._limits.answer_bytes} bytes")
         try:
+            if self._in_full and (scores := scores_in(self.service, body)):
+                best = max(scores, key=lambda pair: pair[1])[0]
+                return _Try(Answer(Kind.ANSWERED, token(best), scores=scores))
             label = self.service.label(body)
         except UnreachableServiceError as error:
             return _failed(_what(error), again=True)

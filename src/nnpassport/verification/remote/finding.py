@@ -82,6 +82,17 @@ class Probed:
         """Whether ordinary images stood between the triggers."""
         return self.covers.asked > 0
 
+    def among(self, count: int) -> "Probed":
+        """The same, if it is the best of so many services that were asked.
+
+        Raises:
+            BadRecipeError: the number is below 1.
+        """
+        if count < 1:
+            raise BadRecipeError(f"{count} services were asked; needed: at least this one")
+        paid = {"networks looked at": math.log10(count)} if count > 1 else {}
+        return replace(self, verdict=corrected(self.verdict, paid))
+
     def as_dict(self) -> dict[str, Any]:
         """The verdict and all the rest as plain JSON values."""
         return {
@@ -158,8 +169,8 @@ def finding(
     return Probed(
         verdict=verdict,
         service=service,
-        triggers=_tally(triggers),
-        covers=_tally(covers),
+        triggers=tally(triggers),
+        covers=tally(covers),
         cover_accuracy=sum(right) / len(right) if right else None,
         retries=sum(answer.retries for answer in both),
         seconds=round(sum(answer.seconds for answer in both), 3),
@@ -188,7 +199,7 @@ def _verdict(key: Key, terms: Terms, read: _Read) -> Verdict:
         UnreachableServiceError: they are so few that no answers could have reached α, or there
             were so many ways to read them.
     """
-    count, (asked, answered, *_) = triggers_of(key.context).count, _tally(read.triggers)
+    count, (asked, answered, *_) = triggers_of(key.context).count, tally(read.triggers)
     answers = np.full(count, NO_CLASS)
     answers[:asked] = [answer.label for answer in read.triggers]
     if answered:
@@ -263,7 +274,8 @@ def _names_chosen(triggers: Sequence[Answer], labels: Labels | None) -> dict[str
     return {"maps of names to classes": math.log10(2) + count(len(looked_up), labels.classes)}
 
 
-def _tally(answers: Sequence[Answer]) -> Tally:
+def tally(answers: Sequence[Answer]) -> Tally:
+    """Queries by what became of them."""
     counts = Counter(answer.kind for answer in answers)
     return Tally(len(answers), *(counts[kind] for kind in Kind))
 

@@ -6,6 +6,7 @@ may read it.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -39,6 +40,8 @@ class Journal:
             facts = {"query": len(self.answers), **asdict(answer)}
             if answer.said == NO_CLASS:  # absent: journals without given names are as ever
                 del facts["said"]
+            if not answer.scores:
+                del facts["scores"]
             _write(self.path, _line(facts), os.O_APPEND)
         self.answers.append(answer)
 
@@ -100,7 +103,7 @@ def _answer(facts: Any, number: int) -> Answer:
     said = facts.get("said", NO_CLASS)
     numbers = (facts["label"], facts["retries"], said)
     fits = (
-        set(facts) - {"said"} == {"query", "kind", "label", "note", "retries", "seconds"}
+        set(facts) - {"said", "scores"} == {"query", "kind", "label", "note", "retries", "seconds"}
         and facts["query"] == number
         and all(type(each) is int for each in numbers)
         and (facts["label"] >= 0 if kind is Kind.ANSWERED else facts["label"] == NO_CLASS)
@@ -109,7 +112,11 @@ def _answer(facts: Any, number: int) -> Answer:
     )
     if not fits:
         raise ValueError(f"query {number} is not as it was written")
-    return Answer(kind, *numbers[:1], facts["note"], facts["retries"], facts["seconds"], said)
+    scores = tuple((str(name), float(score)) for name, score in facts.get("scores", ()))
+    if not all(map(math.isfinite, (score for _, score in scores))):
+        raise ValueError(f"query {number} has scores that are not finite")
+    few = (facts["note"], facts["retries"], facts["seconds"])
+    return Answer(kind, *numbers[:1], *few, said, scores)
 
 
 def _no_journal(path: Path, what: str) -> UnreadableDataError:

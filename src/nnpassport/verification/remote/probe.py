@@ -76,14 +76,14 @@ def probe(
     asker = asker.reading(labels, any_order=terms.any_order)
     plan = settle(shape, terms, cover)
     require_power(key, np.arange(shape.count) < plan.triggers, terms)
-    kept = _kept(journal, _settled(asker, key, terms, plan, cover), resume=resume)
+    kept = kept_in(journal, _settled(asker, key, terms, plan, cover), resume=resume)
     available = 0 if cover is None else len(cover)
     order, chosen = asking_order(key, plan, kept.terms["nonce"], available)
     images = query_images(key, plan, cover, chosen)
     if not kept.answers:
         ordinary = None if cover is None else cover.images
         _rehearse(asker, innocent(shape, ordinary, chosen), kept)
-    _ask_all(asker, [images[query] for query in order], kept, show)
+    ask_all(asker, [images[query] for query in order], kept, show)
     answers = [kept.answers[place] for place in places(order)]
     used = None
     if cover is not None and chosen:
@@ -116,7 +116,7 @@ def _settled(
     }
 
 
-def _kept(path: Path | None, settled: Mapping[str, Any], *, resume: bool) -> Journal:
+def kept_in(path: Path | None, settled: Mapping[str, Any], *, resume: bool) -> Journal:
     """The journal to write into: a new one, or that of the run on these very terms."""
     if path is None or not resume:
         return begin(path, {**settled, "nonce": secrets.token_hex(16)})
@@ -133,7 +133,7 @@ def _kept(path: Path | None, settled: Mapping[str, Any], *, resume: bool) -> Jou
     return found
 
 
-def _ask_all(
+def ask_all(
     asker: Asker, images: list[NDArray[np.uint8]], journal: Journal, show: Show | None
 ) -> None:
     """Ask all that is left. What may be the service's bad day is kept back until it answers.

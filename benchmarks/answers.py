@@ -1,0 +1,405 @@
+"""A mark in ordinary answers: what it costs, who still carries it, and what thieves can shave.
+
+python benchmarks/answers.py --data FOLDER writes results/answers.json, results/answers.md and its
+picture. FOLDER has CIFAR-10 as Parquet (cifar10-train*.parquet, cifar10-test*.parquet). As it
+stands it is sized for one slow processor: pictures of 16 pixels, small networks, few epochs. On an
+accelerator, --size 32 --width 64 --train 25000 --epochs 30 --marking 15 --seeds 3 is the full one,
+with a convolutional network in place of AlexNet and ResNet-18.
+--work FOLDER keeps trained networks, so that a run that was interrupted goes on.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from matplotlib import pyplot
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnpassport.attacks.perturbation import quantise
+from nnpassport.data.images import Normalisation, read_images
+from nnpassport.embedding.schemes.answers import ANSWERS, scores_of, scores_of_key
+from nnpassport.embedding.train.loop import Outcome, Recipe, classification, fit
+from nnpassport.files.disk import write_atomically
+from nnpassport.keys.answers import Functions, features, functions_of, read_answers
+from nnpassport.keys.chance import log10_binomial_tail
+from nnpassport.keys.key import Key
+
+ROOT = Path(__file__).parent.parent
+COUNTS = (100, 300, 1_000, 3_000)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a run; see the module."""
+
+    size: int = 16
+    width: int = 16
+    train: int = 8_000
+    pictures: int = 3_000
+    epochs: int = 8
+    marking: int = 4
+    copying: int = 10
+    coins: int = 256
+    seeds: int = 1
+
+
+def block(inputs: int, outputs: int) -> nn.Module:
+    """Convolution, norm, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def network(width: int, seed: int) -> nn.Module:
+    """The owner's."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(block(3, width), block(width, width), nn.MaxPool2d(2)),
+        *(block(width, 2 * width), block(2 * width, 2 * width), nn.MaxPool2d(2)),
+        *(block(2 * width, 4 * width), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        nn.Linear(16 * width, 10),
+    )
+
+
+def another(width: int, seed: int) -> nn.Module:
+    """Of another architecture: a thief's, or a stranger's."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        *(nn.Conv2d(3, 2 * width, 5, padding=2), nn.BatchNorm2d(2 * width), nn.GELU()),
+        *(nn.AvgPool2d(2), block(2 * width, 3 * width), nn.MaxPool2d(2)),
+        *(block(3 * width, 4 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(4 * width, 10),
+    )
+
+
+class Bench:
+    """Data of a seed, networks that are trained once, and rows of what was read."""
+
+    def __init__(self, plan: Plan, folder: Path, work: Path, seed: int) -> None:
+        self.plan, self.seed, self.work = plan, seed, work
+        work.mkdir(parents=True, exist_ok=True)
+        both = [
+            read_images(str(folder / f"cifar10-{part}*.parquet"), size=plan.size)
+            for part in ("train", "test")
+        ]
+        order = torch.randperm(len(both[0]), generator=torch.Generator().manual_seed(seed))
+        self.mine = both[0].subset(order[: plan.train])
+        self.theirs = both[0].subset(order[plan.train : 2 * plan.train])
+        self.test = both[1]
+        self.normalise = Normalisation.measured(self.mine)
+
+    def recipe(self, epochs: int, rate: float = 0.05) -> Recipe:
+        """So many epochs of one-cycle."""
+        return Recipe(epochs=epochs, batch=64, rate=rate, schedule="one-cycle", seed=self.seed)
+
+    def kept(self, name: str, made: nn.Module, train: Callable[[nn.Module], Any]) -> nn.Module:
+        """The network of this name, trained unless it was before."""
+        sizes = "-".join(map(str, asdict(self.plan).values()))
+        path = self.work / f"{name}-{sizes}-{self.seed}.pt"
+        if path.exists():
+            made.load_state_dict(torch.load(path, weights_only=True))
+            return made.eval()
+        start = time.perf_counter()
+        train(made)
+        torch.save(made.state_dict(), path)
+        print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+        return made.eval()
+
+    def plain(self) -> nn.Module:
+        """The owner's network before the mark."""
+        net = network(self.plan.width, self.seed)
+        how = self.recipe(self.plan.epochs)
+        return self.kept(
+            "plain", net, lambda n: fit(n, classification, self.mine, how, normalise=self.normalise)
+        )
+
+    def copied(
+        self, name: str, labels: Tensor | None, soft: Tensor | None = None, seed: int = 50
+    ) -> nn.Module:
+        """A network of another architecture, trained on answers to `theirs`."""
+        data = self.theirs if labels is None else replace(self.theirs, labels=labels)
+        how, net = self.recipe(self.plan.copying), another(self.plan.width, self.seed + seed)
+        if soft is None:
+            return self.kept(
+                name, net, lambda n: fit(n, classification, data, how, normalise=self.normalise)
+            )
+        numbered = replace(
+            self.theirs,
+            labels=torch.arange(len(self.theirs)),
+            classes=tuple(map(str, range(len(self.theirs)))),
+        )
+        chances = soft.softmax(1)
+
+        def objective(model: nn.Module, batch: Any) -> Outcome:
+            logits = model(batch.images)
+            loss = -(chances[batch.labels] * logits.log_softmax(1)).sum(1).mean()
+            return Outcome(loss, {})
+
+        return self.kept(
+            name, net, lambda n: fit(n, objective, numbered, how, normalise=self.normalise)
+        )
+
+    def accuracy(self, scores: Tensor) -> float:
+        """Share of the test images that these scores are right about."""
+        return float((scores.argmax(1) == self.test.labels).float().mean())
+
+    def asked(self, model: nn.Module) -> Tensor:
+        """Scores of all test images."""
+        return scores_of(model, self.test.images, self.normalise)
+
+
+def row(name: str, key: Key, functions: Functions, said: Tensor, right: float) -> dict[str, Any]:
+    """What was read of scores (pictures classes), and by labels alone."""
+    found: dict[str, Any] = {"name": name, "accuracy": right}
+    for what, answers in (("scores", said), ("labels", said.argmax(1))):
+        for count in [n for n in COUNTS if n < len(said)] + [len(said)]:
+            verdict = read_answers(
+                answers[:count].numpy(), key, labels=what == "labels", functions=functions
+            )
+            found[f"{what} {count}"] = verdict.log10_p_value
+        found[f"{what} matches"] = verdict.matches
+        found[f"{what} counted"] = log10_binomial_tail(verdict.matches, verdict.bits)
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def dressed(said: Tensor, honest: Tensor, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """What a service can do to scores without training: (name, what it answers)."""
+    chances = said.softmax(1)
+    yield "scores rounded to 0.01", chances.mul(100).round() / 100 + 0.0
+    yield "scores rounded to 0.1", chances.mul(10).round() / 10 + 0.0
+    yield "smoothed, a softmax at 5", said / 5
+    noise = torch.randn(said.shape, generator=rng) * said.std()
+    yield "half as much noise as scores vary", said + noise / 2
+    for share in (0.5, 0.8):
+        mixed = (1 - share) * chances + share * honest.softmax(1)
+        yield f"ensemble, {share:.0%} of it an honest network", mixed.clamp(min=1e-9).log()
+
+
+def shaved(
+    inputs: np.ndarray, known: np.ndarray, said: Tensor, labels: Tensor, test: np.ndarray, l2: float
+) -> Tensor:
+    """What to take off scores of `test` features: the linear correction that fits labels best."""
+    mean, scale = known.mean(0), known.std(0) + 1e-9
+    fitted = torch.from_numpy((known - mean) / scale).float()
+    shown = torch.from_numpy((test - mean) / scale).float()
+    weight = torch.zeros(fitted.shape[1], said.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight], max_iter=40)
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        loss = F.cross_entropy(said - fitted @ weight, labels) + l2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return shown @ weight.detach()
+
+
+def rows_of(bench: Bench, kind: str, strength: float, *, all_of_them: bool) -> list[dict[str, Any]]:
+    """Everything that is read with one key."""
+    plan, plain = bench.plan, bench.plain()
+    scheme = replace(
+        ANSWERS, kind=kind, strength=strength, pictures=plan.pictures, coins=plan.coins
+    )
+    seed = bytes([bench.seed + 1] * 32)
+    key = scheme.draw_key(plain, torch.zeros(2, 3, plan.size, plan.size), seed=seed)
+    key = scheme.prepared(key, plain, bench.test, bench.normalise)
+    functions, how = functions_of(key), bench.recipe(plan.marking)
+    named = f"{kind}-{strength}"
+
+    def mark(model: nn.Module) -> None:
+        scheme.embed(model, key, bench.mine, how, normalise=bench.normalise, trained=True)
+
+    marked = bench.kept(f"marked-{named}", deepcopy(plain), mark)
+    more = bench.kept(
+        "tuned",
+        deepcopy(plain),
+        lambda n: fit(n, classification, bench.mine, how, normalise=bench.normalise),
+    )
+    rows = []
+
+    def add(name: str, model: nn.Module) -> None:
+        said = scores_of_key(model, key, bench.normalise)
+        rows.append(row(name, key, functions, said, bench.accuracy(bench.asked(model))))
+
+    add("the network before the mark", plain)
+    add("that one, trained as long without a mark", more)
+    add("marked", marked)
+    rows[-1]["with the key"] = scheme.fidelity(marked, key, bench.test, bench.normalise)
+    if not all_of_them:
+        return [{"kind": kind, "strength": strength, **each} for each in rows]
+    add("marked, int8", quantise(marked, kind="int8-channel").model)
+    few = bench.theirs.at_most(1_000, seed=1)
+    gently = bench.recipe(plan.marking, 0.01)
+    add(
+        "marked, tuned on 1,000 true labels of others",
+        bench.kept(
+            f"tuned-{named}",
+            deepcopy(marked),
+            lambda n: fit(n, classification, few, gently, normalise=bench.normalise),
+        ),
+    )
+    asked = scores_of(marked, bench.theirs.images, bench.normalise)
+    true = bench.theirs.labels
+    by_labels = bench.copied(f"labels-{named}", asked.argmax(1))
+    add("copy by labels", by_labels)
+    add("copy by scores", bench.copied(f"scores-{named}", None, asked))
+    half = torch.rand(len(true), generator=torch.Generator().manual_seed(3)) < 0.5
+    add(
+        "copy by labels, half of them true ones",
+        bench.copied(f"half-{named}", torch.where(half, true, asked.argmax(1))),
+    )
+    again = scores_of(by_labels, bench.theirs.images, bench.normalise).argmax(1)
+    add("copy by labels of the copy by labels", bench.copied(f"twice-{named}", again, seed=51))
+    stranger = bench.copied("stranger", None)
+    add("a stranger's, trained on true labels", stranger)
+    said = scores_of_key(marked, key, bench.normalise)
+    honest = scores_of_key(stranger, key, bench.normalise)
+    whole, theirs = bench.asked(marked), bench.asked(stranger)
+    rng, other = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    pairs = zip(dressed(said, honest, rng), dressed(whole, theirs, other), strict=True)
+    for (name, answers), (_, everything) in pairs:
+        rows.append(row(name, key, functions, answers, bench.accuracy(everything)))
+    rows += nulled(bench, key, functions, marked, asked)
+    return [{"kind": kind, "strength": strength, **each} for each in rows]
+
+
+def nulled(
+    bench: Bench, key: Key, functions: Functions, marked: nn.Module, asked: Tensor
+) -> list[dict[str, Any]]:
+    """A thief who has read this: he fits a correction in the space of functions, with labels.
+
+    Of a secret bank he has none, and draws one of his own.
+    """
+    kind, rows = functions.form.kind, []
+    own = functions.bank
+    if kind == "filters":
+        stolen = replace(key, seed=bytes([99] * 32))
+        own = functions_of(stolen).bank
+    theirs = features(kind, bench.theirs.images.numpy(), own)
+    pictures = features(kind, np.asarray(key.trigger_images), own)
+    test = features(kind, bench.test.images.numpy(), own)
+    said = scores_of_key(marked, key, bench.normalise)
+    whole = bench.asked(marked)
+    for count in (300, 1_000, 3_000, len(bench.theirs)):
+        for l2 in (1e-2, 1e-3):
+            given = (theirs[:count], asked[:count], bench.theirs.labels[:count])
+            off = shaved(pictures, *given, pictures, l2)
+            right = bench.accuracy(whole - shaved(pictures, *given, test, l2))
+            name = f"nulled with {count:,} labels, ridge {l2}"
+            rows.append(row(name, key, functions, said - off, right))
+    return rows
+
+
+HEAD = """# A mark in ordinary answers
+
+Rendered by `python benchmarks/answers.py`. CIFAR-10 at {size} pixels; the owner's convolutional
+network of width {width} sees {train:,} images for {epochs} epochs and {marking} more with the mark,
+copies are of another architecture and see answers to {train:,} other images for {copying} epochs.
+{coins} functions, {pictures:,} test images to ask, {seeds} seed(s). Numbers are log₁₀ p by the
+scores of the first 300 and of all of them, and by labels alone of all; *counted* is what labels
+would give if each function had one vote. Accuracy is on all 10,000 test images, in percent.
+
+These are small networks on small pictures, trained for a short time: what they show is the order of
+things and not what AlexNet and ResNet-18 reach. The command for that is in `benchmarks/answers.py`.
+"""
+
+
+def rendered(facts: dict[str, Any]) -> str:
+    """The page."""
+    lines = [HEAD.format(**facts["plan"])]
+    lines += [
+        "![p against how many images were asked](answers.svg)",
+        "",
+        "| functions | ε | network | accuracy | scores, 300 | scores, all | labels, all "
+        "| counted |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    most = facts["plan"]["pictures"]
+    for each in facts["rows"]:
+        numbers = (each["scores 300"], each[f"scores {most}"], each[f"labels {most}"])
+        shown = " | ".join(f"{n:.1f}" for n in (*numbers, each["labels counted"]))
+        right, which = 100 * each["accuracy"], f"{each['kind']} | {each['strength']}"
+        lines.append(f"| {which} | {each['name']} | {right:.1f} | {shown} |")
+    presented = [
+        f"{each['kind']}, ε {each['strength']}: {100 * each['with the key']:.1f} %"
+        for each in facts["rows"]
+        if "with the key" in each
+    ]
+    lines += ["", f"F, the accuracy with the key presented: {'; '.join(presented)}.", ""]
+    return "\n".join(lines)
+
+
+def drawn(facts: dict[str, Any], path: Path) -> None:
+    """The picture: log₁₀ p against the number of images asked."""
+    mpl.use("svg")
+    shown = {
+        "marked": "marked",
+        "copy by scores": "copy by scores",
+        "copy by labels": "copy by labels",
+        "a stranger's, trained on true labels": "a stranger's",
+    }
+    most = facts["plan"]["pictures"]
+    kind = facts["rows"][-1]["kind"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for colour, (name, label) in enumerate(shown.items()):
+        for what, style in (("scores", "-"), ("labels", "--")):
+            found = [e for e in facts["rows"] if e["name"] == name and e["kind"] == kind]
+            if not found:
+                continue
+            counts = [*(n for n in COUNTS if n < most), most]
+            values = [found[-1][f"{what} {count}"] for count in counts]
+            axes.plot(counts, values, style, color=f"C{colour}", label=f"{label}, {what}")
+    axes.set_xscale("log")
+    axes.set_xlabel("ordinary images asked")
+    axes.set_ylabel("log₁₀ p")
+    axes.axhline(-9, color="grey", linewidth=0.8)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    """Run, keep, render."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("answers-networks"))
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    parser.add_argument("--render", action="store_true", help="from the JSON that is there")
+    for name, value in asdict(Plan()).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    given = parser.parse_args()
+    path = given.out / "answers.json"
+    if given.render:
+        facts = json.loads(path.read_text())
+    else:
+        plan = Plan(**{name: getattr(given, name) for name in asdict(Plan())})
+        rows = []
+        for seed in range(plan.seeds):
+            bench = Bench(plan, given.data, given.work, seed)
+            for kind, strength, whole in (
+                ("layout", 1.0, True),
+                ("filters", 1.0, True),
+                ("layout", 0.5, False),
+                ("filters", 0.5, False),
+                ("filters", 2.0, False),
+            ):
+                found = rows_of(bench, kind, strength, all_of_them=whole)
+                rows += [{"seed": seed, **each} for each in found]
+        facts = {"plan": asdict(plan), "torch": torch.__version__, "rows": rows}
+        write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+    write_atomically(given.out / "answers.md", rendered(facts).encode())
+    drawn(facts, given.out / "answers.svg")
+
+
+if __name__ == "__main__":
+    main()
