@@ -1,13 +1,16 @@
 """The commands `verify` and `judge`: one key and one suspect, or rival claims to it."""
 
 import math
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from types import SimpleNamespace
+from typing import Annotated, Any, cast, final
 
 import typer
 
 from nnpassport.cli.options import (
+    AS_USUAL,
     AsJson,
     Factory,
     KeyFile,
@@ -59,56 +62,83 @@ Roots = Annotated[
 ]
 
 
-@spread
-def verify(
-    *,
-    suspect: Suspect,
-    key: KeyFile,
-    data: OptionalImages = None,
-    split: Split = None,
-    reading: Reading,
+@final
+@dataclass(frozen=True, slots=True)
+class OnImages:
+    """What F is measured on, and against what."""
+
+    data: OptionalImages = None
+    split: Split = None
+    reading: Reading = AS_USUAL
     target: Annotated[
         float | None,
         typer.Option(help="Accuracy that was declared, 0 to 1 (default: the claim's, or its own)."),
-    ] = None,
+    ] = None
     tolerance: Annotated[
         float | None,
         typer.Option(help="ε_f of the fidelity test, 0 to 1 (default: the claim's, or 0.03)."),
-    ] = None,
+    ] = None
+
+    def inputs(self, key: Any) -> Any:
+        """The images as a key of scheme answers takes them, or None without images."""
+        if self.data is None:
+            return None
+        from nnpassport.keys.answers import form_of
+
+        _, shape = form_of(key.context)
+        sized = SimpleNamespace(input_size=shape.size)
+        return images_from(self.data, self.split, sized, self.reading)
+
+    def trial(self, suspect: Any, options: Any) -> Any:
+        """The images as the suspect takes them and what was declared, or None without images."""
+        if self.data is None:
+            return None
+        from nnpassport.embedding.measured import config_of
+        from nnpassport.verification.verdicts import declared_trial
+
+        images = images_from(self.data, self.split, config_of(suspect, options), self.reading)
+        return declared_trial(images, self.target, self.tolerance, options.standing)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How a suspect is looked at."""
+
     align: Annotated[
         Path | None,
         typer.Option(
             help="Your released model folder: undo moved, negated and scaled channels first."
         ),
-    ] = None,
-    unrelated: Unrelated = None,
+    ] = None
+    unrelated: Unrelated = None
     base: Annotated[
         Path | None,
         typer.Option(
             help="The network that your adapter was made for: what a merged suspect adds to it "
             "is read (keys of scheme lora)."
         ),
-    ] = None,
+    ] = None
     claim: Annotated[
         Path | None, typer.Option(help="Your claim file; the verdict is no better than it.")
-    ] = None,
+    ] = None
     owner: Annotated[
         Path | None,
         typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
-    ] = None,
-    root: Roots = None,
-    appeared: Appeared = None,
+    ] = None
+    root: Roots = None
+    appeared: Appeared = None
     like: Annotated[
         Path | None,
         typer.Option(
             help="Your model folder: the architecture that the suspect has, and how images become "
             "numbers, whatever the suspect says of itself."
         ),
-    ] = None,
-    entry: Entry = None,
+    ] = None
+    entry: Entry = None
     black_box: Annotated[
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
-    ] = False,
+    ] = False
     answers: Annotated[
         bool,
         typer.Option(
@@ -116,14 +146,14 @@ def verify(
             help="SUSPECT is a CSV file of answers that somebody collected, to the inputs of a key "
             "of scheme answers, or to --data.",
         ),
-    ] = False,
+    ] = False
     among: Annotated[
         int,
         typer.Option(
             help="How many networks or services you looked at, this one counted: p is multiplied "
             "by it."
         ),
-    ] = 1,
+    ] = 1
     every_reading: Annotated[
         bool,
         typer.Option(
@@ -131,74 +161,133 @@ def verify(
             help="Of answers, look also at other orders of the classes, and at pictures shown as "
             "the suspect's own config says; all of them are paid for in the p-value.",
         ),
-    ] = False,
+    ] = False
     as_published: Annotated[
         bool,
         typer.Option("--as-published", help="The rule of the scheme's paper, without p-value."),
-    ] = False,
+    ] = False
     alpha: Annotated[
         float | None,
         typer.Option(help="log10 of the threshold on p (default: the claim's, or -30.1: 2^-100)."),
-    ] = None,
-    factory: Factory = None,
+    ] = None
+    factory: Factory = None
+
+    def options(self, key: Any) -> Any:
+        """The same as `verification.verdicts` takes it.
+
+        Raises:
+            typer.BadParameter: some of it does not go together.
+        """
+        from nnpassport.claims.facts import check_config
+        from nnpassport.files.config import read_config
+        from nnpassport.verification.verdicts import Alignment, Options
+
+        standing = None if self.claim is None else self._standing(key)
+        _check_alpha(self.alpha, standing)
+        if self.like is not None and standing is not None:
+            check_config(self.like, None if standing.claim is None else standing.claim.network)
+        aligned = None
+        if self.align is not None:
+            aligned = Alignment(self.align, tuple(self.unrelated or ()))
+        return Options(
+            reference=None if self.like is None else read_config(self.like),
+            trusted_factory=self.factory,
+            log10_alpha=self.alpha,
+            alignment=aligned,
+            base=self.base,
+            standing=standing,
+            every_reading=self.every_reading,
+        )
+
+    def check(self) -> None:
+        """Refuse what does not go together, before anything is read."""
+        _check_alpha(self.alpha)
+        if self.among < 1:
+            raise typer.BadParameter(f"--among {self.among} is no number of networks, such as 3")
+        weights_alone = not self.answers
+        if weights_alone and self.align is not None and (self.black_box or self.as_published):
+            raise typer.BadParameter(
+                "--align is about weights; leave --black-box, --as-published out"
+            )
+        if self.base is not None and (self.black_box or self.align is not None):
+            raise typer.BadParameter(
+                "--base is about merged weights; leave --black-box, --align out"
+            )
+
+    def verdict(self, path: Path, key: Any, images: OnImages) -> Any:
+        """V, and F if there are images; paid for, if it is the best of several."""
+        found = self._verdict(path, key, images)
+        return found.paid(math.log10(self.among), of="networks looked at")
+
+    def _verdict(self, path: Path, key: Any, images: OnImages) -> Any:
+        from nnpassport.files.suspect import Suspect as Opened
+        from nnpassport.verification import verdicts
+
+        options, suspect = self.options(key), Opened(path, self.entry)
+        if self.answers:
+            from nnpassport.embedding.answering import collected
+
+            return collected(path, key, options, images.inputs(key))
+        if self.black_box:
+            from nnpassport.embedding.measured import verify_answers
+
+            return verify_answers(suspect, key, options=options)
+        if self.as_published:
+            return verdicts.verify_as_published(suspect, key, options=options)
+        trial = images.trial(suspect, options)
+        return verdicts.verify(suspect, key, trial=trial, options=options)
+
+    @property
+    def way(self) -> str:
+        """How the suspect is read, in words."""
+        from nnpassport.report import words
+
+        if self.black_box or self.answers:
+            return words.ANSWERS
+        if self.as_published:
+            return words.AS_PUBLISHED
+        return words.AS_IT_STANDS if self.align is None else words.ALIGNED
+
+    def _standing(self, key: Any) -> Any:
+        from nnpassport.claims import signing
+        from nnpassport.claims.claimfile import read_signed
+        from nnpassport.claims.standing import standing_of
+
+        signed = read_signed(cast(Path, self.claim))
+        if self.owner is None:
+            public = signing.public_from_hex(signed.envelope.keyid)
+            errors.print(
+                "The claim is checked against the public key in itself; --owner gives one."
+            )
+        else:
+            public = signing.load_public_key(self.owner)
+        roots, appeared = _roots(self.root), _time(self.appeared)
+        return standing_of(signed, public, key, roots=roots, appeared=appeared)
+
+
+@spread
+def verify(
+    *,
+    suspect: Suspect,
+    key: KeyFile,
+    images: OnImages,
+    look: Look,
     report: Report = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
-    from nnpassport.claims.facts import check_config
-    from nnpassport.files import suspect as files
-    from nnpassport.files.config import read_config
     from nnpassport.report.provenance import made_with
-    from nnpassport.verification import verdicts as verification
 
-    _check_alpha(alpha)
-    if align is not None and (black_box or as_published) and not answers:
-        raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
-    if base is not None and (black_box or align is not None):
-        raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
+    look.check()
     secret = key_from(key, passphrase)
-    standing = None if claim is None else _standing(claim, owner, secret, root, appeared)
-    _check_alpha(alpha, standing)
-    if like is not None and standing is not None:
-        check_config(like, None if standing.claim is None else standing.claim.network)
-    options = verification.Options(
-        reference=None if like is None else read_config(like),
-        trusted_factory=factory,
-        log10_alpha=alpha,
-        alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
-        base=base,
-        standing=standing,
-        every_reading=every_reading,
-    )
-    there = files.Suspect(suspect, entry)
-    if answers:
-        from nnpassport.embedding.answering import collected
-
-        images = None if data is None else _inputs(data, split, secret, reading)
-        verdict = collected(suspect, secret, options, images)
-    elif black_box:
-        from nnpassport.embedding.measured import verify_answers
-
-        verdict = verify_answers(there, secret, options=options)
-    elif as_published:
-        verdict = verification.verify_as_published(there, secret, options=options)
-    else:
-        trial = None
-        if data is not None:
-            from nnpassport.embedding.measured import config_of
-
-            images = images_from(data, split, config_of(there, options), reading)
-            trial = verification.declared_trial(images, target, tolerance, options.standing)
-        verdict = verification.verify(there, secret, trial=trial, options=options)
-    verdict = _among(verdict, among)
-    time = _time(appeared)
+    verdict, time = look.verdict(suspect, secret, images), _time(look.appeared)
     facts = {
         **verdict.as_dict(),
-        "read": _read(black_box or answers, as_published, align),
+        "read": look.way,
         "suspect": {
             "file": str(suspect),
-            **({} if entry is None else {"entry": entry}),
+            **({} if look.entry is None else {"entry": look.entry}),
             "appeared": None if time is None else time.isoformat(),
         },
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
@@ -252,32 +341,6 @@ def judge(
     raise typer.Exit(codes[heard.ruling.outcome.value])
 
 
-def _inputs(data: str, split: str | None, key: Any, reading: Reading) -> Any:
-    from types import SimpleNamespace
-
-    from nnpassport.keys.answers import form_of
-
-    _, shape = form_of(key.context)
-    return images_from(data, split, SimpleNamespace(input_size=shape.size), reading)
-
-
-def _among(verdict: Any, count: int) -> Any:
-    """The verdict, if it is the best of so many."""
-    from nnpassport.verification.relabelling import corrected
-
-    if count < 1:
-        raise typer.BadParameter(f"--among {count} is no number of networks, such as 3")
-    return corrected(verdict, {"networks looked at": math.log10(count)} if count > 1 else {})
-
-
-def _read(black_box: bool, as_published: bool, align: Path | None) -> str:
-    from nnpassport.report import words
-
-    if black_box or as_published:
-        return words.ANSWERS if black_box else words.AS_PUBLISHED
-    return words.AS_IT_STANDS if align is None else words.ALIGNED
-
-
 def _check_alpha(alpha: float | None, standing: Any = None) -> None:
     """Refuse a threshold that is none, or laxer than a claim allows."""
     if alpha is None:
@@ -289,22 +352,6 @@ def _check_alpha(alpha: float | None, standing: Any = None) -> None:
             f"--alpha {alpha} is laxer than what the claim may be judged by, "
             f"{standing.log10_alpha:.1f} ({standing.age}); leave it out, or give a smaller one"
         )
-
-
-def _standing(
-    path: Path, owner: Path | None, key: Any, roots: list[Path] | None, appeared: str | None
-) -> Any:
-    from nnpassport.claims import signing
-    from nnpassport.claims.claimfile import read_signed
-    from nnpassport.claims.standing import standing_of
-
-    signed = read_signed(path)
-    if owner is None:
-        public = signing.public_from_hex(signed.envelope.keyid)
-        errors.print("The claim is checked against the public key in itself; --owner gives one.")
-    else:
-        public = signing.load_public_key(owner)
-    return standing_of(signed, public, key, roots=_roots(roots), appeared=_time(appeared))
 
 
 def _roots(paths: list[Path] | None) -> list[Any]:
