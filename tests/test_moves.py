@@ -15,6 +15,7 @@ from torch import nn
 
 from nnpassport import V2
 from nnpassport.alignment.anchored import verify_anchored
+from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.byaxes import anchor_of
 from nnpassport.attacks.moves import KINDS, move
 from nnpassport.embedding.axes import axes_of
@@ -22,6 +23,7 @@ from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.outputs import call, logits_of
 from nnpassport.embedding.schemes.channels import Limit
 from nnpassport.embedding.schemes.graft import graft_channels
+from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +36,15 @@ MADE = {
     "MobileNetV2": {"negate": 52, "scale": 52, "mix": 7, "reorder": 25, "split": 18},
     "EfficientNet": {"negate": 10, "scale": 10, "mix": 3, "reorder": 10, "split": 7},
     "GPT-2": {"regain": 7, "fix": 8, "heads": 6, "rotate": 1, "reorder": 13, "split": 3},
-    "Llama": {"regain": 7, "balance": 3, "heads": 3, "rotate": 1, "reorder": 13, "split": 3},
+    "Llama": {
+        "regain": 7,
+        "balance": 3,
+        "heads": 3,
+        "pairs": 3,
+        "rotate": 1,
+        "reorder": 13,
+        "split": 3,
+    },
     "BERT": {"regain": 2, "fix": 15, "heads": 6, "reorder": 14, "split": 3},
     "ALBERT": {"regain": 2, "fix": 5, "heads": 2, "rotate": 1, "reorder": 7, "split": 1},
     "U-Net": {"negate": 12, "reorder": 24},
@@ -241,6 +251,71 @@ def test_the_page_of_figures_is_what_they_render_to_and_strangers_are_coins():
     for name, row in found.items():
         assert row["after"]["every free move"] > 0.75 * row["bits"], name
         assert row["strangers"]["least"] > -6, name
+
+
+class Rotated(nn.Module):
+    """One attention whose positions are told by rotating pairs, of neighbours or of halves."""
+
+    def __init__(self, neighbours):
+        super().__init__()
+        self.neighbours = neighbours
+        self.embed, self.head = nn.Embedding(11, 12), nn.Linear(12, 5)
+        self.q, self.k, self.v = (nn.Linear(12, 16) for _ in range(3))
+        self.o = nn.Linear(16, 12)
+
+    def pairs(self, x):
+        parts = x.unflatten(-1, (4, 2)).unbind(-1) if self.neighbours else x.chunk(2, -1)
+        angle = torch.arange(x.shape[-2])[:, None] * 0.5 ** torch.arange(4)
+        cos, sin = angle.cos().to(x), angle.sin().to(x)
+        a, b = parts
+        turned = [a * cos - b * sin, a * sin + b * cos]
+        return torch.stack(turned, -1).flatten(-2) if self.neighbours else torch.cat(turned, -1)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        q, k, v = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        scores = self.pairs(q) @ self.pairs(k).transpose(2, 3)
+        mixed = (scores / 8**0.5).softmax(-1) @ v
+        return self.head((x + self.o(mixed.transpose(1, 2).flatten(2))).mean(1))
+
+
+@pytest.mark.parametrize("neighbours", [False, True])
+def test_pairs_that_positions_rotate_are_found_and_proved(neighbours):
+    torch.manual_seed(0)
+    model, tokens = Rotated(neighbours).eval(), torch.arange(14).view(2, 7) % 11
+    found = axes_of(model, tokens)
+    (pairs,) = found.pairs
+    assert pairs.size == 4
+    first, second = (place.positions(4)[:, 0].tolist() for place in pairs.places[:2])
+    wanted = ([0, 2, 4, 6], [1, 3, 5, 7]) if neighbours else ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert (first, second) == wanted
+    assert Axes.from_bytes(found.to_bytes()) == found
+    moved = move(model, tokens, rng(1), kinds=["pairs"])
+    assert moved.done["pairs"] == 1
+    assert differs(moved.model.state_dict(), model.state_dict(), "q.weight")
+    with torch.no_grad():
+        assert torch.allclose(moved.model(tokens), model(tokens), atol=1e-5)
+
+
+def test_marks_in_queries_keys_and_values_that_share_heads_are_found_again():
+    """Four heads of queries share two of keys and values, and positions rotate pairs of them."""
+    model, example = anchor("Llama")
+    seen, _ = zoo.ZOO["Llama"].batch(64, 1)
+    layers = ["model.layers.1.self_attn.*"]
+    key = V2.draw_key(model, example, seed=bytes(32), layers=layers, seen=seen)
+    owned = deepcopy(model)
+    V2.insert(owned, key, example)
+    graft_channels(owned, seen, limit=Limit(1.0, 10.0))
+    thief = move(V2.released(owned).eval(), example, rng(1)).model.state_dict()
+    assert V2.verify(thief, key).matches < 0.7 * key.context.bits
+    arrays = {n: t.numpy() for n, t in model.state_dict().items()}
+
+    def v(found):
+        return verdict_on(READERS[key.context.scheme](found, key), key, log10_alpha=-9)
+
+    suspect = {n: t.numpy() for n, t in thief.items()}
+    found = verify_anchored(v, suspect, anchor_of(axes("Llama"), arrays, key))
+    assert found.matches >= 0.98 * key.context.bits == 0.98 * 96
 
 
 def test_a_move_that_there_is_not_is_refused():

@@ -91,6 +91,9 @@ class Axes:
         batch_norms: by a layer's weight, the batch norm that its output goes into.
         gains: by a layer's weight, the vector that its output is multiplied with.
         unknown: operations without a rule; what met them is rigid.
+        pairs: inside heads whose positions are told by rotations, the pairs that are rotated: each
+            may be turned and stretched, in queries one way and in keys the other. The places of one
+            tensor are those of the first of each pair, and then of the second.
     """
 
     axes: tuple[Axis, ...]
@@ -99,22 +102,17 @@ class Axes:
     batch_norms: Mapping[str, Statistics]
     gains: Mapping[str, str]
     unknown: tuple[str, ...] = ()
+    pairs: tuple[Axis, ...] = ()
 
     def to_bytes(self) -> bytes:
         """The table as JSON with sorted keys: the same table, the same bytes."""
-        axes = [
-            {
-                "size": axis.size,
-                "kind": axis.kind,
-                "traits": list(axis.traits),
-                "places": [[*place[:4], [list(r) for r in place.repeats]] for place in axis.places],
-            }
-            for axis in self.axes
-        ]
+        # Absent, not empty: tables of networks without such pairs have the bytes that they had.
+        pairs = {"pairs": [_said(axis) for axis in self.pairs]} if self.pairs else {}
         document = {
+            **pairs,
             "format": FORMAT,
             "version": VERSION,
-            "axes": axes,
+            "axes": [_said(axis) for axis in self.axes],
             "reads": {name: list(each) for name, each in self.reads.items()},
             "norms": {name: list(each) for name, each in self.norms.items()},
             "batch_norms": {name: list(each) for name, each in self.batch_norms.items()},
@@ -163,12 +161,22 @@ class Axes:
                 },
                 gains={_text(n): _text(g) for n, g in _pairs(document, "gains")},
                 unknown=tuple(map(_text, document["unknown"])),
+                pairs=tuple(_axis(e) for e in _at_most(document.get("pairs", []), _MOST_AXES)),
             )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UnreadableModelError(
                 f"this is no table of axes ({error!r:.200}); needed: one that was written by "
                 f"this package, format {FORMAT!r}, version {VERSION}"
             ) from error
+
+
+def _said(axis: Axis) -> dict[str, Any]:
+    return {
+        "size": axis.size,
+        "kind": axis.kind,
+        "traits": list(axis.traits),
+        "places": [[*place[:4], [list(r) for r in place.repeats]] for place in axis.places],
+    }
 
 
 def _axis(stored: Any) -> Axis:

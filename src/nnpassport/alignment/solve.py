@@ -17,10 +17,11 @@ from typing import NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from nnpassport.alignment.axes import Axes, Axis
+from nnpassport.alignment.axes import Axes, Axis, Place
 from nnpassport.alignment.canonical import Weights, canonical, reads
 from nnpassport.alignment.directions import Free
 from nnpassport.alignment.refine import Fit, begun, refined
+from nnpassport.alignment.table import sides_of
 from nnpassport.progress import counted
 
 Matrix = NDArray[np.float64]
@@ -28,6 +29,7 @@ SWEEPS = 3
 _NOT_LINEAR = {"pointwise", "layer norm", "square", "group norm", "bilinear"}
 """Traits with which a positive factor does not pass through an axis."""
 _TINY = 1e-300
+PAIR_ROUNDS = 20
 _MARKED = 1e-3
 """What a tensor that may carry the mark counts when rotations are found."""
 
@@ -183,6 +185,8 @@ class Aligner:
                 self.solve(unit, work)
         for attention in self.attentions:
             self._solve_heads(attention, work)
+        for pairs in self.axes.pairs:
+            self._solve_pairs(pairs, work)
         for unit in self.units:
             self._rescale(unit, work)
         return Aligned(work.weights, work.likeness)
@@ -478,6 +482,35 @@ class Aligner:
                 tensor, blocks.reshape(len(spot.positions), -1)
             )
 
+    def _solve_pairs(self, pairs: Axis, work: Work) -> None:
+        """Turn and stretch pairs that positions rotate: q by z, k by z/|z|², head by head."""
+        both = sides_of(pairs)
+        heads = [axis for axis in self.axes.axes if "batched" in axis.traits]
+        found = None if both is None else _pairs_of(self.axes, both, pairs.size, heads)
+        if found is None or any(not self._known(one.tensor, work) for one, _ in found):
+            return
+        marked = [one.tensor for one, _ in found if one.tensor in self.free]
+        for _ in range(PAIR_ROUNDS if marked else 1):
+            z = np.zeros(len(found[0][0].positions), complex)
+            logs = np.zeros(len(z))
+            for number, (one, two) in enumerate(found):
+                mine = _complex(one, two, work.weights)
+                theirs = _complex(one, two, work.targets)
+                product = (theirs.conj() * mine).sum(1)
+                power = np.maximum(np.square(np.abs(theirs)).sum(1), _TINY)
+                z += product / power
+                logs += (-1) ** number * np.log(np.maximum(np.abs(product) / power, _TINY)) / 2
+            turn = z / np.maximum(np.abs(z), _TINY)
+            for number, (one, two) in enumerate(found):
+                back = turn.conj() * np.exp(-((-1) ** number) * logs)
+                rows = _complex(one, two, work.weights) * back[:, None]
+                tensor = one.with_rows(work.weights[one.tensor], rows.real)
+                work.weights[one.tensor] = two.with_rows(tensor, rows.imag)
+            self._free_directions(work, marked)
+
+    def _known(self, name: str, work: Work) -> bool:
+        return name in work.weights and self._alike(name, work)
+
 
 def aligner(
     axes: Axes,
@@ -621,6 +654,33 @@ def _sides(axes: Axes, heads: int, copies: int | None, inner: int) -> list[_Side
                 single = None if positions is None else spot._replace(positions=positions)
         found.append(_Side(spot, single))
     return found
+
+
+def _pairs_of(
+    axes: Axes,
+    both: Sequence[Sequence[tuple[Place, Place]]],
+    size: int,
+    heads: Sequence[Axis],
+) -> list[tuple[Spot, Spot]] | None:
+    """Of queries' and keys' matrices, the rows of first and second members, head by head."""
+    for outer in heads:
+        found = []
+        for side in both:
+            for pair in side:
+                if pair[0].tensor not in axes.reads:
+                    continue
+                inside = [Axis(size, "inner", (), (place,)) for place in pair]
+                spots = [crossed(axes, outer, each) for each in inside]
+                if all(len(each) == 1 for each in spots):
+                    found.append((spots[0][0], spots[1][0]))
+        # Where keys are shared, their heads are in both, and those of queries' copies are not.
+        if len(found) == len(both) and len({len(one.positions) for one, _ in found}) == 1:
+            return found
+    return None
+
+
+def _complex(one: Spot, two: Spot, source: Weights) -> NDArray[np.complex128]:
+    return one.rows(source[one.tensor]) + 1j * two.rows(source[two.tensor])
 
 
 def _blocks(spot: Spot, source: Weights, count: int) -> Matrix:

@@ -51,12 +51,18 @@ def check_table(axes: Axes, shapes: Shapes) -> None:
     work = sum(axis.size**3 for axis in axes.axes if axis.kind in LONGEST_OF_KIND)
     if work > MOST_WORK:
         raise _refused(f"its axes take {work:.0e} operations to solve; needed: {MOST_WORK:.0e}")
-    for number, axis in enumerate(axes.axes):
-        if (fault := _axis_fault(axis, shapes)) is not None:
+    for number, axis in enumerate((*axes.axes, *axes.pairs)):
+        paired = number < len(axes.axes) or sides_of(axis) is not None
+        fault = _axis_fault(axis, shapes) if paired else "is no pairs of two sides"
+        if fault is not None:
             raise _refused(f"axis {number} {fault}")
     for place, numbers in _by_dimension(axes):
         if (fault := _shared_fault(axes, numbers, place, shapes)) is not None:
             raise _refused(f"dimension {place[1]} of {place[0]!r:.100} {fault}")
+    _check_vectors(axes, shapes)
+
+
+def _check_vectors(axes: Axes, shapes: Shapes) -> None:
     for name, (dimension, gain) in axes.reads.items():
         there = name in shapes and dimension < len(shapes[name])
         if not there or (gain is not None and gain not in shapes):
@@ -65,6 +71,25 @@ def check_table(axes: Axes, shapes: Shapes) -> None:
         sides = [side for side in shapes.get(vector, (0, 0)) if side != 1]
         if name not in shapes or len(sides) > 1:
             raise _refused(f"{vector!r:.100} is no vector beside {name!r:.100}")
+
+
+def sides_of(axis: Axis) -> tuple[list[tuple[Place, Place]], list[tuple[Place, Place]]] | None:
+    """Of rotated pairs the places of first and second members, of queries and then of keys."""
+    by_module: dict[str, dict[str, list[Place]]] = {}
+    for place in axis.places:
+        module = by_module.setdefault(place.tensor.rpartition(".")[0], {})
+        module.setdefault(place.tensor, []).append(place)
+    found = []
+    for tensors in by_module.values():
+        if any(len(places) != 2 for places in tensors.values()):
+            return None
+        pairs = [(places[0], places[1]) for places in tensors.values()]
+        counts = {one.positions(axis.size).shape == two.positions(axis.size).shape and
+                  one.dimension == two.dimension for one, two in pairs}  # fmt: skip
+        if counts != {True}:
+            return None
+        found.append(pairs)
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
 def _axis_fault(axis: Axis, shapes: Shapes) -> str | None:

@@ -13,6 +13,7 @@ an attacker can do without data, training or loss is therefore what is done, wha
     rotate     residual streams, once norms' weights are in their readers
     mix        linear bottlenecks by any invertible matrix
     heads      the inside of every attention head by any invertible matrix
+    pairs      pairs of queries and keys that positions rotate: turned and stretched, keys back
     balance    the two factors of a product of hidden units (gated layers), signs too
     mirror     kernels, and the pictures with them: what runs the network has to turn these
     split      hidden units into two that share what one did: the network grows
@@ -35,10 +36,11 @@ from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.solve import Spot, attentions, crossed
+from nnpassport.alignment.table import sides_of
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
-from nnpassport.embedding.network.prove import TOLERANCE, reordered
+from nnpassport.embedding.network.prove import TOLERANCE, reordered, with_pairs
 from nnpassport.embedding.network.survey import Site, survey
 from nnpassport.progress import counted
 from nnpassport.scheme import BadRecipeError
@@ -449,6 +451,17 @@ def _heads(subject: _Subject) -> Iterator[Act]:
             yield do
 
 
+def _pairs(subject: _Subject) -> Iterator[Act]:
+    for axis in subject.axes.pairs:
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            both = sides_of(axis)
+            keys = min(one.positions(axis.size).shape[1] for side in both or () for one, _ in side)
+            state |= with_pairs(state, axis, rng, heads=keys)
+
+        yield do
+
+
 def _balance(subject: _Subject) -> Iterator[Act]:
     axes = subject.axes
     for axis in axes.axes:
@@ -513,6 +526,7 @@ KINDS: Mapping[str, Callable[[_Subject], Iterator[Act]]] = {
     "fix": _fix,
     "balance": _balance,
     "heads": _heads,
+    "pairs": _pairs,
     "mix": _mix,
     "rotate": _rotate,
     "reorder": _reorder,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nnpassport.alignment.axes import Axes, Axis
+from nnpassport.alignment.table import sides_of
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
 from nnpassport.progress import counted
 
@@ -42,7 +43,12 @@ def prove(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> A
     for bit, value in counted(rounds, "trying the network's axes"):
         chosen = [n for n in numbers if (n >> bit) & 1 == value and n not in wrong]
         wrong |= _wrong(chosen, axes.axes, moved)
-    return replace(axes, axes=tuple(axes.axes[n] for n in numbers if n not in wrong))
+    false = _wrong(range(len(axes.pairs)), axes.pairs, _mover(model, example, seed, with_pairs))
+    return replace(
+        axes,
+        axes=tuple(axes.axes[n] for n in numbers if n not in wrong),
+        pairs=tuple(axis for n, axis in enumerate(axes.pairs) if n not in false),
+    )
 
 
 def try_all(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> list[Tried]:
@@ -63,6 +69,42 @@ def reordered(state: Mapping[str, Tensor], axis: Axis, order: Tensor) -> dict[st
     return changed
 
 
+def with_pairs(
+    state: Mapping[str, Tensor], axis: Axis, rng: torch.Generator, heads: int = 1
+) -> dict[str, Tensor]:
+    """A state dict in which each pair of queries is turned and stretched, and of keys undone.
+
+    Complex numbers say it: q is multiplied by z, k by z/|z|². Each of `heads` has its own.
+    """
+    changed, both = dict(state), sides_of(axis)
+    if both is None:
+        return changed
+    angle = torch.rand(axis.size, heads, generator=rng, dtype=torch.float64) * 2 * torch.pi
+    length = (torch.rand(axis.size, heads, generator=rng, dtype=torch.float64) * 2 - 1).exp()
+    for pairs, size in zip(both, (length, 1 / length), strict=True):
+        for one, two in pairs:
+            tensor = changed[one.tensor].clone()
+            rows = tensor.movedim(one.dimension, 0)
+            at, to = (torch.from_numpy(each.positions(axis.size)) for each in (one, two))
+            times = at.shape[1] // heads
+            cos, sin = (
+                (size * of(angle)).repeat_interleave(times, 1).flatten().to(tensor)
+                for of in (torch.cos, torch.sin)
+            )
+            a, b = rows[at.flatten()], rows[to.flatten()]
+            cos, sin = (each.view(-1, *[1] * (a.dim() - 1)) for each in (cos, sin))
+            rows[at.flatten()], rows[to.flatten()] = cos * a - sin * b, sin * a + cos * b
+            changed[one.tensor] = tensor
+    return changed
+
+
+def _cycled(state: Mapping[str, Tensor], axis: Axis, rng: torch.Generator) -> dict[str, Tensor]:
+    return reordered(state, axis, _cycle(axis.size, rng))
+
+
+Change = Callable[[Mapping[str, Tensor], Axis, torch.Generator], dict[str, Tensor]]
+
+
 def _wrong(chosen: Sequence[int], axes: Sequence[Axis], moved: Moved) -> set[int]:
     """Those of the chosen axes that move the outputs, found by halves."""
     if not chosen or moved([axes[number] for number in chosen]) <= TOLERANCE:
@@ -75,7 +117,7 @@ def _wrong(chosen: Sequence[int], axes: Sequence[Axis], moved: Moved) -> set[int
     return found or set(chosen)
 
 
-def _mover(model: nn.Module, example: Example, seed: int) -> Moved:
+def _mover(model: nn.Module, example: Example, seed: int, change: Change = _cycled) -> Moved:
     exact = deepcopy(model).double().eval()
     inputs = with_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
     state = dict(exact.state_dict(keep_vars=True))
@@ -83,21 +125,16 @@ def _mover(model: nn.Module, example: Example, seed: int) -> Moved:
 
     @torch.no_grad()
     def moved(axes: Sequence[Axis]) -> float:
-        after = _outputs(exact, _all_reordered(state, axes, rng), inputs)
+        changed: Mapping[str, Tensor] = state
+        for axis in axes:
+            changed = change(changed, axis, rng)
+        after = _outputs(exact, changed, inputs)
         return float((after - before).abs().max() / largest)
 
     with torch.no_grad():
         before = _outputs(exact, state, inputs)
     largest = before.abs().max().clamp(min=torch.finfo(before.dtype).tiny)
     return moved
-
-
-def _all_reordered(
-    state: Mapping[str, Tensor], axes: Sequence[Axis], rng: torch.Generator
-) -> Mapping[str, Tensor]:
-    for axis in axes:
-        state = reordered(state, axis, _cycle(axis.size, rng))
-    return state
 
 
 def _cycle(size: int, rng: torch.Generator) -> Tensor:

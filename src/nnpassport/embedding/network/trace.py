@@ -569,8 +569,8 @@ class _Trace(TorchDispatchMode):
 
     def _pieced(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
         name = seen.name
-        if name == "cat":
-            return self._concatenated(seen, origin)
+        if name in {"cat", "stack"}:
+            return (self._concatenated if name == "cat" else self._stacked)(seen, origin)
         own = list(self._dimensions(tensors[0]))
         source = self._of(tensors[0]).origin
         if name in {"slice", "narrow"}:
@@ -608,6 +608,16 @@ class _Trace(TorchDispatchMode):
         norms = {self._of(each).origin.norm for each in live}
         return [found], origin._replace(norm=norms.pop() if len(norms) == 1 else None)
 
+    def _stacked(self, seen: _Call, origin: _Origin) -> Any:
+        found, *rest = (list(self._dimensions(each)) for each in seen.given["tensors"])
+        for others in rest:
+            for number, other in enumerate(others):
+                if leaves(other):
+                    tie(found[number], other) if leaves(found[number]) else None
+        axis = int(seen.given["dim"] or 0) % (len(found) + 1)
+        found.insert(axis, fresh((1 + len(rest),), rigid=True)[0])
+        return [found], origin
+
     def _sliced(self, seen: _Call, tensor: Tensor, own: list[Dimension], source: _Origin) -> Any:
         given = seen.given
         axis = int(given["dim"] or 0) % len(own)
@@ -644,6 +654,21 @@ class _Trace(TorchDispatchMode):
             if not factor.rigid and INDEXED not in factor.traits and len(places[key]) > 1
         ]
         axes.sort(key=lambda axis: (-axis.size, axis.places))
+        # All layers are rotated by the same table; those that have heads in common meet in one.
+        together = {
+            tuple(sorted({place.tensor for place in axis.places}))
+            for axis in axes
+            if "batched" in axis.traits
+        }
+        rotated = [
+            Axis(size, "inner", ("rotated",), each)
+            for key, factor in found.items()
+            if factor.rigid and "bilinear" in factor.traits
+            for side_by_side in sorted(together)
+            for size, each in _as_pairs(
+                factor.size, [place for place in places[key] if place.tensor in side_by_side]
+            )
+        ]
         kept = self._parameters.keys()  # of what no file holds a table says nothing
         return Axes(
             tuple(axes),
@@ -664,7 +689,48 @@ class _Trace(TorchDispatchMode):
                 if len(u) == 1 and n in kept and u <= kept
             },
             unknown=tuple(sorted(self._unknown)),
+            pairs=tuple(sorted(set(rotated), key=lambda axis: (axis.size, axis.places))),
         )
+
+
+def _as_pairs(size: int, places: Sequence[Place]) -> Iterator[tuple[int, tuple[Place, ...]]]:
+    """How the inside of heads may be pairs: first half with second, or neighbours with one another.
+
+    Where the halves were told apart already, each tensor has two places. Which it is, `prove` says.
+    """
+    by_tensor: dict[str, list[Place]] = {}
+    for place in places:
+        by_tensor.setdefault(place.tensor, []).append(place)
+    if len({name.rpartition(".")[0] for name in by_tensor}) != 2:
+        return
+    counts = {len(each) for each in by_tensor.values()}
+    if counts == {2} and size > 1:
+        yield size, tuple(place for each in by_tensor.values() for place in each)
+    if counts == {1} and size > 1 and all((2, each.stride // 2) in each.repeats for each in places):
+        yield (
+            size,
+            tuple(
+                place._replace(
+                    offset=place.offset + at * place.stride // 2,
+                    repeats=tuple(each for each in place.repeats if each != (2, place.stride // 2)),
+                )
+                for place in places
+                for at in (0, 1)
+            ),
+        )
+    half = size // 2
+    if counts == {1} and size % 2 == 0 and half > 1:
+        for far, step in ((half, 1), (1, 2)):
+            yield (
+                half,
+                tuple(
+                    place._replace(
+                        offset=place.offset + at * place.stride, stride=place.stride * step
+                    )
+                    for place in places
+                    for at in (0, far)
+                ),
+            )
 
 
 def _mark_products(owns: Sequence[list[Dimension]], found: list[Dimension]) -> None:
