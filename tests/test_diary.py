@@ -30,6 +30,7 @@ from nnpassport.claims.standing import Standing
 from nnpassport.claims.timestamp import Timestamp
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding import owner
+from nnpassport.embedding.axes import axes_of
 from nnpassport.embedding.checkpoint import load_training, save_model, save_training
 from nnpassport.embedding.network.layers import Branch
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
@@ -64,7 +65,7 @@ from nnpassport.scheme import (
 )
 from nnpassport.verification.continuity import Continuity, continuity
 from nnpassport.verification.hearing import Bench, Exhibit, _with_diary, disclose, hear
-from nnpassport.verification.trained import trained_by
+from nnpassport.verification.trained import _by_axes, trained_by
 
 SIGNING = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 OWNER = SIGNING.public_key()
@@ -930,6 +931,36 @@ def test_an_old_network_of_one_s_own_before_another_s_dates_nothing(case, tmp_pa
     assert found.between is not None
     assert found.entry == 4  # not before he had hers: the token over entry 5
     assert found.between[1] > DAY + timedelta(days=50)
+
+
+def mlp():
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5),
+    )  # fmt: skip
+
+
+def test_over_a_table_of_axes_any_network_is_read_and_none_runs(tmp_path):
+    """A copy whose units were moved was made from a checkpoint by more than the beginning says."""
+    torch.manual_seed(0)
+    model = mlp()
+    axes = axes_of(model, torch.randn(4, 32))
+    way = [noisy(model, 1.5), noisy(model, 0.3, 1), model.state_dict()]
+    order = torch.randperm(64)
+    moved = {n: v.clone() for n, v in noisy(model, 0.1, 2).items()}
+    moved["0.weight"], moved["0.bias"] = moved["0.weight"][order], moved["0.bias"][order]
+    moved["2.weight"] = moved["2.weight"][:, order]
+    files = {"moved": moved, "stranger": independent(5), "other": independent(6)}
+    files |= {str(number): each for number, each in enumerate(way)}
+    for name, each in files.items():
+        save_file(each, tmp_path / f"{name}.safetensors")
+    at = {name: tmp_path / f"{name}.safetensors" for name in files}
+    assert _by_axes(axes, at["moved"], (at["0"],), at["1"])[0]
+    related, note = _by_axes(axes, at["moved"], (at["2"],), at["1"])  # begun at what others have
+    assert not related
+    assert "its beginning and unrelated networks" in note
+    assert not _by_axes(axes, at["stranger"], (at["0"],), at["1"])[0]
+    assert not _by_axes(axes, at["moved"], (at["0"],), at["other"])[0]
 
 
 class Tiny:
