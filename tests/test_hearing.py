@@ -248,7 +248,9 @@ def test_overwriting_is_seen_without_any_date(court, world):
     alice, bob = heard.claimants
     assert alice.elsewhere["bob"][AS_IT_STANDS].marked
     assert not any(each.marked for each in bob.elsewhere["alice"].values())
-    assert "stands in bob's network" in " ".join(heard.ruling.reasons)
+    said = " ".join(heard.ruling.reasons)
+    assert "stands in bob's network" in said
+    assert "alice: compare, of the suspect and its network: related" in said
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The command line. Exit codes: 0 accepted, 1 refused, 2 could not be checked, 130 interrupted.
 
-`judge` and `compare` also have 3: it was checked, and the evidence does not tell.
+`judge`, `compare` and `diary replay` also have 3: it was checked, and the evidence does not tell.
 """
 
 import json

@@ -153,12 +153,15 @@ def replay(
     ] = None,
     init: Initial = None,
     tolerance: Annotated[
-        float, typer.Option(help="What counts as rounding: a share of the way that was gone.")
+        float,
+        typer.Option(help="What always counts as rounding: a share of the way gone."),
     ] = 0.05,
     factory: Factory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a stretch again, between two kept checkpoints. 0: it ends there. 1: not. 2: not checked.
+    """Run a stretch again, from one kept checkpoint to the next. 0: it ends there. 1: it does not.
+
+    2: not checked. 3: rounding carries the stretch so far that it cannot be told.
 
     Give what the run was given: data, its split and held-out share, and the key and network to
     start from if there were any. All else is in the diary.
@@ -193,7 +196,7 @@ def replay(
     )
     done = run_again(folder, stretch, run, tolerance=tolerance)
     _print(done.as_dict(), as_json)
-    raise typer.Exit(0 if done.holds else 1)
+    raise typer.Exit({True: 0, False: 1, None: 3}[done.holds])
 
 
 def _key(path: Path) -> Any:
@@ -255,7 +258,8 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    typer.echo("HOLDS" if facts.pop("holds") else "DOES NOT HOLD")
+    said = {True: "HOLDS", False: "DOES NOT HOLD", None: "UNDECIDED"}
+    typer.echo(said[facts.pop("holds")])
     rows = []
     for name, value in facts.items():
         if name == "stamps":

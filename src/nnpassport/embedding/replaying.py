@@ -4,6 +4,10 @@ Nobody makes up a checkpoint that the training before it leads to: a network on 
 others, or somebody else's, is not where the steps end. That holds for the optimiser's state too: a
 momentum can be chosen that carries any network to any other, so it is compared as the weights are,
 and where a run begins there must be none.
+
+On the processor of the run it ends with the same numbers. On another, numbers are rounded
+otherwise, and training makes much of little: how much, of this stretch, is measured by running it
+from weights that were moved by rounding. What ends as near as these is the same training.
 """
 
 import json
@@ -11,7 +15,8 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -24,7 +29,7 @@ from nnpassport.claims import diary as diaries
 from nnpassport.claims.entries import Entry
 from nnpassport.data.images import read_images
 from nnpassport.embedding import owner
-from nnpassport.embedding.checkpoint import load_model, load_training
+from nnpassport.embedding.checkpoint import load_model, load_training, save_training
 from nnpassport.embedding.network import models
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.train.loop import Journal, Moment, Recipe
@@ -40,7 +45,22 @@ from nnpassport.scheme import (
 )
 
 TOLERANCE = 0.05
-"""How far from the kept checkpoint a replay may end, as a share of the way that was gone."""
+"""How far from the kept checkpoint a replay may always end, as a share of the way that was gone."""
+
+FARTHEST = 0.5
+"""How far at most: another network ends about as far off as the way is long, 0.87 at a right guess.
+
+That is sin θ for a guess at an angle of θ = 60° to where the steps go.
+"""
+
+ROUNDINGS = 2
+"""Runs from weights that were moved by rounding, to see how far that carries."""
+
+TIMES = 3.0
+"""So many times as far as these count as rounding."""
+
+_ROUNDING = 2.0**-20
+"""What sums of some hundred products differ by, in float32, where they are added otherwise."""
 
 
 class Stretch(NamedTuple):
@@ -60,7 +80,9 @@ class Replayed:
         equal: whether weights and optimiser ended bit for bit as kept.
         weights: how far the weights are from the kept ones, as a share of the way that was gone.
         optimiser: how far its state is from the kept one, as a share of its size.
-        tolerance: up to which both count as rounding.
+        larger: how many times as large the kept optimiser's state is as the one found.
+        rounding: how far rounding carries the weights, and the optimiser; 0 if they are equal.
+        tolerance: up to which either counts as rounding whatever that is.
         fault: what is wrong beside that, or None.
     """
 
@@ -70,14 +92,30 @@ class Replayed:
     equal: bool
     weights: float
     optimiser: float
+    larger: float
+    rounding: tuple[float, float]
     tolerance: float
     fault: str | None = None
 
     @property
-    def holds(self) -> bool:
-        """Whether the stretch ends where the diary says."""
-        near = max(self.weights, self.optimiser) <= self.tolerance
-        return self.fault is None and (self.equal or near)
+    def allowed(self) -> float:
+        """How far the weights may be off and still be the same training."""
+        return min(FARTHEST, max(self.tolerance, TIMES * self.rounding[0]))
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the stretch ends where the diary says; None: rounding carries too far to tell."""
+        if self.fault is not None:
+            return False
+        if self.equal:
+            return True
+        # A momentum that carries a network elsewhere is no larger by rounding.
+        blurred = TIMES * self.rounding[1] > FARTHEST and 0.5 <= self.larger <= 2.0
+        if self.optimiser > max(self.tolerance, TIMES * self.rounding[1]) and not blurred:
+            return False
+        if self.weights <= self.allowed:
+            return True
+        return None if TIMES * self.rounding[0] > FARTHEST else False
 
     @property
     def reason(self) -> str:
@@ -91,20 +129,27 @@ class Replayed:
             f"the weights end {100 * self.weights:.3g} % of the way from the kept ones, and the "
             f"optimiser {100 * self.optimiser:.3g} % of its size"
         )
+        carried = f"rounding alone carries the weights {100 * self.rounding[0]:.3g} %"
         if self.holds:
-            return f"{stretch} it runs again within rounding: {apart}"
+            return f"{stretch} it runs again within rounding: {apart}; {carried}"
+        if self.holds is None:
+            return (
+                f"{stretch} it cannot be told: {apart}, and {carried}; needed: a shorter stretch, "
+                "or the processor that the run was on"
+            )
         return (
-            f"{stretch} it does not end where the diary says: {apart}, and "
-            f"{100 * self.tolerance:g} % is allowed"
+            f"{stretch} it does not end where the diary says: {apart}, {carried}, and "
+            f"{100 * self.allowed:.3g} % is allowed"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
-        named = ("start", "end", "steps", "equal", "weights", "optimiser", "tolerance")
+        named = ("start", "end", "steps", "equal", "weights", "optimiser", "larger", "rounding")
         return {
             "holds": self.holds,
             "reason": self.reason,
             **{name: getattr(self, name) for name in named},
+            "allowed": self.allowed,
         }
 
 
@@ -226,14 +271,33 @@ def replay(
     before, after = (_opened(folder, each) for each in stretch)
     if before.state["done"] == 0 and before.state["optimizer"].get("state"):
         fault = f"entry {stretch.start.number} begins a run with an optimiser that has been used"
-        return _result(stretch, before, after, before, tolerance, fault)
+        return _result(stretch, before, after, before, tolerance, fault=fault)
+    kept = diaries.kept_in(folder, stretch.start.number) / diaries.STATE_FILE
+    watch = _run(stretch, run, lambda path: shutil.copyfile(kept, path))
+    if watch.begun != stretch.start.facts.checkpoint:
+        fault = f"the state kept with entry {stretch.start.number} is of another network"
+        return _result(stretch, before, after, before, tolerance, fault=fault)
+    found = _ended(watch, stretch)
+    once = _result(stretch, before, after, found, tolerance)
+    if once.equal:
+        return once
+    moved = []
+    for number in range(ROUNDINGS):
+        state = _rounded(before.state, number)
+        again = _ended(_run(stretch, run, partial(save_training, state=state)), stretch)
+        moved.append(_result(stretch, before, found, again, tolerance))
+    rounding = max(each.weights for each in moved), max(each.optimiser for each in moved)
+    return replace(once, rounding=rounding)
+
+
+def _run(
+    stretch: Stretch, run: Callable[[Journal], object], state_into: Callable[[Path], object]
+) -> "_Watch":
+    """Run the stretch from a state that is written into a path."""
+    watch = _Watch(stretch.start.facts.step, stretch.end.facts.step)
     with tempfile.TemporaryDirectory(prefix="nnpassport-replay-") as temporary:
         at = Path(temporary)
-        shutil.copyfile(
-            diaries.kept_in(folder, stretch.start.number) / diaries.STATE_FILE,
-            at / "training.pt",
-        )
-        watch = _Watch(stretch.start.facts.step, stretch.end.facts.step)
+        state_into(at / "training.pt")
         try:
             run(Journal(at, resume=True, checkpoint_every=math.inf, diary=watch))
         except _ReachedError:
@@ -245,15 +309,33 @@ def replay(
                 f"the state kept with entry {stretch.start.number} cannot be gone on from "
                 f"({type(error).__name__}: {brief(error)}); needed: the file that was kept"
             ) from error
-    if watch.begun != stretch.start.facts.checkpoint:
-        fault = f"the state kept with entry {stretch.start.number} is of another network"
-        return _result(stretch, before, after, before, tolerance, fault)
+    return watch
+
+
+def _ended(watch: "_Watch", stretch: Stretch) -> "_Held":
+    """What a run came to.
+
+    Raises:
+        UnsuitableModelError: it ended before the stretch does.
+    """
     if watch.found is None:
         raise UnsuitableModelError(
             f"the run ended before step {stretch.end.facts.step}, where the stretch ends; needed: "
             "the recipe that the diary names"
         )
-    return _result(stretch, before, after, watch.found, tolerance, None)
+    return watch.found
+
+
+def _rounded(state: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """The state with its weights moved by about as much as rounding moves them."""
+    rng = torch.Generator().manual_seed(number)
+    moved = {
+        name: value * (1 + _ROUNDING * torch.randn(value.shape, generator=rng).to(value.dtype))
+        if value.is_floating_point()
+        else value
+        for name, value in state["model"].items()
+    }
+    return {**state, "model": moved}
 
 
 def compared(
@@ -343,10 +425,12 @@ def _result(
     after: _Held,
     found: _Held,
     tolerance: float,
-    fault: str | None,
+    *,
+    fault: str | None = None,
 ) -> Replayed:
     weights = compared(before.weights, after.weights, found.weights)
     optimiser = _apart(after.state["optimizer"], found.state["optimizer"])
+    sizes = [_size(_tensors(each.state["optimizer"])) for each in (after, found)]
     return Replayed(
         stretch.start.number,
         stretch.end.number,
@@ -354,6 +438,8 @@ def _result(
         fault is None and weights == optimiser == 0.0,
         weights,
         optimiser,
+        sizes[0] / sizes[1] if sizes[1] > 0 else math.inf if sizes[0] > 0 else 1.0,
+        (0.0, 0.0),
         tolerance,
         fault,
     )
@@ -364,9 +450,13 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     mine, theirs = _tensors(one), _tensors(other)
     if mine.keys() != theirs.keys() or any(mine[n].shape != theirs[n].shape for n in mine):
         return math.inf
-    size = sum(float(each.double().square().sum()) for each in mine.values())
-    missed = sum(float((mine[n].double() - theirs[n].double()).square().sum()) for n in mine)
-    return 0.0 if missed == 0 else math.sqrt(missed / size) if size > 0 else math.inf
+    size = _size(mine)
+    missed = _size({n: mine[n].double() - theirs[n].double() for n in mine})
+    return 0.0 if missed == 0 else missed / size if size > 0 else math.inf
+
+
+def _size(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(each.double().square().sum()) for each in tensors.values()))
 
 
 def _tensors(state: Any, path: str = "") -> dict[str, Tensor]:

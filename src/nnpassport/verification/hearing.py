@@ -53,6 +53,8 @@ from nnpassport.scheme import (
 from nnpassport.verification.aligning import read_committed
 from nnpassport.verification.anchor import ANCHOR, anchor_in, require_anchor
 from nnpassport.verification.bridge import MEASURED, RELATIONS, running
+from nnpassport.verification.compare import compare
+from nnpassport.verification.lineage import open_network
 from nnpassport.verification.trained import trained_by
 from nnpassport.verification.verdicts import (
     Alignment,
@@ -204,6 +206,7 @@ def hear(
                 elsewhere[other] = found_there.verdicts
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
         claimants[name] = _with_diary(claimants[name], exhibit, suspect, bench)
+        claimants[name] = _with_lineage(claimants[name], exhibit, suspect)
     dated = {
         name: exhibit.reference
         for name, exhibit in exhibits.items()
@@ -222,6 +225,32 @@ def hear(
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
 
 
+def _traced(exhibit: Exhibit, claim: Claim) -> Path | None:
+    """The folder of the network whose table of axes a dated claim commits to, if it is there.
+
+    A table that nobody dated may have been fitted to the suspect.
+    """
+    folder = exhibit.reference if claim.context.anchor is None else exhibit.anchor
+    if folder is None or claim.axes is None or not exhibit.standing.older:
+        return None
+    return folder if (folder / AXES_FILE).is_file() else None
+
+
+def _with_lineage(claimant: Claimant, exhibit: Exhibit, suspect: Suspect) -> Claimant:
+    """The claimant, with what `compare` says of the suspect and his network: for the judge to read.
+
+    No rule rests on it: who begins with one seed, or at one public network, has an order in common.
+    """
+    if exhibit.reference is None or not claimant.proves:
+        return claimant
+    try:
+        found = compare(open_network(suspect), open_network(exhibit.reference))
+        note = f"compare, of the suspect and its network: {found.outcome.value}: {found.reasons[0]}"
+    except Exception as error:  # what a claimant hands in stops no other
+        note = f"the suspect and its network could not be compared: {_said(error)}"
+    return replace(claimant, notes=(*claimant.notes, f"{claimant.name}: {note}"))
+
+
 def _with_diary(claimant: Claimant, exhibit: Exhibit, suspect: Suspect, bench: Bench) -> Claimant:
     """The claimant, with what his diary dates."""
     claim = exhibit.standing.claim
@@ -235,6 +264,7 @@ def _with_diary(claimant: Claimant, exhibit: Exhibit, suspect: Suspect, bench: B
             roots=bench.roots,
             appeared=bench.appeared,
             unrelated=bench.unrelated,
+            traced=_traced(exhibit, claim),
         )
         between, note = found.between, found.note
     except Exception as error:  # what a claimant hands in stops no other

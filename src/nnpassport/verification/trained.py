@@ -12,17 +12,25 @@ Four things have to hold, and each is against a diary that somebody makes up:
   as an unrelated network: against one that begins at what others have too. So of a fine-tuning only
   what is beyond its base counts, and of a training from a seed only what is beyond that start.
 
+Whether the suspect was made from a checkpoint is read over the table of axes that the claim commits
+to, where there is one: for any architecture, and no network runs. Without one PyTorch compares
+networks of the package's own architectures.
+
 A line bent from an old network of one's own to another's passes the second. It dates nothing
 earlier all the same: what it has from before is not what the suspect was made from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from cryptography import x509
 
+from nnpassport.alignment.axes import Axes
+from nnpassport.alignment.rate import RELATED
 from nnpassport.claims.claim import Claim
 from nnpassport.claims.diary import Finding, check, kept_in, time_of
 from nnpassport.claims.entries import Entry
@@ -30,8 +38,13 @@ from nnpassport.claims.signing import public_from_hex
 from nnpassport.claims.timestamp import Timestamp
 from nnpassport.files.suspect import Suspect
 from nnpassport.scheme import NoTimestampError
+from nnpassport.verification.aligning import read_committed
+from nnpassport.verification.alike import aligned_reading
 from nnpassport.verification.bridge import RELATIONS, running
 from nnpassport.verification.continuity import continuity, kept_entries, spaced
+from nnpassport.verification.lineage import open_network
+
+_MOST_DATED = 256  # of more checkpoints, so many from the first to the last
 
 MOST_TRIED = 8
 """Checkpoints that are compared with the suspect, from the first to the last."""
@@ -62,8 +75,11 @@ def trained_by(
     roots: Sequence[x509.Certificate],
     appeared: datetime | None,
     unrelated: tuple[Path, ...] = (),
+    traced: Path | None = None,
 ) -> Trained:
     """What the diary in `folder` dates of the suspect, under a claim that holds.
+
+    `traced` is the folder of the network whose table of axes the claim commits to, if it does.
 
     Raises:
         OwnershipError: the diary or a checkpoint cannot be read, or PyTorch is not installed.
@@ -78,7 +94,10 @@ def trained_by(
         fault = whole.reason
     if fault is not None:
         return _nothing(fault)
-    return _first(Suspect.of(suspect), folder, kept[0], dated, unrelated)
+    axes = None if traced is None or claim.axes is None else read_committed(traced, claim)[0]
+    strangers = (*unrelated, kept_in(folder, kept[0].number))
+    made_from = _by_running if axes is None else partial(_by_axes, axes)
+    return _first(partial(made_from, Suspect.of(suspect), strangers), folder, dated)
 
 
 def _fault(
@@ -99,29 +118,43 @@ def _fault(
 
 
 def _first(
-    suspect: Suspect,
-    folder: Path,
-    beginning: Entry,
-    dated: Sequence[_Token],
-    unrelated: tuple[Path, ...],
+    made_from: Callable[[Path], tuple[bool, str]], folder: Path, dated: Sequence[_Token]
 ) -> Trained:
     """The first of these that the suspect was made from."""
-    relations_of = running(f"{RELATIONS}:relations_of", "to compare a diary with the suspect")
-    strangers = (*unrelated, kept_in(folder, beginning.number))
     tokens = {entry.number: token for entry, token in dated}
-    notes: list[str] = []
+    notes = ""
     for entry in spaced([entry for entry, _ in dated], MOST_TRIED):
-        at = {"diary": kept_in(folder, entry.number)}
-        facts: Any = relations_of(suspect, at, unrelated=strangers)["diary"]
-        if facts.related:
+        related, note = made_from(kept_in(folder, entry.number))
+        if related:
             token = tokens[entry.number]
             return Trained((token.earliest, token.latest), entry.number, _said(entry, token))
-        notes += facts.notes
-    why = f": {notes[0]}" if notes else ""
+        notes = notes or note
     return _nothing(
         "the suspect was made from none of its dated checkpoints by more than its beginning "
-        f"explains{why}"
+        f"explains{notes}"
     )
+
+
+def _by_running(suspect: Suspect, strangers: tuple[Path, ...], at: Path) -> tuple[bool, str]:
+    """Whether the suspect was made from the checkpoint, by its filters; PyTorch is needed."""
+    relations_of = running(f"{RELATIONS}:relations_of", "to compare a diary with the suspect")
+    facts: Any = relations_of(suspect, {"diary": at}, unrelated=strangers)["diary"]
+    return bool(facts.related), f": {facts.notes[0]}" if facts.notes else ""
+
+
+def _by_axes(
+    axes: Axes, suspect: Suspect, strangers: tuple[Path, ...], at: Path
+) -> tuple[bool, str]:
+    """The same by units of each axis, put into the checkpoint's order."""
+    mine, theirs = open_network(suspect), open_network(at)
+    rng = np.random.default_rng(0)
+    others = [open_network(path) for path in strangers]
+    found = aligned_reading(mine, theirs, axes, others, rng)
+    if found is None or not found.strangers:
+        return False, ": over the claim's axes it cannot be compared"
+    best = max(*found.strangers, *found.mixtures)
+    said = f": {found.likeness:.2f} alike, its beginning and unrelated networks {best:.2f}"
+    return found.likeness >= best + RELATED * (1 - best), said
 
 
 def _checked(folder: Path, claim: Claim, roots: Sequence[x509.Certificate]) -> Finding:
@@ -134,7 +167,8 @@ def _checked(folder: Path, claim: Claim, roots: Sequence[x509.Certificate]) -> F
 
 def _dated(found: Finding, entries: Sequence[Entry], appeared: datetime) -> list[_Token]:
     """Those that are proved older than the suspect, with the token that proves it."""
-    tokens = [(each, found.dated(each.number)) for each in entries]
+    some = spaced(entries, _MOST_DATED)
+    tokens = [(each, found.dated(each.number)) for each in some]
     return [(each, t) for each, t in tokens if t is not None and t.latest < appeared]
 
 
