@@ -393,35 +393,41 @@ def render(measured: Mapping[str, Mapping[str, Any]]) -> str:
     resnet, _, decoder, _ = subjects()
     made = large["provenance"]
     training = resnet.step("plain") * IMAGENET * EPOCHS / resnet.batch
-    return f"""# Past this machine
+    return f"""# Beyond this machine
 
-Written by `python benchmarks/scaling.py` from a cost model and from files in `results/`. What
-stands beside a measurement was checked here, with the error that the model makes. **Everything
-under "Predictions" is a prediction that nothing here checks**: no network of that size was trained,
-and no cluster was used.
+This page is for whoever plans to mark or verify a network that is larger than any we have run. It
+estimates what that costs in computation, memory and communication. `python benchmarks/scaling.py`
+writes the page from a cost model and from files in `results/`. The sections "Checked" compare the
+model with measurements and give its error. **Everything under "Predictions" is a prediction that
+nothing here checks**: no network of that size was trained, and no cluster was used.
+
+V1, V2 and V3 are the three kinds of mark in [the leaderboard](leaderboard.md); a *passport* is the
+secret tensor that marks one layer, here a *host* layer. The *fork* is the first place where the
+network with passports differs from the one without ([terms](notation.md#terms)).
 
 ## The model
 
-- A host layer takes 2 FLOPs for each weight that an output meets, its backward twice as many. V2
-  and V3 run what comes after the fork once more: a step is 3 × (forward + part after the fork). V3
-  adds {V3.triggers_per_step} trigger images to the batch. The part after the fork is, for AlexNet,
-  ResNet-18 and ResNet-50 at 32 pixels, exactly what surgery finds (a test).
+- A host layer takes 2 FLOPs for each weight that an output meets, and its backward twice as many.
+  V2 and V3 run everything after the fork a second time: a step is 3 × (forward + part after the
+  fork). V3 adds {V3.triggers_per_step} trigger images to the batch. For AlexNet, ResNet-18 and
+  ResNet-50 at 32 pixels, the part after the fork is exactly what surgery finds (a test).
 - γ and β take 8 FLOPs for each weight under a passport in a step, whatever the batch. The mean
-  patch is taken once, when the passport is inserted.
-- Memory of a step: weights, gradients and the optimiser's state (12 bytes a number for SGD with
-  momentum in float32, 16 for Adam in mixed precision), and for the backward two numbers for each
-  that a host puts out, in V2 and V3 once more after the fork. Activations are not recomputed.
-- DDP sends 2 (n − 1) / n of the gradients' bytes; passports are no parameters and add nothing. FSDP
-  gathers the weights twice and scatters the gradients: 3 (n − 1) / n. A passport layer's weight is
-  gathered once more for γ and β, and its gradient scattered once more.
+  patch is computed once, when the passport is inserted.
+- A step needs memory for weights, gradients and the optimiser's state: 12 bytes a number for SGD
+  with momentum in float32, 16 for Adam in mixed precision. For the backward it also keeps two
+  numbers for each output of a host layer, and in V2 and V3 twice as many after the fork.
+  Activations are not recomputed.
+- DDP sends 2 (n − 1) / n of the gradients' bytes. Passports are no parameters and add nothing.
+  FSDP gathers the weights twice and scatters the gradients: 3 (n − 1) / n. It gathers a passport
+  layer's weight once more for γ and β, and scatters its gradient once more.
 - Verifying reads a file twice where there are passports (SHA-256, then the layer) and once
-  elsewhere, takes 4 FLOPs for each weight under a passport, and the key's stream is one byte for
+  elsewhere. It takes 4 FLOPs for each weight under a passport. The key's stream is one byte for
   each number of a passport.
 
 ## Checked: training steps
 
-Ratios to the plain step of our own networks, by processor time. The model counts host layers only:
-norms, activations and memory traffic are not in it, and it is off where these are much of a step.
+Ratios to the plain step of our own networks, by processor time. The model counts host layers only.
+It leaves out norms, activations and memory traffic, and it is wrong where these are much of a step.
 
 {
         table(
@@ -435,8 +441,8 @@ norms, activations and memory traffic are not in it, and it is off where these a
 
 ## Checked: memory of a training step
 
-Growth of the resident set, float32, MiB (`bench-quick.json`). Workspace of convolutions, and what
-the allocator keeps, are not in the model: it is a lower bound.
+Growth of the resident set, float32, MiB (`bench-quick.json`). The model is a lower bound, since it
+leaves out the workspace of convolutions and what the allocator keeps.
 
 {
         table(
@@ -447,17 +453,16 @@ the allocator keeps, are not in the model: it is a lower bound.
 
 ## Checked: verification in bounded memory
 
-`nnpassport verify FOLDER --key KEY` on synthetic checkpoints with Llama-7B's layers, in bfloat16
-and shards of a gigabyte, every linear layer of every block under a passport, {
-        large["turns"]
-    } processes
-each, files out of the system's cache ([`large_checkpoint.py`](../benchmarks/large_checkpoint.py),
-[`verification.json`](../results/scaling/verification.json)). The model's rates come from one layer
-of 4096 × 4096 and from the command on next to nothing ({machine.start_seconds:.1f} s,
-{machine.start_bytes / 2**20:.0f} MiB), not from these checkpoints. *Stranger*: share of bits that
-match a key that was not put in. {made["device"]}, one thread, torch {made["torch"]},
-{made["date"]}, commit {(made["commit"] or "unknown")[:7]}. Other work ran beside it, so processor
-seconds are compared and wall seconds are only reported.
+We ran `nnpassport verify FOLDER --key KEY` on synthetic checkpoints with Llama-7B's layers, in
+bfloat16 and shards of a gigabyte, with a passport on every linear layer of every block. Each was
+verified {large["turns"]} times, each time in a process of its own, with the files dropped from the
+system's cache beforehand ([`large_checkpoint.py`](../benchmarks/large_checkpoint.py),
+[`verification.json`](../results/scaling/verification.json)). The model's rates do not come from
+these checkpoints. They come from one layer of 4096 × 4096 and from the command on next to nothing
+({machine.start_seconds:.1f} s, {machine.start_bytes / 2**20:.0f} MiB). *Stranger* is the share of
+bits that match a key that was not put in. {made["device"]}, one thread, torch {made["torch"]},
+{made["date"]}, commit {(made["commit"] or "unknown")[:7]}. Other work ran on the machine, so we
+compare processor seconds and only report wall seconds.
 
 {
         table(
@@ -496,7 +501,7 @@ seconds are compared and wall seconds are only reported.
 
 ## Predictions: communication
 
-Gigabytes that each of {PROCESSES} processes sends in a step, gradients in the precision of the
+Gigabytes that each of {PROCESSES} processes sends in a step, with gradients in the precision of the
 weights.
 
 {
@@ -508,10 +513,11 @@ weights.
 
 ## Predictions: keys and verification
 
-By the rates above, on the machine that they were measured on. A key of each of these is within the
-limits of a key's context. The shards may have {2**40 / GIGA:,.0f} GB together: that is a limit on
-time, since every byte goes through SHA-256, not on memory. Alignment, F and the judge still take
-the whole network into memory, and at most 16 GiB of file.
+These use the rates above, for the machine on which they were measured. A key for each of these
+networks is within the limits of a key's context. All shards together may have
+{2**40 / GIGA:,.0f} GB. That limits time and not memory, since every byte goes through SHA-256.
+Alignment, F (the check of accuracy) and the judge still load the whole network into memory, and
+read at most 16 GiB of file.
 
 {
         table(

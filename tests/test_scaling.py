@@ -1,4 +1,4 @@
-"""The plan past this machine: its model against what is known, and the page against the model."""
+"""The plan beyond this machine: its model against what is known, and the page against the model."""
 
 import importlib.util
 import json

@@ -85,7 +85,7 @@ def demo(
     out: Out = Path("nnpassport-demo"),
     as_json: AsJson = False,
 ) -> None:
-    """The whole story on embedded data: embed, release, verify, forge. A minute or two."""
+    """Tell the whole story on embedded data, in a minute or two: embed, release, verify, forge."""
     from nnpassport.lab.demo import COMMANDS, table
     from nnpassport.lab.demo import demo as run_demo
 
@@ -109,10 +109,10 @@ def key_new(
     *,
     out: Out,
     scheme: Annotated[
-        str, typer.Option(help="As in the catalog; `nnpassport schemes` lists them.")
+        str, typer.Option(help="Name of the scheme; `nnpassport schemes` lists them.")
     ] = "passport-v2",
     network: Network,
-    classes: Annotated[int, typer.Option(help="Classes of the task.")] = 10,
+    classes: Annotated[int, typer.Option(help="Number of classes of the task.")] = 10,
     layer: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,36 +123,37 @@ def key_new(
     signing: Annotated[
         Path | None,
         typer.Option(
-            help="Your public key, PEM, from `claim keygen`: nobody else can claim this key then."
+            help="Your public key, PEM, from `claim keygen`. Nobody else can then claim this key."
         ),
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option(help="Signature that can be read back, ASCII (default: random bits)."),
+        typer.Option(help="Text that the mark spells, ASCII (default: random bits)."),
     ] = None,
     passports: Annotated[
         str | None,
         typer.Option(
-            help="channel: one for each channel (default). One for each layer: derived (default "
-            "of pan), or the paper's random, image, shuffle."
+            help="Kind of passport. One for each channel: channel (default). One for each "
+            "layer: derived (default of pan), or the paper's random, image and shuffle."
         ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Training images. For channel: what the layers of the trained network in --model "
-            "receive. For image and shuffle: what passports are made of."
+            help="Training images. With channel they show what the layers of the trained "
+            "network in --model receive. With image and shuffle the passports are made "
+            "of them."
         ),
     ] = None,
     images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
     plain: Annotated[
-        Path | None, typer.Option(help="Beside --images: a trained plain model folder.")
+        Path | None, typer.Option(help="With --images: folder of a plain, trained network.")
     ] = None,
     public: Public = None,
     triggers: Annotated[
         Path | None,
         typer.Option(
-            help="adi, V3: a published trigger set, Parquet, with its labels (no p-value)."
+            help="adi, V3: a published trigger set with its labels, Parquet (no p-value)."
         ),
     ] = None,
     factory: Factory = None,
@@ -253,7 +254,7 @@ def train(
     run: Run,
     as_json: AsJson = False,
 ) -> None:
-    """Train a plain network, without any mark: what a marked one is compared with."""
+    """Train a plain network, without any mark, to compare marked ones with."""
     from nnpassport.embedding import owner as ownership
 
     recipe, base = run.chosen, run.base(network)
@@ -272,7 +273,9 @@ class Marking:
 
     late: Annotated[
         float | None,
-        typer.Option(help="V2, V3: share of steps before the private branch joins (default: 0)."),
+        typer.Option(
+            help="V2, V3: share of steps before the private branch is trained too (default: 0)."
+        ),
     ] = None
     triggers_per_step: Annotated[
         int | None,
@@ -284,13 +287,13 @@ class Marking:
         float | None,
         typer.Option(
             help="With --init: share of confident answers that the mark may change (default: "
-            "0.02); beyond it everything is put back."
+            "0.02). If it would change more, the network is restored."
         ),
     ] = None
     harm_error: Annotated[
         float | None,
         typer.Option(
-            help="The same where no answer is confident: relative error of outputs (default: 0.1)."
+            help="The same if no answer is confident: relative error of the outputs (default: 0.1)."
         ),
     ] = None
     public: Public = None
@@ -298,7 +301,8 @@ class Marking:
         list[str] | None,
         typer.Option(
             "--setting",
-            help="Of the scheme, such as user=3 (deepmarks) or strength=0.05; repeatable.",
+            help="Parameter of the scheme, such as user=3 (deepmarks) or strength=0.05; "
+            "repeatable.",
         ),
     ] = None
 
@@ -324,10 +328,10 @@ def embed(
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a network that carries your key. Interrupt at will; --resume goes on exactly there.
+    """Train a network that carries your key. Interrupt at will; --resume continues exactly there.
 
-    A key with a passport for each channel is bound to the network before the mark, which is written
-    into anchor/: what --init names, or what comes of the first part of training.
+    A key with a passport for each channel is bound to the network before the mark: the network of
+    --init, or the one after the first part of training. It is written into anchor/.
     """
     from nnpassport.embedding import owner as ownership
 
@@ -354,8 +358,8 @@ def release(
     licensee: Annotated[
         str | None,
         typer.Option(
-            help="Who gets this copy: its hidden units are put into an order of their own, and "
-            "`trace` tells whose copy leaked. The answers stay the same."
+            help="Who gets this copy. Its hidden units are put into an order of their own, so "
+            "that `trace` can tell whose copy leaked. The answers stay the same."
         ),
     ] = None,
     factory: Factory = None,
@@ -378,22 +382,37 @@ def release(
 
 @app.command()
 def bench(
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write JSON here.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Also write the result to this file, as JSON."),
+    ] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="All cells, not only the quick ones.")
+        bool, typer.Option("--full", help="Measure everything, not only the quick part.")
     ] = False,
-    minutes: Annotated[float, typer.Option(help="Time budget; what is left over is named.")] = 10.0,
-    architecture: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Images a step; repeatable.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="Repeatable.")] = None,
+    minutes: Annotated[
+        float, typer.Option(help="Minutes to spend; the output names what did not fit in.")
+    ] = 10.0,
+    architecture: Annotated[
+        list[str] | None, typer.Option(help="Only this architecture; repeatable.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Only this many images in a step; repeatable.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Only this precision; repeatable.")
+    ] = None,
     compiled: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Only compiled networks, or none.")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Only compiled networks, or only others (default: both)."
+        ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="infer, train, memory, acts or loop; repeatable.")
+        list[str] | None,
+        typer.Option(help="Only this part: infer, train, memory, acts or loop; repeatable."),
     ] = None,
 ) -> None:
-    """What marks cost: training, inference and acts beside the plain network, as ratios."""
+    """Measure what marks cost in training, inference and other acts, against the plain network."""
     from nnpassport.lab.bench import choose, run
 
     cells = choose(
@@ -436,11 +455,15 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="Results and errors only; goes with every command.")
+        bool,
+        typer.Option("--quiet", help="Print only results and errors. Works with every command."),
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", help="Also versions, time, memory, tracebacks; the same."),
+        typer.Option(
+            "--verbose",
+            help="Also print versions, time, memory and tracebacks. Works with every command.",
+        ),
     ] = False,
 ) -> None:
     if quiet or verbose:

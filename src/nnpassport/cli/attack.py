@@ -30,32 +30,47 @@ class Attackers:
     """What attackers have, and what is measured of what they do."""
 
     key: Annotated[
-        Path | None, typer.Option("--key", help="The owner's key: what is left of it is measured.")
+        Path | None,
+        typer.Option("--key", help="The owner's key, to measure what is left of the mark."),
     ] = None
     scheme: Annotated[
-        str, typer.Option("--scheme", help="Without --key: the scheme that forgers are to forge.")
+        str, typer.Option("--scheme", help="Without --key: the scheme that forgers attack.")
     ] = "passport-v2"
     train: Annotated[
-        str | None, typer.Option("--train", help="Images that attackers have (none: no training).")
+        str | None,
+        typer.Option(
+            "--train",
+            help="Images that attackers have (default: none, so attacks that train are left out).",
+        ),
     ] = None
     train_split: Annotated[str | None, typer.Option("--train-split", help="Split of --train.")] = (
         None
     )
     transfer: Annotated[
-        str | None, typer.Option("--transfer", help="Images of another task, to fine-tune to.")
+        str | None,
+        typer.Option(
+            "--transfer",
+            help="Images of another task, for attacks that fine-tune the network to it.",
+        ),
     ] = None
     transfer_test: Annotated[
         str | None,
-        typer.Option("--transfer-test", help="Test images of that task (default: a tenth)."),
+        typer.Option(
+            "--transfer-test", help="Test images of that task (default: a tenth of --transfer)."
+        ),
     ] = None
-    epochs: Annotated[int, typer.Option("--epochs", help="Passes that attackers train for.")] = 10
-    batch: Annotated[int, typer.Option("--batch", help="Images in an attacker's step.")] = 64
+    epochs: Annotated[
+        int, typer.Option("--epochs", help="Passes over the images when attackers train.")
+    ] = 10
+    batch: Annotated[
+        int, typer.Option("--batch", help="Images in a step when attackers train.")
+    ] = 64
     precision: Precision = "float32"
     limit: Annotated[
-        int | None, typer.Option(help="Measure on at most so many images (default: all).")
+        int | None, typer.Option(help="Measure on at most N images (default: all).")
     ] = None
     train_limit: Annotated[
-        int | None, typer.Option(help="Give attackers at most so many images (default: all).")
+        int | None, typer.Option(help="Give attackers at most N images (default: all).")
     ] = None
     seed: Seed = 0
     factory: Factory = None
@@ -104,12 +119,14 @@ class Attackers:
 @spread
 def attack(
     *,
-    name: Annotated[str, typer.Argument(help="Attack; `nnpassport attacks` lists them.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the attack; `nnpassport attacks` lists them.")
+    ],
     model: Released,
     data: Images,
     split: Split = None,
     strength: Annotated[
-        float | None, typer.Option(help="How strong; what it means depends on the attack.")
+        float | None, typer.Option(help="Strength of the attack, in the attack's own unit.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -118,7 +135,7 @@ def attack(
     attackers: Attackers,
     as_json: AsJson = False,
 ) -> None:
-    """One attack on a network: what is left of the mark, or what the forger wins."""
+    """Run one attack on a network, and say what is left of the mark or what the forger wins."""
     from nnpassport.lab import audit as auditing
 
     chosen = auditing.attack_named(name)
@@ -139,13 +156,16 @@ def audit(
     anchor: Annotated[
         Path | None,
         typer.Option(
-            help="What `embed` wrote, with the network before the mark in `anchor/`: what thieves "
-            "moved is read by it."
+            help="Folder from `embed`, with the network before the mark in `anchor/`. "
+            "Networks whose channels were moved are aligned to it."
         ),
     ] = None,
     full: Annotated[
         bool,
-        typer.Option("--full/--quick", help="All strengths and attacks that train, or minutes."),
+        typer.Option(
+            "--full/--quick",
+            help="--full: all strengths, and attacks that train. --quick: what takes minutes.",
+        ),
     ] = False,
     only: Annotated[
         list[str] | None, typer.Option(help="Only this attack; repeatable (default: all).")
@@ -154,7 +174,7 @@ def audit(
     resume: Resume = False,
     as_json: AsJson = False,
 ) -> None:
-    """Attack a network with all that is known; writes audit.json and audit.html."""
+    """Run every known attack on a network; writes audit.json and audit.html."""
     from nnpassport.lab import audit as auditing
 
     subject = attackers.subject(model, data, split)
@@ -171,7 +191,7 @@ def audit(
 
 
 def list_attacks(as_json: AsJson = False) -> None:
-    """Name every attack, what it does and what it needs."""
+    """List every attack, what it does and what it needs."""
     from nnpassport.lab.audit import ATTACKS
 
     facts = [

@@ -10,7 +10,8 @@ from nnpassport.cli.options import AsJson, KeyFile, Out, Passphrase, key_from
 from nnpassport.cli.terminal import errors, print_result, print_rows
 
 app = typer.Typer(
-    help="Commit to a key before any dispute: signed, timestamped.", no_args_is_help=True
+    help="Commit to a key before any dispute, in a signed and timestamped file.",
+    no_args_is_help=True,
 )
 
 ClaimFile = Annotated[Path, typer.Argument(help="Claim file, from anybody.")]
@@ -29,12 +30,14 @@ def keygen(
     out: Out,
     public: Annotated[
         Path | None,
-        typer.Option(help="Where to write the public half (default: NAME.pub.pem beside it)."),
+        typer.Option(
+            help="Where to write the public key (default: NAME.pub.pem beside the secret one)."
+        ),
     ] = None,
     signing_passphrase: SigningPassphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw an Ed25519 key to sign claims with: a secret file and a public one, PEM."""
+    """Draw an Ed25519 key for signing claims: a secret file and a public one, PEM."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
         Ed25519PrivateKey,
     )
@@ -57,20 +60,21 @@ def new(
     signing: Annotated[Path, typer.Option(help="Secret signing key, from `claim keygen`.")],
     out: Out,
     reference: Annotated[
-        Path | None, typer.Option(help="Your released model folder: its digest is committed to.")
+        Path | None,
+        typer.Option(help="Your released model folder. The claim commits to its digest."),
     ] = None,
     anchor: Annotated[
         Path | None,
         typer.Option(
-            help="The secret network before the mark, of a key that has one: it is checked, and "
-            "the table of its axes is committed to, if it has one."
+            help="The secret network before the mark, if the key is bound to one. It is "
+            "checked, and the claim commits to its table of axes if there is one."
         ),
     ] = None,
     public: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Beside --anchor: a network that others have too, such as the base yours began "
-            "from; repeatable. The anchor must be none of them."
+            help="With --anchor: a network that others have too, such as the base you started "
+            "from; repeatable. The anchor must not be one of them."
         ),
     ] = None,
     authority: Annotated[
@@ -86,12 +90,15 @@ def new(
             "in their order."
         ),
     ] = None,
-    alpha: Annotated[int, typer.Option(help="log10 of the threshold on p, an integer.")] = -9,
+    alpha: Annotated[
+        int, typer.Option(help="log10 of the threshold α on the p-value, an integer.")
+    ] = -9,
     target: Annotated[
         float | None, typer.Option(help="Accuracy you declare, 0 to 1 (default: none).")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="ε_f that you declare with --target, 0 to 1.")
+        float,
+        typer.Option(help="How far below --target accuracy may be, 0 to 1 (the paper's ε_f)."),
     ] = 0.03,
     in_toto: Annotated[
         bool,
@@ -102,7 +109,10 @@ def new(
         ),
     ] = False,
     date: Annotated[
-        str | None, typer.Option(help="Only for the record, as 2026-01-31 (default: today).")
+        str | None,
+        typer.Option(
+            help="Date for the record, such as 2026-01-31 (default: today). It proves nothing."
+        ),
     ] = None,
     passphrase: Passphrase = False,
     signing_passphrase: SigningPassphrase = False,
@@ -166,16 +176,17 @@ def axes(
     reference: Annotated[
         Path,
         typer.Argument(
-            help="Your released model folder, or the key's anchor where it has one; axes.json is "
-            "written into it."
+            help="The key's anchor if it has one, else your released model folder. axes.json "
+            "is written into it."
         ),
     ],
     factory: Annotated[
-        str | None, typer.Option(help='Your own "package.module:factory" that builds the network.')
+        str | None,
+        typer.Option(help="Your own architecture, package.module:factory; its code will be run."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Trace and prove a network's axes, so that `claim new` commits to them. Needs PyTorch."""
+    """Trace and prove a network's axes, so that `claim new` can commit to them. Needs PyTorch."""
     from nnpassport.alignment.table import AXES_FILE
     from nnpassport.files.disk import write_atomically
     from nnpassport.verification.bridge import running
@@ -203,11 +214,14 @@ def show(
     path: ClaimFile,
     owner: Annotated[
         Path | None,
-        typer.Option(help="Owner's public key, PEM (default: whoever the file says signed)."),
+        typer.Option(
+            help="Owner's public key, PEM (default: the one in the file, which proves nothing "
+            "about the owner)."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a claim, once its signature has been checked; `verify` also checks the timestamp."""
+    """Check the signature of a claim and print it; `verify` also checks the timestamp."""
     from nnpassport.claims import (
         claim,
         signing,
@@ -244,7 +258,10 @@ def verify(
         ),
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="A disclosed key: is it the one committed to?")
+        Path | None,
+        typer.Option(
+            help="A disclosed key, to check that it is the one to which the claim commits."
+        ),
     ] = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
@@ -273,18 +290,18 @@ def disclose(
     key: KeyFile,
     out: Out,
     reference: Annotated[
-        Path | None, typer.Option(help="The released model folder that the claim commits to.")
+        Path | None, typer.Option(help="The released model folder to which the claim commits.")
     ] = None,
     anchor: Annotated[
         Path | None,
-        typer.Option(help="The secret network before the mark, of a key that has one."),
+        typer.Option(help="The secret network before the mark, if the key is bound to one."),
     ] = None,
     diary: Annotated[
-        Path | None, typer.Option(help="The diary of its training, from `diary new`; it is copied.")
+        Path | None, typer.Option(help="The diary of its training, from `diary new`. It is copied.")
     ] = None,
     passphrase: Passphrase = False,
 ) -> None:
-    """Put claim, key, networks and diary into a folder for a judge: they are secret no longer."""
+    """Put claim, key, networks and diary into a folder for a judge. They are secret no longer."""
     from nnpassport.verification import hearing
 
     secret = key_from(key, passphrase)

@@ -12,23 +12,23 @@ from nnpassport.cli.terminal import paged, print_result, print_table, shown
 
 def compare(
     first: Annotated[Path, typer.Argument(help="A: model folder or weights file, from anybody.")],
-    second: Annotated[Path, typer.Argument(help="B: the same; order does not matter.")],
+    second: Annotated[Path, typer.Argument(help="B: the other one; the order does not matter.")],
     parents: Annotated[
         list[Path] | None,
-        typer.Option(help="A network that A may be mixed from, beside B; repeatable."),
+        typer.Option(help="A network, besides B, from which A may be mixed; repeatable."),
     ] = None,
     unrelated: Annotated[
         list[Path] | None,
         typer.Option(
-            help="A network that has nothing to do with the question: of somebody else, or a "
-            "public base that both began with; repeatable."
+            help="A network that has nothing to do with the question: somebody else's, or a "
+            "public base from which both started; repeatable."
         ),
     ] = None,
     axes: Annotated[
         Path | None,
         typer.Option(
-            help="Table of A's axes, from `claim axes` (default: axes.json in B's folder, or in "
-            "A's; without one, shapes tell)."
+            help="Table of A's axes, from `claim axes` (default: axes.json in B's folder, or "
+            "in A's; without one, tensors are matched by shape)."
         ),
     ] = None,
     card: Annotated[
@@ -44,8 +44,9 @@ def compare(
 ) -> None:
     """Is one network made from the other? 0: related. 1: no sign. 2: not checked. 3: undecided.
 
-    Without key or architecture: hidden units of independent networks are in one order by chance
-    only, and the chance is known exactly. Related is not copied: the same seed does it too.
+    It needs no key and no architecture. Hidden units of independent networks are in the same order
+    only by chance, and that chance is known exactly. Related is not copied: two networks that were
+    trained from the same seed are related too.
     """
     from nnpassport.report.provenance import made_with
     from nnpassport.verification.cards import declaration_says, declared

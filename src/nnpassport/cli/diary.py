@@ -13,7 +13,7 @@ from nnpassport.cli.options import AsJson, Factory, Held, Images, Initial, Split
 from nnpassport.cli.terminal import errors, print_table
 
 app = typer.Typer(
-    help="Keep a diary of training: a signed chain of what it came to, timestamped.",
+    help="Keep a diary of training: a chain of signed, timestamped entries.",
     no_args_is_help=True,
 )
 
@@ -29,7 +29,9 @@ Root = Annotated[
 def new(
     folder: Folder,
     signing: Signing,
-    note: Annotated[str, typer.Option(help="What is trained: one line, for the record.")] = "",
+    note: Annotated[
+        str, typer.Option(help="What is being trained: one line, for the record.")
+    ] = "",
 ) -> None:
     """Begin a diary. `train --diary` and `embed --diary` write into it, and so does `diary add`."""
     from nnpassport.claims import diary
@@ -50,18 +52,18 @@ def add(
         bool, typer.Option("--keep", help="Keep a copy of the checkpoint in the diary's folder.")
     ] = False,
     configuration: Annotated[
-        Path | None, typer.Option(help="A file that says how it is trained; it is copied.")
+        Path | None, typer.Option(help="A file that says how the network is trained. It is copied.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="SHA-256 of what it is trained on, 64 hex digits.")
+        str | None, typer.Option(help="SHA-256 of the training data, 64 hex digits.")
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="A number, as loss=0.25; repeatable.")
+        list[str] | None, typer.Option(help="A measurement, such as loss=0.25; repeatable.")
     ] = None,
-    note: Annotated[str, typer.Option(help="One line, for the record.")] = "",
+    note: Annotated[str, typer.Option(help="A remark of one line, for the record.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Enter what a training has come to: for loops that are not ours."""
+    """Add an entry about the state of a training, from a loop that is not ours."""
     from nnpassport.claims import diary
     from nnpassport.claims.entries import Facts
 
@@ -84,10 +86,11 @@ def stamp(
     folder: Folder,
     authority: Annotated[str, typer.Option(help="URL of an RFC 3161 timestamp authority.")],
     authority_root: Annotated[
-        Path, typer.Option(help="Its root certificate, PEM: the token is checked at once.")
+        Path,
+        typer.Option(help="The authority's root certificate, PEM. The token is checked at once."),
     ],
 ) -> None:
-    """Have the last entry timestamped, and so all before it. Once a day is often enough."""
+    """Have the last entry timestamped, and with it all before it. Once a day is enough."""
     from nnpassport.claims import diary, timestamp
 
     number = diary.stamp(folder, authority, timestamp.load_roots(authority_root))
@@ -100,7 +103,7 @@ def verify(
     owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
     root: Root = None,
     network: Annotated[
-        Path | None, typer.Option(help="A network: is it one that the diary names?")
+        Path | None, typer.Option(help="A network, to check that the diary names it.")
     ] = None,
     chain_only: Annotated[
         bool, typer.Option("--chain-only", help="Do not compare the checkpoints that were kept.")
@@ -146,10 +149,12 @@ def replay(
     split: Split = None,
     validation: Held = 0.05,
     start: Annotated[
-        int | None, typer.Option("--from", help="Entry to begin at (default: drawn by lot).")
+        int | None,
+        typer.Option("--from", help="Entry from which to start (default: drawn at random)."),
     ] = None,
     key: Annotated[
-        Path | None, typer.Option(help="The key of a run of `embed`; it is secret no longer.")
+        Path | None,
+        typer.Option(help="The key, if the run was one of `embed`. It is then no longer secret."),
     ] = None,
     init: Initial = None,
     tolerance: Annotated[
@@ -163,8 +168,8 @@ def replay(
 
     2: not checked. 3: rounding carries the stretch so far that it cannot be told.
 
-    Give what the run was given: data, its split and held-out share, and the key and network to
-    start from if there were any. All else is in the diary.
+    Give what the run was given: data, its split and held-out share, and the key and the initial
+    network if there were any. Everything else is in the diary.
     """
     from nnpassport.claims import diary
     from nnpassport.claims.signing import load_public_key

@@ -18,20 +18,22 @@ def layers(
     shape: Network,
     layer: Annotated[
         list[str] | None,
-        typer.Option(help="Layers to protect, such as 'layer4.*'; repeatable (default: ours)."),
+        typer.Option(
+            help="Layers to protect, such as 'layer4.*'; repeatable (default: chosen for you)."
+        ),
     ] = None,
     images: Annotated[
         str | None,
         typer.Option(
-            help="Images as the network of a trained model folder was trained on: a mark is put "
-            "into a copy, and what becomes of the answers is measured."
+            help="Images like those on which the network was trained. A copy of the network "
+            "is marked, and the change of its answers is measured."
         ),
     ] = None,
     images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
     factory: Factory = None,
     as_json: AsJson = False,
 ) -> None:
-    """What in a network can carry a passport, what cannot and why, and what it would cost."""
+    """List which layers can carry a passport, which cannot and why, and what it would cost."""
     from nnpassport.scheme import UnsuitableModelError
 
     given = model or shape.architecture

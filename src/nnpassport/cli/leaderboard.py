@@ -14,28 +14,38 @@ from nnpassport.cli.spread import spread
 def leaderboard(
     *,
     scheme: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeatable (default: the catalog).")
+        list[str] | None,
+        typer.Option(help="Only this scheme; repeatable (default: the whole catalog)."),
     ] = None,
     attack: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeatable (default: all that apply).")
+        list[str] | None,
+        typer.Option(help="Only this attack; repeatable (default: all that apply)."),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="leaderboard, or leaderboard-trial (embedded digits, minutes).")
+        str,
+        typer.Option(help="leaderboard, or leaderboard-trial (embedded digits, takes minutes)."),
     ] = "leaderboard",
     grid: Grid,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="The page, Markdown; HTML and a picture go beside it."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="Markdown page to write; the HTML page and a picture are written beside it.",
+        ),
     ] = None,
     render_only: Annotated[
-        bool, typer.Option("--render-only", help="Run nothing: the pages from what was run.")
+        bool,
+        typer.Option(
+            "--render-only", help="Run nothing; write the pages from the results that there are."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run what is missing of scheme × attack, and render the leaderboard.
+    """Run every pair of scheme and attack that has no result yet, and render the leaderboard.
 
-    What was run is never run again; what was interrupted goes on. Exit code 2 if something could
-    not be run.
+    A run that is done is never repeated, and one that was interrupted resumes. Exit code 2 if
+    something could not be run.
     """
     from nnpassport.lab.leaderboard import board, field
     from nnpassport.lab.plans import field_plan_named

@@ -15,7 +15,7 @@ _NAMED = 10  # classes and pictures that are named, at most
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 KeyFile = Annotated[Path, typer.Option("--key", help="Secret key file, from `key new`.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File or folder to write.")]
 Passphrase = Annotated[
     bool,
     typer.Option(help="Ask for the key's passphrase ($NNPASSPORT_PASSPHRASE is used if set)."),
@@ -28,90 +28,109 @@ Images = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder of "
-        "such files or of one folder per class; CIFAR's own files; .npz; hub:owner/name; or "
-        "factory:package.module:function, your own code, which gives a data set of PyTorch.",
+        help="Images: 'digits'; a Parquet, Arrow, WebDataset or CSV file, a pattern, a folder "
+        "of such files or of one folder per class; CIFAR's own files; .npz; "
+        "hub:owner/name; or factory:package.module:function, your own code, which "
+        "returns a PyTorch data set.",
     ),
 ]
-OptionalImages = Annotated[str | None, typer.Option("--data", help="Images to measure F on.")]
+OptionalImages = Annotated[
+    str | None,
+    typer.Option("--data", help="Images on which to measure accuracy, for the fidelity test F."),
+]
 ImageColumn = Annotated[
     str | None,
-    typer.Option(help="Column of the pictures, where its name is not a usual one (image, img …)."),
+    typer.Option(help="Column of the pictures, if its name is not a usual one (image, img …)."),
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option(help="Column of the classes, where its name is not a usual one (label, class …)."),
+    typer.Option(help="Column of the classes, if its name is not a usual one (label, class …)."),
 ]
 SkipCorrupt = Annotated[
     bool,
-    typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read, and say which."),
+    typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read, and name them."),
 ]
 Split = Annotated[str | None, typer.Option(help="Split of --data (digits, folders, hub names).")]
 Architecture = Annotated[
-    str, typer.Option("--model", help="alexnet, resnet18, resnet50, or a model folder.")
+    str,
+    typer.Option("--model", help="Architecture: alexnet, resnet18, resnet50, or a model folder."),
 ]
 Norm = Annotated[str, typer.Option(help="Normalisation: batch, group, layer or none.")]
 Arguments = Annotated[
     list[str] | None,
-    typer.Option("--set", help="More arguments of the architecture, as name=value."),
+    typer.Option("--set", help="Another argument of the architecture, as name=value; repeatable."),
 ]
-Size = Annotated[int, typer.Option(help="Pixels a side of the network's input.")]
+Size = Annotated[int, typer.Option(help="Side of the network's input, in pixels.")]
 Channels = Annotated[int, typer.Option(help="Colour channels of the network's input.")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help="short, paper or tune (default: short; with --init: tune)."),
+    typer.Option(
+        "--recipe",
+        help="Training recipe: short, paper or tune (default: short; with --init: tune).",
+    ),
 ]
 Epochs = Annotated[int | None, typer.Option(help="Passes over the images (default: the recipe's).")]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch", help="Images a step (default: the recipe's).")
+    int | None, typer.Option("--batch", help="Images in a step (default: the recipe's).")
 ]
 Rate = Annotated[float | None, typer.Option(help="Highest learning rate (default: the recipe's).")]
 Precision = Annotated[
-    str, typer.Option(help="float32; bfloat16 or tf32 where the hardware has it.")
+    str, typer.Option(help="float32, or bfloat16 or tf32 if the hardware has it.")
 ]
 Compile = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
-Seed = Annotated[int, typer.Option(help="Of initial weights, order and augmentation.")]
-Held = Annotated[float, typer.Option(help="Share of --data held out to choose checkpoints on.")]
-Test = Annotated[str | None, typer.Option(help="Test images, only ever reported on.")]
+Seed = Annotated[
+    int, typer.Option(help="Seed of initial weights, order of images and augmentation.")
+]
+Held = Annotated[
+    float, typer.Option(help="Share of --data that is held out, to choose checkpoints.")
+]
+Test = Annotated[str | None, typer.Option(help="Test images; used for the report only.")]
 TestSplit = Annotated[str | None, typer.Option(help="Split of --test.")]
 Stream = Annotated[
     bool,
-    typer.Option("--stream", help="Read Parquet shards as they are needed, not into memory."),
+    typer.Option(
+        "--stream",
+        help="Read Parquet shards as they are needed, instead of loading all into memory.",
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")]
 DiaryFolder = Annotated[
     Path | None,
-    typer.Option("--diary", help="Keep a diary of this training there; `diary new` begins one."),
+    typer.Option(
+        "--diary", help="Keep a diary of this training in this folder; `diary new` begins one."
+    ),
 ]
 DiarySigning = Annotated[
     Path | None,
-    typer.Option("--diary-signing", help="The secret signing key that the diary was begun with."),
+    typer.Option("--diary-signing", help="The secret signing key with which the diary was begun."),
 ]
 DiarySteps = Annotated[
     int | None,
-    typer.Option("--diary-steps", help="Steps between its entries (default: one an hour)."),
+    typer.Option(
+        "--diary-steps", help="Steps between the diary's entries (default: one entry an hour)."
+    ),
 ]
 DiaryKeep = Annotated[
     int,
     typer.Option(
         "--diary-keep",
-        help="Keep the checkpoint of every so many entries, to be run again; 0 keeps none.",
+        help="Keep the checkpoint of every Nth entry, for `diary replay`; 0 keeps none.",
     ),
 ]
 Initial = Annotated[Path | None, typer.Option("--init", help="Start from this model folder.")]
 Public = Annotated[
     list[Path] | None,
     typer.Option(
-        help="A network that others have too, such as the base yours began from; repeatable. The "
-        "network before the mark must be none of them."
+        help="A network that others have too, such as the base you started from; repeatable. "
+        "The network before the mark must not be one of them."
     ),
 ]
 Flip = Annotated[
     bool, typer.Option("--augment/--no-augment", help="Random crops and horizontal flips.")
 ]
 Best = Annotated[
-    bool, typer.Option("--keep-best", help="Keep the epoch that is best on held-out images.")
+    bool, typer.Option("--keep-best", help="Keep the epoch that scores best on held-out images.")
 ]
 
 

@@ -38,40 +38,48 @@ class Speech:
         str, typer.Option("--input", help="openinference: name of the model's input.")
     ] = "input"
     output_name: Annotated[
-        str | None, typer.Option("--output", help="openinference: output to read, or the first.")
+        str | None,
+        typer.Option("--output", help="openinference: output to read (default: the first)."),
     ] = None
     channels_last: Annotated[
         bool,
-        typer.Option("--channels-last", help="Where numbers are sent: height width channels."),
+        typer.Option(
+            "--channels-last", help="If numbers are sent: in the order height, width, channels."
+        ),
     ] = False
     mean: Annotated[
         str | None,
         typer.Option(
-            help="Where numbers are sent: of pixels in 0 to 1, a number a channel, as 0.5,0.4,0.4"
+            help="If numbers are sent: mean of each channel, for pixels from 0 to 1, such as "
+            "0.5,0.4,0.4."
         ),
     ] = None
     std: Annotated[
-        str | None, typer.Option(help="Where numbers are sent: the same to divide by.")
+        str | None,
+        typer.Option(
+            help="If numbers are sent: standard deviation of each channel, by which to divide."
+        ),
     ] = None
     template: Annotated[
         Path | None,
         typer.Option(
-            help="template: file with the JSON to send, $IMAGE for the PNG in base64, or "
+            help="template: file with the JSON to send; $IMAGE stands for the PNG in base64, "
             '"$NUMBERS" for nested lists.'
         ),
     ] = None
     pointer: Annotated[
         str | None,
         typer.Option(
-            help="template, instances, multipart: where the answer has the label (default: /label; "
-            "instances: /predictions/0)."
+            help="template, instances, multipart: where in the answer the label is (default: "
+            "/label; instances: /predictions/0)."
         ),
     ] = None
     form_field: Annotated[
-        str, typer.Option("--field", help="multipart: the form's name for the file.")
+        str, typer.Option("--field", help="multipart: name of the form's field for the file.")
     ] = "file"
     ranked: Annotated[
-        bool, typer.Option("--top", help="The answer lists labels or indices, the best first.")
+        bool,
+        typer.Option("--top", help="The answer is a list of labels or indices, the best first."),
     ] = False
 
     def service(self, url: str, config: Any, *, committed: bool) -> Any:
@@ -109,29 +117,36 @@ class Manner:
 
     cover: Annotated[
         str | None,
-        typer.Option(help="Ordinary images to hide the triggers among; what --data takes."),
+        typer.Option(
+            help="Ordinary images among which to hide the triggers; takes what --data takes "
+            "elsewhere."
+        ),
     ] = None
     cover_split: Annotated[str | None, typer.Option(help="Split of --cover.")] = None
     covers: Annotated[int, typer.Option(help="Ordinary images for each trigger.")] = 1
     budget: Annotated[
         int | None,
-        typer.Option(help="Most queries, retries and one or two innocent pictures apart."),
+        typer.Option(
+            help="Most queries, not counting retries and one or two innocent pictures "
+            "(default: all triggers)."
+        ),
     ] = None
     rate: Annotated[
-        float | None, typer.Option(help="Most requests a second (default: as fast as it answers).")
+        float | None,
+        typer.Option(help="Most requests in a second (default: as fast as the service answers)."),
     ] = None
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take in full.")] = 30.0
-    retries: Annotated[int, typer.Option(help="How often a query that failed is repeated.")] = 4
+    timeout: Annotated[float, typer.Option(help="Seconds that a whole answer may take.")] = 30.0
+    retries: Annotated[int, typer.Option(help="How often to repeat a query that failed.")] = 4
     header: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=VARIABLE: send a header whose value, such as 'Bearer hf_…', is in the "
-            "environment; repeatable."
+            help="NAME=VARIABLE: send a header whose value, such as 'Bearer hf_…', is in this "
+            "environment variable; repeatable."
         ),
     ] = None
     authorities: Annotated[
         Path | None,
-        typer.Option("--ca", help="PEM file of the certificates to trust (default: the usual)."),
+        typer.Option("--ca", help="PEM file of certificates to trust (default: the system's)."),
     ] = None
 
     def asking(self, service: Any, labels: Any) -> Any:
@@ -201,45 +216,54 @@ def probe(
     speech: Speech,
     like: Annotated[
         Path | None,
-        typer.Option(help="Your model folder: names of the classes (as --labels), mean and std."),
+        typer.Option(
+            help="Your model folder, for the names of the classes (as --labels), mean and std."
+        ),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="JSON: names in the order of the classes, or {name: index}; where the key has "
-            "none, every map that there was to choose from is paid for."
+            help="JSON: names in the order of the classes, or {name: index}. If the key has "
+            "no names, p is corrected for every map that could have been chosen."
         ),
     ] = None,
     any_order: Annotated[
         bool,
         typer.Option(
             "--any-order",
-            help="Whatever the service calls its classes, in whatever order: the map that fits "
-            "best is taken, and all that there are paid for in the p-value.",
+            help="Accept any names of the classes in any order. The map that fits best is "
+            "taken, and p is corrected for the number of maps.",
         ),
     ] = False,
     claim: Annotated[
         Path | None,
         typer.Option(
-            help="Your claim file: mean, std and names of the classes as it commits to them."
+            help="Your claim file, for mean, std and names of the classes as it commits to them."
         ),
     ] = None,
     owner: Annotated[
         Path | None,
-        typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
+        typer.Option(
+            help="Public key, PEM, that must have signed the claim (default: the one in the claim)."
+        ),
     ] = None,
     manner: Manner,
     answered: Answered,
     alpha: Annotated[
-        float | None, typer.Option(help="log10 of the threshold on p (default: -30.1: 2^-100).")
+        float | None,
+        typer.Option(
+            help="log10 of the threshold α on the p-value (default: -30.1, which is 2^-100)."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Write the result here, the journal of answers beside."),
+        typer.Option(
+            "--out", "-o", help="Write the result here, and the journal of answers beside it."
+        ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the journal of --out.")] = (
-        False
-    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the journal beside --out.")
+    ] = (False),
     report: Report = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,

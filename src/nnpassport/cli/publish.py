@@ -14,11 +14,11 @@ Released = Annotated[Path, typer.Argument(help="Model folder, from `release`.")]
 
 def export(
     source: Released,
-    onnx: Annotated[Path, typer.Option("--onnx", help="ONNX file to write, OUT.onnx.")],
+    onnx: Annotated[Path, typer.Option("--onnx", help="ONNX file to write, such as OUT.onnx.")],
     factory: Factory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a network as ONNX, every weight under its own name. Needs the extra `onnx`."""
+    """Write a network as ONNX, with every weight under its own name. Needs the extra `onnx`."""
     import torch
 
     from nnpassport.embedding.checkpoint import load_model
@@ -38,19 +38,20 @@ def export(
 
 def package(
     source: Annotated[
-        Path, typer.Argument(help="Model folder, from `release`, or of a Hugging Face model.")
+        Path, typer.Argument(help="Model folder, from `release` or from `save_pretrained`.")
     ],
     claim: Annotated[Path, typer.Option(help="Your claim, from `claim new`.")],
     out: Out,
     licence: Annotated[
-        str | None, typer.Option("--license", help="Identifier of the hub, such as apache-2.0.")
+        str | None,
+        typer.Option("--license", help="Licence, by the hub's identifier, such as apache-2.0."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="Title of the model card (default: the folder's name).")
     ] = None,
     publish_claim: Annotated[
         bool,
-        typer.Option("--publish-claim", help="Add the claim file, and not only its digest."),
+        typer.Option("--publish-claim", help="Add the claim file itself, not only its digest."),
     ] = False,
     base: Annotated[
         list[str] | None,
@@ -66,8 +67,9 @@ def package(
     signing: Annotated[
         Path | None,
         typer.Option(
-            help="Private key to sign all files with, PEM, on an elliptic curve such as "
-            "prime256v1: OpenSSF Model Signing. Its passphrase is $NNPASSPORT_SIGNING_PASSPHRASE."
+            help="Private key, PEM, with which to sign all files (OpenSSF Model Signing); on "
+            "an elliptic curve such as prime256v1. Its passphrase is in "
+            "$NNPASSPORT_SIGNING_PASSPHRASE."
         ),
     ] = None,
     as_json: AsJson = False,

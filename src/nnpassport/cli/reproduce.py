@@ -29,20 +29,26 @@ class Grid:
         None
     )
     results: Annotated[
-        Path, typer.Option(help="Results are kept here, one file a run; no secrets.")
+        Path, typer.Option(help="Folder for results, one file for each run. It holds no secrets.")
     ] = Path("results")
     networks: Annotated[
-        Path, typer.Option(help="Networks are kept here with their owners' keys: secret.")
+        Path, typer.Option(help="Folder for networks and their owners' keys. Keep it secret.")
     ] = Path("runs/reproduction")
     seeds: Annotated[
-        str, typer.Option(help="Such as 0,1,2: a network each (default: the recipe's).")
+        str,
+        typer.Option(
+            help="Seeds, such as 0,1,2; each trains a network of its own (default: the recipe's)."
+        ),
     ] = ""
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 1
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at the same time.")] = 1
     backend: Annotated[
-        str, typer.Option(help="loky (this machine), or the cluster of dask or ray.")
+        str, typer.Option(help="Where to run: loky (this machine), or dask or ray (a cluster).")
     ] = "loky"
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what there is to run, and for how long.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Run nothing; list what there is to run, and how long it takes."
+        ),
     ] = False
 
     @property
@@ -86,22 +92,23 @@ def reproduce(
     recipe: Annotated[
         str,
         typer.Option(
-            help="steady, short, gpu, gpu-short, paper, sound, or trial (embedded digits)."
+            help="Recipe: steady, short, gpu, gpu-short, paper, sound, or trial (embedded digits)."
         ),
     ] = "short",
     grid: Grid = OF_THE_PAPER,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The page (default: in --results).")
+        Path | None, typer.Option("--out", "-o", help="Page to write (default: in --results).")
     ] = None,
     architecture: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeatable (default: the recipe's).")
+        list[str] | None,
+        typer.Option(help="Only this architecture; repeatable (default: the recipe's)."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run what is missing of the paper's tables and figures, and render them all.
 
-    What was run is never run again; what was interrupted goes on. Exit code 2 if something could
-    not be run.
+    A run that is done is never repeated, and one that was interrupted resumes. Exit code 2 if
+    something could not be run.
     """
     from nnpassport.lab.paper import contents, document
     from nnpassport.lab.plans import PLANS, plan_named

@@ -10,27 +10,33 @@ from nnpassport.cli.terminal import print_result, print_rows, print_table
 
 
 def trace(
-    suspect: Annotated[Path, typer.Argument(help="Model folder or file of weights, from anybody.")],
+    suspect: Annotated[Path, typer.Argument(help="Model folder or weights file, from anybody.")],
     key: KeyFile,
     original: Annotated[
         Path | None,
         typer.Option(
-            help="Your release without --licensee, with axes.json (`claim axes`): whose order the "
-            "suspect's units are in is read, with keys of any scheme."
+            help="Your release without --licensee, with axes.json (`claim axes`). The "
+            "suspect's units are compared with each licensee's order; works with keys of "
+            "any scheme."
         ),
     ] = None,
     licensee: Annotated[
         list[str] | None,
-        typer.Option(help="With --original: who got a copy. Name all of them; repeatable."),
+        typer.Option(
+            help="With --original: somebody who got a copy; repeatable. Name everybody who did."
+        ),
     ] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="With --original: log10 of the threshold on p (default: 2^-100)."),
+        typer.Option(
+            help="With --original: log10 of the threshold α on the p-value (default: -30.1, which "
+            "is 2^-100)."
+        ),
     ] = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
-    """Name whose copy a network is: of `release --licensee`, or of users of scheme deepmarks.
+    """Name whose copy leaked: a licensee of `release --licensee`, or a user of scheme deepmarks.
 
     Exit code 0 if somebody is named, 1 if nobody is, 2 if it could not be checked.
     """

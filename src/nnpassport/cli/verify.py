@@ -38,21 +38,22 @@ Suspect = Annotated[Path, typer.Argument(help="Model folder or weights file, fro
 Entry = Annotated[
     str | None,
     typer.Option(
-        help="Of a file with several networks, the one whose names begin so, such as teacher or "
-        "state.ema (default: all are candidates, and paid for)."
+        help="If the file has several networks: the one whose tensors have this prefix, such "
+        "as teacher or state.ema (default: all are tried, and p is corrected for their "
+        "number)."
     ),
 ]
 Appeared = Annotated[
     str | None,
     typer.Option(
-        help="When the suspect is known to have been there first, ISO 8601, UTC unless it says "
-        "otherwise: a claim proved to be older may use the α it declares."
+        help="When the suspect is first known to have existed, ISO 8601, UTC unless it says "
+        "otherwise. A claim that is proved to be older may use the α it declares."
     ),
 ]
 Unrelated = Annotated[
     list[Path] | None,
     typer.Option(
-        help="A network that has nothing to do with the owner's, of the same architecture; "
+        help="A network of the same architecture that has nothing to do with the owner's; "
         "repeatable (default: mixtures of the suspect's own filters)."
     ),
 ]
@@ -72,11 +73,15 @@ class OnImages:
     reading: Reading = AS_USUAL
     target: Annotated[
         float | None,
-        typer.Option(help="Accuracy that was declared, 0 to 1 (default: the claim's, or its own)."),
+        typer.Option(
+            help="Declared accuracy, 0 to 1 (default: the claim's, or the network's own)."
+        ),
     ] = None
     tolerance: Annotated[
         float | None,
-        typer.Option(help="ε_f of the fidelity test, 0 to 1 (default: the claim's, or 0.03)."),
+        typer.Option(
+            help="How far below --target accuracy may be, 0 to 1 (default: the claim's, or 0.03)."
+        ),
     ] = None
 
     def inputs(self, key: Any) -> Any:
@@ -108,36 +113,45 @@ class Look:
     align: Annotated[
         Path | None,
         typer.Option(
-            help="Your released model folder: undo moved, negated and scaled channels first."
+            help="Undo moved, negated and scaled channels first. Give the folder of the key's "
+            "anchor, such as `embed` wrote; if the key has none, your released model "
+            "folder."
         ),
     ] = None
     unrelated: Unrelated = None
     base: Annotated[
         Path | None,
         typer.Option(
-            help="The network that your adapter was made for: what a merged suspect adds to it "
-            "is read (keys of scheme lora)."
+            help="The network for which your adapter was made. What a merged suspect adds to "
+            "it is read (keys of scheme lora)."
         ),
     ] = None
     claim: Annotated[
-        Path | None, typer.Option(help="Your claim file; the verdict is no better than it.")
+        Path | None,
+        typer.Option(help="Your claim file. It must hold, and its age decides the threshold."),
     ] = None
     owner: Annotated[
         Path | None,
-        typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
+        typer.Option(
+            help="Public key, PEM, that must have signed the claim (default: the one in the claim)."
+        ),
     ] = None
     root: Roots = None
     appeared: Appeared = None
     like: Annotated[
         Path | None,
         typer.Option(
-            help="Your model folder: the architecture that the suspect has, and how images become "
-            "numbers, whatever the suspect says of itself."
+            help="Your model folder. Its architecture, and how it turns images into numbers, "
+            "are used in place of the suspect's own."
         ),
     ] = None
     entry: Entry = None
     black_box: Annotated[
-        bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
+        bool,
+        typer.Option(
+            "--black-box",
+            help="Read the mark from predictions on the key's triggers, not from weights.",
+        ),
     ] = False
     answers: Annotated[
         bool,
@@ -158,17 +172,22 @@ class Look:
         bool,
         typer.Option(
             "--every-reading",
-            help="Of answers, look also at other orders of the classes, and at pictures shown as "
-            "the suspect's own config says; all of them are paid for in the p-value.",
+            help="For marks of answers: also try other orders of the classes, and pictures "
+            "prepared as the suspect's own config says. p is corrected for all of them.",
         ),
     ] = False
     as_published: Annotated[
         bool,
-        typer.Option("--as-published", help="The rule of the scheme's paper, without p-value."),
+        typer.Option(
+            "--as-published", help="Apply the rule of the scheme's paper, which has no p-value."
+        ),
     ] = False
     alpha: Annotated[
         float | None,
-        typer.Option(help="log10 of the threshold on p (default: the claim's, or -30.1: 2^-100)."),
+        typer.Option(
+            help="log10 of the threshold α on the p-value (default: the claim's, or -30.1, "
+            "which is 2^-100)."
+        ),
     ] = None
     factory: Factory = None
 
@@ -303,7 +322,8 @@ def judge(
     *,
     suspect: Suspect,
     exhibits: Annotated[
-        list[Path], typer.Argument(help="A folder of each claimant, from `claim disclose`.")
+        list[Path],
+        typer.Argument(help="The exhibit of each claimant: a folder from `claim disclose`."),
     ],
     entry: Entry = None,
     root: Roots = None,
