@@ -127,6 +127,9 @@ def test_channels_that_cancel_each_other_hide_it_at_no_width(house, tmp_path):
     found = verify(tmp_path / "wide.safetensors", key, options=options)
     assert found.accepted
     assert found.matches == found.bits
+    under = Options(alignment=Alignment(folder / "marked"), standing=standing(house))
+    read = verify(tmp_path / "wide.safetensors", key, options=under)  # over the table, no torch
+    assert read.matches == read.bits
 
 
 def test_the_table_of_its_axes_reads_it_without_running_a_network(house):

@@ -60,6 +60,13 @@ class Spot(NamedTuple):
         moved = np.moveaxis(tensor, self.dimension, 0)
         return moved[self.positions.reshape(-1)].reshape(len(self.positions), -1)
 
+    def of(self, rows: Matrix, tensor: Matrix) -> Matrix:
+        """These rows in their places, and nothing else, where `tensor` had others."""
+        rest = [side for n, side in enumerate(tensor.shape) if n != self.dimension]
+        found = np.zeros((self.positions.size, *rest))
+        found[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *rest)
+        return np.moveaxis(found, 0, self.dimension)
+
     def with_rows(self, tensor: Matrix, rows: Matrix) -> Matrix:
         """The tensor with such rows in their places, a copy."""
         found = np.array(tensor)
@@ -316,12 +323,7 @@ class Aligner:
         for spot in spots:
             mine = weights[spot.tensor]
             theirs = spot.rows(work.targets[spot.tensor])
-            rows = (
-                np.moveaxis(mine, spot.dimension, 0).reshape(longer, -1)
-                if longer
-                else spot.rows(mine)
-            )
-            found = _unit(theirs) @ _unit(rows).T
+            found = _unit(theirs) @ _unit((_along(spot, mine) if longer else spot).rows(mine)).T
             loose = spot.tensor in work.loose and not spot.reads
             if unit.normed and not longer and not spot.reads and mine.ndim > 1:
                 turned += found
@@ -339,9 +341,10 @@ class Aligner:
 
         def change(spot: Spot, tensor: Matrix) -> Matrix:
             if longer:
-                if tensor.shape[spot.dimension] != longer:
+                wide = _along(spot, tensor)
+                if len(wide.positions) != longer:
                     return tensor
-                return self._signed(spot, np.take(tensor, order, spot.dimension), work)
+                return self._signed(spot, spot.of(wide.rows(tensor)[order], tensor), work)
             if tensor.ndim != self.reference[spot.tensor].ndim or tensor.shape[
                 spot.dimension
             ] != _length(spot, self.reference):
@@ -711,9 +714,24 @@ def _like_but_for(spot: Spot, mine: Matrix, theirs: Matrix) -> bool:
 
 def _longer(unit: Unit, spots: Sequence[Spot], weights: Weights, reference: Weights) -> int:
     """How many rows the suspect has where it has more than the reference; else 0."""
-    most = {weights[spot.tensor].shape[spot.dimension] for spot in spots}
-    plain = all(reference[s.tensor].shape[s.dimension] == unit.size for s in spots)
-    return max(most) if plain and len(most) == 1 and max(most) > unit.size else 0
+    most = {len(_along(spot, weights[spot.tensor]).positions) for spot in spots}
+    whole = all(_length(spot, reference) == spot.positions.size for spot in spots)
+    return max(most) if whole and len(most) == 1 and max(most) > unit.size else 0
+
+
+def _along(spot: Spot, tensor: Matrix) -> Spot:
+    """The spot in a tensor of another length: its rows lie there as they do in the reference's.
+
+    Side by side, each in one piece; or a number of each in turn. Of another kind there are none.
+    """
+    size, repeats = spot.positions.shape
+    count, over = divmod(tensor.shape[spot.dimension], repeats)
+    places, wide = np.arange(size * repeats), np.arange(count * repeats)
+    if not over and np.array_equal(spot.positions, places.reshape(size, repeats)):
+        return spot._replace(positions=wide.reshape(count, repeats))
+    if not over and np.array_equal(spot.positions, places.reshape(repeats, size).T):
+        return spot._replace(positions=wide.reshape(repeats, count).T)
+    return spot._replace(positions=np.zeros((0, repeats), np.int64))
 
 
 def assigned(cosines: Matrix) -> NDArray[np.int64]:
