@@ -263,21 +263,22 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
+    from nnpassport.files.suspect import Suspect as Opened
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import hearing
     from nnpassport.verification import verdicts as verification
 
-    images = {}
+    opened, images = Opened(suspect), {}
     if data is not None:
         from nnpassport.embedding import measured
 
         # Read here, as what is wrong with them is no claimant's fault
-        configs = hearing.networks(suspect, exhibits)
-        for config in configs or [measured.config_of(suspect, verification.Options())]:
+        configs = hearing.networks(opened, exhibits)
+        for config in configs or [measured.config_of(opened, verification.Options())]:
             images[config.input_size] = images_from(data, split, config, reading)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
-        heard = hearing.hear(suspect, exhibits, bench, show=show)
+        heard = hearing.hear(opened, exhibits, bench, show=show)
     facts = heard.as_dict()
     facts["suspect"]["file"] = str(suspect)
     facts["made_with"] = made_with()
