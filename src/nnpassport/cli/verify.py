@@ -1,14 +1,12 @@
 """The commands `verify` and `judge`: one key and one suspect, or rival claims to it."""
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, cast, final
+from typing import Annotated, Any
 
 import typer
 
 from nnpassport.cli.options import (
-    AS_USUAL,
     AsJson,
     Factory,
     KeyFile,
@@ -53,72 +51,55 @@ Roots = Annotated[
 ]
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class OnImages:
-    """What F is measured on, and against what."""
-
-    data: OptionalImages = None
-    split: Split = None
-    reading: Reading = AS_USUAL
+@spread
+def verify(
+    *,
+    suspect: Suspect,
+    key: KeyFile,
+    data: OptionalImages = None,
+    split: Split = None,
+    reading: Reading,
     target: Annotated[
         float | None,
         typer.Option(help="Accuracy that was declared, 0 to 1 (default: the claim's, or its own)."),
-    ] = None
+    ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="ε_f of the fidelity test, 0 to 1 (default: the claim's, or 0.03)."),
-    ] = None
-
-    def trial(self, suspect: Any, options: Any) -> Any:
-        """The images as the suspect takes them and what was declared, or None without images."""
-        if self.data is None:
-            return None
-        from nnpassport.embedding.measured import config_of
-        from nnpassport.verification.verdicts import declared_trial
-
-        images = images_from(self.data, self.split, config_of(suspect, options), self.reading)
-        return declared_trial(images, self.target, self.tolerance, options.standing)
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Look:
-    """How a suspect is looked at."""
-
+    ] = None,
     align: Annotated[
         Path | None,
         typer.Option(
             help="Your released model folder: undo moved, negated and scaled channels first."
         ),
-    ] = None
-    unrelated: Unrelated = None
+    ] = None,
+    unrelated: Unrelated = None,
     base: Annotated[
         Path | None,
         typer.Option(
             help="The network that your adapter was made for: what a merged suspect adds to it "
             "is read (keys of scheme lora)."
         ),
-    ] = None
+    ] = None,
     claim: Annotated[
         Path | None, typer.Option(help="Your claim file; the verdict is no better than it.")
-    ] = None
+    ] = None,
     owner: Annotated[
         Path | None,
         typer.Option(help="Public key that must have signed the claim, PEM (default: its own)."),
-    ] = None
-    root: Roots = None
-    appeared: Appeared = None
+    ] = None,
+    root: Roots = None,
+    appeared: Appeared = None,
     like: Annotated[
         Path | None,
         typer.Option(
             help="Your model folder: the architecture that the suspect has, and how images become "
             "numbers, whatever the suspect says of itself."
         ),
-    ] = None
+    ] = None,
     black_box: Annotated[
         bool, typer.Option("--black-box", help="Use only predictions on the key's triggers.")
-    ] = False
+    ] = False,
     every_reading: Annotated[
         bool,
         typer.Option(
@@ -126,117 +107,63 @@ class Look:
             help="Of answers, look also at other orders of the classes, and at pictures shown as "
             "the suspect's own config says; all of them are paid for in the p-value.",
         ),
-    ] = False
+    ] = False,
     as_published: Annotated[
         bool,
         typer.Option("--as-published", help="The rule of the scheme's paper, without p-value."),
-    ] = False
+    ] = False,
     alpha: Annotated[
         float | None,
         typer.Option(help="log10 of the threshold on p (default: the claim's, or -30.1: 2^-100)."),
-    ] = None
-    factory: Factory = None
-
-    def options(self, key: Any) -> Any:
-        """The same as `verification.verdicts` takes it.
-
-        Raises:
-            typer.BadParameter: some of it does not go together.
-        """
-        from nnpassport.claims.facts import check_config
-        from nnpassport.files.config import read_config
-        from nnpassport.verification.verdicts import Alignment, Options
-
-        standing = None if self.claim is None else self._standing(key)
-        _check_alpha(self.alpha, standing)
-        if self.like is not None and standing is not None:
-            check_config(self.like, None if standing.claim is None else standing.claim.network)
-        aligned = None
-        if self.align is not None:
-            aligned = Alignment(self.align, tuple(self.unrelated or ()))
-        return Options(
-            reference=None if self.like is None else read_config(self.like),
-            trusted_factory=self.factory,
-            log10_alpha=self.alpha,
-            alignment=aligned,
-            base=self.base,
-            standing=standing,
-            every_reading=self.every_reading,
-        )
-
-    def check(self) -> None:
-        """Refuse what does not go together, before anything is read."""
-        _check_alpha(self.alpha)
-        if self.align is not None and (self.black_box or self.as_published):
-            raise typer.BadParameter(
-                "--align is about weights; leave --black-box, --as-published out"
-            )
-        if self.base is not None and (self.black_box or self.align is not None):
-            raise typer.BadParameter(
-                "--base is about merged weights; leave --black-box, --align out"
-            )
-
-    def verdict(self, path: Path, key: Any, images: OnImages) -> Any:
-        """V, and F if there are images."""
-        from nnpassport.files.suspect import Suspect as Opened
-        from nnpassport.verification import verdicts
-
-        options, suspect = self.options(key), Opened(path)
-        if self.black_box:
-            from nnpassport.embedding.measured import verify_answers
-
-            return verify_answers(suspect, key, options=options)
-        if self.as_published:
-            return verdicts.verify_as_published(suspect, key, options=options)
-        trial = images.trial(suspect, options)
-        return verdicts.verify(suspect, key, trial=trial, options=options)
-
-    @property
-    def way(self) -> str:
-        """How the suspect is read, in words."""
-        from nnpassport.report import words
-
-        if self.black_box or self.as_published:
-            return words.ANSWERS if self.black_box else words.AS_PUBLISHED
-        return words.AS_IT_STANDS if self.align is None else words.ALIGNED
-
-    def _standing(self, key: Any) -> Any:
-        from nnpassport.claims import signing
-        from nnpassport.claims.claimfile import read_signed
-        from nnpassport.claims.standing import standing_of
-
-        signed = read_signed(cast(Path, self.claim))
-        if self.owner is None:
-            public = signing.public_from_hex(signed.envelope.keyid)
-            errors.print(
-                "The claim is checked against the public key in itself; --owner gives one."
-            )
-        else:
-            public = signing.load_public_key(self.owner)
-        roots, appeared = _roots(self.root), _time(self.appeared)
-        return standing_of(signed, public, key, roots=roots, appeared=appeared)
-
-
-@spread
-def verify(
-    *,
-    suspect: Suspect,
-    key: KeyFile,
-    images: OnImages,
-    look: Look,
+    ] = None,
+    factory: Factory = None,
     report: Report = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Does a network carry your key? 0: yes. 1: no. 2: it could not be checked."""
+    from nnpassport.claims.facts import check_config
+    from nnpassport.files.config import read_config
     from nnpassport.report.provenance import made_with
+    from nnpassport.verification import verdicts as verification
 
-    look.check()
+    _check_alpha(alpha)
+    if align is not None and (black_box or as_published):
+        raise typer.BadParameter("--align is about weights; leave --black-box, --as-published out")
+    if base is not None and (black_box or align is not None):
+        raise typer.BadParameter("--base is about merged weights; leave --black-box, --align out")
     secret = key_from(key, passphrase)
-    verdict, time = look.verdict(suspect, secret, images), _time(look.appeared)
+    standing = None if claim is None else _standing(claim, owner, secret, root, appeared)
+    _check_alpha(alpha, standing)
+    if like is not None and standing is not None:
+        check_config(like, None if standing.claim is None else standing.claim.network)
+    options = verification.Options(
+        reference=None if like is None else read_config(like),
+        trusted_factory=factory,
+        log10_alpha=alpha,
+        alignment=None if align is None else verification.Alignment(align, tuple(unrelated or ())),
+        base=base,
+        standing=standing,
+        every_reading=every_reading,
+    )
+    if black_box:
+        from nnpassport.embedding.measured import verify_answers
+
+        verdict = verify_answers(suspect, secret, options=options)
+    elif as_published:
+        verdict = verification.verify_as_published(suspect, secret, options=options)
+    else:
+        trial = None
+        if data is not None:
+            from nnpassport.embedding.measured import config_of
+
+            images = images_from(data, split, config_of(suspect, options), reading)
+            trial = verification.declared_trial(images, target, tolerance, options.standing)
+        verdict = verification.verify(suspect, secret, trial=trial, options=options)
+    time = _time(appeared)
     facts = {
         **verdict.as_dict(),
-        "read": look.way,
+        "read": _read(black_box, as_published, align),
         "suspect": {"file": str(suspect), "appeared": None if time is None else time.isoformat()},
         "key": {"owner": secret.context.owner, "fingerprint": secret.fingerprint},
         "made_with": made_with(),
@@ -263,22 +190,21 @@ def judge(
     as_json: AsJson = False,
 ) -> None:
     """Whose is it? 0: somebody's, or shared. 1: nobody's. 2: not checked. 3: undecided."""
-    from nnpassport.files.suspect import Suspect as Opened
     from nnpassport.report.provenance import made_with
     from nnpassport.verification import hearing
     from nnpassport.verification import verdicts as verification
 
-    opened, images = Opened(suspect), {}
+    images = {}
     if data is not None:
         from nnpassport.embedding import measured
 
         # Read here, as what is wrong with them is no claimant's fault
-        configs = hearing.networks(opened, exhibits)
-        for config in configs or [measured.config_of(opened, verification.Options())]:
+        configs = hearing.networks(suspect, exhibits)
+        for config in configs or [measured.config_of(suspect, verification.Options())]:
             images[config.input_size] = images_from(data, split, config, reading)
     bench = hearing.Bench(_roots(root), _time(appeared), tuple(unrelated or ()), images)
     with progress_bar("judge") as show:
-        heard = hearing.hear(opened, exhibits, bench, show=show)
+        heard = hearing.hear(suspect, exhibits, bench, show=show)
     facts = heard.as_dict()
     facts["suspect"]["file"] = str(suspect)
     facts["made_with"] = made_with()
@@ -286,6 +212,14 @@ def judge(
     paged("nnpassport.report.verdict:write_hearing_page", facts, report)
     codes = {"owner": 0, "shared": 0, "nobody": 1, "undecided": 3}
     raise typer.Exit(codes[heard.ruling.outcome.value])
+
+
+def _read(black_box: bool, as_published: bool, align: Path | None) -> str:
+    from nnpassport.report import words
+
+    if black_box or as_published:
+        return words.ANSWERS if black_box else words.AS_PUBLISHED
+    return words.AS_IT_STANDS if align is None else words.ALIGNED
 
 
 def _check_alpha(alpha: float | None, standing: Any = None) -> None:
@@ -299,6 +233,22 @@ def _check_alpha(alpha: float | None, standing: Any = None) -> None:
             f"--alpha {alpha} is laxer than what the claim may be judged by, "
             f"{standing.log10_alpha:.1f} ({standing.age}); leave it out, or give a smaller one"
         )
+
+
+def _standing(
+    path: Path, owner: Path | None, key: Any, roots: list[Path] | None, appeared: str | None
+) -> Any:
+    from nnpassport.claims import signing
+    from nnpassport.claims.claimfile import read_signed
+    from nnpassport.claims.standing import standing_of
+
+    signed = read_signed(path)
+    if owner is None:
+        public = signing.public_from_hex(signed.envelope.keyid)
+        errors.print("The claim is checked against the public key in itself; --owner gives one.")
+    else:
+        public = signing.load_public_key(owner)
+    return standing_of(signed, public, key, roots=_roots(roots), appeared=_time(appeared))
 
 
 def _roots(paths: list[Path] | None) -> list[Any]:

@@ -172,21 +172,29 @@ def hear(
             claimants[name] = _claimant(name, exhibit)
         except Exception as error:  # whatever one hands in, it stops nobody else's claim
             claimants[name] = Claimant(name, unchecked=_said(error))
+    steps, done = len(exhibits) ** 2, 0
     # Whose claim cannot be read, or does not hold, can prove nothing: that is no try.
-    heard = {name: each for name, each in exhibits.items() if claimants[name].refused is None}
-    turns = count()
-
-    def tell(what: str) -> None:
+    holding = sum(claimants[name].refused is None for name in exhibits)
+    for name, exhibit in exhibits.items():
+        if claimants[name].refused is not None:
+            continue
         if show is not None:
-            show(next(turns), len(exhibits) ** 2, what)
-
-    found = {}
-    for name, exhibit in heard.items():
-        tell(f"{name}: the suspect")
-        found[name] = _on_suspect(suspect, exhibit, bench, len(heard))
-    elsewhere = _elsewhere(heard, exhibits, bench, tell)
-    for name in heard:
-        claimants[name] = _with_findings(claimants[name], found[name], elsewhere[name])
+            show(done, steps, f"{name}: the suspect")
+        found = _on_suspect(suspect, exhibit, bench, holding)
+        done += 1
+        elsewhere = {}
+        for other, theirs in exhibits.items():
+            if other != name and theirs.reference is not None:
+                done += 1
+                if show is not None:
+                    show(done, steps, f"{name}: {other}'s network")
+                strict = Options(
+                    exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
+                )
+                there = Suspect(theirs.reference)
+                found_there = _readings(there, exhibit, strict, bench.unrelated)
+                elsewhere[other] = found_there.verdicts
+        claimants[name] = _with_findings(claimants[name], found, elsewhere)
     dated = {
         name: exhibit.reference
         for name, exhibit in exhibits.items()
@@ -203,29 +211,6 @@ def hear(
     everyone = list(claimants.values())
     standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
-
-
-def _elsewhere(
-    heard: Mapping[str, Exhibit],
-    exhibits: Mapping[str, Exhibit],
-    bench: Bench,
-    tell: Callable[[str], None],
-) -> dict[str, dict[str, Mapping[str, Verdict]]]:
-    """By name, what is found of each mark in every other claimant's network, by the other's."""
-    found: dict[str, dict[str, Mapping[str, Verdict]]] = {name: {} for name in heard}
-    for other, theirs in exhibits.items():
-        if theirs.reference is None:
-            continue
-        network = Suspect(theirs.reference)  # one at a time, for all whose marks may be in it
-        for name, exhibit in heard.items():
-            if name == other:
-                continue
-            tell(f"{name}: {other}'s network")
-            strict = Options(
-                exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
-            )
-            found[name][other] = _readings(network, exhibit, strict, bench.unrelated).verdicts
-    return found
 
 
 def _compared(
