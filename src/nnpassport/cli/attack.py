@@ -79,7 +79,6 @@ class Attackers:
     def subject(self, folder: Path, data: str, split: str | None) -> Any:
         """The network in `folder` and all that attackers of it have."""
         from nnpassport.catalog import scheme_named
-        from nnpassport.data.images import Normalisation
         from nnpassport.embedding.checkpoint import load_model
         from nnpassport.lab.audit import Budget, Subject
 
@@ -91,7 +90,7 @@ class Attackers:
             model=loaded.model,
             config=loaded.config,
             scheme=scheme_named(scheme),
-            normalise=Normalisation(loaded.config.mean, loaded.config.std),
+            normalise=loaded.normalise,
             key=secret,
             test=self._read(data, split, loaded.config, self.limit),
             train=self._read(self.train, self.train_split, loaded.config, self.train_limit),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nnpassport.alignment.unfold import state_from, without_strangers
+from nnpassport.data.imageset import Normalisation
 from nnpassport.embedding.network import models
 from nnpassport.embedding.network.tensors import (
     Weights,
@@ -57,6 +58,11 @@ class Loaded(NamedTuple):
     model: nn.Module
     config: ModelConfig
     digests: dict[str, str]
+
+    @property
+    def normalise(self) -> Normalisation:
+        """What turns pixels into the numbers that it takes."""
+        return Normalisation(self.config.mean, self.config.std)
 
 
 def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:

@@ -295,7 +295,7 @@ def asked(suspect: Suspect, key: Key, options: Options) -> Verdict:
     if scheme.triggers:
         return _answered(suspect, key, options)
     loaded = _load(suspect, options)
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    normalise = loaded.normalise
     verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
     return replace(verdict, digests=loaded.digests)
 
@@ -364,7 +364,7 @@ def _answered(suspect: Suspect, key: Key, options: Options) -> Verdict:
     their other orders.
     """
     scheme, loaded = scheme_named(key.context.scheme), _load(suspect, options)
-    ways = [Normalisation(loaded.config.mean, loaded.config.std)]
+    ways = [loaded.normalise]
     if options.every_reading and (own := own_config(suspect.path)) is not None:
         stated = Normalisation(own.mean, own.std)
         ways += [stated] if stated != ways[0] and len(own.mean) == len(loaded.config.mean) else []
@@ -446,7 +446,7 @@ def with_fidelity(
             "suspect's own task, with its classes in its order; if the suspect's config names them "
             "wrongly, the owner's in its place (--like FOLDER, in Python Options.reference)"
         )
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    normalise = loaded.normalise
     answers = logits_of(loaded.model(normalise(trial.data.images[:2]))).shape[-1]
     if answers != len(trial.data.classes):
         raise UnreadableDataError(

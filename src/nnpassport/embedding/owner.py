@@ -161,7 +161,7 @@ def redraw_as_published(key: Key, mode: str, plain: Path | None, images: ImageSe
     loaded = load_model(plain)
     count = PUBLISHED_PASSPORTS[mode]
     picked = torch.randperm(len(images), generator=rng)[: 2 * count]
-    inputs = Normalisation(loaded.config.mean, loaded.config.std)(images.images[picked])
+    inputs = loaded.normalise(images.images[picked])
     names = [layer.name for layer in key.context.layers]
     if mode == "image":
         passports = image_passports(loaded.model, names, inputs[:1], inputs[1:])
@@ -176,7 +176,7 @@ def prepare_key(key: Key, plain: Path, images: ImageSet) -> Key:
     Keys of most schemes have none and are returned as they are.
     """
     loaded = load_model(plain)
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    normalise = loaded.normalise
     return scheme_named(key.context.scheme).prepared(key, loaded.model, images, normalise)
 
 
@@ -343,7 +343,7 @@ def release(
     loaded = load_model(Path(source), trusted_factory=trusted_factory)
     scheme = scheme_named(key.context.scheme)
     model = loaded.model
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    normalise = loaded.normalise
     found = verify_model(model, normalise, key)
     if not (found.marked or found.matches == found.bits):
         raise UnsuitableModelError(

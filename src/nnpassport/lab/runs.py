@@ -256,7 +256,7 @@ def _key(cell: Cell, store: Store, config: ModelConfig, sets: ownership.Sets) ->
 def _prepared(key: Key, cell: Cell, store: Store, images: ImageSet) -> Key:
     """With the pictures that the scheme makes, in the plain network that this one begins as."""
     plain = load_model(store.folder(cell.plain))
-    normalise = Normalisation(plain.config.mean, plain.config.std)
+    normalise = plain.normalise
     return _scheme(cell).prepared(key, plain.model.eval(), images, normalise)
 
 
@@ -308,7 +308,7 @@ def _read_by_stranger(loaded: Loaded, scheme: Scheme, key: Key) -> Iterator[dict
 
 
 def _read_all_marks(loaded: Loaded, scheme: Scheme, key: Key) -> dict[str, Verdict]:
-    normalise = Normalisation(loaded.config.mean, loaded.config.std)
+    normalise = loaded.normalise
     model, alpha = loaded.model.eval(), LOG10_ALPHA_COMMITTED
     ways = readings(scheme, key, model, normalise, log10_alpha=alpha)
     return {mark: read() for mark, read in ways.items()}
@@ -327,7 +327,7 @@ def _shuffled(key: Key, cell: Cell, store: Store, rng: torch.Generator) -> dict[
     task = images_of(store.data, cell.network.task)
     images = task.test if cell.plan.passports == "shuffle-test" else task.train
     picked = torch.randperm(len(images), generator=rng)[:40]
-    inputs = Normalisation(loaded.config.mean, loaded.config.std)(images.images[picked])
+    inputs = loaded.normalise(images.images[picked])
     return shuffled_passports(
         loaded.model,
         [layer.name for layer in key.context.layers],

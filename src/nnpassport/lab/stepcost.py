@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from nnpassport.data.images import Normalisation
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.train.loop import classification
@@ -26,7 +25,7 @@ def step_cost(cell: Cell, store: Store, scheme: Scheme) -> dict[str, Any]:
     """Seconds of a step with the mark over seconds of a plain one, the two taken in turns."""
     plain = load_model(store.folder(cell.plain))
     key = load_key(store.folder(cell) / "owner.key")
-    normalise = Normalisation(plain.config.mean, plain.config.std)
+    normalise = plain.normalise
     marked = deepcopy(plain.model)
     scheme.insert(marked, key, torch.zeros(2, *plain.config.input_size))
     recipe = embed_recipe(cell.plan, cell.network)

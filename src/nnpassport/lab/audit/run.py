@@ -32,12 +32,10 @@ from nnpassport.scheme import (
     UnsuitableModelError,
     Verdict,
 )
+from nnpassport.verification.verdicts import TOLERANCE
 
 FORMAT = "nnpassport-audit"
 VERSION = 1
-TOLERANCE = 0.03
-"""ε_f: how far a forged passport's accuracy may fall short; the paper's for AlexNet."""
-
 Show = Callable[[float, float, str], None]
 
 

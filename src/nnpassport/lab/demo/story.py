@@ -29,15 +29,12 @@ from nnpassport.lab.demo.stages import Clock, Show
 from nnpassport.report.page import percent, png
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnwritableOutputError
-from nnpassport.verification.verdicts import Trial, verify
+from nnpassport.verification.verdicts import TOLERANCE, Trial, verify
 
 SIZE = 32
 """Pixels a side, which AlexNet's form for small images needs; the digits are scaled up to it."""
 
 _FIRST = 8  # AlexNet's features from the first passport on; before it there is only the trunk
-
-TOLERANCE = 0.03
-"""ε_f of the fidelity test, the paper's for AlexNet: 3 points of accuracy."""
 
 
 @final
