@@ -4,6 +4,7 @@ python benchmarks/supported.py writes the page from the networks of tests/zoo.py
 with one layer and one norm. A test holds the committed page to what this renders now.
 """
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,14 +16,19 @@ from torch.nn.utils import parametrizations
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from nnpassport.alignment.axes import Axes
+from nnpassport.embedding.axes import untied
 from nnpassport.embedding.marked import mark
+from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.survey import survey
+from nnpassport.embedding.network.trace import trace
 from nnpassport.embedding.schemes.passport import V1, V2, Passport
 from nnpassport.files.disk import write_atomically
 from nnpassport.scheme import UnsuitableModelError
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "supported.md"
+MOVES = ROOT / "results" / "moves.json"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import cases  # noqa: E402 - they are beside the tests
@@ -108,11 +114,14 @@ def _architectures() -> list[str]:
         "*Layers*: how many of its layers can carry a passport, followed by a norm (V1, V2, V3),",
         "by an activation, or by neither (V2, V3). *Key in*: where the tests put theirs. *Fork*:",
         "from where on a training step of V2 runs twice, and which modules later take what was",
-        "doubled beside it; *cost*: its FLOPs over a plain forward's.",
+        "doubled beside it; *cost*: its FLOPs over a plain forward's. *Axes*: how many dimensions",
+        "a trace finds that may move, and how many are proved by moving them; + pairs that",
+        "positions rotate. *Undone*: bits that are read after every free move, aligned to the",
+        "network before the mark ([figures](../results/moves.md)).",
         "",
         "| network | class | what it is | layers: norm, activation, neither | refused | key in "
-        "| bits | fork | cost |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| bits | fork | cost | axes found | proved | moves | undone |",
+        "| --- " * 13 + "|",
     ]
     return [*lines, *filter(None, map(_architecture, zoo.ZOO))]
 
@@ -143,8 +152,24 @@ def _architecture(name: str) -> str | None:
         str(sum(len(key.layer_signs(layer.name)) for layer in key.context.layers)),
         at + beside,
         f"{fork.step_cost:.2f}",
+        *_axes(name, network),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _axes(name: str, network: zoo.Network) -> tuple[str, str, str, str]:
+    """How many axes are found and proved, and what `benchmarks/moves.py` measured on them."""
+    torch.manual_seed(0)
+    model, (example, _) = untied(network.build()).eval(), network.batch(2, 0)
+    traced = trace(model, example)
+    proved = prove(model, example, traced)
+    row = json.loads(MOVES.read_text(encoding="utf-8"))[name]
+    found = f"{row['after']['every free move']} of {row['bits']}"
+    return (*(_count(each) for each in (traced, proved)), str(sum(row["moves"].values())), found)
+
+
+def _count(axes: Axes) -> str:
+    return f"{len(axes.axes)}" + (f" + {len(axes.pairs)}" if axes.pairs else "")
 
 
 def _combinations() -> list[str]:

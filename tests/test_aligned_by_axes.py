@@ -278,6 +278,10 @@ def test_freedom_that_the_network_does_not_have_makes_no_stranger_match(house, k
         if array.ndim > 1 and 1 < array.shape[side] <= 100
     ]
     assert len(free) >= 8
+    if kind != "permute":
+        with pytest.raises(UnsuitableModelError, match=f"{kind} axes.*the key has no anchor"):
+            reference_of(replace(genuine, axes=tuple(free)), arrays, key)
+        return
     reference = reference_of(replace(genuine, axes=tuple(free)), arrays, key)
     strange = read_arrays(folder / "strange").arrays
     log10_p, said = 0.0, "fits noise"
@@ -287,6 +291,17 @@ def test_freedom_that_the_network_does_not_have_makes_no_stranger_match(house, k
         said = str(error)
     assert log10_p > -3
     assert "fits noise" in said
+
+
+def test_without_an_anchor_networks_whose_null_is_not_known_are_refused():
+    """MobileNetV2: bottlenecks that mix, and convolutions channel by channel."""
+    model, example = moved_off("MobileNetV2")
+    key = V2.draw_key(
+        model, example, seed=bytes(32), layers=["mobilenet_v2.layer.14.*"], passports="derived"
+    )
+    arrays = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UnsuitableModelError, match="invertible axes and grouped ones"):
+        reference_of(trace(model, example), arrays, key)
 
 
 def test_an_alignment_that_makes_strangers_match_is_refused(house):

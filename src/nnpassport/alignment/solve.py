@@ -29,6 +29,8 @@ SWEEPS = 3
 _NOT_LINEAR = {"pointwise", "layer norm", "square", "group norm", "bilinear"}
 """Traits with which a positive factor does not pass through an axis."""
 _TINY = 1e-300
+_STILL = 1e-6
+"""How far a rotation or mixture may be from none, in each number, and nothing has moved."""
 PAIR_ROUNDS = 20
 _MARKED = 1e-3
 """What a tensor that may carry the mark counts when rotations are found."""
@@ -146,6 +148,7 @@ class Work:
         settled: numbers of the axes that were solved once.
         loose: layers whose rows may be of either sign, as the norm behind them is not known.
         steps: all that was done.
+        moved: whether anything was since this was last set to False.
     """
 
     weights: Weights
@@ -154,6 +157,7 @@ class Work:
     settled: set[int]
     loose: frozenset[str]
     steps: list[_Step]
+    moved: bool = False
 
 
 @final
@@ -188,8 +192,11 @@ class Aligner:
             waiting.remove(unit)
         for sweep in range(SWEEPS):
             self._free_directions(work)
+            work.moved = False
             for unit in counted(self.units, f"putting units in order, {sweep + 1} of {SWEEPS}"):
                 self.solve(unit, work)
+            if not work.moved:
+                break
         for attention in self.attentions:
             self._solve_heads(attention, work)
         for pairs in self.axes.pairs:
@@ -278,6 +285,7 @@ class Aligner:
         elif held:
             trust, written = [self._trust(s) for s, _ in held], [not s.reads for s, _ in held]
             back, forward = _mixture([rows for _, rows in held], written, trust)
+        work.moved |= bool(np.abs(back - np.eye(unit.size)).max() > _STILL) or bool(own)
 
         def change(spot: Spot, tensor: Matrix) -> Matrix:
             if tensor.ndim < 2 or tensor.shape[spot.dimension] != _length(spot, self.reference):
@@ -336,6 +344,7 @@ class Aligner:
             cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
             felt = turned[np.arange(unit.size), order].reshape(unit.groups, -1).sum(1)
             signs = np.repeat(np.where(felt < 0, -1.0, 1.0), unit.size // unit.groups)
+        work.moved |= longer > 0 or not np.array_equal(order, np.arange(unit.size))
         likeness = float(cosines[np.arange(unit.size), order].mean() / len(spots))
         work.likeness[unit.last] = likeness
 

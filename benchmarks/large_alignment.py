@@ -1,0 +1,256 @@
+"""How long axes take to trace, prove and align: a ViT-S, and a transformer of a billion numbers.
+
+    python benchmarks/large_alignment.py run [vit] [billion]    results/large_alignment.json
+    python benchmarks/large_alignment.py render                 results/large_alignment.md from it
+
+The ViT-S is Hugging Face's, with random weights; a thief makes all free moves but twins. The
+billion is Llama's architecture: its axes are traced with zeros that take no memory, and proved on a
+narrow copy. Weights are made when they are asked for, from a seed for each tensor, and the
+thief's are these with the stream rotated and the hidden units reordered, under a little noise. What
+is aligned is what one marked layer needs; every other one takes as long again.
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from nnpassport.alignment.axes import Axes
+from nnpassport.alignment.part import needed, only
+from nnpassport.alignment.solve import aligner
+from nnpassport.attacks.moves import KINDS, move
+from nnpassport.embedding.axes import axes_of, untied
+from nnpassport.embedding.network.prove import prove
+from nnpassport.embedding.network.trace import trace
+from nnpassport.files.disk import write_atomically
+from nnpassport.report.provenance import provenance
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "results" / "large_alignment.json"
+WIDTH, HIDDEN, BLOCKS, WORDS = 2048, 5632, 22, 32_000
+NOISE = 0.05
+
+
+def vit() -> dict[str, Any]:
+    """Seconds of a ViT-S: to trace and prove, and to align a copy that was moved."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+    example = {"pixel_values": torch.randn(2, 3, 224, 224)}
+    clock = Clock()
+    axes = axes_of(model, example)
+    traced = clock.read()
+    kinds = [kind for kind in KINDS if kind not in {"split", "mirror"}]
+    moved = move(model, example, torch.Generator().manual_seed(1), kinds=kinds)
+    own = {n: t.double().numpy() for n, t in model.state_dict().items()}
+    theirs = {n: t.double().numpy() for n, t in moved.model.state_dict().items()}
+    clock = Clock()
+    to = aligner(axes, own)
+    found = to.align(theirs).weights
+    aligned = clock.read()
+    apart = [
+        float(np.linalg.norm(found[n] - to.reference[n]) / np.linalg.norm(to.reference[n]))
+        for n in found
+        if found[n].ndim > 1 and n in to.on
+    ]
+    return {
+        "numbers": sum(each.size for each in own.values()),
+        "axes": len(axes.axes),
+        "trace and proof": traced,
+        "alignment": aligned,
+        "apart": max(apart),
+        "memory": memory(),
+    }
+
+
+def billion() -> dict[str, Any]:
+    """Seconds and memory of one marked layer in a transformer of a billion numbers."""
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS, hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=BLOCKS,
+        num_attention_heads=32, num_key_value_heads=4, use_cache=False,
+    )  # fmt: skip
+    narrow = deepcopy(config)
+    narrow.update({"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128})
+    clock = Clock()
+    small = untied(transformers.LlamaForCausalLM(narrow).eval())
+    letters = {"input_ids": torch.arange(16).view(2, 8)}
+    proved = prove(small, letters, trace(small, letters))
+    proof = clock.read()
+    clock = Clock()
+    model = without_numbers(config)
+    axes = trace(model, letters)
+    traced = clock.read()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    marked = f"model.layers.{BLOCKS // 2}.mlp.up_proj.weight"
+    names = needed(axes, {marked})
+    part = only(axes, names)
+    own, theirs = Weights(shapes, part, moved=False), Weights(shapes, part, moved=True)
+    clock = Clock()
+    to = aligner(part, {name: own[name] for name in sorted(names)}, {marked})
+    found = to.align({name: theirs[name] for name in sorted(names)}).weights
+    aligned = clock.read()
+    reference = to.reference[marked]
+    rows = (found[marked] * reference).sum(1) / np.maximum(
+        np.linalg.norm(found[marked], axis=1) * np.linalg.norm(reference, axis=1), 1e-300
+    )
+    return {
+        "numbers": sum(int(np.prod(shape)) for shape in shapes.values()),
+        "axes": len(axes.axes),
+        "axes proved on the narrow one": len(proved.axes),
+        "proof": proof,
+        "trace": traced,
+        "alignment": aligned,
+        "tensors": sorted(names),
+        "numbers compared": sum(int(np.prod(shapes[name])) for name in names),
+        "least cosine": float(rows.min()),
+        "memory": memory(),
+    }
+
+
+def without_numbers(config: Any) -> torch.nn.Module:
+    """The network with one zero for all numbers of a tensor, which takes no memory."""
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                zero = torch.zeros(1).expand(parameter.shape)
+                module._parameters[name] = torch.nn.Parameter(zero, requires_grad=False)
+    return model
+
+
+class Weights(Mapping[str, Any]):
+    """Tensors that are made when they are asked for; `moved`: as a thief has them."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], axes: Axes, *, moved: bool) -> None:
+        self._shapes, self._axes, self._moved = shapes, axes, moved
+
+    def __getitem__(self, name: str) -> Any:
+        seed = int.from_bytes(name.encode()[-12:], "big")
+        draw, shape = np.random.default_rng(seed), self._shapes[name]
+        if len(shape) == 1:
+            return np.ones(shape)
+        tensor = draw.standard_normal(shape) * 0.02
+        if self._moved:
+            tensor += NOISE * 0.02 * draw.standard_normal(shape)
+            for number, axis in enumerate(self._axes.axes):
+                for place in axis.places:
+                    if place.tensor == name and axis.kind != "inner":
+                        tensor = _moved(tensor, place.dimension, axis.size, axis.kind, number)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _moved(tensor: Any, dimension: int, size: int, kind: str, number: int) -> Any:
+    draw = np.random.default_rng(number)
+    if kind == "permute":
+        return np.take(tensor, draw.permutation(size), dimension)
+    # A product of reflections: a rotation that takes no square matrix.
+    rows = np.moveaxis(tensor, dimension, -1)
+    for _ in range(8):
+        normal = draw.standard_normal(size)
+        normal /= np.linalg.norm(normal)
+        rows = rows - 2 * (rows @ normal)[..., None] * normal
+    return np.moveaxis(rows, -1, dimension)
+
+
+class Clock:
+    """Seconds of the processor and of the wall."""
+
+    def __init__(self) -> None:
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """Since it was made."""
+        wall = time.perf_counter() - self._wall
+        return {"processor": time.process_time() - self._cpu, "wall": wall}
+
+
+def memory() -> float:
+    """GiB that the process had at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+WHAT = {"vit": vit, "billion": billion}
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page of these results."""
+
+    def seconds(each: Mapping[str, float]) -> str:
+        return f"{each['processor']:.1f} ({each['wall']:.1f})"
+
+    a, b = found["vit"], found["billion"]
+    traced = f"trace {seconds(b['trace'])}, proof of a narrow copy {seconds(b['proof'])}"
+    compared = f"{b['numbers compared']:,} in {len(b['tensors'])} tensors, for one marked layer"
+    rows = [
+        ("what", "ViT-S", "Llama's architecture"),
+        ("---", "---", "---"),
+        ("numbers", f"{a['numbers']:,}", f"{b['numbers']:,}"),
+        ("axes", a["axes"], f"{b['axes']}; {b['axes proved on the narrow one']} proved"),
+        ("trace and proof", seconds(a["trace and proof"]), traced),
+        ("compared", "all", compared),
+        ("alignment", seconds(a["alignment"]), seconds(b["alignment"])),
+        (
+            "how far from the original",
+            f"{a['apart']:.0e}",
+            f"least cosine of a row {b['least cosine']:.4f}, under noise of {NOISE}",
+        ),
+        ("GiB at most", f"{a['memory']:.1f}", f"{b['memory']:.1f}"),
+    ]
+    table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    commits = ", ".join(sorted({each["commit"][:12] for each in (a, b)}))
+    return f"""\
+# How long alignment takes
+
+`python benchmarks/large_alignment.py run`, then `render`. Seconds of one processor, and in brackets
+of the wall, on a machine whose two processors many others used as well: upper bounds.
+
+{table}
+
+The ViT-S was moved by all free moves but mirrors and twins. A marked layer of the large one needs
+what is on its own axes, and of the stream the embeddings and the head: memory does not grow with
+the number of blocks, time grows in proportion to the marked layers. Within a layer, comparing rows
+takes width × hidden² products, the assignment about as many, and the stream's rotation words ×
+width² and width³.
+
+Commit {commits}.
+"""
+
+
+def main() -> None:
+    """Run or render."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("run", "render"))
+    parser.add_argument("parts", nargs="*", default=sorted(WHAT))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    if asked.what == "run":
+        for part in asked.parts:
+            found[part] = {**WHAT[part](), **provenance()}
+            write_atomically(RESULT, json.dumps(found, indent=1).encode() + b"\n")
+            sys.stdout.write(f"{part} {found[part]}\n")
+    if found.keys() >= WHAT.keys():
+        RESULT.with_suffix(".md").write_text(page(found))
+
+
+if __name__ == "__main__":
+    main()
