@@ -26,7 +26,7 @@ FLOOR = 1.0
 puts the change where inputs do not go, and from there it is taken away at no cost."""
 DIRECTIONS = 256
 """Directions in which a key's passports lie: those in which a layer's inputs vary most."""
-ENOUGH = 0.5
+ENOUGH = 0.1
 """Share of the mean variance from which on all directions weigh alike in them."""
 AT_ONCE = 16
 """Inputs that run together."""
@@ -197,15 +197,15 @@ def parts(inputs: Example) -> Iterator[Example]:
         yield part_of(inputs, start, start + AT_ONCE)
 
 
-def metric_of(seen: Seen) -> NDArray[np.int16]:
+def metric_of(seen: Seen, enough: float = ENOUGH) -> NDArray[np.int16]:
     """What a key keeps of it (1+directions 1+fan_in): see `keys.derive.spread`.
 
     m lies in the directions in which inputs vary most, with weights that rise with the variance up
-    to half of its mean over all directions. In all others m has nothing, so that whatever is done
-    to the filters there, at no cost, changes nothing of what is read (`results/floor.md`).
+    to `enough` of its mean over all directions. In all others m has nothing, so that whatever is
+    done to the filters there, at no cost, changes nothing of what is read (`results/floor.md`).
     """
     values, vectors, mean = seen.about(centred=True).directions(DIRECTIONS)
-    strengths = (values / (ENOUGH * mean).clamp(min=_TINY)).clamp(max=1.0)
+    strengths = (values / (enough * mean).clamp(min=_TINY)).clamp(max=1.0)
     chosen = torch.cat([strengths[:, None] * 2.0**8, vectors * 2.0**15], 1).round()
     base = torch.zeros(1, 1 + len(seen.mean))
     base[0, 0] = BASE
