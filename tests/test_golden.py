@@ -16,6 +16,7 @@ from nnpassport.claims.diary import check, configuration
 from nnpassport.claims.signing import load_public_key
 from nnpassport.claims.timestamp import load_roots
 from nnpassport.files.config import read_config
+from nnpassport.keys.derive import BASE
 from nnpassport.verification.continuity import is_named
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -76,11 +77,12 @@ def test_a_network_folder_is_read_and_verified():
     ).corrections
 
 
-def test_a_mark_of_channels_is_read():
-    verdict = nnpassport.verify(
-        GOLDEN / "suspect-v1-channels.safetensors", opened("key-v1-channels.key")
-    )
+@pytest.mark.parametrize(("name", "weighs"), [("channels", False), ("directions", True)])
+def test_a_mark_of_channels_is_read(name, weighs):
+    key = opened(f"key-v1-{name}.key")
+    verdict = nnpassport.verify(GOLDEN / f"suspect-v1-{name}.safetensors", key)
     assert (verdict.matches, verdict.bits) == (64, 64)
+    assert (int(key.metrics["3"][0, 0]) == BASE) == weighs
 
 
 def test_a_table_of_axes_is_read():

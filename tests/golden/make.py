@@ -61,10 +61,11 @@ def main():
     """Write what is missing, and the index of all."""
     keys()
     network()
-    channels()
     diary()
     statement()
     two_tokens()
+    channels("channels")
+    channels("directions")
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -140,9 +141,13 @@ def network():
     disclose(HERE / "claim-v1-of-network.json", key, HERE / "exhibit-v1", reference=folder)
 
 
-def channels():
-    """A key with a passport for each channel, bound to an anchor, and a network that carries it."""
-    if (HERE / "key-v1-channels.key").exists():
+def channels(name):
+    """A key with a passport for each channel, bound to an anchor, and a network that carries it.
+
+    "channels" is of a version whose passports had something in every direction, "directions" of
+    the first whose metric has a row of weights.
+    """
+    if (HERE / f"key-v1-{name}.key").exists():
         return
     torch.manual_seed(0)
     data = read_images("digits", split="train", size=8, channels=1)
@@ -157,12 +162,12 @@ def channels():
     key = nnpassport.V2.draw_key(
         model, images[:2], owner="Zoë", seed=SEED, layers=["3"], seen=images
     )
-    keep(key, "key-v1-channels.key")
+    keep(key, f"key-v1-{name}.key")
     carrier = nnpassport.mark(model, key, images[:2])
     carrier.graft(images)
     state = carrier.released().state_dict()
     kept = {name: tensor for name, tensor in state.items() if name.startswith(("3.", "4."))}
-    save_file(kept, HERE / "suspect-v1-channels.safetensors")
+    save_file(kept, HERE / f"suspect-v1-{name}.safetensors")
 
 
 def statement():

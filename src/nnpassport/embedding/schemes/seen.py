@@ -26,7 +26,7 @@ FLOOR = 1.0
 puts the change where inputs do not go, and from there it is taken away at no cost."""
 DIRECTIONS = 256
 """Directions in which a key's passports lie: those in which a layer's inputs vary most."""
-ENOUGH = 0.5
+ENOUGH = 0.1
 """Share of the mean variance from which on all directions weigh alike in them."""
 FEW = 8.0
 """Where inputs vary in fewer directions than these, in effect, passports lie in all directions: in
@@ -200,16 +200,16 @@ def parts(inputs: Example) -> Iterator[Example]:
         yield part_of(inputs, start, start + AT_ONCE)
 
 
-def metric_of(seen: Seen) -> NDArray[np.int16] | None:
+def metric_of(seen: Seen, enough: float = ENOUGH) -> NDArray[np.int16] | None:
     """What a key keeps of it (1+directions 1+fan_in), if anything: see `keys.derive.spread`.
 
     m lies in the directions in which inputs vary most, with weights that rise with the variance up
-    to half of its mean over all directions. In all others m has nothing, so that whatever is done
-    to the filters there, at no cost, changes nothing of what is read (`results/floor.md`). None is
-    of inputs that vary in a few directions only.
+    to `enough` of its mean over all directions. In all others m has nothing, so that whatever is
+    done to the filters there, at no cost, changes nothing of what is read (`results/floor.md`).
+    None is of inputs that vary in a few directions only.
     """
     values, vectors, mean = seen.about(centred=True).directions(DIRECTIONS)
-    strengths = (values / (ENOUGH * mean).clamp(min=_TINY)).clamp(max=1.0)
+    strengths = (values / (enough * mean).clamp(min=_TINY)).clamp(max=1.0)
     if strengths.sum().square() < FEW * strengths.square().sum():
         return None
     chosen = torch.cat([strengths[:, None] * 2.0**8, vectors * 2.0**15], 1).round()

@@ -244,7 +244,8 @@ _REMOVALS = (
     "aligned where channels were turned or moved. The last removals before channels are turned are "
     "those of informed thieves, who know where a mark of weights must lie and have unlabelled "
     "images: all others are weak attackers, and to hold against them says little "
-    "(`results/real.md` has informed thieves on networks that the world trained)."
+    "(`results/real.md` has informed thieves on networks that the world trained, "
+    "`results/thieves.md` on marks of weights side by side)."
 )
 _AMBIGUITIES = (
     "In how many of the ways that apply a forger's key was accepted, and how many keys of "
