@@ -255,6 +255,7 @@ def embed(
     are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's
     scheme with other settings; None takes those of the catalog. `initial` are the weights of a
     trained network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
+    If `config` says that they are an anchor taken on the way, the whole recipe follows.
 
     Raises:
         BadRecipeError: the recipe has no epochs, and the scheme has something to be learnt.

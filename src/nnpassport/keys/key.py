@@ -64,7 +64,9 @@ class Key:
         trigger_labels: explicit labels (count), int64.
         trigger_choices: the classes from which the labels of explicit images are drawn, (count
             choices) int64, distinct in each row; None for all classes.
-        metrics: what layers were seen to receive, by layer, each (directions 1+fan_in) int16; see
+        baseline: what the network before a mark in answers says of the inputs above, (count
+            classes) int16, centred log-probabilities in units of 1/64; all else is bound to it.
+        metrics: what layers were seen to receive, by layer, each (rows 1+fan_in) int16; see
             `derive.spread`. It cannot be chosen freely: its digest is in the context, so whoever
             changes it draws every passport and every bit anew.
     """

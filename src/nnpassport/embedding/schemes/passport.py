@@ -150,7 +150,7 @@ class Passport:
         """Draw a key for a network of this shape; every secret in it is derived from one seed.
 
         `example` is an input of the network: images (batch channels height width), or positional or
-        named inputs; its values do not matter. It shows which layers there are, how large their
+        named inputs. It shows which layers there are, how large their
         inputs are and, with triggers, how many classes. `layers` are patterns as in
         `survey.choose`; by default `survey.choose_enough` chooses layers with about a thousand
         bits. `text` is a signature that can be read back; without it the bits come from the seed's
@@ -158,11 +158,12 @@ class Passport:
 
         `passports` is "channel", a passport for each channel, or "derived", one for a whole layer
         as in the paper. Those of channels are for a trained network: draw the key for it, and give
-        some hundred of its inputs as `seen`. Passports of channels are then the default (but for
-        PAN). They are in proportion to what each layer receives, and dead channels carry no bit.
-        That network is the *anchor*: its digest is in the context, so everything derived depends on
-        it, and suspects are aligned to it. Keep it, and keep it secret. Without `seen` the default
-        is the paper's form, for which suspects can be aligned to the released network.
+        some hundred of its inputs as `seen`; without `seen`, an `example` of 64 inputs or more is
+        used. Passports of channels are then the default (but for PAN). They are in proportion to
+        what each layer receives, and dead channels carry no bit. That network is the *anchor*: its
+        digest is in the context, so everything derived depends on it, and suspects are aligned to
+        it. Keep it, and keep it secret. Without such inputs the default is the paper's form, for
+        which suspects can be aligned to the released network.
 
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport, or all layers
