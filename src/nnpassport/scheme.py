@@ -7,7 +7,7 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
 
     OwnershipError (ValueError)
     ├── UnsuitableModelError     the network or the named layer cannot carry this scheme
-    ├── FoldedNormsError         norms are folded into layers, and a mark is not read off these
+    ├── FoldedNormsError         norms are folded into layers, so no mark can be read there
     ├── HarmfulGraftError        marking a trained network would have changed its answers too much
     ├── UnreadableModelError     a model file is missing, corrupt, hostile or of another shape
     ├── UnreadableKeyError       a key file is missing, corrupt, locked or made for something else
@@ -15,10 +15,10 @@ A claim that was checked and does not hold is a `Verdict`, never an exception:
     ├── NoTimestampError         an authority gave no token, or there is no root to check one
     ├── UnreadableDataError      images or labels are missing, corrupt or of the wrong kind
     ├── BadSignatureError        a signature text or a digital signature that cannot be used
-    ├── BadRecipeError           training, or a probe, was asked for what cannot be done
+    ├── BadRecipeError           a training or a probe was asked to do the impossible
     ├── LostProcessError         another process of a distributed training is gone
     ├── UnreachableServiceError  a service does not answer, or too seldom to tell anything
-    ├── MiscountedError          a scheme counted what cannot be: more matches than bits, say
+    ├── MiscountedError          a scheme counted wrongly: more matches than bits, say
     └── UnwritableOutputError    a result could not be saved; what was there before is untouched
 """
 
@@ -34,8 +34,8 @@ _LONGEST_MESSAGE = 4_000  # characters
 class OwnershipError(ValueError):
     """Ownership could not be embedded, read or checked; the message says what would work.
 
-    Messages quote files that may be hostile: they are kept short, and what could drive a terminal
-    is spelled out.
+    Messages quote files that may be hostile. So quotes are kept short, and control characters are
+    spelled out.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -61,15 +61,15 @@ class UnsuitableModelError(OwnershipError):
 
 
 class OtherAnchorError(UnsuitableModelError):
-    """The network given to align to is not the one that the key is bound to."""
+    """The network given for alignment is not the one to which the key is bound."""
 
 
 class FoldedNormsError(OwnershipError):
-    """Norms are folded into the layers that carry a mark, and it is not to be read off these."""
+    """Norms are folded into the layers that carry the mark, so it cannot be read there."""
 
 
 class HarmfulGraftError(OwnershipError):
-    """A graft that would have changed what the network answers by more than was allowed."""
+    """A graft would have changed the network's answers by more than was allowed."""
 
 
 class UnreadableModelError(OwnershipError):
@@ -81,7 +81,7 @@ class UnreadableKeyError(OwnershipError):
 
 
 class UnreadableClaimError(OwnershipError):
-    """A claim file is missing, corrupt or not in the one form that there is."""
+    """A claim file is missing, corrupt or not in canonical form."""
 
 
 class NoTimestampError(OwnershipError):
@@ -93,11 +93,11 @@ class UnreadableDataError(OwnershipError):
 
 
 class BadSignatureError(OwnershipError):
-    """A signature text that does not fit, or a digital signature that does not hold."""
+    """A signature text does not fit, or a digital signature does not hold."""
 
 
 class BadRecipeError(OwnershipError):
-    """A training recipe, or the terms of a probe, that cannot be carried out."""
+    """A training recipe, or the terms of a probe, cannot be carried out."""
 
 
 class LostProcessError(OwnershipError):
@@ -109,7 +109,7 @@ class UnreachableServiceError(OwnershipError):
 
 
 class MiscountedError(OwnershipError):
-    """Matches, or trials, that no reading gives; a fault of the scheme that counted them."""
+    """Matches, or trials, that no reading can give; the scheme that counted them is at fault."""
 
 
 class UnwritableOutputError(OwnershipError):
@@ -138,7 +138,7 @@ WHOLE = Part()
 
 
 class Batch(NamedTuple):
-    """Normalised images (batch channel height width), class indices, number of the step.
+    """Normalised images (batch channel height width), class indices, and the number of the step.
 
     In a loop of the caller's own `images` is whatever the network takes, named or positional, and
     `labels` whatever its loss takes. `part` says which part of the step's images these are, where
@@ -188,32 +188,32 @@ def check_counts(matches: int, trials: int) -> None:
 class Verdict:
     """Outcome of V on one suspect with one key.
 
-    It holds what was counted and every choice that there was. Its p-value, whether it counts and
-    what it says follow from these, here and nowhere else.
+    It holds the counts, and every choice for which the p-value is corrected. The p-value, the
+    decision and the words follow from these, here and nowhere else.
 
     Raises:
-        MiscountedError: counts that no reading gives.
+        MiscountedError: no reading can give these counts.
 
     Attributes:
         bits: how many committed bits (or trigger labels) there are.
         matches: how many of them were read as committed.
-        log10_tail: log₁₀ of the chance that an independent network matches as well in one reading
-            that was settled beforehand. None where there is none.
-        log10_alpha: the threshold that was declared; the mark counts when p ≤ α.
+        log10_tail: log₁₀ of the probability that an independent network matches as well, in one
+            reading that was settled beforehand. None if there is no such probability.
+        log10_alpha: log₁₀ of the declared threshold α; the mark counts if p ≤ α.
         found: what was counted, in words: the beginning of `reason`.
-        corrections: log₁₀ of what the p-value is multiplied by for each choice that there was, by
-            the choice's name.
-        remarks: what else there is to say of it, in order: the rest of `reason`.
-        barred: whether the mark counts for nothing, whatever its p-value; a remark says why.
-        needed: of a published rule, how many matches it takes. It knows no p-value.
+        corrections: by the name of each choice, log₁₀ of the factor by which it multiplies the
+            p-value.
+        remarks: further sentences, in order: the rest of `reason`.
+        barred: whether the mark counts for nothing despite its p-value; a remark says why.
+        needed: how many matches a published rule takes; such a rule has no p-value.
         fidelity: outcome of F, or None where no data were given.
         alignment: what alignment did to the suspect before it was read, or None.
-        claim: the claim that the verdict was given under, and whether it holds, or None.
+        claim: the claim under which the verdict was given, and whether it holds, or None.
         digests: SHA-256 of every file that was read, by name.
-        candidates: which tensors were read, of which that could have been, and what that choice
-            costs; None where there was none.
-        chance: with which an independent network answers one trigger as labelled, in [0, 1]; None
-            where V does not say.
+        candidates: which tensors were read, which could have been, and what that choice costs; None
+            if there was no choice.
+        chance: probability in [0, 1] that an independent network answers one trigger as labelled;
+            None if V does not give one.
     """
 
     scheme: str
@@ -256,9 +256,9 @@ class Verdict:
 
     @property
     def log10_p_value(self) -> float | None:
-        """log₁₀ of the chance that an independent network matches as well, at most 0.
+        """log₁₀ of the probability that an independent network matches as well, at most 0.
 
-        Corrected for every choice that there was. None where there is none: `reason` says why.
+        Corrected for every choice that there was. None if there is no p-value: `reason` says why.
         """
         if self.log10_tail is None or self.needed is not None:
             return None
@@ -299,9 +299,9 @@ class Verdict:
         return f"{self.found}; p = 10^{p:.1f}{paid} is {relation} α = 10^{self.log10_alpha:.1f}"
 
     def paid(self, log10_choices: float, reason: str = "", *, of: str = "choices") -> "Verdict":
-        """The verdict, were its reading one of 10^`log10_choices` (from 0) that there could be.
+        """The verdict, corrected for a choice among 10^`log10_choices` (from 0) possible readings.
 
-        `of` is what was chosen among, in the plural; `reason` is a remark on it.
+        `of` names what was chosen among, in the plural; `reason` is a remark on it.
         """
         corrections = dict(self.corrections)
         if log10_choices:
@@ -310,11 +310,11 @@ class Verdict:
         return paid.remarked(reason) if reason else paid
 
     def remarked(self, *remarks: str) -> "Verdict":
-        """The verdict, which says this too."""
+        """The verdict with one more remark."""
         return replace(self, remarks=(*self.remarks, *remarks))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON values, with the derived facts spelled out."""
+        """Everything as plain JSON values, including what follows from the counts."""
         fidelity = None
         if self.fidelity is not None:
             fidelity = {**asdict(self.fidelity), "passed": self.fidelity.passed}

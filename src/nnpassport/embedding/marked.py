@@ -30,8 +30,8 @@ class Marked:
     Attributes:
         model: the network itself, trained in place; its optimiser is the caller's.
         fork: where V2 and V3 double the batch, and what a step costs; None for other schemes.
-        step: how many losses were asked for; the trigger set of V3 takes turns by it. Save it with
-            a checkpoint and set it again to resume.
+        step: how many losses were computed. V3 uses it to take turns through its triggers: save it
+            with a checkpoint, and set it again to resume.
     """
 
     def __init__(
@@ -55,8 +55,7 @@ class Marked:
         `inputs` are what the network takes: a tensor, a tuple of positional or a mapping of named
         inputs. `labels` are class indices (batch …), −100 where there is none, shares of the
         classes (batch classes …) as mixing makes them, or what `task` of `mark` takes. `model` is
-        the network as it is wrapped by now, for distributed or compiled training; None is the
-        network itself.
+        the wrapped network, for distributed or compiled training; None is the network itself.
 
         Raises:
             UnsuitableModelError: the loss or its gradients would not come through that wrapper; or
@@ -74,34 +73,33 @@ class Marked:
 
     @property
     def measures(self) -> dict[str, float]:
-        """Of the last loss: the share of signature bits that match, and each branch's accuracy.
+        """For the last loss: the share of signature bits that match, and each branch's accuracy.
 
-        Of dense outputs the accuracy counts places that have a label, of shares the largest. Where
-        the task's loss is the caller's own, each branch's loss in place of its accuracy.
-        Reading them waits for the device, so a loop that logs every tenth step waits in every
-        tenth step alone.
+        For dense outputs the accuracy counts places that have a label; for shares, the class with
+        the largest. With a loss of the caller's own, it is each branch's loss in place of its
+        accuracy. Reading them waits for the device, so read them only in the steps that you log.
         """
         return {name: read_measure(value) for name, value in self._measured.items()}
 
     def graft(self, inputs: Example, *, limit: Limit = LIMIT) -> Mapping[str, Grafted]:
-        """Start from the trained weights that the network has: see `schemes.graft`.
+        """Put the passports into a trained network without training: see `schemes.graft`.
 
-        `inputs` are a few hundred of what it was trained on, without labels. Right after it every
-        bit is right, and both branches compute about what the network did; with one passport for a
-        whole layer only where a batch norm follows, else the private one is to be trained. A
-        network in the middle of its training takes any change: `limit=channels.ANY`.
+        `inputs` are a few hundred inputs that it was trained on, without labels. Afterwards every
+        bit is right, and both branches compute about what the network did. With one passport for a
+        whole layer this holds only where a batch norm follows; else the private branch has to be
+        trained. For a network in the middle of its training allow any change: `limit=channels.ANY`.
 
         Raises:
-            HarmfulGraftError: with passports of channels, more changed than `limit` allows.
+            HarmfulGraftError: with passports of channels, more would change than `limit` allows.
             UnsuitableModelError: the scheme has no passports, or `graft` refuses the network or the
                 inputs; the model is as it was.
         """
         return graft(self.model, inputs, limit=limit)
 
     def released(self) -> nn.Module:
-        """A plain copy that may leave the house; see `Passport.released`.
+        """The copy you publish, a plain network; see `Passport.released`.
 
-        It warns (`UnmarkedWarning`) if the copy does not carry the mark, with how many bits are in.
+        It warns (`UnmarkedWarning`) if the copy does not carry the mark, and how many bits it has.
 
         Raises:
             UnsuitableModelError: the network is sharded over several processes.
@@ -160,12 +158,12 @@ def mark(
     normalise: Normalisation | None = None,
     task: Task | None = None,
 ) -> Marked:
-    """Insert `key` into `model`, in place, and return what its training loop needs.
+    """Insert `key` into `model`, in place, and return what a training loop needs.
 
-    `example` is what the network runs on, with all the inputs that training has. `normalise` is
-    needed by V3, whose triggers are kept as pixels. `task` is a loss of your own, called with the
-    output of one branch and the labels, whose mean is taken; None is cross-entropy on the class
-    scores. Triggers of V3 keep their class whatever the other labels are.
+    `example` is an input of the network, with all the inputs that training has. V3 needs
+    `normalise`, because its triggers are kept as pixels. `task` is a loss of your own. It is called
+    with the output of one branch and the labels, and its mean is taken; None is cross-entropy on
+    the class scores. Triggers of V3 keep their class whatever the other labels are.
 
     Raises:
         UnsuitableModelError: the key was made for another network, the network is wrapped already,

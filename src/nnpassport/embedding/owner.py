@@ -217,7 +217,7 @@ def train(
     initial: Mapping[str, Tensor] | None = None,
     journal: Journal | None = None,
 ) -> ModelConfig:
-    """Train a plain network, without any mark, into `folder`; returns its config with metrics."""
+    """Train a plain network, without a mark, into `folder`; return its config with metrics."""
     model = _initial(config, recipe, initial)
     journal = _telling(journal, config, sets, initial)
     evaluate = plain_evaluation(sets.validation, sets.normalise)
@@ -248,14 +248,14 @@ def embed(
     initial: Mapping[str, Tensor] | None = None,
     journal: Journal | None = None,
 ) -> ModelConfig:
-    """Train a network that carries `key` into `folder`; returns its config with metrics.
+    """Train a network that carries `key` into `folder`; return its config with metrics.
 
-    The folder holds the plain architecture's weights and no secret, but for `anchor/`, the network
-    before the mark, if the key is bound to one (`bind_key`). V2 and V3 can be used as they are; a
-    V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's own with
-    other settings; None leaves them as in the catalog. `initial` are the weights of a trained
-    network: passports are grafted into it, and a recipe of a few steps, or none, is enough. Where
-    they are an anchor that was taken on the way, as `config` says then, the whole recipe follows.
+    The folder holds the weights of the plain architecture. It holds no secret except `anchor/`, the
+    network before the mark, if the key is bound to one (`bind_key`). V2 and V3 can be used as they
+    are; a V1 network needs its passport, or `release`, which folds it in. `scheme` is the key's
+    scheme with other settings; None takes those of the catalog. `initial` are the weights of a
+    trained network: passports are grafted into it, and a recipe of a few steps, or none, is enough.
+    If `config` says that they are an anchor taken on the way, the whole recipe follows.
 
     Raises:
         BadRecipeError: the recipe has no epochs, and the scheme has something to be learnt.
@@ -333,12 +333,13 @@ def bind_key(
 def release(
     source: Path | str, key: Key, folder: Path | str, *, trusted_factory: str | None = None
 ) -> Verdict:
-    """Write the network that may leave the house: plain, with no trace of `key`; and prove it.
+    """Write the copy you publish, plain and with no trace of `key`, and verify the mark in it.
 
     Raises:
         UnsuitableModelError: the network in `source` does not carry the key; nothing is written.
 
-    It warns (`UnmarkedWarning`) of triggers that the network did not learn beside its bits.
+    It warns (`UnmarkedWarning`) of triggers that the network did not learn, even if its bits are
+    in.
     """
     loaded = load_model(Path(source), trusted_factory=trusted_factory)
     scheme = scheme_named(key.context.scheme)

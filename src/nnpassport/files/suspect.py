@@ -14,14 +14,14 @@ from nnpassport.files.weights import Arrays, read_lazily, read_suspect
 class Suspect:
     """A folder or file with somebody's weights: tensors, shapes, digests, what is left out.
 
-    Nothing is read before it is asked for, and nothing twice. Tensors of safetensors are read one
-    at a time, so that a network may be larger than the memory, until `arrays` has asked for all of
-    them. Nobody writes into what is given out. A file that changed in between is refused.
+    Everything is read when it is first asked for, and only once. Tensors of safetensors are read
+    one at a time, so a network may be larger than the memory, unless `arrays` asks for all of them.
+    Do not write into the arrays that it returns. A file that changed in between is refused.
 
     Attributes:
         path: where it is.
-        entry: of a file with several networks, the one whose names begin so, such as "generator" or
-            "state.teacher"; None is all that is there.
+        entry: if the file has several networks, the prefix of the names of the one meant, such as
+            "generator" or "state.teacher"; None is all that is there.
     """
 
     def __init__(self, path: Path, entry: str | None = None) -> None:

@@ -42,17 +42,17 @@ _AT_ONCE = 2**21  # numbers of passports of channels that are there at a time
 class Key:
     """The owner's secret. Never in a checkpoint, a log, a `repr` or an exception.
 
-    Without explicit tensors everything is derived from the seed, and only such a key can be
-    evidence against a rival who solves for tensors. Explicit ones are the paper's image, shuffled
-    and random passports, kept so that its tables can be reproduced.
+    Without explicit tensors everything is derived from the seed. Only such a key can be evidence
+    against a rival who solves for tensors. Explicit tensors are the paper's image, shuffled and
+    random passports, kept so that its tables can be reproduced.
 
-    Pictures of the owner's own choice are no such tensors, as long as their labels are not chosen
-    too: all else is then derived from the seed *and* the digest of the pictures. Who changes one
-    picture draws every label and every bit anew, so that choosing pictures is drawing seeds.
+    Pictures that the owner chose do not count as explicit, as long as their labels are not chosen
+    too. All else is then derived from the seed *and* the digest of the pictures. Whoever changes
+    one picture draws every label and every bit anew, so to choose pictures is to draw seeds.
 
-    A key may be made of arrays or of tensors, and holds arrays. What it derives comes as arrays
-    (`signs_array`, `passport_array`, …), for which torch is not needed, and as the same numbers in
-    tensors (`layer_signs`, `layer_passport`, …).
+    A key may be made of arrays or of tensors, and holds arrays. It returns what it derives as
+    arrays (`signs_array`, `passport_array`, …), without torch, or as tensors with the same numbers
+    (`layer_signs`, `layer_passport`, …).
 
     Attributes:
         seed: 32 secret bytes.
@@ -63,12 +63,12 @@ class Key:
         projections: explicit projections by layer, each (bits fan_in) float32.
         trigger_images: explicit trigger images (count channel height width), uint8.
         trigger_labels: explicit labels (count), int64.
-        trigger_choices: the classes that the labels of explicit images are drawn from, (count
-            choices) int64, distinct in each row; None is all classes.
+        trigger_choices: the classes from which the labels of explicit images are drawn, (count
+            choices) int64, distinct in each row; None for all classes.
         baseline: what the network before a mark in answers says of the inputs above, (count
             classes) int16, centred log-probabilities in units of 1/64; all else is bound to it.
         metrics: what layers were seen to receive, by layer, each (rows 1+fan_in) int16; see
-            `derive.spread`. Nothing chosen freely: the context has its digest, so that whoever
+            `derive.spread`. It cannot be chosen freely: its digest is in the context, so whoever
             changes it draws every passport and every bit anew.
     """
 

@@ -339,7 +339,7 @@ def _shuffled(key: Key, cell: Cell, store: Store, rng: torch.Generator) -> dict[
 
 
 def _release(folder: Path, scheme: Scheme, key: Key) -> None:
-    """The plain network that leaves the house, whatever became of the mark: that is measured."""
+    """The plain network that is published, whatever became of the mark: that is measured."""
     loaded = load_model(folder)
     scheme.insert(loaded.model, key, torch.zeros(2, *loaded.config.input_size))
     released = scheme.released(loaded.model)
@@ -347,7 +347,7 @@ def _release(folder: Path, scheme: Scheme, key: Key) -> None:
 
 
 def _released(cell: Cell, store: Store) -> Path:
-    """The folder of the network that leaves the house."""
+    """The folder of the network that is published."""
     folder = store.folder(cell)
     return folder / "released" if cell.network.scheme else folder
 

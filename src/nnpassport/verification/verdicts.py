@@ -103,13 +103,13 @@ class Options:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class Trial:
-    """What F is measured on.
+    """Images on which F is measured, and the accuracy that is expected.
 
     Attributes:
         data: labelled images of the network's task.
         target: accuracy in [0, 1] that the owner declared; None is the suspect's own, as it is. If
-            that is lower, it takes the declared one's place: what the suspect does by itself, a
-            thief's moved classes say, is no fault of the passport.
+            the suspect's own is lower, it replaces the declared one: a passport is not at fault for
+            what the suspect does without it, such as classes that a thief moved.
         tolerance: ε_f, in [0, 1]; the paper takes 0.03 for AlexNet and 0.2 for ResNet-18.
     """
 
@@ -127,8 +127,8 @@ def verify(
 ) -> Verdict:
     """Does the network in `suspect`, a folder or file from anybody, carry `key`?
 
-    Bits are read from the weights alone, of safetensors one layer at a time, so that a network may
-    be larger than the memory. With a `trial` the network is also built (from its own
+    Bits are read from the weights alone. Those of safetensors are read one layer at a time, so a
+    network may be larger than the memory. With a `trial` the network is also built (from its own
     config if that names an architecture of ours, else from the reference) and F is measured: does
     the passport sustain the accuracy? With alignment both are of the aligned network.
 

@@ -62,9 +62,10 @@ class Pair(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True)
 class Lora(Mark):
-    """The mark of an adapter; `LORA` below is the one there is. The module says how it works.
+    """The mark of an adapter; `LORA` below is the only one. The module says how it works.
 
-    The attacks on networks know no `parts` of it, and the published rule is the passports' own.
+    Its `parts` are empty, so no attack that forges keys applies to it. The published rule is that
+    of passports.
 
     Attributes:
         name: as in keys and on the command line.

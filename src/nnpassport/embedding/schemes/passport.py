@@ -89,24 +89,24 @@ class Passport:
     Attributes:
         name: as in keys and on the command line.
         two_branches: train the network to work without its passport too (V2, V3).
-        triggers: size of the trigger set; 0 is none (V1, V2).
+        triggers: size of the trigger set; 0 for none (V1, V2).
         triggers_per_step: trigger images that each training step mixes into its batch.
         trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
         sign_weight: λ_r of equation 1.
         margin: γ0 of equation 5, in units of γ.
-        decay: factor on Σ γ², a term of the reference code (1e-5) that the paper does not have;
-            nothing where `sign_weight` is 0, as there.
-        late: share of the steps, in [0, 1), that train the public branch and the sign loss only,
-            before the private branch joins. This and the next two make training cheaper:
-            `results/cheaper.md` has what they cost in accuracy.
-        private_share: of each step's images, in (0, 1], that the private branch sees as well.
-        private_every: the private branch runs in every so many steps.
-        teaching: in a network that is trained already, the share in [0, 1] of each branch's loss
-            that imitates what the network answered before.
+        decay: factor on Σ γ², a term of the reference code (1e-5) that the paper does not have; as
+            in that code it has no effect where `sign_weight` is 0.
+        late: share of the steps, in [0, 1), that train only the public branch and the sign loss,
+            before the private branch joins. This and the next two make training cheaper;
+            `results/cheaper.md` says what they cost in accuracy.
+        private_share: share of each step's images, in (0, 1], that the private branch sees too.
+        private_every: the private branch runs in every Nth step.
+        teaching: for a trained network, the share in [0, 1] of each branch's loss that imitates
+            what the network answered before.
         encoded: the private branch hears its passport through small networks; see `pan`.
-        harm: share of confident answers, in [0, 1], that putting passports of channels into a
-            trained network may change; beyond it everything is put back.
-        harm_error: the same where there are no confident answers: relative error of the outputs.
+        harm: share of confident answers, in [0, 1], that may change when passports of channels are
+            put into a trained network. If more would change, the network is restored.
+        harm_error: the same if there are no confident answers: relative error of the outputs.
     """
 
     name: str
@@ -149,24 +149,23 @@ class Passport:
         passports: str | None = None,
         seen: Example | None = None,
     ) -> Key:
-        """A key for a network of this shape, every secret in it derived from one seed.
+        """Draw a key for a network of this shape; every secret in it is derived from one seed.
 
-        `example` is what the network runs on: images (batch channels height width), or positional
-        or named inputs. It tells which layers there are, how large their
+        `example` is an input of the network: images (batch channels height width), or positional or
+        named inputs. It shows which layers there are, how large their
         inputs are and, with triggers, how many classes. `layers` are patterns as in
-        `survey.choose`; by default `survey.choose_enough` has a thousand bits of them.
-        `text` is a signature that can be read back; without it the bits are the
-        stream's own. `seed` (32 bytes) repeats a key;
-        by default the operating system draws it.
+        `survey.choose`; by default `survey.choose_enough` chooses layers with about a thousand
+        bits. `text` is a signature that can be read back; without it the bits come from the seed's
+        stream. `seed` (32 bytes) repeats a key; by default the operating system draws it.
 
         `passports` is "channel", a passport for each channel, or "derived", one for a whole layer
-        as in the paper. Those of channels are for a network that is trained already: draw the key
-        for it, and give some hundred of its inputs as `seen`; without it an `example` of 64 inputs
-        or more is looked at. Then they are the default (but for PAN), in proportion to what each
-        layer receives, and dead channels carry no bit. That network is the *anchor*: its digest is
-        in the context, so that all that is derived depends on it, and suspects are aligned to it.
-        Keep it, and keep it secret. Where there is nothing to look at the default is the paper's
-        form, which can be aligned to the released network.
+        as in the paper. Those of channels are for a trained network: draw the key for it, and give
+        some hundred of its inputs as `seen`; without `seen`, an `example` of 64 inputs or more is
+        used. Passports of channels are then the default (but for PAN). They are in proportion to
+        what each layer receives, and dead channels carry no bit. That network is the *anchor*: its
+        digest is in the context, so everything derived depends on it, and suspects are aligned to
+        it. Keep it, and keep it secret. Without such inputs the default is the paper's form, for
+        which suspects can be aligned to the released network.
 
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport, or all layers
