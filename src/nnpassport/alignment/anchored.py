@@ -27,6 +27,9 @@ from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdic
 
 _LISTED = 40
 _NAMED = 3
+UPRIGHT = 0.7
+"""Kernels that fit less are looked at in other orientations too: of a symmetric kernel much stays
+in place when it is turned, and rows that are matched one by one then look alike to 0.3."""
 
 
 class _Reading(NamedTuple):
@@ -120,7 +123,7 @@ def _read(read: Read, suspect: Mapping[str, Array], placed: Placed, anchor: Refe
     kernels = [fits[name] for name in fits if math.prod(anchor.tensors[name].shape[2:]) > 1]
     in_place = bool(layers) and min(layers) >= FITS
     return _Reading(
-        exact(found, placed, stranger), in_place, bool(kernels) and median(kernels) < FITS
+        exact(found, placed, stranger), in_place, bool(kernels) and median(kernels) < UPRIGHT
     )
 
 

@@ -28,7 +28,7 @@ DIRECTIONS = 256
 """Directions in which a key's passports lie: those in which a layer's inputs vary most."""
 ENOUGH = 0.1
 """Share of the mean variance from which on all directions weigh alike in them."""
-FEW = 8.0
+FEW = 4.0
 """Where inputs vary in fewer directions than these, in effect, passports lie in all directions: in
 those few the mark would be a handful of vectors for the whole layer."""
 AT_ONCE = 16
