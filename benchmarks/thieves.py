@@ -161,20 +161,22 @@ def render() -> str:
         f"carry the mark, has {STOLEN:,} unlabelled images and does the most that keeps "
         f"{100 * KEPT:g} % of the network's own answers. In a cell: bits left, p, and the points "
         "of accuracy that the theft cost (a standard error of about 1.5). **Bold**: the mark is "
-        "gone, p > 10⁻⁹. One run each; so small a network, trained for so short a time, is easier "
-        "to rob than one that is used.",
+        "gone, p > 10⁻⁹. One run each. A network that is unsure of most of its answers changes "
+        "them at a touch, so that to keep so many of them binds the thief; how a surer one fares "
+        "is in `tests/test_informed.py` and `results/real.md`.",
         "",
     ]
     head = ("mark", "bits", "accuracy, %", *THIEVES)
     lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     for mark in MARKS:
         found = {e["thief"]: e for e in whole["entries"] if e["mark"] == mark}
-        if found:
-            lines.append(f"| {' | '.join(_row(mark, found))} |")
+        lines.append(f"| {' | '.join(_row(mark, found))} |")
     return "\n".join([*lines, ""])
 
 
 def _row(mark: str, found: Mapping[str | None, Any]) -> list[str]:
+    if None not in found:
+        return [mark, *["not run"] * (2 + len(THIEVES))]
     own = found[None]
     cells = [mark, f"{own['matches']} of {own['bits']}", f"{100 * own['accuracy']:.1f}"]
     for thief in THIEVES:

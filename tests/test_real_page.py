@@ -11,12 +11,22 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def real():
-    spec = importlib.util.spec_from_file_location("real", ROOT / "benchmarks" / "real.py")
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def real():
+    return benchmark("real")
+
+
+@pytest.mark.parametrize("name", ["floor", "thieves"])
+def test_pages_beside_it_are_what_their_results_render_to(name):
+    page = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8")
+    assert benchmark(name).render() == page
 
 
 @pytest.fixture(scope="module")
