@@ -36,7 +36,7 @@ from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "large_alignment.json"
-WIDTH, HIDDEN, BLOCKS, WORDS = 2048, 5632, 22, 32_000
+WIDTH, HIDDEN, BLOCKS, WORDS = 2048, 5632, 22, 16_000
 NOISE = 0.05
 
 

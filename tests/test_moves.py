@@ -297,6 +297,13 @@ def test_pairs_that_positions_rotate_are_found_and_proved(neighbours):
         assert torch.allclose(moved.model(tokens), model(tokens), atol=1e-5)
 
 
+def test_heads_that_share_keys_are_found_where_the_kernel_shares_them():
+    """Without a mask Hugging Face leaves it to PyTorch's attention to repeat keys and values."""
+    model, example = anchor("Llama")
+    found = axes_of(model, {"input_ids": example["input_ids"]})
+    assert (len(found.axes), len(found.pairs)) == (13, 3)
+
+
 def test_marks_in_queries_keys_and_values_that_share_heads_are_found_again():
     """Four heads of queries share two of keys and values, and positions rotate pairs of them."""
     model, example = anchor("Llama")

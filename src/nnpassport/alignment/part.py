@@ -11,6 +11,7 @@ from nnpassport.alignment.axes import Axes, Axis
 
 _OF_A_BLOCK = 16
 """An axis in more matrices than that is a stream, if there is an anchor on it."""
+_READERS = 2  # of a stream, beside what is looked up, are enough
 
 
 def needed(axes: Axes, layers: Collection[str]) -> frozenset[str]:
@@ -27,8 +28,10 @@ def needed(axes: Axes, layers: Collection[str]) -> frozenset[str]:
         found.add(name)
         for number in on.get(name, ()):
             own = {place.tensor for place in axes.axes[number].places}
-            anchors = {each for each in own if each in axes.reads and on[each] == {number}}
-            anchors |= {each for each in own if on[each] == {number} and _looked_up(axes, each)}
+            readers = sorted(each for each in own if each in axes.reads and on[each] == {number})
+            anchors = set(readers[:_READERS]) | {
+                each for each in own if on[each] == {number} and _looked_up(axes, each)
+            }
             stream = sum(each in axes.reads for each in own) > _OF_A_BLOCK and bool(anchors)
             waiting += sorted((anchors if stream else own) - found)
     return frozenset(found | _vectors(axes, found))

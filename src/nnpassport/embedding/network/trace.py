@@ -546,9 +546,13 @@ class _Trace(TorchDispatchMode):
             return None
         query, key, value = (self._dimensions(seen.given[n]) for n in ("query", "key", "value"))
         for axis in (0, 1):
-            if extent(leaves(query[axis])) == extent(leaves(key[axis])):
+            several, one = (extent(leaves(each[axis])) for each in (query, key))
+            if several == one:
                 tie(query[axis], key[axis])
                 tie(query[axis], value[axis])
+            elif axis == 1 and several % one == 0:  # several heads of queries share keys
+                tie(key[axis], value[axis])
+                tie(query[axis], [*leaves(key[axis]), factors.Factor(several // one)])
             else:
                 for each in (query, key, value):
                     fix(each[axis])
