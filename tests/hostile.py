@@ -36,6 +36,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from PIL import Image
 from pyarrow import parquet
 
+from nnpassport.alignment.graph import axes_of_graph
 from nnpassport.claims import diary, entries, timestamp
 from nnpassport.claims.claim import PAYLOAD_TYPE, check_claim, claim_of, sign_claim
 from nnpassport.claims.claimfile import (
@@ -62,6 +63,7 @@ from nnpassport.embedding.checkpoint import load_suspect, load_training
 from nnpassport.embedding.network.equations import Geometry
 from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.files.config import ModelConfig, config_bytes
+from nnpassport.files.onnx import read_graph
 from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
@@ -755,6 +757,11 @@ def _of_models(folder: Path) -> dict[str, Parser]:
             _file(folder / "model.safetensors", read_weights),
         ),
         "ONNX": Parser((_onnx(),), _bytes, _file(folder / "model.onnx", read_weights)),
+        "ONNX graph": Parser(
+            (_onnx(),),
+            _bytes,
+            _file(folder / "graph.onnx", lambda path: axes_of_graph(read_graph(path)).to_bytes()),
+        ),
         "checkpoint": Parser(
             (plain, legacy, wrapped), _zip, _file(folder / "model.pt", read_weights), share=5
         ),

@@ -73,6 +73,36 @@ class OnnxWeights(NamedTuple):
     digests: dict[str, str]
 
 
+class OnnxNode(NamedTuple):
+    """A node of a graph, as far as it says where dimensions go.
+
+    Attributes:
+        groups: of a convolution.
+        transposed: whether a product's second matrix is (out in).
+        flattens: whether all dimensions but the first become one.
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    groups: int
+    transposed: bool
+    flattens: bool
+
+
+class OnnxGraph(NamedTuple):
+    """A graph in the order of its nodes, and the shapes of its tensors.
+
+    Attributes:
+        named: tensors that `read_onnx` has under another name: that, and whether turned.
+    """
+
+    nodes: tuple[OnnxNode, ...]
+    outputs: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    named: Mapping[str, tuple[str, bool]]
+
+
 class _Node(NamedTuple):
     inputs: list[str]
     outputs: list[str]
@@ -80,6 +110,8 @@ class _Node(NamedTuple):
     kind: str
     transposed: bool
     axis: int
+    groups: int
+    across: bool
     scopes: list[str]
     constant: memoryview | None
     inner: "list[_Graph]"
@@ -140,6 +172,58 @@ def read_onnx(path: Path, limit: int) -> OnnxWeights:
 
 
 # The wire format
+
+
+def read_graph(path: Path) -> OnnxGraph:
+    """What the graph in an ONNX file does with its tensors; none of their numbers is read.
+
+    Raises:
+        UnreadableModelError: missing, corrupt, hostile or too large.
+    """
+    data = read_once(path, MAX_ONNX_BYTES)
+    try:
+        walk = _Walk()
+        model = walk.message(memoryview(data), _MODEL)
+        whole = _parsed(walk, _only(model["graph"], memoryview(b"")), _GRAPH, 0)
+        shapes = {name: _dims(each["dims"]) for name, each in whole.tensors.items()}
+        pairs = {name for name, shape in shapes.items() if shape == (2,)}
+        joined = [each for each in whole.nodes if each.kind == "Concat" and len(each.inputs) == 2]
+        pairs |= {name for each in joined for name in each.outputs}
+    except (ValueError, OverflowError, RuntimeError, MemoryError) as error:
+        raise UnreadableModelError(
+            f"the graph of {path} cannot be read ({brief(error)}); needed: a complete ONNX file"
+        ) from error
+    nodes = tuple(
+        OnnxNode(
+            "" if each.across else each.kind,
+            tuple(each.inputs),
+            tuple(each.outputs),
+            each.groups,
+            each.transposed,
+            each.axis == 1 if each.kind == "Flatten" else set(each.inputs[1:]) <= pairs,
+        )
+        for each in whole.nodes
+    )
+    return OnnxGraph(nodes, tuple(whole.outputs), shapes, _lost(whole.nodes, shapes))
+
+
+def _lost(
+    nodes: Iterable[_Node], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[str, bool]]:
+    """Weights that are under their module's name, as `_by_module` puts them there."""
+    found: dict[str, tuple[str, bool]] = {}
+    homes: dict[str, set[str]] = {}
+    for node in nodes:
+        if node.kind not in _LAYERS or len(node.inputs) < 2:
+            continue
+        source, name = node.inputs[1], f"{_module_of(node)}.weight"
+        lost = "." not in source or source.startswith("onnx::")
+        if not lost or name == ".weight" or name in shapes or len(shapes.get(source, ())) < 2:
+            continue
+        homes.setdefault(name, set()).add(source)
+        product = node.kind == "MatMul" or (node.kind == "Gemm" and not node.transposed)
+        found[source] = (name, product and len(shapes[source]) == 2)
+    return {source: each for source, each in found.items() if len(homes[each[0]]) == 1}
 
 
 @final
@@ -329,6 +413,8 @@ def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
         kind=kind,
         transposed=bool(_number(attributes.get("transB", {"integer": []})["integer"])),
         axis=_axis(attributes.get("axis")),
+        groups=_number(attributes.get("group", {"integer": []})["integer"], 1),
+        across=bool(_number(attributes.get("transA", {"integer": []})["integer"])),
         scopes=re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", "")),
         constant=None if constant is None else _only(constant["tensor"], None),
         inner=[

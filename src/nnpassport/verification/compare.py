@@ -68,7 +68,10 @@ def compare(
         (pair.a, pair.b): difference(a.tensors[pair.a], b.tensors[pair.b])
         for pair in pairs[:_MOST_TENSORS]
     }
-    aligned = None if axes is None else aligned_reading(a, b, axes, unrelated, rng)
+    # A graph's axes do not say where what the network computes is met, which aligning asks.
+    aligned = (
+        None if axes is None or not axes.reads else aligned_reading(a, b, axes, unrelated, rng)
+    )
     mixture = mixture_of(a, [b, *parents]) if parents else None
     matrices = min(a.matrices, b.matrices)
     outcome, reasons = _ruled(order, equal, matrices, aligned, beside)

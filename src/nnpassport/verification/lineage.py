@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, final
 
 from nnpassport.alignment.axes import Axes
+from nnpassport.alignment.graph import axes_of_graph
 from nnpassport.alignment.inside import described
 from nnpassport.alignment.order import Order
 from nnpassport.alignment.table import AXES_FILE, read_table
 from nnpassport.files.arrays import Array, is_floating
 from nnpassport.files.disk import refuse_leaving
+from nnpassport.files.onnx import ONNX, read_graph
 from nnpassport.files.suspect import Suspect
 from nnpassport.scheme import UnreadableModelError
 from nnpassport.verification.difference import Difference
@@ -230,6 +232,8 @@ def open_network(where: Suspect | Path, axes: Path | None = None) -> Network:
     if axes is not None:
         return Network(str(path), tensors, digests, read_table(axes), named=True)
     beside = path / AXES_FILE
+    if path.is_file() and path.suffix.lower() == ONNX:
+        return Network(str(path), tensors, digests, *_of_graph(path))
     if not path.is_dir() or not beside.is_file():
         return Network(str(path), tensors, digests)
     try:
@@ -237,3 +241,12 @@ def open_network(where: Suspect | Path, axes: Path | None = None) -> Network:
         return Network(str(path), tensors, digests, read_table(beside))
     except UnreadableModelError as error:
         return Network(str(path), tensors, digests, note=f"its axes were left out: {error}")
+
+
+def _of_graph(path: Path) -> tuple[Axes | None, bool, str | None]:
+    """The axes that the graph of an ONNX file has inside, if any; they were named by nobody."""
+    try:
+        found = axes_of_graph(read_graph(path))
+    except UnreadableModelError as error:  # its tensors were read all the same
+        return None, False, f"its graph was left out: {error}"
+    return (found if found.axes else None), False, None
