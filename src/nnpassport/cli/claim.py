@@ -80,14 +80,14 @@ def new(
     authority: Annotated[
         list[str] | None,
         typer.Option(
-            help="URL of an RFC 3161 timestamp authority; repeatable: two are better than one."
+            help="URL of an RFC 3161 timestamp authority; repeatable. Two are better than one."
         ),
     ] = None,
     authority_root: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Its root certificate, PEM: the token is checked at once. One for each authority, "
-            "in their order."
+            help="The authority's root certificate, PEM; one for each authority, in their "
+            "order. The token is checked at once."
         ),
     ] = None,
     alpha: Annotated[
@@ -104,8 +104,8 @@ def new(
         bool,
         typer.Option(
             "--in-toto",
-            help="As an in-toto statement of the files of --reference, whose signature other tools "
-            "check too.",
+            help="Write an in-toto statement of the files of --reference. Other tools can "
+            "check its signature too.",
         ),
     ] = False,
     date: Annotated[
@@ -253,8 +253,9 @@ def verify(
     root: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Root certificate of a timestamp authority, PEM; requires a token. Repeatable: of "
-            "several tokens that hold the earliest that is proved counts."
+            help="Root certificate of a timestamp authority, PEM; repeatable. With it a "
+            "timestamp is required; if several hold, the earliest date that is proved "
+            "counts."
         ),
     ] = None,
     key: Annotated[

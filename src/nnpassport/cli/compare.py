@@ -35,8 +35,8 @@ def compare(
         bool,
         typer.Option(
             "--card",
-            help="Hold against B what A's card (base_model in README.md) or its bill of materials "
-            "(bom.cdx.json) declares.",
+            help="Compare what A's card (base_model in README.md) or its bill of materials "
+            "(bom.cdx.json) declares with what is found in B.",
         ),
     ] = False,
     report: Report = None,

@@ -56,13 +56,15 @@ def package(
     base: Annotated[
         list[str] | None,
         typer.Option(
-            help="A network that this one was made from, as NAME=FOLDER; repeatable. It is "
-            "compared, and the bill of materials has what was found."
+            help="A network from which this one was made, as NAME=FOLDER; repeatable. The two "
+            "are compared, and the bill of materials says what was found."
         ),
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="An adapter that was merged into it, as NAME=FOLDER; repeatable."),
+        typer.Option(
+            help="An adapter that was merged into this network, as NAME=FOLDER; repeatable."
+        ),
     ] = None,
     signing: Annotated[
         Path | None,
