@@ -98,8 +98,8 @@ def draw_key(
     """A key, all of it derived from one seed, for networks that `config` describes.
 
     `passports` is "channel" or "derived" (see `Passport.draw_key`), by default the former, but for
-    PAN. Those of channels are for the network in the folder `trained`, and in proportion to what
-    its layers receive from the images `seen`, where both are given; else `embed` binds them to the
+    PAN. Those of channels are for the network in the folder `trained`, and in the directions of
+    what its layers receive from the images `seen`, where both are given; else `embed` binds them to the
     network before the mark.
     """
     chosen = scheme_named(scheme)

@@ -1,4 +1,4 @@
-"""A passport for each channel: in proportion to what its layer sees, and grafted without harm.
+"""A passport for each channel, where its layer's input varies, and grafted without harm.
 
     γ_o = c·b_o·⟨W_o, m_γ,o⟩,   β_o = c′·b_o·⟨W_o, m_β,o⟩,   m = (C + λ·mean eigenvalue)^½ z
 

@@ -161,8 +161,8 @@ class Passport:
         `passports` is "channel", a passport for each channel, or "derived", one for a whole layer
         as in the paper. Those of channels are for a trained network: draw the key for it, and give
         some hundred of its inputs as `seen`; without `seen`, an `example` of 64 inputs or more is
-        used. Passports of channels are then the default (but for PAN). They are in proportion to
-        what each layer receives, and dead channels carry no bit. That network is the *anchor*: its
+        used. Passports of channels are then the default (but for PAN). They lie in the
+        directions in which its layer's input varies, and dead channels carry no bit. That network is the *anchor*: its
         digest is in the context, so everything derived depends on it, and suspects are aligned to
         it. Keep it, and keep it secret. Without such inputs the default is the paper's form, for
         which suspects can be aligned to the released network.
@@ -510,8 +510,8 @@ def _channel_shapes(
 def bound_to(key: Key, model: nn.Module, seen: Example) -> Key:
     """The key of the same seed, name and layers for this very network, its *anchor*.
 
-    Its passports are in proportion to what the layers receive from `seen`, and its context names
-    the network: so all that is derived is new.
+    Its passports lie in the directions in which the input of their layers varies, by `seen`, and
+    its context names the network: so all that is derived is new.
 
     Raises:
         UnsuitableModelError: a layer of the key cannot carry passports of channels there.
