@@ -99,8 +99,8 @@ def draw_key(
 
     `passports` is "channel" or "derived" (see `Passport.draw_key`), by default the former, but for
     PAN. Those of channels are for the network in the folder `trained`, and in the directions of
-    what its layers receive from the images `seen`, where both are given; else `embed` binds them to the
-    network before the mark.
+    what its layers receive from the images `seen`, where both are given. Otherwise `embed` binds
+    them to the network before the mark.
     """
     chosen = scheme_named(scheme)
     model = config.build(trusted_factory=config.architecture)

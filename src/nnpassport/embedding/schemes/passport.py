@@ -161,10 +161,10 @@ class Passport:
         `passports` is "channel", a passport for each channel, or "derived", one for a whole layer
         as in the paper. Those of channels are for a trained network: draw the key for it, and give
         some hundred of its inputs as `seen`; without `seen`, an `example` of 64 inputs or more is
-        used. Passports of channels are then the default (but for PAN). They lie in the
-        directions in which its layer's input varies, and dead channels carry no bit. That network is the *anchor*: its
-        digest is in the context, so everything derived depends on it, and suspects are aligned to
-        it. Keep it, and keep it secret. Without such inputs the default is the paper's form, for
+        used. Passports of channels are then the default (but for PAN). They lie in the directions
+        in which their layer's input varies, and dead channels carry no bit. That network is the
+        *anchor*: its digest is in the context, so everything derived depends on it, and suspects
+        are aligned to it. Keep it, and keep it secret. Without such inputs the default is the paper's form, for
         which suspects can be aligned to the released network.
 
         Raises:
