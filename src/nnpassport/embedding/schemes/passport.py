@@ -164,8 +164,8 @@ class Passport:
         used. Passports of channels are then the default (but for PAN). They lie in the directions
         in which their layer's input varies, and dead channels carry no bit. That network is the
         *anchor*: its digest is in the context, so everything derived depends on it, and suspects
-        are aligned to it. Keep it, and keep it secret. Without such inputs the default is the paper's form, for
-        which suspects can be aligned to the released network.
+        are aligned to it. Keep it, and keep it secret. Without such inputs the default is the
+        paper's form, for which suspects can be aligned to the released network.
 
         Raises:
             UnsuitableModelError: a pattern names no layer that can carry a passport, or all layers
