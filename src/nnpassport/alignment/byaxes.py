@@ -43,7 +43,7 @@ MOST_TIMES_WIDER = 4
 """A suspect's tensor that is longer than so many times the reference's is left out."""
 
 LARGE = 2**28
-"""A network of more numbers is aligned in what its marked layers need alone: two GiB are enough."""
+"""A network of more numbers is aligned in what its marked layers need alone."""
 
 BLIND = 0.55
 """Share of bits that unrelated networks may match, all together; chance has a half."""
