@@ -14,6 +14,7 @@ import zoo
 from torch import nn
 
 from nnpassport import V2
+from nnpassport.alignment import byaxes
 from nnpassport.alignment.anchored import verify_anchored
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.byaxes import anchor_of
@@ -323,6 +324,29 @@ def test_marks_in_queries_keys_and_values_that_share_heads_are_found_again():
     suspect = {n: t.numpy() for n, t in thief.items()}
     found = verify_anchored(v, suspect, anchor_of(axes("Llama"), arrays, key))
     assert found.matches >= 0.98 * key.context.bits == 0.98 * 96
+
+
+def test_of_a_large_network_what_its_marked_layers_need_is_enough(monkeypatch):
+    key, released = marked("Llama")
+    model, example = anchor("Llama")
+    thief = move(released, example, rng(1), kinds=["rotate", "reorder"]).model.state_dict()
+    monkeypatch.setattr(byaxes, "LARGE", 1)
+    arrays = {n: t.numpy() for n, t in model.state_dict().items()}
+    part = anchor_of(axes("Llama"), arrays, key).tensors
+    assert "model.layers.2.mlp.gate_proj.weight" in part
+    assert not any(name.startswith("model.layers.0") for name in part)
+    assert read(thief, key, "Llama").matches >= SHARE * key.context.bits
+
+
+def test_the_page_of_times_is_what_they_render_to():
+    spec = spec_from_file_location("large", ROOT / "benchmarks" / "large_alignment.py")
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    found = json.loads((ROOT / "results" / "large_alignment.json").read_text(encoding="utf-8"))
+    page = (ROOT / "results" / "large_alignment.md").read_text(encoding="utf-8")
+    assert script.page(found) == page
+    assert found["vit"]["trace and proof"]["processor"] < 10
+    assert found["vit"]["alignment"]["processor"] < 20
 
 
 def test_a_move_that_there_is_not_is_refused():

@@ -45,7 +45,7 @@ MOST_TIMES_LARGER, MOST_NUMBERS = 16, 2**28
 """All together may be so many times as large as the reference, or have so many numbers."""
 
 LARGE = 2**28
-"""A network of more numbers is aligned in what its marked layers need alone: two GiB are enough."""
+"""A network of more numbers is aligned in what its marked layers need alone."""
 
 BLIND = 0.55
 """Share of bits that unrelated networks may match, all together; chance has a half."""
