@@ -19,7 +19,14 @@ from torch.nn import functional
 from nnpassport.catalog import ADAPTERS, CATALOG, scheme_named
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding.network.equations import Geometry, filters, geometry_of
-from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.keys.answers import KINDS
+from nnpassport.keys.context import (
+    AnswersForm,
+    Context,
+    LayerShape,
+    TriggerShape,
+    canonical_json,
+)
 from nnpassport.keys.key import Key
 from nnpassport.scheme import OwnershipError
 
@@ -120,6 +127,11 @@ def _state(number: int) -> dict[str, torch.Tensor]:
 @functools.cache
 def genuine(scheme: str) -> tuple[bytes, ...]:
     """Contexts that the scheme would make for such networks."""
+    if scheme == "answers":
+        shape = TriggerShape(200, CLASSES, SIZE)
+        forms = [AnswersForm(kind, 64, 400) for kind in KINDS if kind != "counts"]  # of texts
+        made = [Context(scheme, "Eve", (), shape, bytes(16), answers=form) for form in forms]
+        return tuple(context.encode() for context in made)
     if scheme in CATALOG and not scheme_named(scheme).parts - {"triggers"} and _answers(scheme):
         layered: list[tuple[LayerShape, ...]] = [()]
     elif scheme == "lora":
@@ -172,6 +184,9 @@ def spoiled(rng: Random, seeds: tuple[bytes, ...]) -> bytes:
 
 def _spoil(rng: Random, document: dict) -> None:
     layers = document["layers"]
+    if document.get("answers") and rng.random() < 0.5:
+        _spoil_answers(rng, document)
+        return
     what = rng.random()
     if what < 0.1:
         document["scheme"] = rng.choice(SCHEMES)
@@ -233,6 +248,18 @@ def _spoil_triggers(rng: Random, document: dict) -> None:
             triggers["classes"] = rng.choice([1, 2, 3, 9, 11, 1000, 2**20, 2**24])
         case _:
             triggers["size"][rng.randrange(3)] = rng.choice([1, 2, 5, 7, 30])
+
+
+def _spoil_answers(rng: Random, document: dict) -> None:
+    match rng.randrange(4):
+        case 0:
+            document["answers"]["kind"] = rng.choice([*KINDS, "none", 1])
+        case 1:
+            document["answers"]["coins"] = rng.choice([-1, 0, 1, 2, 3, 48, 100, 1000, 2**31])
+        case 2:
+            document["answers"]["strength"] = rng.choice([-1, 0, 1, 10, 5000, 2**31, 0.5])
+        case _:
+            document["answers"] = rng.choice([None, {}, []])
 
 
 class Found(NamedTuple):
@@ -299,6 +326,9 @@ def _key(context: Context, digest: bytes) -> Key:
     images = torch.randint(256, (shape.count, *shape.size), generator=rng, dtype=torch.uint8)
     if digest[1] % 2:
         images = images[:1].expand(images.shape)
+    if context.answers is not None:
+        said = torch.randint(-400, 400, (shape.count, shape.classes), generator=rng).short()
+        return Key(digest, context, trigger_images=images, baseline=said)
     choices = None
     if context.scheme == "frontier-stitching" and digest[1] % 4 < 3:
         first = torch.randint(shape.classes, (shape.count, 1), generator=rng)

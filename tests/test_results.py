@@ -84,11 +84,16 @@ PAGES = {
     "results/cifar10-alexnet.md": lambda: script("cifar10").render(),
     "results/coins.md": lambda: script("coins").page(loaded("coins")),
     "results/compare.md": lambda: written("compare", lambda module: module.render()),
+    "results/floor.md": lambda: script("floor").render(),
     "results/fuzz.md": lambda: script("fuzz").render(loaded("fuzz")),
+    "results/large_alignment.md": lambda: script("large_alignment").page(
+        loaded("large_alignment")
+    ),
     "results/licensees.md": lambda: written("licensees", lambda module: module.render()),
     "results/moves.md": lambda: script("moves").page(loaded("moves")),
     "results/real.md": lambda: script("real").render(),
     "results/streaming.md": lambda: script("streaming").render(loaded("streaming")),
+    "results/thieves.md": lambda: script("thieves").render(),
     "results/trained.md": lambda: script("trained").render(),
     "results/transfers-alexnet.md": lambda: script("transfers").render(),
 }
