@@ -86,9 +86,7 @@ PAGES = {
     "results/compare.md": lambda: written("compare", lambda module: module.render()),
     "results/floor.md": lambda: script("floor").render(),
     "results/fuzz.md": lambda: script("fuzz").render(loaded("fuzz")),
-    "results/large_alignment.md": lambda: script("large_alignment").page(
-        loaded("large_alignment")
-    ),
+    "results/large_alignment.md": lambda: script("large_alignment").page(loaded("large_alignment")),
     "results/licensees.md": lambda: written("licensees", lambda module: module.render()),
     "results/moves.md": lambda: script("moves").page(loaded("moves")),
     "results/real.md": lambda: script("real").render(),
