@@ -37,7 +37,9 @@ from nnpassport.embedding.checkpoint import save_model  # noqa: E402
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest  # noqa: E402
 from nnpassport.embedding.train.keeping import Diary, Pace  # noqa: E402
 from nnpassport.files.config import ModelConfig  # noqa: E402
+from nnpassport.keys.answers import coins_of  # noqa: E402
 from nnpassport.keys.context import (  # noqa: E402
+    AnswersForm,
     Context,
     LayerShape,
     TriggerShape,
@@ -66,6 +68,7 @@ def main():
     two_tokens()
     channels("channels")
     channels("directions")
+    answers()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -89,6 +92,8 @@ def given(path):
     if key.context.triggers is not None:
         for array in key.trigger_arrays():
             derived.update(array.tobytes())
+    if key.context.answers is not None:
+        derived.update(coins_of(key).signs.tobytes())
     return {"fingerprint": key.fingerprint, "derived": derived.hexdigest()}
 
 
@@ -213,6 +218,16 @@ def diary():
         response = _in_order(signer.answer(query.build().as_bytes()))
     token = canonical_json({"entry": 2, "response": base64_text(response)})
     (folder / STAMPS_FILE).write_bytes(token + b"\n")
+
+
+def answers():
+    """A key of a mark in ordinary answers, bound to inputs and a baseline."""
+    form, shape = AnswersForm("filters", 64, 450), TriggerShape(24, 5, (3, 8, 8))
+    context = Context("answers", "Zoë", (), shape, NONCE, anchor="ab" * 32, answers=form)
+    numbers = np.arange(24 * 3 * 8 * 8) * 7919 % 256
+    inputs, said = numbers.astype(np.uint8).reshape(24, 3, 8, 8), np.arange(24 * 5) % 17 * 20 - 160
+    baseline = said.astype(np.int16).reshape(24, 5)
+    keep(Key(SEED, context, trigger_images=inputs, baseline=baseline), "key-v1-answers.key")
 
 
 if __name__ == "__main__":

@@ -49,13 +49,15 @@ RESOLUTION = 64
 """What a typical |T_i| weighs, as a whole number; four times that is the most."""
 CLIPPED = 3.0
 """Standard deviations beyond which a function is cut off."""
-KEPT = 64
-"""Of the directions in which features vary, so many are functions made of, the widest."""
+SPACE, LEAST_KEPT, MOST_KEPT = 160, 16, 64
+"""Of the directions in which features vary, functions are made of the widest: so many over all
+classes, and of each class no fewer and no more than these. Copies learn the widest ones best."""
 NO_ANSWER = -1
 """In place of a class where there is no answer."""
 
 _WAVES = 6  # of a picture's side, in `layout`
 _BANK, _SIDE, _STRIDE, _SCALES, _PLACES = 32, 5, 2, (1, 2), 2  # of `filters`
+_LARGEST = 1e6  # score that is told from a larger one
 _ROUNDED = 1.5  # what rounded probabilities may sum to
 _AT_ONCE = 256  # inputs whose patches are there at a time
 _RIDGE = 0.01
@@ -144,7 +146,7 @@ def functions_of(key: Key) -> Functions:
     bank = _bank(form.kind, shape.size, stream(key.seed, key.context, "answer-bank"))
     found = features(form.kind, inputs, bank)
     mean = found.mean(0)
-    spread = _widest(found - mean)
+    spread = widest(found - mean, kept_of(shape.classes))
     drawn = np.frombuffer(draw(form.coins * spread.shape[1]), np.int8).astype(np.float64) + 0.5
     matrix = spread @ drawn.reshape(form.coins, -1).T
     classes = coins_of(key).classes
@@ -255,11 +257,16 @@ def _flat(inputs: NDArray[np.uint8]) -> Read:
     return inputs.reshape(len(inputs), -1) / 255.0
 
 
-def _widest(centred: Read) -> Read:
-    """C^-½ on the widest directions of the features' second moments C (features features)."""
+def kept_of(classes: int) -> int:
+    """How many of the widest directions functions are made of."""
+    return min(MOST_KEPT, max(LEAST_KEPT, SPACE // classes))
+
+
+def widest(centred: Read, most: int) -> Read:
+    """C^-½ on the `most` widest directions of second moments C of features (features features)."""
     moments = centred.T @ centred / len(centred)
     values, vectors = np.linalg.eigh(moments)
-    kept = max(1, min(KEPT, len(values), len(centred) // 4))
+    kept = max(1, min(most, len(values), len(centred) // 4))
     values, vectors = values[-kept:], vectors[:, -kept:]
     floor = _RIDGE * max(float(values.mean()), 1e-12)
     return np.asarray((vectors / np.sqrt(np.maximum(values, 0) + floor)) @ vectors.T)
@@ -302,6 +309,7 @@ def centred_scores(scores: Any) -> Said:
     found = np.array(scores, np.float64)
     given = np.isfinite(found)
     there = given.any(1)
+    found = np.clip(found, -_LARGEST, _LARGEST)
     known = np.where(given, found, 0.0)
     likely = ((known >= 0) & (known <= 1)).all() and (known.sum(1) <= _ROUNDED).all()
     floor = None
@@ -358,6 +366,8 @@ def in_order(said: Read, baseline: Read) -> Read:
     which no column is left say nothing.
     """
     there = ~np.isnan(said).any(1)
+    if not there.any():
+        return said
     wanted = np.exp(baseline[there] - baseline[there].max(1, keepdims=True))
     wanted = wanted / wanted.sum(1, keepdims=True)
     shown, classes = said[there] - said[there].mean(0), wanted.shape[1]

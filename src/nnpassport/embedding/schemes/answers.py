@@ -83,7 +83,7 @@ class Answers(Mark):
     coins: int = 256
     strength: float = 0.45
     pictures: int = 2_000
-    kind: str = "layout"
+    kind: str = "filters"
     buckets: int = 256
     teaching: float = 0.5
     threshold: float = 0.75
