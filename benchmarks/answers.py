@@ -9,6 +9,7 @@ with a convolutional network in place of AlexNet and ResNet-18.
 """
 
 import argparse
+import io
 import itertools
 import json
 import time
