@@ -88,7 +88,7 @@ PAGES = {
     "results/fuzz.md": lambda: script("fuzz").render(loaded("fuzz")),
     "results/large_alignment.md": lambda: script("large_alignment").page(loaded("large_alignment")),
     "results/licensees.md": lambda: written("licensees", lambda module: module.render()),
-    "results/moves.md": lambda: script("moves").page(loaded("moves")),
+    "results/moves.md": lambda: script("moves").page(loaded("moves"), loaded("moves-published")),
     "results/real.md": lambda: script("real").render(),
     "results/streaming.md": lambda: script("streaming").render(loaded("streaming")),
     "results/thieves.md": lambda: script("thieves").render(),

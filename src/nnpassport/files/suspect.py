@@ -24,8 +24,8 @@ class Suspect:
             "generator" or "state.teacher"; None is all that is there.
     """
 
-    def __init__(self, path: Path, entry: str | None = None) -> None:
-        self.path, self.entry = path, entry
+    def __init__(self, path: Path | str, entry: str | None = None) -> None:
+        self.path, self.entry = Path(path), entry
 
     @classmethod
     def of(cls, suspect: "Suspect | Path | str") -> "Suspect":

@@ -1,6 +1,7 @@
 """A training step by itself, on images that are there: what all timings of training repeat."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ def descent(
     batch: tuple[Tensor, Tensor],
     steps: Iterator[int],
     *,
+    running: Any = None,
     precision: str = "float32",
     rate: float = 0.001,
     momentum: float = 0.0,
@@ -22,17 +24,20 @@ def descent(
 ) -> Callable[[], None]:
     """A function that descends `objective` once: forward, backward, SGD with these settings.
 
-    `batch` is of images and labels; `steps` gives each step its number.
+    `batch` is of images and labels; `steps` gives each step its number. `running` is what is called
+    in the model's place, such as the model compiled.
     """
     images, labels = batch
     kind, dtype = images.device.type, PRECISIONS[precision]
     trained = (p for p in model.parameters() if p.requires_grad)
     optimiser = torch.optim.SGD(trained, lr=rate, momentum=momentum, weight_decay=weight_decay)
 
+    called = model if running is None else running
+
     def step() -> None:
         with products_in(precision, kind):
             with torch.autocast(kind, dtype, enabled=dtype is not None):
-                loss = objective(model, Batch(images, labels, next(steps))).loss
+                loss = objective(called, Batch(images, labels, next(steps))).loss
             loss.backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -34,10 +34,11 @@ def bare_steps(cell: Cell, model: nn.Module, descend: Objective, device: str) ->
     # Within the cycle, where not all steps are alike.
     numbers = itertools.cycle(range(cell.steps)) if cell.network in CHEAPER else itertools.count()
     step = descent(
-        _compiled(cell, model),
+        model,
         descend,
         images(cell, device),
         numbers,
+        running=_compiled(cell, model),
         precision=cell.precision,
         rate=recipe.rate,
         momentum=recipe.momentum,

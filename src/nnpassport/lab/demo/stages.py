@@ -29,9 +29,11 @@ class Stage:
 
     def __init__(self, number: int, show: Show) -> None:
         self.number, self.show, self.note = number, show, ""
+        self._furthest = 0.0
 
     def at(self, share: float, note: str = "") -> None:
-        """Show that this share of the stage is done."""
+        """Show that this share of the stage is done, or more if more was done before."""
+        share = self._furthest = max(share, self._furthest)
         text = f"{STAGES[self.number]}{note and ': '}{note}"
         self.show(self.number + share, len(STAGES), text)
 

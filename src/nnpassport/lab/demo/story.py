@@ -40,7 +40,7 @@ _FIRST = 8  # AlexNet's features from the first passport on; before it there is 
 @final
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much work the demo does; the defaults take about 20 seconds of one core.
+    """How much work the demo does; the defaults take about half a minute of one core.
 
     Attributes:
         width: factor on the channels of AlexNet's hidden layers.
@@ -52,7 +52,7 @@ class Budget:
     """
 
     width: float = 0.1875
-    epochs: int = 2
+    epochs: int = 4
     batch: int = 16
     rate: float = 0.03
     random_keys: int = 50
