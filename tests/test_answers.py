@@ -640,7 +640,7 @@ def test_a_network_that_was_trained_carries_it_and_so_does_its_copy(digits):
         )
 
     recipe = Recipe(epochs=6, batch=32, rate=0.05, schedule="one-cycle", augment=False)
-    mine, theirs = (train.subset(torch.arange(*span)) for span in ((0, 700), (700, 1400)))
+    mine, theirs = (train.subset(torch.arange(*span)) for span in ((0, 600), (600, 1200)))
     plain = net(0)
     fit(plain, classification, mine, recipe, normalise=normalise)
     scheme = replace(ANSWERS, strength=2.0, pictures=600)

@@ -13,7 +13,7 @@ from nnpassport.embedding.schemes.passport import V2
 
 pytestmark = pytest.mark.slow
 
-SEEN, HELD_OUT = 48, 24
+SEEN, HELD_OUT = 128, 64
 ASKING = {
     "EfficientNet-Lite0": Asking(call, same_classes),
     "MiniLM": Asking(zoo.sentence_vectors, cosine),
