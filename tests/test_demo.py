@@ -26,7 +26,7 @@ from nnpassport.lab.demo.story import present_each
 from nnpassport.report import page as report
 from nnpassport.scheme import UnwritableOutputError
 
-TINY = Budget(epochs=1, test_images=60)
+TINY = Budget(epochs=4, test_images=180)
 SEEDS = [sha256(b"demo %d" % number).digest() for number in range(1 + TINY.random_keys)]
 
 
