@@ -30,6 +30,10 @@ class Branch(Enum):
     BOTH = "both"  # the batch is forked: its first part runs public, its second one private
 
 
+FASTER = 10.0
+"""How many times as fast as a norm's own scale a channel's γ may learn, at most."""
+
+
 @final
 class PassportNorm(nn.Module):
     """A norm layer whose scale and shift come from a passport while it is presented.
@@ -48,6 +52,9 @@ class PassportNorm(nn.Module):
             whose bit is in its mean patch.
         carries: which channels have a passport of their own; None: there is one for all of them.
             The others keep the scale and shift that they have.
+        ease: factors on the gradients of each channel's γ and β, in (0, 1]. A step along a
+            gradient g changes γ = ⟨W, m⟩ by g·‖m‖², 50 to 300 times as much as a scale of its own,
+            which short trainings do not survive (`docs/log.md`).
         channel_axis: where the output's channels are.
         branch: what `forward` computes.
         private_share: of the images, the last ones, that a fork also sends through the private
@@ -60,6 +67,7 @@ class PassportNorm(nn.Module):
     mean_patch: Float[Tensor, "2 groups columns"]
     signs: Float[Tensor, " out"]
     carries: Bool[Tensor, " out"] | None
+    ease: Float[Tensor, "2 out"] | None
 
     def __init__(
         self,
@@ -91,6 +99,8 @@ class PassportNorm(nn.Module):
         self.register_buffer("signs", signs.to(weight), persistent=False)
         carries = None if carries is None else carries.to(weight.device)
         self.register_buffer("carries", carries, persistent=False)
+        ease = None if carries is None else _ease(self.mean_patch)
+        self.register_buffer("ease", ease, persistent=False)
 
     @property
     def layer(self) -> nn.Module:
@@ -114,8 +124,9 @@ class PassportNorm(nn.Module):
         # Full precision even under autocast: bfloat16 would flip the signs of small γ.
         with torch.autocast(weight.device.type, enabled=False):
             gamma, beta = collapsed_affine(weight, patch)
-        if self.carries is None:
+        if self.carries is None or self.ease is None:
             return gamma, beta
+        gamma, beta = _slowed(gamma, self.ease[0]), _slowed(beta, self.ease[1])
         scale, shift = self.own()
         return torch.where(self.carries, gamma, scale), torch.where(self.carries, beta, shift)
 
@@ -244,6 +255,17 @@ class Encoder(nn.Module):
         """One vector in, one out, in full precision even under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return self.second @ functional.leaky_relu(self.first @ x)
+
+
+def _ease(forms: Float[Tensor, "2 out columns"]) -> Float[Tensor, "2 out"]:
+    squares = forms.double().square().sum(2)
+    return (FASTER / squares.clamp(min=FASTER)).to(forms)
+
+
+def _slowed(x: Tensor, factor: Tensor) -> Tensor:
+    """The very values of `x`, of whose gradients `factor` flows back."""
+    held = x.detach()
+    return held + factor * (x - held)
 
 
 def _in_the_open(_module: nn.Module, _args: tuple[Any, ...]) -> None:
@@ -382,6 +404,18 @@ def own_statistics(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if isinstance(module, PassportNorm | BranchNorm) and module.private_norm is not None
     ]
+
+
+@torch.no_grad()
+def share_statistics(model: nn.Module) -> None:
+    """Give the private branch the public one's running statistics, in place.
+
+    They are its own where both branches compute the same.
+    """
+    for module in branched(model):
+        if module.private_norm is not None:
+            for name, mine in module.private_norm.named_buffers():
+                mine.copy_(module.norm.get_buffer(name))
 
 
 def branched(model: nn.Module) -> list[PassportNorm | BranchNorm]:

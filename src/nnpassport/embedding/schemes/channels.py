@@ -19,7 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nnpassport.embedding.network.equations import collapsed_affine, filters, geometry_of, own_order
-from nnpassport.embedding.network.layers import Branch, PassportNorm, on_branch
+from nnpassport.embedding.network.layers import (
+    Branch,
+    PassportNorm,
+    branched,
+    on_branch,
+    passport_norms,
+)
 from nnpassport.embedding.network.outputs import (
     Example,
     call,
@@ -281,12 +287,13 @@ def begin(norms: Sequence[PassportNorm]) -> None:
 
 
 @contextmanager
-def undone(norms: Sequence[PassportNorm]) -> Iterator[Callable[[], None]]:
-    """A function that puts the layers of these norms back as they are now."""
+def undone(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """A function that puts back what a graft changes in the model: marked layers, norms."""
+    layers = [norm.layer for norm in passport_norms(model).values()]
+    norms = [norm for each in branched(model) for norm in (each.norm, each.private_norm)]
     tensors = [
         tensor
-        for norm in norms
-        for module in (norm.layer, norm.norm, norm.private_norm)
+        for module in (*layers, *norms)
         if module is not None
         for tensor in (*module._parameters.values(), *module._buffers.values())
         if tensor is not None

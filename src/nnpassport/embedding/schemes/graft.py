@@ -30,7 +30,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nnpassport.embedding.network.equations import collapsed_affine, filters, geometry_of, own_order
-from nnpassport.embedding.network.layers import Branch, PassportNorm, on_branch, passport_norms
+from nnpassport.embedding.network.layers import (
+    Branch,
+    PassportNorm,
+    on_branch,
+    passport_norms,
+    share_statistics,
+)
 from nnpassport.embedding.network.outputs import (
     Example,
     call,
@@ -154,9 +160,10 @@ def graft_channels(
     for name in order:
         show(done + length_of(inputs), of, f"the least change of {name}")
         changes[name] = channels.change_of(norms[name], seen.pop(name))
-    with channels.undone([norms[name] for name in order]) as put_back:
+    with channels.undone(model) as put_back:
 
         def tried(names: Sequence[str]) -> channels.Harm:
+            share_statistics(model)
             for name in names:
                 channels.apply_change(norms[name], changes[name])
             branches = (Branch.PUBLIC, Branch.PRIVATE)
@@ -171,6 +178,23 @@ def graft_channels(
             costs = {name: change.felt for name, change in changes.items()}
             raise _too_harmful(harm, limit, costs, tried, put_back)
     return Report({n: Grafted(0, 0, c.share, c.felt) for n, c in changes.items()}, harm)
+
+
+def settle(model: nn.Module, inputs: Example) -> Report | None:
+    """Let the private branch end as the public one, after a training with passports of channels.
+
+    In place, by a graft of the little that training left between them.
+
+    Returned is what it did. None: it would change more than `channels.LIMIT`, and the network is
+    as it was; its private branch is what training made of it.
+
+    Raises:
+        UnsuitableModelError: as `graft`.
+    """
+    try:
+        return graft_channels(model, inputs)
+    except HarmfulGraftError:
+        return None
 
 
 def _too_harmful(

@@ -37,7 +37,7 @@ from nnpassport.embedding.network.outputs import Example, call, length_of, part_
 from nnpassport.embedding.network.survey import Site, choose, choose_enough, shares, survey
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
-from nnpassport.embedding.schemes.graft import graft
+from nnpassport.embedding.schemes.graft import graft, settle
 from nnpassport.embedding.schemes.pan import encode
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.seen import Seen, watch
@@ -327,6 +327,8 @@ class Passport:
             evaluate=None if validation is None else self.evaluation(validation, normalise),
             journal=journal,
         )
+        if self.two_branches and recipe.epochs and _carried_by_channels(model):
+            settle(model, normalise(data.sample(GRAFTED_ON, seed=recipe.seed).images).to(example))
         self._rest(model)
         return history
 
@@ -475,6 +477,10 @@ V1 = Passport("passport-v1", two_branches=False)
 V2 = Passport("passport-v2", two_branches=True)
 V3 = Passport("passport-v3", two_branches=True, triggers=100)
 PAN = Passport("pan", two_branches=True, encoded=True)
+
+
+def _carried_by_channels(model: nn.Module) -> bool:
+    return any(norm.carries is not None for norm in passport_norms(model).values())
 
 
 def _tells(example: Example) -> bool:

@@ -91,6 +91,8 @@ class Recipe:
         compile: run the network through `torch.compile`.
         keep_best: end with the weights that scored highest in `evaluate`, not with the last.
         seed: of order, augmentation and whatever the network itself draws.
+        begins: share of the schedule, in [0, 1), that another training has done before this one.
+        ends: share of the schedule, in (0, 1], that is done when this training ends.
     """
 
     epochs: int = 200
@@ -105,6 +107,8 @@ class Recipe:
     compile: bool = False
     keep_best: bool = False
     seed: int = 0
+    begins: float = 0.0
+    ends: float = 1.0
 
     def __post_init__(self) -> None:
         for name, allowed in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
@@ -117,6 +121,17 @@ class Recipe:
         for name in ("batch", "rate"):
             if not getattr(self, name) > 0:
                 raise BadRecipeError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.begins < self.ends <= 1:
+            raise BadRecipeError(
+                f"the schedule runs from {self.begins} to {self.ends}; needed: two shares in "
+                "order, from 0 to 1"
+            )
+
+    def rate_at(self, progress: float) -> float:
+        """The learning rate where a share of this training, in [0, 1], is done."""
+        return self.rate * SCHEDULES[self.schedule](
+            self.begins + (self.ends - self.begins) * progress
+        )
 
 
 RECIPES: Mapping[str, Recipe] = {
@@ -473,7 +488,7 @@ class _Run:
         recipe = self.recipe
         steps = recipe.epochs * self.per_epoch
         # The middle of the step: at its edges a linear schedule would waste the first or last one.
-        rate = recipe.rate * SCHEDULES[recipe.schedule]((self.done + 0.5) / steps)
+        rate = recipe.rate_at((self.done + 0.5) / steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         dtype = PRECISIONS[recipe.precision]
@@ -650,6 +665,8 @@ class _Run:
         if not path.exists():
             return None
         state = load_training(path)
+        # Earlier versions wrote no fields that have come since.
+        state["recipe"] = {**dataclasses.asdict(Recipe()), **state.get("recipe", {})}
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise BadRecipeError(
