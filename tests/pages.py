@@ -63,11 +63,14 @@ def _dispute() -> None:
         stamp = f"--authority {url} --authority-root tsa.pem" if dated else ""
         _called("attack combine demo/released --data digits --split test -o stolen")
         _called("key new --model demo/released --owner Bob --passports derived -o bob.key")
-        for name, key in (("alice", "demo/alice.key"), ("bob", "bob.key")):
+        for name, key, anchor in (
+            ("alice", "demo/alice.key", "--anchor demo/owner"),
+            ("bob", "bob.key", ""),
+        ):
             _called(f"claim keygen -o {name}.pem")
-            claim = f"--key {key} --signing {name}.pem --reference demo/released"
+            claim = f"--key {key} --signing {name}.pem --reference demo/released {anchor}"
             _called(f"claim new {claim} {stamp} -o {name}.claim.json")
-            shown = f"{name}.claim.json --key {key} --reference demo/released -o {name}"
+            shown = f"{name}.claim.json --key {key} --reference demo/released {anchor} -o {name}"
             _called(f"claim disclose {shown}")
     judged = f"--root tsa.pem --appeared {TOMORROW}" if dated else ""
     _called(f"judge stolen alice bob {judged} --report ruling.html", 0, 1, 3)

@@ -13,19 +13,33 @@ from nnpassport.alignment.null import Unrelated
 from nnpassport.attacks.ambiguity import flip_gamma
 from nnpassport.attacks.obfuscation import combine, flip_signs, permute, rescale
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding import anchoring
 from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network import surgery
-from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.network.layers import (
+    FASTER,
+    Branch,
+    on_branch,
+    own_statistics,
+    passport_norms,
+)
 from nnpassport.embedding.schemes import channels
-from nnpassport.embedding.schemes.graft import graft_channels
+from nnpassport.embedding.schemes.channels import Harm
+from nnpassport.embedding.schemes.graft import graft_channels, settle
 from nnpassport.embedding.schemes.passport import PAN, V1, V2, V3, bound_to
+from nnpassport.embedding.train.loop import Recipe
 from nnpassport.keys.context import ChannelForm, Context, LayerShape
 from nnpassport.keys.derive import BASE, derive_channels, spread
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key, metric_digest
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.keys.reading import read_passports
-from nnpassport.scheme import HarmfulGraftError, UnreadableKeyError, UnsuitableModelError
+from nnpassport.scheme import (
+    BadRecipeError,
+    HarmfulGraftError,
+    UnreadableKeyError,
+    UnsuitableModelError,
+)
 
 OUT, FAN_IN = 12, 24
 LINEAR = Geometry()
@@ -376,6 +390,93 @@ def test_an_untrained_network_starts_with_every_bit_right():
     assert V2.verify(V2.released(plain).state_dict(), owned).matches == 24
     assert torch.allclose(norm.affine()[0], norm.own()[0], atol=1e-4)
     assert float((norm.layer.weight.detach() - before).norm() / before.norm()) < 0.2
+
+
+def test_a_step_moves_a_channels_scale_hardly_faster_than_it_moves_a_norms_own():
+    """Along the gradient itself a step would move it by ‖m‖² times as much: here 36 and more."""
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    V2.insert(plain, owned, images[:2])
+    (norm,) = passport_norms(plain).values()
+    before = norm.affine()[0]
+    before.sum().backward()
+    rate = 1e-3
+    with torch.no_grad():
+        norm.layer.weight -= rate * norm.layer.weight.grad
+        moved = (before - norm.affine()[0])[norm.carries] / rate
+    assert float(norm.mean_patch[0, norm.carries].square().sum(1).min()) > 3 * FASTER
+    assert moved.tolist() == pytest.approx([FASTER] * len(moved), rel=0.02)
+
+
+def test_gradients_alone_are_slowed_and_values_stay_what_the_formula_says():
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    V2.insert(plain, owned, images[:2])
+    (norm,) = passport_norms(plain).values()
+    slowed = norm.affine()
+    norm.ease = torch.ones_like(norm.ease)
+    assert all(torch.equal(a, b) for a, b in zip(slowed, norm.affine(), strict=True))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, group], ids=["batch", "group"])
+def test_a_training_ends_with_one_network_in_both_branches(norm):
+    """Where it had drawn them apart, statistics of norms behind the passport included."""
+    plain, images = small(norm)
+    plain[8] = nn.Sequential(nn.Linear(96, 32), nn.BatchNorm1d(32), nn.Linear(32, 5)).eval()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    V2.insert(plain, owned, images[:2])
+    graft_channels(plain, images, limit=channels.ANY)
+    (inner,) = passport_norms(plain).values()
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        inner.layer.weight += 0.02 * torch.randn(inner.layer.weight.shape, generator=rng)
+        for each in own_statistics(plain):
+            each.running_mean += 0.1
+    apart = channels.answers(plain, images, Branch.PRIVATE).numbers
+    public = channels.answers(plain, images, Branch.PUBLIC).numbers
+    assert (apart - public).norm() > 0.05 * public.norm()
+    found = settle(plain, images)
+    assert found is not None
+    assert found.harm.private_error < 1e-4
+    private = channels.answers(plain, images, Branch.PRIVATE).numbers
+    assert (private - channels.answers(plain, images, Branch.PUBLIC).numbers).norm() < 1e-3
+    assert V2.verify(V2.released(plain).state_dict(), owned).matches == owned.context.bits
+
+
+def test_what_would_harm_is_not_settled(monkeypatch):
+    plain, images = small()
+    plain[8] = nn.Sequential(nn.Linear(96, 32), nn.BatchNorm1d(32), nn.Linear(32, 5)).eval()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    V2.insert(plain, owned, images[:2])
+    for each in own_statistics(plain):
+        each.running_mean += 0.1
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    monkeypatch.setattr(Harm, "within", lambda *_: False)
+    assert settle(plain, images) is None
+    after = plain.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "steps"])
+@pytest.mark.parametrize("epochs", [2, 8, 20])
+def test_both_parts_of_a_training_from_scratch_are_one_schedule(schedule, epochs):
+    whole = Recipe(epochs=epochs, rate=0.05, schedule=schedule)
+    first, second = anchoring.before(whole), anchoring.after(whole)
+    assert first.epochs + second.epochs == epochs
+    steps = 10
+    rates = [
+        part.rate_at((step + 0.5) / (part.epochs * steps))
+        for part in (first, second)
+        for step in range(part.epochs * steps)
+    ]
+    told = [whole.rate_at((step + 0.5) / (epochs * steps)) for step in range(epochs * steps)]
+    assert rates == pytest.approx(told)
+
+
+@pytest.mark.parametrize("part", [(0.5, 0.5), (-0.1, 1), (0, 1.1), (0.6, 0.2)])
+def test_parts_of_a_schedule_that_are_none_are_refused(part):
+    with pytest.raises(BadRecipeError, match="needed: two shares in order"):
+        Recipe(begins=part[0], ends=part[1])
 
 
 def test_a_graft_that_harms_is_undone_and_says_what_would_pass():

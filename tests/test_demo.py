@@ -9,6 +9,7 @@ from hashlib import sha256
 from html.parser import HTMLParser
 from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -16,7 +17,6 @@ from typer.testing import CliRunner
 from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding.checkpoint import load_model
-from nnpassport.embedding.network.equations import mean_patch
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.keys.keyfile import load_key
@@ -26,7 +26,7 @@ from nnpassport.lab.demo.story import present_each
 from nnpassport.report import page as report
 from nnpassport.scheme import UnwritableOutputError
 
-TINY = Budget(epochs=1, test_images=60)
+TINY = Budget(epochs=2, test_images=180)
 SEEDS = [sha256(b"demo %d" % number).digest() for number in range(1 + TINY.random_keys)]
 
 
@@ -80,7 +80,7 @@ def test_accuracies_of_many_passports_are_those_of_one_after_the_other(told):
     normalise = Normalisation(config.mean, config.std)
     test = read_images("digits", split="test", size=32).subset(torch.arange(TINY.test_images))
     keys = [
-        V2.draw_key(model, torch.zeros(1, 3, 32, 32), owner="a rival", seed=s, passports="derived")
+        V2.draw_key(model, torch.zeros(1, 3, 32, 32), owner="a rival", seed=s, passports="channel")
         for s in SEEDS
     ]
     keys = [load_key(folder / KEY_FILE), *keys[1:3]]
@@ -114,15 +114,14 @@ def secrets_of(key):
     """Everything in a key that must not leave the owner's folder, in the forms it might take."""
     yield from (key.seed, key.seed.hex().encode(), base64.b64encode(key.seed))
     for layer in key.context.layers:
-        signs, passport = key.layer_signs(layer.name), key.layer_passport(layer.name)
-        patch = mean_patch(passport, layer.weight, layer.geometry)
-        yield from (signs.numpy().tobytes(), passport.numpy().tobytes(), patch.numpy().tobytes())
-        yield from (
-            patch.float().numpy().tobytes(),
-            (passport * 127).to(torch.int8).numpy().tobytes(),
-        )
+        signs = key.layer_signs(layer.name)
+        yield signs.numpy().tobytes()
+        yield key.metrics[layer.name].tobytes()
+        for _, passports in key.channel_arrays(layer.name):
+            for passport in passports.reshape(-1, passports.shape[-1]):
+                yield from (passport.tobytes(), passport.astype(np.float32).tobytes())
         bits = (signs > 0).int()
-        packed = int("".join(map(str, bits.tolist())), 2).to_bytes(len(bits) // 8, "big")
+        packed = int("".join(map(str, bits.tolist())), 2).to_bytes(-(-len(bits) // 8), "big")
         yield from (packed, packed.hex().encode(), base64.b64encode(packed))
         yield "".join(map(str, bits.tolist())).encode()
 
@@ -135,7 +134,7 @@ def test_no_file_but_the_key_holds_a_secret(told):
     assert key.seed == SEEDS[0]
     assert key.seed.hex().encode() in (folder / KEY_FILE).read_bytes()
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != KEY_FILE]
-    assert len(files) == 2 + 3 * 2
+    assert len(files) == 2 + 4 * 2
     contents = [*(path.read_bytes() for path in files), json.dumps(result.as_dict()).encode()]
     for secret in secrets_of(key):
         assert not any(secret in content for content in contents)

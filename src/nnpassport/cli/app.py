@@ -274,7 +274,8 @@ class Marking:
     late: Annotated[
         float | None,
         typer.Option(
-            help="V2, V3: share of steps before the private branch is trained too (default: 0)."
+            help="V2, V3: share of steps before the private branch is trained too (default: 0; "
+            "1, never, with passports of channels)."
         ),
     ] = None
     triggers_per_step: Annotated[

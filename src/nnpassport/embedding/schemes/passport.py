@@ -12,6 +12,7 @@ makes a fourth row, `pan`:
 [Fan19, sect. 3.3]
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -71,9 +72,11 @@ from nnpassport.scheme import (
     BadRecipeError,
     Batch,
     HarmfulGraftError,
+    UnmarkedWarning,
     UnsuitableModelError,
     Verdict,
 )
+from nnpassport.verification.anchor import of_channels
 
 SHOWN = 64
 """Inputs, at least, that an example shows what layers receive with."""
@@ -96,9 +99,11 @@ class Passport:
         margin: γ0 of equation 5, in units of γ.
         decay: factor on Σ γ², a term of the reference code (1e-5) that the paper does not have; as
             in that code it has no effect where `sign_weight` is 0.
-        late: share of the steps, in [0, 1), that train only the public branch and the sign loss,
+        late: share of the steps, in [0, 1], that train only the public branch and the sign loss,
             before the private branch joins. This and the next two make training cheaper;
-            `results/cheaper.md` says what they cost in accuracy.
+            `results/cheaper.md` says what they cost in accuracy. 1 is for passports of channels:
+            `embed` ends with the private branch computing what the public one does (`settle`), so
+            it need not be trained. None is 1 there, and 0 elsewhere, as in the paper.
         private_share: share of each step's images, in (0, 1], that the private branch sees too.
         private_every: the private branch runs in every Nth step.
         teaching: for a trained network, the share in [0, 1] of each branch's loss that imitates
@@ -117,7 +122,7 @@ class Passport:
     sign_weight: float = 0.1
     margin: float = 0.1
     decay: float = 0.0
-    late: float = 0.0
+    late: float | None = None
     private_share: float = 1.0
     private_every: int = 1
     teaching: float = 0.7
@@ -128,7 +133,7 @@ class Passport:
     def __post_init__(self) -> None:
         for name, right, needed in (
             ("encoded", self.two_branches or not self.encoded, "two branches, or no small network"),
-            ("late", 0 <= self.late < 1, "at least 0 and below 1"),
+            ("late", 0 <= (self.late or 0) <= 1, "at least 0 and at most 1"),
             ("private_share", 0 < self.private_share <= 1, "above 0 and at most 1"),
             ("private_every", self.private_every >= 1, "1 or more steps"),
             ("harm", 0 <= self.harm <= 1, "at least 0 and at most 1"),
@@ -247,7 +252,7 @@ class Passport:
         alternates between them. `normalise` is needed by triggers, which are kept as pixels. `task`
         is a loss of the caller's own, instead of cross-entropy on the class scores.
         """
-        start = round(self.late * steps) if self.two_branches else 0
+        start = round((self.late or 0.0) * steps) if self.two_branches else 0
         count = self.triggers_per_step if self.triggers else 0
         mix = mixing(trigger_batch(key, normalise), count) if self.triggers else None
 
@@ -300,10 +305,12 @@ class Passport:
         """
         data.require_classes(2)  # before anything is touched
         example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
+        settles = self.two_branches and of_channels(key)
+        scheme = self._training(settles=settles)
         teacher = deepcopy(model) if trained and self.teaching else None
         self.insert(model, key, example)
         steps = total_steps(data, recipe)
-        objective = self.objective(key, steps=steps, normalise=normalise)
+        objective = scheme.objective(key, steps=steps, normalise=normalise)
         if not trained:
             channels.begin([*passport_norms(model).values()])
         if trained:
@@ -316,7 +323,7 @@ class Passport:
                 surgery.remove(model)
                 raise
         if teacher is not None:
-            make = partial(self.objective, key, steps=steps, normalise=normalise)
+            make = partial(scheme.objective, key, steps=steps, normalise=normalise)
             objective = taught(lambda task: make(task=task), teacher, self.teaching)
         history = fit(
             model,
@@ -324,19 +331,33 @@ class Passport:
             data,
             recipe,
             normalise=normalise,
-            evaluate=None if validation is None else self.evaluation(validation, normalise),
+            evaluate=None if validation is None else scheme.evaluation(validation, normalise),
             journal=journal,
         )
-        if self.two_branches and recipe.epochs and _carried_by_channels(model):
-            settle(model, normalise(data.sample(GRAFTED_ON, seed=recipe.seed).images).to(example))
+        if settles and recipe.epochs:
+            inputs = normalise(data.sample(GRAFTED_ON, seed=recipe.seed).images).to(example)
+            if settle(model, inputs) is None and scheme.late == 1:
+                warnings.warn(_UNSETTLED, UnmarkedWarning, stacklevel=2)
         self._rest(model)
         return history
+
+    def _training(self, *, settles: bool) -> "Passport":
+        """The scheme as it trains: without the private branch where that `settles` at the end."""
+        if self.late is None:
+            return replace(self, late=1.0 if settles else 0.0)
+        if self.late == 1 and self.two_branches and not settles:
+            raise BadRecipeError(
+                "late is 1, so the private branch would never be trained; needed: passports of "
+                "channels, with which it ends as the public one does, or below 1"
+            )
+        return self
 
     def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """What to measure, after each epoch say, while the passports are inserted.
 
         "accuracy" is the network's as it will be used: presented for V1, public for V2 and V3,
-        whose "private_accuracy" is the presented one. "score" is the mean of the two.
+        whose "private_accuracy" is the presented one. "score" is the mean of the branches that are
+        trained.
         """
 
         def evaluate(model: nn.Module) -> dict[str, float]:
@@ -348,7 +369,7 @@ class Passport:
                 return {**numbers, "accuracy": private, "score": private}
             with on_branch(model, Branch.PUBLIC):
                 public = accuracy(model, data, normalise)
-            score = (public + private) / 2
+            score = public if self.late == 1 else (public + private) / 2
             return {**numbers, "accuracy": public, "private_accuracy": private, "score": score}
 
         return evaluate
@@ -479,8 +500,11 @@ V3 = Passport("passport-v3", two_branches=True, triggers=100)
 PAN = Passport("pan", two_branches=True, encoded=True)
 
 
-def _carried_by_channels(model: nn.Module) -> bool:
-    return any(norm.carries is not None for norm in passport_norms(model).values())
+_UNSETTLED = (
+    "training ended far from what the passports say: to make the private branch compute what the "
+    "public one does would change more answers than is accepted. The bits are in, but with the key "
+    "presented the accuracy is low; needed: embed with late below 1, 0.5 say, which trains it"
+)
 
 
 def _tells(example: Example) -> bool:

@@ -74,7 +74,7 @@ class Cell:
         if self.task == "loop":
             return LOOP_STEPS
         scheme = CHEAPER.get(self.network, V2)
-        return max(scheme.private_every, round(1 / (1 - scheme.late)))
+        return max(scheme.private_every, round(1 / (1 - (scheme.late or 0))))
 
 
 Rows = tuple[tuple[str, str], ...]

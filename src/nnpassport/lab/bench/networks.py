@@ -65,7 +65,7 @@ def private_work(name: str, batch: int) -> float:
     """The private branch's share of what it would be, had it every image in every step."""
     scheme = CHEAPER.get(name, V2)
     share = private_count(batch, scheme.private_share) / batch
-    return (1 - scheme.late) * share / scheme.private_every
+    return (1 - (scheme.late or 0)) * share / scheme.private_every
 
 
 def step_bound(name: str, batch: int, bound: float) -> float:

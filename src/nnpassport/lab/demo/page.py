@@ -12,7 +12,8 @@ FILES: Mapping[str, str] = {
     "demo.html": "This page.",
     "demo.png": "Its pictures.",
     KEY_FILE: f"{OWNER}'s secret key; only you can read it.",
-    "owner": "Her network, and what accuracy it has with her passport.",
+    "owner": "Her network, what accuracy it has with her passport, and, in anchor, the network "
+    "before the mark: as secret as the key.",
     "released": "What she gives away: a plain network with no secret in it.",
     "plain": "The unrelated network.",
 }

@@ -15,7 +15,7 @@ from nnpassport.data.images import ImageSet, Normalisation, read_images
 from nnpassport.embedding.checkpoint import load_suspect
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.models import AlexNet
-from nnpassport.embedding.owner import Sets, divide, embed, release, train
+from nnpassport.embedding.owner import Sets, bind_key, divide, embed, release, train
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.embedding.train.loop import Recipe
@@ -111,8 +111,9 @@ def _tell(
         stage.note = f"{percent(plain['accuracy'])} right"
     with clock.stage(1) as stage:
         (drawn,) = _draw_keys(config.build(), OWNER, key_seeds and key_seeds[:1], 1)
-        save_key(drawn, folder / KEY_FILE, overwrite=overwrite)
-        marked = embed(folder / "owner", config, drawn, sets, recipe, journal=stage.journal).metrics
+        bound = bind_key(folder / "owner", config, drawn, sets, recipe, journal=stage.journal)
+        save_key(bound, folder / KEY_FILE, overwrite=overwrite)
+        marked = embed(folder / "owner", config, bound, sets, recipe, journal=stage.journal).metrics
         stage.note = f"{percent(marked['accuracy'])} right"
     # From here on only with what is on disk, as on another day and another machine.
     key, declared = load_key(folder / KEY_FILE), read_config(folder / "owner").metrics
@@ -179,7 +180,7 @@ def _draw_keys(
     example = torch.zeros(1, 3, SIZE, SIZE)
     drawn: Sequence[bytes | None] = [None] * count if seeds is None else seeds[:count]
     return [
-        V2.draw_key(model, example, owner=owner, seed=seed, passports="derived") for seed in drawn
+        V2.draw_key(model, example, owner=owner, seed=seed, passports="channel") for seed in drawn
     ]
 
 
