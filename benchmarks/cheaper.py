@@ -132,7 +132,10 @@ def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> di
         path = folder / "owner.key"
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            save_key(ownership.draw_key(config, cell.scheme, owner="benchmark"), path)
+            save_key(
+                ownership.draw_key(config, cell.scheme, owner="benchmark", passports="derived"),
+                path,
+            )
         key = load_key(path)
         scheme = with_settings(scheme_named(cell.scheme), **cell.settings)
         done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)

@@ -627,11 +627,22 @@ def test_a_private_branch_that_joins_in_some_steps_only_is_out_of_the_others(dig
 
 @pytest.mark.parametrize(
     "settings",
-    [{"private_share": 0.0}, {"private_share": 1.5}, {"private_every": 0}, {"late": 1.0}],
+    [{"private_share": 0.0}, {"private_share": 1.5}, {"private_every": 0}, {"late": 1.1}],
 )
 def test_a_private_branch_that_is_never_trained_is_refused(settings):
     with pytest.raises(BadRecipeError, match=f"{next(iter(settings))} is .*needed"):
         replace(V2, **settings)
+
+
+def test_a_private_branch_of_whole_layers_is_trained_at_some_time(digits):
+    """That of channels need not be: see `settle`."""
+    data, _, normalise = digits
+    model = network("group")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    key = V2.draw_key(model, normalise(data.images[:2]), passports="derived")
+    with pytest.raises(BadRecipeError, match=r"late is 1.*never be trained; needed: passports of"):
+        replace(V2, late=1.0).embed(model, key, data, Recipe(epochs=1), normalise=normalise)
+    assert all(torch.equal(before[name], each) for name, each in model.state_dict().items())
 
 
 def test_a_private_branch_that_would_see_triggers_alone_is_refused(digits):

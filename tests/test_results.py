@@ -74,6 +74,7 @@ PAGES = {
     "docs/reproduction.md": reproduction,
     "docs/leaderboard.md": leaderboard,
     "docs/performance.md": performance,
+    "results/scratch.md": lambda: script("scratch").render(script("scratch").load()),
     "docs/scaling.md": lambda: script("scaling").render(script("scaling").load()),
     "results/alignment.md": lambda: script("alignment_tables").render(),
     "results/attacks-alexnet.md": lambda: script("attacks").render(),
