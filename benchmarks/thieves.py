@@ -4,7 +4,7 @@
     python benchmarks/thieves.py render               results/thieves.md from it
 
 FOLDER holds cifar10-train-*.parquet and cifar10-test.parquet. One small network is trained, each
-mark goes into it, and each thief works on each: he knows which layers carry it, has 500
+mark goes into it, and each thief works on each: he knows which layers carry it, has 1,000
 unlabelled images, and keeps 97 % of the network's own answers.
 """
 
@@ -37,8 +37,9 @@ from nnpassport.lab.leaderboard.board import said_p
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
-TRAINED, STOLEN, TESTED, WIDTH = 4_000, 500, 1_000, 0.25
-PLAIN = Recipe(epochs=4, batch=64, rate=0.05, schedule="one-cycle", nesterov=True)
+TRAINED, STOLEN, TESTED, WIDTH = 49_000, 1_000, 5_000, 0.25
+TUNED_ON = 5_000
+PLAIN = Recipe(epochs=15, batch=128, rate=0.05, schedule="one-cycle", nesterov=True)
 TUNE = Recipe(epochs=2, batch=32, rate=0.01, schedule="one-cycle", nesterov=True)
 GRAFT = Recipe(epochs=0)
 
@@ -110,7 +111,8 @@ def marked(plain: nn.Module, mark: Mark, given: Images) -> tuple[Scheme, Key, nn
         scheme.embed(model, key, given.train, mark.recipe, normalise=given.normalise, trained=True)
     else:
         key = scheme.draw_key(model, example, owner="benchmark", seed=bytes(32))
-        scheme.embed(model, key, given.train, mark.recipe, normalise=given.normalise)
+        tuned_on = given.train.sample(TUNED_ON, seed=4)
+        scheme.embed(model, key, tuned_on, mark.recipe, normalise=given.normalise)
     return scheme, key, scheme.released(model).eval()
 
 
@@ -120,6 +122,14 @@ def run(data: Path) -> None:
     torch.manual_seed(0)
     plain = AlexNet(10, norm="batch", width=WIDTH)
     fit(plain, classification, given.train, PLAIN, normalise=given.normalise)
+    settings = {
+        "epochs": PLAIN.epochs,
+        "trained": TRAINED,
+        "tuned_on": TUNED_ON,
+        "stolen": STOLEN,
+        "tested": TESTED,
+        "kept": KEPT,
+    }
     before = accuracy(plain.eval(), given.test, given.normalise)
     entries: list[dict[str, Any]] = []
     for name, mark in MARKS.items():
@@ -134,7 +144,12 @@ def run(data: Path) -> None:
             seconds = time.monotonic() - begun
             entries.append({"mark": name, "thief": thief, **facts, "seconds": seconds})
             print(json.dumps(entries[-1]), flush=True)
-        whole = {"plain_accuracy": before, "entries": entries, "provenance": origin}
+        whole = {
+            "settings": settings,
+            "plain_accuracy": before,
+            "entries": entries,
+            "provenance": origin,
+        }
         write_atomically(RESULTS / "thieves.json", (json.dumps(whole, indent=2) + "\n").encode())
 
 
@@ -151,19 +166,19 @@ def _facts(scheme: Scheme, key: Key, model: nn.Module, given: Images) -> dict[st
 def render() -> str:
     """A row for each mark, a column for each thief."""
     whole = json.loads((RESULTS / "thieves.json").read_text())
+    made, plain = whole["settings"], 100 * whole["plain_accuracy"]
     lines = [
         "# Informed thieves, side by side",
         "",
         "Rendered by `python benchmarks/thieves.py render` from `results/thieves.json`. One "
-        f"AlexNet of a quarter's width, {PLAIN.epochs} epochs of {TRAINED:,} images of CIFAR-10 "
-        f"({100 * whole['plain_accuracy']:.1f} % of {TESTED:,} test images); each mark goes into "
-        "it, passports by a graft, the others by two epochs more. Each thief knows which layers "
-        f"carry the mark, has {STOLEN:,} unlabelled images and does the most that keeps "
-        f"{100 * KEPT:g} % of the network's own answers. In a cell: bits left, p, and the points "
-        "of accuracy that the theft cost (a standard error of about 1.5). **Bold**: the mark is "
-        "gone, p > 10⁻⁹. One run each. A network that is unsure of most of its answers changes "
-        "them at a touch, so that to keep so many of them binds the thief; how a surer one fares "
-        "is in `tests/test_informed.py` and `results/real.md`.",
+        f"AlexNet of a quarter's width, {made['epochs']} epochs of {made['trained']:,} images of "
+        f"CIFAR-10 ({plain:.1f} % of {made['tested']:,} test images); each mark goes into it, "
+        f"passports by a graft, the others by two epochs of {made['tuned_on']:,} images more. Each "
+        f"thief knows which layers carry the mark, has {made['stolen']:,} unlabelled images and "
+        f"does the most that keeps {100 * made['kept']:g} % of the network's own answers. In a "
+        "cell: bits left, p, and the points of accuracy that the theft cost (a standard error of "
+        f"about {50 / made['tested'] ** 0.5:.1f}). **Bold**: the mark is gone, p > 10⁻⁹. One run "
+        "each.",
         "",
     ]
     head = ("mark", "bits", "accuracy, %", *THIEVES)
