@@ -192,6 +192,17 @@ def test_an_output_that_cannot_be_written_is_an_error(call, house, tmp_path):
     assert (tmp_path / "file").read_text() == "in the way"
 
 
+@pytest.mark.parametrize("size", ["16", "48"])
+def test_images_that_a_network_does_not_take_are_refused_before_it_is_trained(call, tmp_path, size):
+    asked = ("train", "--data", "digits", "--size", size, "--epochs", "1", "-o", tmp_path / "a")
+    code, _, err = call(*asked)
+    said = " ".join(err.split())
+    assert code == 2
+    assert f"alexnet does not take images of {size} by {size} pixels and 3 channels" in said
+    assert "try: --size 32 for AlexNet" in said
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_bug_is_never_taken_for_a_refusal(call, house, monkeypatch):
     def broken(*_args, **_more):
         raise RuntimeError("a bug")
@@ -246,7 +257,7 @@ def test_layers_says_what_can_carry_a_passport_and_what_it_costs(call):
     code, out, err = call("layers", "--model", "resnet18", "--layer", "layer4.1.conv2")
     assert code == 0
     assert "→ layer4.1.conv2" in out
-    assert "V2 and V3 fork the batch at layer4.1: a step" in " ".join(err.split())
+    assert "V2 and V3 fork the batch at layer4.1 then: a step" in " ".join(err.split())
 
 
 def test_layers_of_a_pattern_that_names_none_lists_what_there_is(call):

@@ -77,8 +77,10 @@ def _show(facts: dict[str, Any]) -> None:
             f"→ carries passports: {facts['bits']} bits, predicted harm "
             f"{100 * facts['harm']:.1f} % at most. Harm: of a layer's output, the share that a "
             "graft changes. Step: times the plain network's arithmetic, with this layer as the "
-            f"first. V2 and V3 fork the batch at {', '.join(facts['fork'])}: a step takes about "
-            f"{facts['step_cost']:.2f} times the plain network's arithmetic.",
+            "first, where the private branch is trained too: with one passport a layer, or --late "
+            f"below 1. V2 and V3 fork the batch at {', '.join(facts['fork'])} then: a step takes "
+            f"about {facts['step_cost']:.2f} times the plain network's arithmetic, otherwise as "
+            "much as the plain network's.",
             markup=False,
         )
     if "measured" in facts:

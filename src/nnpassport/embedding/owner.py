@@ -317,6 +317,7 @@ def bind_key(
         return key
     scheme = scheme_named(key.context.scheme)
     _check_learns(scheme, recipe, trained=initial is not None)
+    _initial(config, recipe, initial)
     return anchoring.bind(
         Path(folder),
         _described(config, sets, {}, {}),
@@ -416,7 +417,25 @@ def _initial(
     model = config.build(trusted_factory=config.architecture)
     if weights is not None:
         model.load_state_dict(weights)
+    _check_takes_images(model, config)
     return model
+
+
+@torch.no_grad()
+def _check_takes_images(model: nn.Module, config: ModelConfig) -> None:
+    """Refuse a network that images of this size do not fit, before a training begins with them."""
+    channels, height, width = config.input_size
+    training = model.training
+    try:
+        model.eval()(torch.zeros(2, *config.input_size))
+    except RuntimeError as error:  # torch's own, for shapes that do not meet
+        raise UnsuitableModelError(
+            f"{config.architecture} does not take images of {height} by {width} pixels and "
+            f"{channels} channel{'s'[: channels != 1]} ({error!s:.100}); needed: --size 32 for "
+            "AlexNet without other settings, or a network for any size, such as --model resnet18"
+        ) from error
+    finally:
+        model.train(training)
 
 
 def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:
