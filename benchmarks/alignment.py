@@ -13,7 +13,6 @@ start; it goes on where it stopped.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -47,7 +46,6 @@ from nnpassport.embedding.network.equations import mean_patch, read_bits
 from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.chance import (
     LOG10_ALPHA_COMMITTED,
     LOG10_ALPHA_UNCOMMITTED,
@@ -55,11 +53,13 @@ from nnpassport.keys.chance import (
     matches_needed,
 )
 from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.lab.results import Results
+from nnpassport.lab.timing import in_turns
 from nnpassport.report.provenance import provenance
 from nnpassport.verification.verdicts import Alignment, Options, verify
 
 RESULTS = Path(__file__).parent.parent / "results"
-FOLDER = RESULTS / "alignment"
+STORE = Results(RESULTS / "alignment")
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
 RTAL = Recipe(epochs=3, batch=64, rate=0.01, schedule="constant", precision="bfloat16")
@@ -131,8 +131,7 @@ def null(name: str, runs: Path, unrelated: Path, keys: int, aligned_keys: int) -
     scheme = scheme_named(own.context.scheme)
     folders = sorted(path.parent for path in unrelated.glob("*/model.safetensors"))
     for folder in folders:
-        path = FOLDER / f"null-{name}" / f"{folder.name}.json"
-        if path.exists():
+        if STORE.has(f"null-{name}/{folder.name}"):
             continue
         started, origin = time.monotonic(), provenance()
         weights = read_weights(folder).tensors
@@ -211,7 +210,7 @@ def power() -> None:
 
 def time_verification() -> None:
     """`verify` on ResNet-18, loading, hashing and reading: as a call, and as a whole process."""
-    origin, entries = provenance(), []
+    origin = provenance()
     config = ModelConfig(
         architecture="resnet18",
         arguments={"classes": 10, "norm": "batch"},
@@ -226,45 +225,30 @@ def time_verification() -> None:
         save_model(folder, config.build().eval(), config)
         save_key(ownership.draw_key(config, "passport-v2"), key)
         own = load_key(key)
-        for what, options in (
-            ("as it stands, imports apart", Options()),
-            ("aligned, imports apart", Options(alignment=Alignment(folder))),
-        ):
-            seconds = []
-            for _ in range(7):
-                started = time.monotonic()
-                verify(folder, own, options=options)
-                seconds.append(time.monotonic() - started)
-            entries.append({"reading": what, "seconds": sorted(seconds)})
-            print(entries[-1], flush=True)
-        base = [
-            sys.executable,
-            "-m",
-            "nnpassport.cli.app",
-            "verify",
-            str(folder),
-            "--key",
-            str(key),
-        ]
-        for what, more in (("as it stands", []), ("aligned", ["--align", str(folder)])):
-            seconds = []
-            for _ in range(7):
-                started = time.monotonic()
-                subprocess.run([*base, *more, "--json"], capture_output=True, check=False)
-                seconds.append(time.monotonic() - started)
-            entries.append({"reading": what, "seconds": sorted(seconds)})
-            print(entries[-1], flush=True)
+        aligned = Options(alignment=Alignment(folder))
+        words = [sys.executable, "-m", "nnpassport.cli.app", "verify", str(folder), "--json"]
+        words += ["--key", str(key)]
+
+        def whole(*more: str) -> None:
+            subprocess.run([*words, *more], capture_output=True, check=False)
+
+        timed = in_turns(
+            {
+                "as it stands, imports apart": lambda: verify(folder, own),
+                "aligned, imports apart": lambda: verify(folder, own, options=aligned),
+                "as it stands": whole,
+                "aligned": lambda: whole("--align", str(folder)),
+            },
+            warmup=0,
+        )
+    entries = [{"reading": n, "seconds": sorted(each.seconds)} for n, each in timed.items()]
     save("time", {"architecture": "resnet18", "entries": entries}, origin)
 
 
 def save(name: str, entry: dict, origin: dict) -> None:
     """Write one JSON of results with its provenance."""
-    path = FOLDER / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python", "benchmarks/alignment.py", *sys.argv[1:3]])
-    content = {**entry, "command": command, "provenance": origin}
-    indent = None if name.startswith("null") else 1  # thousands of numbers in a line
-    write_atomically(path, (json.dumps(content, indent=indent) + "\n").encode())
+    STORE.keep(name, {**entry, "command": command}, origin)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The tables of benchmarks/alignment.py, from its JSON."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,9 +7,11 @@ import numpy as np
 from scipy import stats
 
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
+from nnpassport.lab.results import Results, made_with
+from nnpassport.lab.tables import table
 
-RESULTS = Path(__file__).parent.parent / "results"
-FOLDER = RESULTS / "alignment"
+ROOT = Path(__file__).parent.parent / "results"
+STORE = Results(ROOT / "alignment")
 
 
 def render() -> str:
@@ -28,17 +29,10 @@ def render() -> str:
     return "\n".join(parts) + "\n"
 
 
-def _read(name: str) -> dict | None:
-    path = FOLDER / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def _made(entry: Mapping) -> str:
     made = entry["provenance"]
-    return (
-        f"`{entry['command']}`; {made['device']}, torch {made['torch']}, {made['date']}, commit "
-        f"{(made['commit'] or '?')[:12]}."
-    )
+    commit = (made["commit"] or "?")[:12]
+    return f"`{entry['command']}`; {made_with(entry)}, {made['date']}, commit {commit}."
 
 
 def _recovered() -> list[str]:
@@ -50,42 +44,62 @@ def _recovered() -> list[str]:
         "channels negated, permuted and rescaled; *more channels*: dummies and splits first.",
         "p is the more cautious one, for two readings, with eight mixtures as null.",
         "",
-        "| network | obfuscation | then | matches as it stands | aligned | log₁₀ p "
-        "| null, best of 8 | least mean cosine | s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    notes = []
+    head = (
+        *("network", "obfuscation", "then", "matches as it stands", "aligned", "log₁₀ p"),
+        *("null, best of 8", "least mean cosine", "s"),
+    )
+    notes, rows = [], []
     for name in ("v2-gn", "v1-bn"):
-        found = _read(f"recover-{name}")
+        found = STORE.read(f"recover-{name}")
         if found is None:
             continue
         notes += ["", _made(found)]
         for e in found["entries"]:
             stands = e["matches_as_it_stands"]
-            cells = [
-                name,
-                e["obfuscation"],
-                e["then"],
-                "other shapes" if stands is None else str(stands),
-                str(e["matches_aligned"]),
-                f"{e['log10_p_value']:.1f}",
-                str(max(e["null_matches"])),
-                f"{min(e['cosines'].values()):.3f}",
-                f"{e['seconds']:.1f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines + notes
+            rows.append(
+                (
+                    name,
+                    e["obfuscation"],
+                    e["then"],
+                    "other shapes" if stands is None else stands,
+                    e["matches_aligned"],
+                    f"{e['log10_p_value']:.1f}",
+                    max(e["null_matches"]),
+                    f"{min(e['cosines'].values()):.3f}",
+                    f"{e['seconds']:.1f}",
+                )
+            )
+    return lines + table(head, rows) + notes
 
 
 def _null(name: str) -> list[str]:
-    paths = sorted((FOLDER / f"null-{name}").glob("*.json"))
-    found = [json.loads(path.read_text()) for path in paths]
+    found = [*Results(STORE.folder / f"null-{name}").all().values()]
     if not found:
         return []
     bits = found[0]["bits"]
     stands = [count for e in found for count in e["fresh_as_it_stands"]]
     aligned = [count for e in found for count in e["fresh_aligned"]]
-    lines = [
+    head = (
+        *("key", "reading", "n", "mean %", "standard deviation, %", "most, %", "least p"),
+        *("KS test, p", "accepted at 10⁻⁹"),
+    )
+    owners = {
+        "as it stands": [e["own_as_it_stands"] for e in found],
+        "aligned": [e["own_aligned"] for e in found],
+        "aligned by whole filters": [e["own_aligned_by_whole_filters"] for e in found],
+        "aligned, on mixtures": [count for e in found for count in e["own_mixtures"]],
+    }
+    rows = [
+        _null_row("fresh", "as it stands", stands, bits),
+        _null_row("fresh", "aligned", aligned, bits),
+        *(_null_row("the owner's", how, counts, bits) for how, counts in owners.items()),
+    ]
+    quantiles = [
+        (share, *(f"{np.quantile(_p_values(e, bits), share):.4f}" for e in (stands, aligned)))
+        for share in (0.1, 0.01, 0.001)
+    ]
+    return [
         "",
         "## Networks that have nothing to do with the owner's",
         "",
@@ -93,51 +107,28 @@ def _null(name: str) -> list[str]:
         "one epoch on 47,500 images, the others for one epoch on 24,500); the reference is the V2",
         f"network above. Fresh keys are drawn anew for every network. Of {bits} bits:",
         "",
-        "| key | reading | n | mean % | standard deviation, % | most, % | least p | KS test, p "
-        "| accepted at 10⁻⁹ |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        _null_row("fresh", "as it stands", stands, bits),
-        _null_row("fresh", "aligned", aligned, bits),
-        _null_row("the owner's", "as it stands", [e["own_as_it_stands"] for e in found], bits),
-        _null_row("the owner's", "aligned", [e["own_aligned"] for e in found], bits),
-        _null_row(
-            "the owner's",
-            "aligned by whole filters",
-            [e["own_aligned_by_whole_filters"] for e in found],
-            bits,
-        ),
-        _null_row(
-            "the owner's",
-            "aligned, on mixtures",
-            [count for e in found for count in e["own_mixtures"]],
-            bits,
-        ),
+        *table(head, rows),
         "",
         f"By chance: 50 %, standard deviation {50 / bits**0.5:.2f} %. KS: Kolmogorov and",
         "Smirnov's test of the p-values against the uniform distribution, each p-value drawn",
         "uniformly inside its step, because matches are whole numbers (seed 0).",
         "",
-        "| share of keys | p as it stands, at that share | p aligned, fresh keys |",
-        "| --- | --- | --- |",
-    ]
-    for share in (0.1, 0.01, 0.001):
-        quantiles = [np.quantile(_p_values(each, bits), share) for each in (stands, aligned)]
-        lines.append(f"| {share} | {quantiles[0]:.4f} | {quantiles[1]:.4f} |")
-    lines += [
+        *table(
+            ("share of keys", "p as it stands, at that share", "p aligned, fresh keys"), quantiles
+        ),
         "",
         "On the cautious side means: at least the share itself, up to sampling. These p-values are",
         "the analytic ones; what a verdict counts is doubled, and at the null's best rate.",
         "",
         _made(found[0]),
     ]
-    return lines
 
 
 def _p_values(counts: list[int], bits: int) -> np.ndarray:
     return stats.binom.sf(np.asarray(counts) - 1, bits, 0.5)
 
 
-def _null_row(key: str, reading: str, counts: list[int], bits: int) -> str:
+def _null_row(key: str, reading: str, counts: list[int], bits: int) -> list[str]:
     rates, p = 100 * np.asarray(counts) / bits, _p_values(counts, bits)
     inside = stats.binom.sf(np.asarray(counts), bits, 0.5)
     drawn = inside + np.random.default_rng(0).random(len(p)) * (p - inside)
@@ -145,15 +136,25 @@ def _null_row(key: str, reading: str, counts: list[int], bits: int) -> str:
     deviation = rates.std(ddof=1) if len(rates) > 1 else float("nan")
     accepted = int((p <= 10.0**LOG10_ALPHA_COMMITTED).sum())
     cells = [key, reading, str(len(p)), f"{rates.mean():.2f}", f"{deviation:.2f}"]
-    cells += [f"{rates.max():.1f}", f"{p.min():.2g}", f"{uniform:.3g}", str(accepted)]
-    return f"| {' | '.join(cells)} |"
+    return [*cells, f"{rates.max():.1f}", f"{p.min():.2g}", f"{uniform:.3g}", str(accepted)]
 
 
 def _power() -> list[str]:
-    found = _read("power")
+    found = STORE.read("power")
     if found is None:
         return []
-    lines = [
+    head = ("bits", "α", "rate", "matches needed", "surviving bits, %")
+    rows = [
+        (
+            row["bits"],
+            "10⁻⁹" if row["log10_alpha"] > -10 else "2⁻¹⁰⁰",
+            row["rate"],
+            row["needed"],
+            f"{100 * row['surviving']:.1f}",
+        )
+        for row in found["rows"]
+    ]
+    return [
         "",
         "## How much of a mark must survive",
         "",
@@ -161,21 +162,17 @@ def _power() -> list[str]:
         "survived for it on average if the others match by chance. *Rate*: the null's best",
         "network; 0.5 is a reading without alignment.",
         "",
-        "| bits | α | rate | matches needed | surviving bits, % |",
-        "| --- | --- | --- | --- | --- |",
+        *table(head, rows),
+        "",
+        _made(found),
     ]
-    for row in found["rows"]:
-        alpha = "10⁻⁹" if row["log10_alpha"] > -10 else "2⁻¹⁰⁰"
-        cells = [str(row["bits"]), alpha, str(row["rate"]), str(row["needed"])]
-        lines.append(f"| {' | '.join([*cells, format(100 * row['surviving'], '.1f')])} |")
-    return [*lines, "", _made(found)]
 
 
 def _forged() -> list[str]:
     lines = ["", "## Forged keys before the exact verdict", ""]
     total = accepted = published = 0
-    for path in sorted((RESULTS / "attacks-alexnet").glob("*.json")):
-        for entry in json.loads(path.read_text())["entries"]:
+    for report in Results(ROOT / "attacks-alexnet").all().values():
+        for entry in report["entries"]:
             if "forged" in entry:
                 total += 1
                 accepted += entry["forged"]["accepted"]
@@ -186,7 +183,7 @@ def _forged() -> list[str]:
         f"{published}, and",
         f"the exact verdict {accepted}.",
     ]
-    found = _read("grind-v2-gn")
+    found = STORE.read("grind-v2-gn")
     if found is not None:
         lines += [
             "",
@@ -201,10 +198,15 @@ def _forged() -> list[str]:
 
 
 def _times() -> list[str]:
-    found = _read("time")
+    found = STORE.read("time")
     if found is None:
         return []
-    lines = [
+    rows = []
+    for entry in found["entries"]:
+        low, *_, high = seconds = entry["seconds"]
+        middle = seconds[len(seconds) // 2]
+        rows.append((entry["reading"], f"{low:.2f}", f"{middle:.2f}", f"{high:.2f}"))
+    return [
         "",
         "## Time",
         "",
@@ -212,11 +214,7 @@ def _times() -> list[str]:
         "unless it says otherwise; aligned: with the null of eight mixtures. Without images. Seven",
         "runs each.",
         "",
-        "| reading | least s | median s | most s |",
-        "| --- | --- | --- | --- |",
+        *table(("reading", "least s", "median s", "most s"), rows),
+        "",
+        _made(found),
     ]
-    for entry in found["entries"]:
-        low, *_, high = seconds = entry["seconds"]
-        middle = seconds[len(seconds) // 2]
-        lines.append(f"| {entry['reading']} | {low:.2f} | {middle:.2f} | {high:.2f} |")
-    return [*lines, "", _made(found)]

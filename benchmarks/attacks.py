@@ -6,12 +6,13 @@ command of its own, which README.md beside this file gives.
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import fmean
 
 from nnpassport.attacks.table import KINDS
 from nnpassport.files.disk import write_atomically
+from nnpassport.lab.results import Results, made_with
+from nnpassport.lab.tables import percent, table
 
 RESULTS = Path(__file__).parent.parent / "results" / "attacks-alexnet"
 # What the paper (and [Che23] for substitution) reports for AlexNet on CIFAR-10.
@@ -37,87 +38,88 @@ def render() -> str:
         "of each attack. Attackers have a part of the training images and train for few epochs,",
         "as said below, so the attacks that train are weaker than the published ones.",
     ]
-    for path in sorted(RESULTS.glob("*.json")):
-        lines += _audit(path.stem, json.loads(path.read_text()))
+    for name, report in Results(RESULTS).all().items():
+        lines += _audit(name, report)
     return "\n".join(lines) + "\n"
 
 
 def _audit(name: str, report: dict) -> list[str]:
     before, budget = report["before"], report["budget"]
     mark = before.get("owner") or before.get("owner_triggers")
-    made = report["provenance"]
     lines = [
         "",
         f"## {name}: {report['scheme']}, {report['arguments'].get('norm')} norm",
         "",
-        f"Before: {_percent(before['accuracy'])} on {report['test_images']} test images, "
+        f"Before: {percent(before['accuracy'], 1)} on {report['test_images']} test images, "
         f"{mark['matches']} of {mark['bits']} bits, log₁₀ p = {mark['log10_p_value']:.1f}. "
         f"Attackers have {report['train_images']} images, {budget['epochs']} epochs, batch "
-        f"{budget['batch']}, {budget['precision']}. {made['device']}, "
-        f"torch {made['torch']}, {made['date']}.",
+        f"{budget['batch']}, {budget['precision']}. {made_with(report)}, "
+        f"{report['provenance']['date']}.",
     ]
     entries = [e for e in report["entries"] if "impossible" not in e]
     removals = [e for e in entries if e["family"] != "ambiguity"]
     forged = [e for e in entries if e["family"] == "ambiguity"]
     if removals:
-        lines += [
-            "",
-            "| attack | strength | accuracy | owner's bits | log₁₀ p | found | had; seconds |"
-            " the paper |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-            *map(_removal, removals),
-        ]
+        head = (
+            *("attack", "strength", "accuracy", "owner's bits", "log₁₀ p", "found"),
+            *("had; seconds", "the paper"),
+        )
+        lines += ["", *table(head, map(_removal, removals))]
     if forged:
         drawn = [e for e in forged if e["attack"] == "fake1"]
-        lines += [
-            "",
-            "| forged key | strength | accuracy presented | bits not the owner's "
-            "| published verification | log₁₀ p | exact | had; seconds | the paper |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-            *([_random(drawn)] if drawn else []),
-            *(_forgery(e) for e in forged if e["attack"] != "fake1"),
-        ]
+        head = (
+            *("forged key", "strength", "accuracy presented", "bits not the owner's"),
+            *("published verification", "log₁₀ p", "exact", "had; seconds", "the paper"),
+        )
+        others = [_forgery(e) for e in forged if e["attack"] != "fake1"]
+        lines += ["", *table(head, [*([_random(drawn)] if drawn else []), *others])]
     impossible = [e for e in report["entries"] if "impossible" in e]
     if impossible:
         lines += ["", "Not possible here: " + ", ".join(sorted({e["attack"] for e in impossible}))]
     return lines
 
 
-def _removal(entry: dict) -> str:
+def _removal(entry: dict) -> tuple[str, ...]:
     mark = entry.get("owner") or entry.get("owner_triggers")
-    if "unreadable" in mark:
-        read = "cannot be read: other shapes | | no"
-    else:
+    read = ("cannot be read: other shapes", "", "no")
+    if "unreadable" not in mark:
         p = "" if mark["log10_p_value"] is None else f"{mark['log10_p_value']:.1f}"
         found = "yes" if mark["accepted"] else "no"
-        read = f"{_percent(mark['matches'] / mark['bits'])} | {p} | {found}"
-    return (
-        f"| {entry['attack']} | {_strength(entry)} | {_percent(entry['accuracy'])} | {read} "
-        f"| {_cost(entry)} | {_reported(entry)} |"
-    )
+        read = (percent(mark["matches"] / mark["bits"], 1), p, found)
+    reached = percent(entry["accuracy"], 1)
+    return (entry["attack"], _strength(entry), reached, *read, _cost(entry), _reported(entry))
 
 
-def _forgery(entry: dict) -> str:
+def _forgery(entry: dict) -> tuple[str, ...]:
     forged = entry["forged"]
-    differs, p = forged["differs_from_owner"], forged["log10_p_value"]
+    p = forged["log10_p_value"]
     return (
-        f"| {entry['attack']} | {_strength(entry)} | {_percent(forged['accuracy'])} "
-        f"| {'' if differs is None else _percent(differs)} "
-        f"| {'accepted' if forged['published_accepted'] else 'refused'} "
-        f"| {'none' if p is None else f'{p:.1f}'} "
-        f"| {'accepted' if forged['accepted'] else 'refused'} "
-        f"| {_cost(entry)} | {_reported(entry)} |"
+        entry["attack"],
+        _strength(entry),
+        percent(forged["accuracy"], 1),
+        percent(forged["differs_from_owner"], 1),
+        "accepted" if forged["published_accepted"] else "refused",
+        "none" if p is None else f"{p:.1f}",
+        "accepted" if forged["accepted"] else "refused",
+        _cost(entry),
+        _reported(entry),
     )
 
 
-def _random(drawn: list[dict]) -> str:
+def _random(drawn: list[dict]) -> tuple[str, ...]:
     reached = [e["forged"]["accuracy"] for e in drawn]
     passed = sum(e["forged"]["published_accepted"] for e in drawn)
     differs = fmean(e["forged"]["differs_from_owner"] for e in drawn)
     return (
-        f"| fake1 | {len(drawn)} passports | mean {_percent(fmean(reached))}, "
-        f"max {_percent(max(reached))} | {_percent(differs)} | {passed} accepted | none | refused "
-        f"| {_cost(drawn[0])} | {REPORTED['fake1', None]} |"
+        "fake1",
+        f"{len(drawn)} passports",
+        f"mean {percent(fmean(reached), 1)}, max {percent(max(reached), 1)}",
+        percent(differs, 1),
+        f"{passed} accepted",
+        "none",
+        "refused",
+        _cost(drawn[0]),
+        REPORTED["fake1", None],
     )
 
 
@@ -137,10 +139,6 @@ def _reported(entry: dict) -> str:
 def _cost(entry: dict) -> str:
     cost = entry["cost"]
     return f"{cost['had']}; {cost['seconds']:.1f}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def main() -> None:

@@ -6,22 +6,26 @@ network's arithmetic with what comes after the fork done twice.
 """
 
 import argparse
-import time
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnpassport.embedding.marked import mark
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V1, V2
+from nnpassport.lab.timing import in_turns, paired
 
 
-def prepared(architecture: str, name: str) -> tuple[nn.Module, object, float]:
+def prepared(architecture: str, name: str) -> tuple[nn.Module, Callable[..., Tensor], float]:
     """A network, its loss, and what its step costs in arithmetic beside the plain network's."""
     torch.manual_seed(0)
     scheme = {"V1": V1, "V2": V2}.get(name.split(maxsplit=1)[0])
-    model = build(architecture, classes=10, norm="batch" if name != "plain group" else "group")
+    model = build(
+        architecture, classes=10, norm="batch" if name != "plain group" else "group"
+    ).train()
     if scheme is None:
         return model, lambda x, y: nn.functional.cross_entropy(model(x), y), 1.0
     example = torch.zeros(2, 3, 32, 32)
@@ -45,24 +49,24 @@ def main() -> None:
     names = ("plain", "V1 layers", "V1 channels", "V2 layers", "V2 channels")
     for architecture in options.architecture or ("alexnet", "resnet18"):
         networks = {name: prepared(architecture, name) for name in names}
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for turn in range(options.turns + 1):
-            for name, (model, loss, _) in networks.items():
-                model.train()
-                started = time.process_time()
-                loss(x, y).backward()  # type: ignore[operator]
-                taken = time.process_time() - started
-                model.zero_grad()
-                if turn:  # the first warms up
-                    seconds[name].append(taken)
-        plain = seconds["plain"]
+        steps = {
+            name: partial(step, model, loss, x, y) for name, (model, loss, _) in networks.items()
+        }
+        timed = in_turns(steps, repeats=options.turns, warmup=1)
+        seconds = {name: each.processor_seconds for name, each in timed.items()}
         for name, (_, _, bound) in networks.items():
-            ratio = median(a / b for a, b in zip(seconds[name], plain, strict=True))
+            ratio = median(paired(seconds[name], seconds["plain"]))
             print(
                 f"{architecture} {name}: {median(seconds[name]):.3f} s, {ratio:.3f} of plain, "
                 f"{ratio / bound:.3f} of its bound {bound:.3f}",
                 flush=True,
             )
+
+
+def step(model: nn.Module, loss: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:
+    """Forward and backward."""
+    loss(x, y).backward()
+    model.zero_grad()
 
 
 if __name__ == "__main__":

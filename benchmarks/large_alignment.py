@@ -11,10 +11,8 @@ is aligned is what one marked layer needs; every other one takes as long again.
 """
 
 import argparse
-import json
 import resource
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -31,7 +29,9 @@ from nnpassport.attacks.moves import KINDS, move
 from nnpassport.embedding.axes import axes_of, untied
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
-from nnpassport.files.disk import write_atomically
+from nnpassport.lab.results import read_json, write_json
+from nnpassport.lab.tables import table
+from nnpassport.lab.timing import Clock
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -171,18 +171,6 @@ def _moved(tensor: Any, dimension: int, size: int, kind: str, number: int) -> An
     return np.moveaxis(rows, -1, dimension)
 
 
-class Clock:
-    """Seconds of the processor and of the wall."""
-
-    def __init__(self) -> None:
-        self._cpu, self._wall = time.process_time(), time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """Since it was made."""
-        wall = time.perf_counter() - self._wall
-        return {"processor": time.process_time() - self._cpu, "wall": wall}
-
-
 def memory() -> float:
     """GiB that the process had at most so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -199,14 +187,8 @@ def page(found: Mapping[str, Any]) -> str:
 
     columns = [_of_vit(found["vit"], seconds)] if "vit" in found else []
     columns += [_of_billion(found["billion"], seconds)] if "billion" in found else []
-    lines = [" | ".join(("what", *(each["what"] for each in columns)))]
-    lines += [" | ".join(["---"] * (1 + len(columns)))]
-    lines += [
-        " | ".join((name, *(each[name] for each in columns)))
-        for name in columns[0]
-        if name != "what"
-    ]
-    table = "\n".join(f"| {line} |" for line in lines)
+    rows = [(name, *(each[name] for each in columns)) for name in columns[0]]
+    lines = "\n".join(table(rows[0], rows[1:]))
     commits = ", ".join(sorted({each["commit"][:12] for each in found.values()}))
     return f"""\
 # How long alignment takes
@@ -214,7 +196,7 @@ def page(found: Mapping[str, Any]) -> str:
 `python benchmarks/large_alignment.py run`, then `render`. Seconds of one processor, and in brackets
 of the wall, on a machine whose two processors many others used as well: upper bounds.
 
-{table}
+{lines}
 
 The ViT-S was moved by all free moves but mirrors and twins. A marked layer of a large network needs
 what is on its own axes, and of the stream the embeddings and the head: memory does not grow with
@@ -261,11 +243,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=sorted(WHAT))
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = read_json(RESULT) if RESULT.exists() else {}
     if asked.what == "run":
         for part in asked.parts:
             found[part] = {**WHAT[part](), **provenance()}
-            write_atomically(RESULT, json.dumps(found, indent=1).encode() + b"\n")
+            write_json(RESULT, found)
             sys.stdout.write(f"{part} {found[part]}\n")
     if found:
         RESULT.with_suffix(".md").write_text(page(found))

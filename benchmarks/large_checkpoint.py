@@ -27,11 +27,13 @@ from torch import Tensor
 
 from nnpassport.embedding.network.equations import Geometry, read_bits
 from nnpassport.embedding.schemes.signature import secret_of
-from nnpassport.files.disk import sha256_of, write_atomically
+from nnpassport.files.disk import sha256_of
 from nnpassport.files.safetensors import INDEX_FILE, open_shards
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import save_key
+from nnpassport.lab.results import write_json
+from nnpassport.lab.timing import in_turns
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results" / "scaling" / "verification.json"
@@ -223,12 +225,7 @@ def smallest(folder: Path) -> dict[str, Any]:
 
 def _seconds(run: Callable[[], object]) -> float:
     """Processor seconds of a run, the median of seven after one that does not count."""
-    times = []
-    for _ in range(8):
-        begun = time.process_time()
-        run()
-        times.append(time.process_time() - begun)
-    return statistics.median(times[1:])
+    return statistics.median(in_turns({"": run}, warmup=1)[""].processor_seconds)
 
 
 def main() -> None:
@@ -250,7 +247,7 @@ def main() -> None:
             print(json.dumps(results["checkpoints"][-1]["turns"][-1]), file=sys.stderr)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    write_atomically(given.out, (json.dumps(results, indent=1) + "\n").encode())
+    write_json(given.out, results)
 
 
 if __name__ == "__main__":

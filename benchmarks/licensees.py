@@ -7,7 +7,6 @@ The networks are those of `compare.py`, trained here on embedded digits.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -36,10 +35,12 @@ from nnpassport.files.disk import write_atomically
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
-from nnpassport.report.provenance import provenance
+from nnpassport.lab.results import Results, made_with, read_json
+from nnpassport.lab.tables import table
 from nnpassport.verification.licensees import original_of, trace_arrays
 
 RESULTS = Path(__file__).parent.parent / "results"
+STORE = Results(RESULTS)
 NAMES = tuple(f"licensee {n}" for n in range(10))
 KINDS, OWNERS, WRONG = ("mlp", "cnn"), 2, 100
 LONG = 5  # times as long as the network was trained
@@ -142,14 +143,13 @@ def run():
         "wrong": wrong,
         "wall_seconds": time.monotonic() - started,
         "command": "python benchmarks/licensees.py run",
-        "provenance": provenance(),
     }
-    write_atomically(RESULTS / "licensees.json", (json.dumps(entry, indent=1) + "\n").encode())
+    STORE.keep("licensees", entry)
 
 
 def render():
     """Write results/licensees.md from the JSON."""
-    entry = json.loads((RESULTS / "licensees.json").read_text())
+    entry = read_json(STORE.path("licensees"))
     head = ("after", *(f"{kind}: {what}" for kind in KINDS for what in
                        ("accuracy, %", "in place", "log₁₀ p", "named")))  # fmt: skip
     lines = [
@@ -161,9 +161,8 @@ def render():
         "Accuracy on all digits, the original's first. *Named*: a licensee whose copy it was, "
         "and nobody else.",
         "",
-        f"| {' | '.join(head)} |",
-        f"|{' --- |' * len(head)}",
     ]
+    rows = []
     for attack in dict.fromkeys(each["attack"] for each in entry["cells"]):
         row = [attack]
         for kind in KINDS:
@@ -178,10 +177,11 @@ def render():
                 f"{max(e['log10_p'] for e in some):.0f}",
                 f"{right} of {len(some)}{', both licensees' if both else ''}",
             ]
-        lines.append(f"| {' | '.join(row)} |")
+        rows.append(row)
     fixed, axes = (sum(each[w] for each in entry["wrong"]) for w in ("fixed", "axes"))
     least = min(each["log10_p"] for each in entry["wrong"])
     lines += [
+        *table(head, rows),
         "",
         f"{len(entry['wrong'])} readings with wrong keys: {fixed / axes:.3f} units in place an "
         f"axis (chance gives 1 ± {1 / axes**0.5:.3f}), least p 10^{least:.1f}.",
@@ -191,7 +191,7 @@ def render():
         "network in the order of one licensee, who is named. Who puts a copy into another order "
         "erases this; the passport beside it is then read aligned.",
         "",
-        f"{entry['provenance']['device']}, torch {entry['provenance']['torch']}, one thread, other "
+        f"{made_with(entry)}, one thread, other "
         f"work beside it; {entry['wall_seconds'] / 60:.0f} minutes.",
     ]
     write_atomically(RESULTS / "licensees.md", ("\n".join(lines) + "\n").encode())

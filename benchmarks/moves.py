@@ -14,9 +14,7 @@ Networks that their authors trained are marked as `benchmarks/real.py` does, and
 """
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -43,9 +41,11 @@ from nnpassport.embedding.axes import axes_of  # noqa: E402
 from nnpassport.embedding.network.outputs import call, logits_of  # noqa: E402
 from nnpassport.embedding.schemes.channels import Limit  # noqa: E402
 from nnpassport.embedding.schemes.graft import graft_channels  # noqa: E402
-from nnpassport.files.disk import write_atomically  # noqa: E402
 from nnpassport.keys.chance import log10_binomial_tail  # noqa: E402
 from nnpassport.keys.key import Key  # noqa: E402
+from nnpassport.lab.results import read_json, write_json  # noqa: E402
+from nnpassport.lab.tables import table  # noqa: E402
+from nnpassport.lab.timing import Clock  # noqa: E402
 from nnpassport.report.provenance import provenance  # noqa: E402
 
 RESULT = ROOT / "results" / "moves.json"
@@ -76,13 +76,13 @@ class Owned(NamedTuple):
 
 def run(names: Sequence[str]) -> None:
     """Measure these networks; others that were measured before stay as they are."""
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = read_json(RESULT) if RESULT.exists() else {}
     for name in names:
-        started = time.process_time()
+        clock = Clock()
         row = measured(name)
-        row |= {"seconds": time.process_time() - started, **provenance()}
+        row |= {"seconds": clock.read()["processor"], **provenance()}
         found[name] = row
-        write_atomically(RESULT, json.dumps(found, indent=1).encode() + b"\n")
+        write_json(RESULT, found)
         print(name, row["bits"], row["after"], row["strangers"]["mean"], flush=True)
 
 
@@ -92,15 +92,15 @@ def measured(name: str) -> dict[str, Any]:
     anchor = network.build().eval() if network.trained else trained(network, seed=0)
     key, released, harm = marked(network, anchor)
     example, _ = network.batch(2, 0)
-    started = time.process_time()
+    clock = Clock()
     axes = axes_of(anchor, example)
-    tracing = time.process_time() - started
+    tracing = clock.read()["processor"]
     to = anchor_of(axes, arrays(anchor.state_dict()), key)
     owned = Owned(anchor, released, key, to)
     moved = move(released, example, rng(1))
-    started = time.process_time()
+    clock = Clock()
     whole = aligned(moved.model, owned)
-    aligning = time.process_time() - started
+    aligning = clock.read()["processor"]
     after = {"every free move": whole}
     for label, change in CHANGES.items():
         after[label] = aligned(move(change(owned, network), example, rng(1)).model, owned)
@@ -124,21 +124,21 @@ def run_published(names: Sequence[str], data: Path) -> None:
     """Measure these networks with their authors' weights; others stay as they are."""
     import real  # noqa: PLC0415 - it is beside this file, and needs the packages
 
-    found = json.loads(PUBLISHED.read_text()) if PUBLISHED.exists() else {}
+    found = read_json(PUBLISHED) if PUBLISHED.exists() else {}
     for name in names or sorted(real.NETWORKS):
         network = real.NETWORKS[name]
         inputs = network.inputs(data, real.Sizes(owner=128, thief=2, test=2))
         subject = real.marked(network, inputs)
         example = real.part_of(inputs.owner, 0, 2)
-        started = time.process_time()
+        clock = Clock()
         axes = axes_of(subject.plain, example)
-        tracing = time.process_time() - started
+        tracing = clock.read()["processor"]
         to = anchor_of(axes, arrays(subject.plain.state_dict()), subject.key)
         owned = Owned(subject.plain, subject.released, subject.key, to)
         moved = move(subject.released, example, rng(1))
-        started = time.process_time()
+        clock = Clock()
         after = {"every free move": aligned(moved.model, owned)}
-        aligning = time.process_time() - started
+        aligning = clock.read()["processor"]
         for label in ("60 % of each layer pruned", "int8, a scale for each tensor"):
             changed = CHANGES[label](owned, zoo.ZOO["ResNet"])
             after[label] = aligned(move(changed, example, rng(1)).model, owned)
@@ -153,7 +153,7 @@ def run_published(names: Sequence[str], data: Path) -> None:
             "aligning": aligning,
             **provenance(),
         }
-        write_atomically(PUBLISHED, json.dumps(found, indent=1).encode() + b"\n")
+        write_json(PUBLISHED, found)
         print(name, found[name]["bits"], after, flush=True)
 
 
@@ -306,51 +306,36 @@ def rng(seed: int) -> torch.Generator:
 
 def _published(found: Mapping[str, Any]) -> list[str]:
     labels = list(next(iter(found.values()))["after"])
-    lines = [
+    head = ("network", "bits", "axes", "moves", "error", "as it stands", *labels)
+    return [
         "## With their authors' weights",
         "",
         "`python benchmarks/moves.py published --data FOLDER`: marked by default choice, as",
         "`results/real.md` has it; neither tuned nor merged here, and no strangers.",
         "",
-        "| network | bits | axes | moves | error | as it stands | " + " | ".join(labels) + " |",
-        "| --- " * (6 + len(labels)) + "|",
+        *table(head, [(name, row["bits"], *_moved(row, labels)) for name, row in found.items()]),
     ]
-    for name, row in found.items():
-        cells = [
-            name,
-            row["bits"],
-            ", ".join(f"{n} {kind}" for kind, n in row["axes"].items()),
-            sum(row["moves"].values()),
-            f"{row['error']:.0e}",
-            row["as it stands"],
-            *(with_p(row["after"][label], row["bits"]) for label in labels),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
+
+
+def _moved(row: Mapping[str, Any], labels: Sequence[str]) -> tuple[object, ...]:
+    return (
+        ", ".join(f"{n} {kind}" for kind, n in row["axes"].items()),
+        sum(row["moves"].values()),
+        f"{row['error']:.0e}",
+        row["as it stands"],
+        *(with_p(row["after"][label], row["bits"]) for label in labels),
+    )
 
 
 def page(found: Mapping[str, Any], published: Mapping[str, Any]) -> str:
     """The page of these results."""
     labels = ["every free move", *CHANGES]
-    lines = [
-        *HEAD.splitlines(),
-        "",
-        "| network | bits | harm | axes | moves | error | as it stands | "
-        + " | ".join(labels) + " |",
-        "| --- " * (7 + len(labels)) + "|",
-    ]  # fmt: skip
-    for name, row in found.items():
-        cells = [
-            name,
-            row["bits"],
-            f"{row['harm']:.3f}",
-            ", ".join(f"{n} {kind}" for kind, n in row["axes"].items()),
-            sum(row["moves"].values()),
-            f"{row['error']:.0e}",
-            row["as it stands"],
-            *(with_p(row["after"][label], row["bits"]) for label in labels),
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    head = ("network", "bits", "harm", "axes", "moves", "error", "as it stands", *labels)
+    rows = [
+        (name, row["bits"], f"{row['harm']:.3f}", *_moved(row, labels))
+        for name, row in found.items()
+    ]
+    lines = [*HEAD.splitlines(), "", *table(head, rows)]
     values = [p for row in found.values() for p in row["strangers"]["p_values"]]
     test = stats.kstest(values, "uniform")
     means = [row["strangers"]["mean"] for row in found.values()]
@@ -364,15 +349,20 @@ def page(found: Mapping[str, Any], published: Mapping[str, Any]) -> str:
         "Against uniform (between neighbouring counts at random): Kolmogorov–Smirnov p "
         f"{test.pvalue:.2f}.",
         "",
-        "| network | readings | mean | least log₁₀ p | seconds to trace and prove | to align |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in found.items():
-        seen = row["strangers"]
-        lines.append(
-            f"| {name} | {seen['readings']} | {seen['mean']:.4f} | {seen['least']:.1f} | "
-            f"{row['tracing']:.1f} | {row['aligning']:.1f} |"
+    head = (
+        *("network", "readings", "mean", "least log₁₀ p", "seconds to trace and prove"),
+        "to align",
+    )
+    seen = {name: row["strangers"] for name, row in found.items()}
+    rows = [
+        (
+            *(name, seen[name]["readings"], f"{seen[name]['mean']:.4f}"),
+            *(f"{each:.1f}" for each in (seen[name]["least"], row["tracing"], row["aligning"])),
         )
+        for name, row in found.items()
+    ]
+    lines += table(head, rows)
     lines += ["", *_published(published)] if published else []
     commits = sorted({row["commit"][:12] for row in found.values()})
     lines += ["", f"Commit {', '.join(commits)}; seconds are of one processor, others running."]
@@ -381,8 +371,8 @@ def page(found: Mapping[str, Any], published: Mapping[str, Any]) -> str:
 
 def render() -> None:
     """Write the page."""
-    published = json.loads(PUBLISHED.read_text()) if PUBLISHED.exists() else {}
-    RESULT.with_suffix(".md").write_text(page(json.loads(RESULT.read_text()), published))
+    published = read_json(PUBLISHED) if PUBLISHED.exists() else {}
+    RESULT.with_suffix(".md").write_text(page(read_json(RESULT), published))
 
 
 def main() -> None:

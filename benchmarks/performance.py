@@ -8,7 +8,6 @@ Numbers are only worth something on a machine that does nothing else meanwhile.
 
 import argparse
 import io
-import json
 import re
 import shutil
 import subprocess
@@ -19,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnpassport.files.disk import write_atomically
 from nnpassport.lab.bench.cells import CHEAPER, LOOP_STEPS
-from nnpassport.lab.bench.page import precision_of, subject, table, title
+from nnpassport.lab.bench.page import precision_of, subject, title
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import table
 from nnpassport.report.page import as_text, styled
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read(folder: Path) -> Collected:
     Raises:
         SystemExit: the same was measured twice, and it is not for this page to choose.
     """
-    files = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    files = Results(folder).all()
     seen: dict[tuple[Any, ...], str] = {}
     for name, found in files.items():
         for entry in found["numbers"]:

@@ -10,7 +10,6 @@ caltech101-64px-train.parquet and caltech101-64px-test.parquet, for networks of 
 
 import argparse
 import itertools
-import json
 import os
 import resource
 import sys
@@ -38,10 +37,14 @@ from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.lab.leaderboard.board import said_p
+from nnpassport.lab.marks import facts_of
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+STORE = Results(RESULTS / "real")
 sys.path.insert(0, str(ROOT / "tests"))
 
 import zoo  # noqa: E402 - it is beside the tests
@@ -176,17 +179,22 @@ def _peak() -> float:
 def run(name: str, attacks: list[str], data: Path) -> None:
     """The graft of a network and these attacks, but for what has its JSON already."""
     network, origin = NETWORKS[name], provenance()
-    paths = {each: _path(name, each) for each in ("graft", *attacks)}
-    if all(path.exists() for path in paths.values()):
+    missing = [work for work in ("graft", *attacks) if not STORE.has(_slug(name, work))]
+    if not missing:
         return
     inputs = network.inputs(data, network.sizes)
     subject = marked(network, inputs)
     own = answers_of(subject.released, inputs.test, network.asking)
     plain = answers_of(subject.plain, inputs.test, network.asking)
-    shared = {"network": name, "inputs": [*network.sizes], "provenance": origin}
-    if not paths["graft"].exists():
-        _write(paths["graft"], {**shared, **_graft(network, subject, plain, own)})
-    missing = [attack for attack in attacks if not paths[attack].exists()]
+
+    def keep(work: str, facts: Mapping[str, Any]) -> None:
+        shared = {"network": name, "inputs": [*network.sizes]}
+        STORE.keep(_slug(name, work), {**shared, **facts}, origin)
+        print(_slug(name, work), flush=True)
+
+    if "graft" in missing:
+        missing.remove("graft")
+        keep("graft", _graft(network, subject, plain, own))
     if not missing:
         return
     chosen = _chosen(subject, inputs)
@@ -205,16 +213,14 @@ def run(name: str, attacks: list[str], data: Path) -> None:
             "layers": len(aimed.sites),
             "all_layers": bool(where),
             "keeps": KEPT,
-            "bits": verdict.bits,
-            "matches": verdict.matches,
-            "log10_p_value": verdict.log10_p_value,
+            **facts_of(verdict),
             "kept": network.asking.alike(own, found),
             "kept_confident": _confident(network, own, found),
             "kept_of_plain": network.asking.alike(plain, found),
             "thief_believes": thief.likeness(model),
             "seconds": time.monotonic() - begun,
         }
-        _write(paths[attack], {**shared, **facts})
+        keep(attack, facts)
 
 
 def _chosen(subject: Marked, inputs: Inputs) -> list[str]:
@@ -250,30 +256,23 @@ def _confident(network: Network, before: Tensor, after: Tensor) -> float | None:
     return same_classes(before[sure], after[sure])
 
 
-def _path(network: str, work: str) -> Path:
-    slug = f"{network}-{work}".lower().replace("/", "-")
-    return RESULTS / "real" / f"{slug}.json"
-
-
-def _write(path: Path, entry: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
-    print(path.name, flush=True)
+def _slug(network: str, work: str) -> str:
+    return f"{network}-{work}".lower().replace("/", "-")
 
 
 def render() -> str:
     """All that was run, as Markdown; what was not run is said to be so."""
-    entries = [json.loads(path.read_text()) for path in sorted((RESULTS / "real").glob("*.json"))]
+    entries = STORE.all().values()
     grafts = {e["network"]: e for e in entries if "attack" not in e}
     removals = {n: [e for e in entries if e["network"] == n and "attack" in e] for n in grafts}
     lines = [*_ABOUT, "", "## What a mark costs, and the best removal found", ""]
-    lines += _table(
+    lines += table(
         ("network", "norm", "inputs", "layers", "bits", "answers kept", "sure ones kept",
          "private against public", "seconds", "MiB", "best removal found"),
         [_graft_row(network, entry, removals[network]) for network, entry in grafts.items()],
     )  # fmt: skip
     lines += ["", "## Every thief", "", _THIEVES, ""]
-    lines += _table(
+    lines += table(
         ("network", "thief", "on", "bits left", "p", "answers kept", "sure ones kept",
          "of the plain network's", "seconds"),
         [row for network in grafts for row in _thief_rows(network, removals[network])],
@@ -309,8 +308,8 @@ def _graft_row(network: str, entry: Any, removals: list[Any]) -> list[str]:
         " / ".join(f"{each:,}" for each in entry["inputs"]),
         str(len(entry["layers"])),
         f"{entry['matches']:,} of {entry['bits']:,}",
-        _percent(entry["kept"]),
-        _percent(entry["kept_confident"]),
+        percent(entry["kept"], 1),
+        percent(entry["kept_confident"], 1),
         f"{entry['private_error']:.0e}",
         f"{entry['seconds']:.0f}",
         f"{entry['mebibytes']:.0f}",
@@ -320,7 +319,7 @@ def _graft_row(network: str, entry: Any, removals: list[Any]) -> list[str]:
 
 def _said(entry: Any) -> str:
     left = f"{entry['matches']:,} bits left, p = {said_p(entry['log10_p_value'])}"
-    return f"{_name(entry)}: {left}, {_percent(entry['kept'])} kept"
+    return f"{_name(entry)}: {left}, {percent(entry['kept'], 1)} kept"
 
 
 def _name(entry: Any) -> str:
@@ -344,22 +343,13 @@ def _thief_rows(network: str, removals: list[Any]) -> list[list[str]]:
                     f"{where}, {entry['layers']}",
                     f"{entry['matches']:,} of {entry['bits']:,}",
                     said_p(entry["log10_p_value"]),
-                    _percent(entry["kept"]),
-                    _percent(entry["kept_confident"]),
-                    _percent(entry["kept_of_plain"]),
+                    percent(entry["kept"], 1),
+                    percent(entry["kept_confident"], 1),
+                    percent(entry["kept_of_plain"], 1),
                     f"{entry['seconds']:.0f}",
                 ]
             )
     return rows
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f}"
-
-
-def _table(head: tuple[str, ...], body: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in body)]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 what this renders now. Nothing is timed here.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,8 @@ from nnpassport.embedding.network.survey import PAPER_LAYERS
 from nnpassport.embedding.schemes.passport import V3
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.context import Context, LayerShape
+from nnpassport.lab.results import read_json
+from nnpassport.lab.tables import table
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "scaling.md"
@@ -380,10 +381,9 @@ def reading_rows(large: Mapping[str, Any]) -> Iterable[list[str]]:
         ]
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """As Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table, as one text."""
+    return "\n".join(table(head, rows))
 
 
 def render(measured: Mapping[str, Mapping[str, Any]]) -> str:
@@ -430,7 +430,7 @@ Ratios to the plain step of our own networks, by processor time. The model count
 It leaves out norms, activations and memory traffic, and it is wrong where these are much of a step.
 
 {
-        table(
+        markdown(
             ["network", "batch", "precision", "ratio", "FLOPs", "measured", "error", "from"],
             [
                 *step_rows(measured["bench"], "`bench-quick.json`"),
@@ -445,7 +445,7 @@ Growth of the resident set, float32, MiB (`bench-quick.json`). The model is a lo
 leaves out the workspace of convolutions and what the allocator keeps.
 
 {
-        table(
+        markdown(
             ["network", "batch", "step", "norm", "model", "measured", "error"],
             memory_rows(measured["bench"]),
         )
@@ -465,7 +465,7 @@ bits that match a key that was not put in. {made["device"]}, one thread, torch {
 compare processor seconds and only report wall seconds.
 
 {
-        table(
+        markdown(
             [
                 *("GB", "shards", "bits", "log₁₀ p", "stranger", "GB read", "wall s"),
                 *(
@@ -484,7 +484,7 @@ compare processor seconds and only report wall seconds.
 ## Predictions: embedding
 
 {
-        table(
+        markdown(
             [
                 *("network", "10⁶ numbers", "batch of a device", "plain step, TFLOP"),
                 *("V1", "V2", "V3", "γ, β alone", "state, GB"),
@@ -505,7 +505,7 @@ Gigabytes that each of {PROCESSES} processes sends in a step, with gradients in 
 weights.
 
 {
-        table(
+        markdown(
             ["network", "DDP", "FSDP", "more for passports, FSDP", "share"],
             communication_rows(),
         )
@@ -520,7 +520,7 @@ Alignment, F (the check of accuracy) and the judge still load the whole network 
 read at most 16 GiB of file.
 
 {
-        table(
+        markdown(
             [
                 *("network", "bits", "key stream, MB", "file, GB", "GB read", "GFLOP"),
                 *("processor s", "largest layer, MiB", "peak, MiB"),
@@ -533,7 +533,7 @@ read at most 16 GiB of file.
 
 def load() -> dict[str, Any]:
     """What was measured."""
-    return {name: json.loads(path.read_text("utf-8")) for name, path in MEASURED.items()}
+    return {name: read_json(path) for name, path in MEASURED.items()}
 
 
 def _median(turns: Sequence[Mapping[str, Any]], name: str) -> float:

@@ -30,6 +30,9 @@ from nnpassport.data.images import IMAGENET, Augment
 from nnpassport.data.rowgroups import Piece
 from nnpassport.data.stream import ImageStream, open_stream
 from nnpassport.files.disk import write_atomically
+from nnpassport.lab.results import read_json, write_json
+from nnpassport.lab.tables import table
+from nnpassport.lab.timing import paired
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import Batch
 
@@ -71,7 +74,7 @@ def run(folder: Path) -> None:
         "throughput": rates,
         "fresh_processes": fresh,
     }
-    write_atomically(RESULT, json.dumps(report, indent=1).encode() + b"\n")
+    write_json(RESULT, report)
     write_atomically(RESULT.with_suffix(".md"), render(report).encode())
 
 
@@ -107,7 +110,7 @@ def throughput(location: str) -> list[dict[str, Any]]:
 
 
 def _shares(ours: list[dict[str, float]], theirs: list[dict[str, float]], key: str) -> list[float]:
-    return sorted(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
+    return sorted(paired(*([turn[key] for turn in each] for each in (ours, theirs))))
 
 
 def in_memory(data: ImageStream, count: int) -> list[Encoded]:
@@ -196,6 +199,23 @@ def render(report: dict[str, Any]) -> str:
     """The tables of results/streaming.md."""
     origin = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in _facts(report))
     turns = len(report["throughput"][0]["share_of_ceiling"])
+    rates = [
+        (
+            *(row["what"], f"{row['images_per_second']:.0f}", _spread(row["share_of_ceiling"])),
+            *(f"{row['processor_milliseconds']:.2f}", _spread(row["share_by_processor"])),
+        )
+        for row in report["throughput"]
+    ]
+    fresh = [
+        (
+            *(name, f"{row['images']:,}", f"{row['gigabytes']:.2f}", row["step"]),
+            *(f"{row['seconds_to_first_batch']:.2f}", f"{row['megabytes_read_for_it']:.0f}"),
+            f"{row['grown_mib']:.0f}",
+        )
+        for name, row in report["fresh_processes"].items()
+    ]
+    row = next(iter(report["fresh_processes"].values()))
+    floats = 4 * BATCH * 3 * SIZE**2 / 2**20
     lines = [
         "# Streaming from Parquet shards",
         "",
@@ -206,34 +226,26 @@ def render(report: dict[str, Any]) -> str:
         "",
         origin,
         "",
-        "| | images/s | share of the ceiling | ms of processor an image | share by processor |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in report["throughput"]:
-        shares, used = _spread(row["share_of_ceiling"]), row["processor_milliseconds"]
-        lines.append(
-            f"| {row['what']} | {row['images_per_second']:.0f} | {shares} | {used:.2f} "
-            f"| {_spread(row['share_by_processor'])} |"
-        )
-    lines += [
+        *table(
+            (
+                *("", "images/s", "share of the ceiling", "ms of processor an image"),
+                "share by processor",
+            ),
+            rates,
+        ),
         "",
         "*Decoded bytes* is what leaves for an accelerator, which augments and normalises there;",
         "*batches* are normalised floats, made on the same two cores.",
         "",
         f"In fresh processes, {LONGER + 1} batches each:",
         "",
-        "| | images | GB | from step | first batch, s | MB read by then | memory grown, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, row in report["fresh_processes"].items():
-        lines.append(
-            f"| {name} | {row['images']:,} | {row['gigabytes']:.2f} | {row['step']} "
-            f"| {row['seconds_to_first_batch']:.2f} | {row['megabytes_read_for_it']:.0f} "
-            f"| {row['grown_mib']:.0f} |"
-        )
-    row = next(iter(report["fresh_processes"].values()))
-    floats = 4 * BATCH * 3 * SIZE**2 / 2**20
-    lines += [
+        *table(
+            (
+                *("", "images", "GB", "from step", "first batch, s", "MB read by then"),
+                "memory grown, MiB",
+            ),
+            fresh,
+        ),
         "",
         f"Of the memory, {row['of_that_buffer_mib']:.0f} MiB are the buffer of encoded pictures,",
         f"and {floats:.0f} MiB each batch of floats. MB read are of all files, modules too.",
@@ -267,7 +279,7 @@ def main() -> None:
     elif given.command == "fresh":
         print(json.dumps(fresh(given.location, given.step)))
     else:
-        report = json.loads(RESULT.read_text())
+        report = read_json(RESULT)
         write_atomically(RESULT.with_suffix(".md"), render(report).encode())
 
 

@@ -4,7 +4,6 @@ python benchmarks/supported.py writes the page from the networks of tests/zoo.py
 with one layer and one norm. A test holds the committed page to what this renders now.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,6 +23,8 @@ from nnpassport.embedding.network.survey import survey
 from nnpassport.embedding.network.trace import trace
 from nnpassport.embedding.schemes.passport import V1, V2, Passport
 from nnpassport.files.disk import write_atomically
+from nnpassport.lab.results import read_json
+from nnpassport.lab.tables import table
 from nnpassport.scheme import UnsuitableModelError
 
 ROOT = Path(__file__).parent.parent
@@ -163,7 +164,7 @@ def _axes(name: str, network: zoo.Network) -> tuple[str, str, str, str]:
     model, (example, _) = untied(network.build()).eval(), network.batch(2, 0)
     traced = trace(model, example)
     proved = prove(model, example, traced)
-    row = json.loads(MOVES.read_text(encoding="utf-8"))[name]
+    row = read_json(MOVES)[name]
     found = f"{row['after']['every free move']} of {row['bits']}"
     return (*(_count(each) for each in (traced, proved)), str(sum(row["moves"].values())), found)
 
@@ -174,10 +175,7 @@ def _count(axes: Axes) -> str:
 
 def _combinations() -> list[str]:
     notes: dict[str, int] = {}
-    rows = [
-        f"| {layer} | {' | '.join(_cell(layer, norm, notes) for norm in NORMS)} |"
-        for layer in LAYERS
-    ]
+    rows = [(layer, *(_cell(layer, norm, notes) for norm in NORMS)) for layer in LAYERS]
     return [
         "",
         "## Layers and the norms behind them",
@@ -186,9 +184,7 @@ def _combinations() -> list[str]:
         "does not run. A norm counts if its weight is one factor for each of the layer's channels,",
         "which is tried, not read off its name.",
         "",
-        f"| layer | {' | '.join(NORMS)} |",
-        f"| --- |{' --- |' * len(NORMS)}",
-        *rows,
+        *table(("layer", *NORMS), rows),
         "",
         *[f"{number}. {reason}" for reason, number in notes.items()],
     ]
@@ -294,9 +290,7 @@ def _refusals() -> list[str]:
         "",
         "## Layers that no norm helps",
         "",
-        "| layer | why it is refused |",
-        "| --- | --- |",
-        *[f"| {what} | {reason} |" for what, reason in reasons.items()],
+        *table(("layer", "why it is refused"), reasons.items()),
         "",
         "Weights that are not those of a convolution or a matrix (embeddings, LSTMs, experts kept",
         "in one tensor) are not looked at.",

@@ -34,12 +34,16 @@ from nnpassport.files.disk import write_atomically
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.lab.leaderboard.board import said_p
+from nnpassport.lab.marks import facts_of
+from nnpassport.lab.results import Results, read_json
+from nnpassport.lab.tables import table
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
 TRAINED, STOLEN, TESTED, WIDTH = 49_000, 1_000, 5_000, 0.25
 TUNED_ON = 5_000
 PLAIN = Recipe(epochs=15, batch=128, rate=0.05, schedule="one-cycle", nesterov=True)
+STORE = Results(RESULTS)
 TUNE = Recipe(epochs=2, batch=32, rate=0.01, schedule="one-cycle", nesterov=True)
 GRAFT = Recipe(epochs=0)
 
@@ -144,29 +148,21 @@ def run(data: Path) -> None:
             seconds = time.monotonic() - begun
             entries.append({"mark": name, "thief": thief, **facts, "seconds": seconds})
             print(json.dumps(entries[-1]), flush=True)
-        whole = {
-            "settings": settings,
-            "plain_accuracy": before,
-            "entries": entries,
-            "provenance": origin,
-        }
-        write_atomically(RESULTS / "thieves.json", (json.dumps(whole, indent=2) + "\n").encode())
+        found = {"settings": settings, "plain_accuracy": before, "entries": entries}
+        STORE.keep("thieves", found, origin)
 
 
 def _facts(scheme: Scheme, key: Key, model: nn.Module, given: Images) -> dict[str, Any]:
     verdict = scheme.verify(model.state_dict(), key)
-    return {
-        "bits": verdict.bits,
-        "matches": verdict.matches,
-        "log10_p_value": verdict.log10_p_value,
-        "accuracy": accuracy(model, given.test, given.normalise),
-    }
+    return {**facts_of(verdict), "accuracy": accuracy(model, given.test, given.normalise)}
 
 
 def render() -> str:
     """A row for each mark, a column for each thief."""
-    whole = json.loads((RESULTS / "thieves.json").read_text())
+    whole = read_json(STORE.path("thieves"))
     made, plain = whole["settings"], 100 * whole["plain_accuracy"]
+    entries = {mark: [e for e in whole["entries"] if e["mark"] == mark] for mark in MARKS}
+    rows = [_row(mark, {e["thief"]: e for e in some}) for mark, some in entries.items()]
     lines = [
         "# Informed thieves, side by side",
         "",
@@ -181,12 +177,7 @@ def render() -> str:
         "each.",
         "",
     ]
-    head = ("mark", "bits", "accuracy, %", *THIEVES)
-    lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    for mark in MARKS:
-        found = {e["thief"]: e for e in whole["entries"] if e["mark"] == mark}
-        lines.append(f"| {' | '.join(_row(mark, found))} |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *table(("mark", "bits", "accuracy, %", *THIEVES), rows), ""])
 
 
 def _row(mark: str, found: Mapping[str | None, Any]) -> list[str]:

@@ -9,7 +9,6 @@ whose name begins with "cifar100", cifar100-train-*.parquet and cifar100-test.pa
 """
 
 import argparse
-import json
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -28,9 +27,13 @@ from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import RECIPES, Recipe, fit, total_steps
 from nnpassport.files.disk import write_atomically
+from nnpassport.lab.marks import facts_of
+from nnpassport.lab.results import Results, made_with
+from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results"
+STORE = Results(RESULTS / "trained")
 BATCH = 128
 
 
@@ -64,8 +67,7 @@ CELLS = {
 
 def run(name: str, source: Path, data: Path) -> None:
     """One cell on one network, unless its JSON is there."""
-    path = RESULTS / "trained" / f"{source.name}-{name}.json"
-    if path.exists():
+    if STORE.has(f"{source.name}-{name}"):
         return
     origin, cell, started = provenance(), CELLS[name], time.monotonic()
     loaded = load_model(source)
@@ -104,18 +106,15 @@ def run(name: str, source: Path, data: Path) -> None:
         "plain_accuracy": accuracy(loaded.model, test, normalise),
         "released_accuracy": accuracy(released, test, normalise),
         "metrics": scheme.evaluation(test, normalise)(model),
-        "bits": verdict.bits,
-        "matches": verdict.matches,
-        "log10_p_value": verdict.log10_p_value,
+        **facts_of(verdict),
         "after": _attacked(released, scheme, key, sets, normalise) if cell.attacks else {},
         "recipe": asdict(recipe),
         "test_images": len(test),
         "embedding_seconds": seconds,
         "wall_seconds": time.monotonic() - started,
         "command": f"python benchmarks/trained.py run {name} {source.name}",
-        "provenance": origin,
     }
-    write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+    STORE.keep(f"{source.name}-{name}", entry, origin)
 
 
 def _naively(model, scheme, key, shown, recipe, normalise):
@@ -174,48 +173,53 @@ def _aligned_matches(model, released, scheme, key):
 
 def render() -> str:
     """All cells that were run, as Markdown; cells not run are not in it."""
-    entries = [json.loads(p.read_text()) for p in sorted((RESULTS / "trained").glob("*.json"))]
     order = {name: i for i, name in enumerate(CELLS)}
-    entries.sort(key=lambda e: (e["source"], order[e["cell"]]))
-    lines = [
-        "# Keys put into trained networks",
-        "",
-        "Rendered by `python benchmarks/trained.py render` from `results/trained/*.json`. AlexNet, "
-        "accuracies in % on all test images. `steps` are of 128 images; `budget` is their share of "
-        "the steps that the plain network was trained for. n = 1 run a cell.",
-        "",
-        "| network | cell | start | teaching | rate | steps | budget | plain | released | private "
-        "| bits right | seconds |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for e in entries:
-        private = e["metrics"].get("private_accuracy")
-        lines.append(
-            f"| {e['source']} | {e['cell']} | {'grafted' if e['graft'] else 'as it is'} "
-            f"| {e['teaching'] if e['steps'] else ''} | {e['rate'] if e['steps'] else ''} "
-            f"| {e['steps']} | {100 * e['share_of_budget']:.1f} % "
-            f"| {100 * e['plain_accuracy']:.2f} | {100 * e['released_accuracy']:.2f} "
-            f"| {'' if private is None else f'{100 * private:.2f}'} "
-            f"| {e['matches']} of {e['bits']} | {e['embedding_seconds']:.0f} |"
+    entries = sorted(STORE.all().values(), key=lambda e: (e["source"], order[e["cell"]]))
+    head = (
+        *("network", "cell", "start", "teaching", "rate", "steps", "budget", "plain", "released"),
+        *("private", "bits right", "seconds"),
+    )
+    left = [
+        (
+            *(e["source"], e["cell"], attack, percent(after["accuracy"])),
+            *(f"{after['matches']} of {e['bits']}", after.get("aligned_matches", "not read")),
         )
-    lines += [
-        "",
-        "## What is left after attacks",
-        "",
-        "Read as the network stands, and aligned with the released one.",
-        "",
-        "| network | cell | attack | accuracy | bits right | aligned |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {e['source']} | {e['cell']} | {attack} | {100 * after['accuracy']:.2f} "
-        f"| {after['matches']} of {e['bits']} | {after.get('aligned_matches', 'not read')} |"
         for e in entries
         for attack, after in e["after"].items()
     ]
-    machines = {f"{e['provenance']['device']}, torch {e['provenance']['torch']}" for e in entries}
-    lines += ["", f"{'; '.join(sorted(machines))}; training in bfloat16, other work beside it."]
-    return "\n".join(lines) + "\n"
+    machines = "; ".join(sorted(set(map(made_with, entries))))
+    return "\n".join(
+        [
+            "# Keys put into trained networks",
+            "",
+            "Rendered by `python benchmarks/trained.py render` from `results/trained/*.json`. "
+            "AlexNet, accuracies in % on all test images. `steps` are of 128 images; `budget` is "
+            "their share of the steps that the plain network was trained for. n = 1 run a cell.",
+            "",
+            *table(head, map(_row, entries)),
+            "",
+            "## What is left after attacks",
+            "",
+            "Read as the network stands, and aligned with the released one.",
+            "",
+            *table(("network", "cell", "attack", "accuracy", "bits right", "aligned"), left),
+            "",
+            f"{machines}; training in bfloat16, other work beside it.",
+            "",
+        ]
+    )
+
+
+def _row(e):
+    trained = (e["teaching"], e["rate"]) if e["steps"] else ("", "")
+    return (
+        *(e["source"], e["cell"], "grafted" if e["graft"] else "as it is", *trained, e["steps"]),
+        f"{100 * e['share_of_budget']:.1f} %",
+        *(percent(e[name]) for name in ("plain_accuracy", "released_accuracy")),
+        percent(e["metrics"].get("private_accuracy")),
+        f"{e['matches']} of {e['bits']}",
+        f"{e['embedding_seconds']:.0f}",
+    )
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ transfer: the paper's Table 1, and of its Table 2 the columns that these network
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -29,9 +28,13 @@ from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import Journal, Recipe
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.lab.marks import facts_of
+from nnpassport.lab.results import Results, made_with
+from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
 RESULTS = Path(__file__).parent.parent / "results" / "transfers-alexnet"
+STORE = Results(RESULTS)
 NETWORKS = ("uchida", "adi", "v1-bn", "v2-gn")
 SETTINGS = {"uchida": {"strength": 0.01}, "adi": {"triggers_per_step": 8}}
 EMBED = Recipe(
@@ -124,10 +127,8 @@ def run(name: str, target_name: str, data: Path, runs: Path, epochs: int) -> Non
         "seconds": time.monotonic() - started,
         "reported": REPORTED[name, target_name],
         "command": f"python benchmarks/transfers.py run {name} {target_name}",
-        "provenance": origin,
     }
-    path = RESULTS / f"{name}-{target_name}.json"
-    write_atomically(path, (json.dumps(entry, indent=2) + "\n").encode())
+    STORE.keep(f"{name}-{target_name}", entry, origin)
 
 
 def forgeries(name: str, model, normalise) -> dict:
@@ -148,56 +149,50 @@ def forgeries(name: str, model, normalise) -> dict:
 
 def marks(model, key, normalise) -> dict:
     """What V reads: matches, and the p-value where the key is derived."""
-    verdict = measured.verify_model(model, normalise, key)
-    return {
-        "bits": verdict.bits,
-        "matches": verdict.matches,
-        "log10_p_value": verdict.log10_p_value,
-        "accepted": verdict.accepted,
-    }
+    return facts_of(measured.verify_model(model, normalise, key))
 
 
 def render() -> str:
     """A table of all transfers that were run, as Markdown; those not run are not in it."""
-    lines = [
-        "# Marks after a transfer: AlexNet, CIFAR-10 to other tasks",
-        "",
-        "Rendered by `python benchmarks/transfers.py render` from its JSON files.",
-        "RTAL; accuracies and detection in %, detection after (before) the transfer; triggers are",
-        "asked with the original head. A forged key has no p-value: it is not derived from a seed.",
-        "",
-        "| network | target | images, epochs | accuracy before | after | real mark | log₁₀ p "
-        "| forged mark | the paper: accuracy; marks |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    found = {
-        (e["network"], e["target"]): e
-        for e in (json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json")))
-    }
-    for key in ((n, t) for n in NETWORKS for t in TARGETS):
-        if key not in found:
-            continue
-        e = found[key]
-        forged = "; ".join(
-            f"{n}: {_rate(e['marks_after'][n])} ({_rate(e['marks_before'][n])})"
-            for n in e["marks_before"]
-            if n != "real"
-        )
-        real, after = e["marks_before"]["real"], e["marks_after"]["real"]
-        lines.append(
-            f"| {e['network']} | {e['target']} | {e['train_images']}, {e['recipe']['epochs']} "
-            f"| {100 * e['accuracy_before']:.2f} | {100 * e['accuracy_after']:.2f} "
-            f"| {_rate(after)} ({_rate(real)}) | {after['log10_p_value']:.1f} "
-            f"({real['log10_p_value']:.1f}) | {forged} | {e['reported']} |"
-        )
-    made = {(e["provenance"]["device"], e["provenance"]["torch"]) for e in found.values()}
-    devices = "; ".join(f"{device}, torch {torch_}" for device, torch_ in sorted(made))
-    lines += ["", f"Device: {devices}; n = 1 run a cell."]
-    return "\n".join(lines) + "\n"
+    found = {(e["network"], e["target"]): e for e in STORE.all().values()}
+    cells = ((n, t) for n in NETWORKS for t in TARGETS)
+    head = (
+        *("network", "target", "images, epochs", "accuracy before", "after", "real mark"),
+        *("log₁₀ p", "forged mark", "the paper: accuracy; marks"),
+    )
+    return "\n".join(
+        [
+            "# Marks after a transfer: AlexNet, CIFAR-10 to other tasks",
+            "",
+            "Rendered by `python benchmarks/transfers.py render` from its JSON files.",
+            "RTAL; accuracies and detection in %, detection after (before) the transfer; triggers "
+            "are",
+            "asked with the original head. A forged key has no p-value: it is not derived from a "
+            "seed.",
+            "",
+            *table(head, [_row(found[cell]) for cell in cells if cell in found]),
+            "",
+            f"Device: {'; '.join(sorted(set(map(made_with, found.values()))))}; n = 1 run a cell.",
+            "",
+        ]
+    )
+
+
+def _row(e: dict) -> tuple[object, ...]:
+    before, after = e["marks_before"], e["marks_after"]
+    rates = {n: f"{_rate(after[n])} ({_rate(before[n])})" for n in before}
+    p = [marks["real"]["log10_p_value"] for marks in (after, before)]
+    return (
+        *(e["network"], e["target"], f"{e['train_images']}, {e['recipe']['epochs']}"),
+        *(percent(e["accuracy_before"]), percent(e["accuracy_after"]), rates["real"]),
+        f"{p[0]:.1f} ({p[1]:.1f})",
+        "; ".join(f"{n}: {rate}" for n, rate in rates.items() if n != "real"),
+        e["reported"],
+    )
 
 
 def _rate(mark: dict) -> str:
-    return f"{100 * mark['matches'] / mark['bits']:.2f}"
+    return percent(mark["matches"] / mark["bits"])
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V1, V2, V3, draw_by_layer
 from nnpassport.embedding.train.loop import classification
 from nnpassport.lab import bench
+from nnpassport.lab import timing as turns
 from nnpassport.lab.bench import (
     acts,
     comparisons,
@@ -49,7 +50,7 @@ TINY = [replace(c, width=0.1) for c in bench.cells(["alexnet"], [2], ["float32"]
 @pytest.fixture
 def hurried(monkeypatch):
     """One call a sample, and no process for each cell's memory."""
-    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(turns, "_SAMPLE_SECONDS", 0.0)
     monkeypatch.setattr(report, "peak_memory", lambda cell: 1000 + len(cell.network))
 
 
@@ -124,8 +125,8 @@ def test_cells_are_timed_in_turns_and_warm_up_does_not_count(monkeypatch, hurrie
     assert all(set(turn) == set(TINY) for turn in turns)
     assert turns[0] != turns[1]  # so that no cell always runs after the same other one
     assert [each.cell for each in measured] == TINY
-    assert {len(each.seconds) for each in measured} == {2}
-    assert {len(each.processor_seconds) for each in measured} == {2}
+    assert {len(each.timed.seconds) for each in measured} == {2}
+    assert {len(each.timed.processor_seconds) for each in measured} == {2}
 
 
 def test_a_short_sample_is_made_of_many_calls(monkeypatch):
@@ -138,11 +139,11 @@ def test_a_short_sample_is_made_of_many_calls(monkeypatch):
         process_time=time.process_time,
         monotonic=time.monotonic,
     )
-    monkeypatch.setattr(timing, "time", clock)
-    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.1)
+    monkeypatch.setattr(turns, "time", clock)
+    monkeypatch.setattr(turns, "_SAMPLE_SECONDS", 0.1)
     (measured,) = bench.measure(TINY[:1], repeats=1, warmup=1)
     assert len(calls) == 1 + 100
-    assert measured.seconds[0] == pytest.approx(1e-3 / 100)
+    assert measured.timed.seconds[0] == pytest.approx(1e-3 / 100)
 
 
 def test_every_cell_and_every_ratio_comes_out(hurried):
@@ -190,9 +191,9 @@ def test_what_there_was_no_time_for_is_named_and_has_no_number(hurried):
 def test_three_turns_are_taken_before_time_is_shared(monkeypatch, hurried):
     monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: None)
     (measured,) = bench.measure(TINY[:1], repeats=7, warmup=1, until=0.0)
-    assert len(measured.seconds) == timing.ENOUGH
+    assert len(measured.timed.seconds) == turns.ENOUGH
     (measured,) = bench.measure(TINY[:1], repeats=7, warmup=1, until=0.0, deadline=0.0)
-    assert measured.seconds == ()
+    assert measured.timed.seconds == ()
 
 
 def test_an_installed_package_says_that_it_lacks_the_slow_reference(monkeypatch, tmp_path, hurried):
@@ -331,7 +332,7 @@ def test_a_step_of_a_cycle_takes_its_share_of_it(monkeypatch, hurried):
     monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: time.sleep(0.04))
     late = Cell("alexnet", 4, "float32", "train", "V2 late 3/4", "group")
     (measured,) = bench.measure([late], repeats=1, warmup=0)
-    assert 0.01 <= measured.seconds[0] < 0.03
+    assert 0.01 <= measured.timed.seconds[0] < 0.03
 
 
 def test_cheaper_training_has_a_bound_of_its_own():
@@ -487,7 +488,7 @@ def test_nothing_is_prepared_that_would_likely_end_after_the_deadline(monkeypatc
     monkeypatch.setattr(timing, "prepare", lambda cell, device: time.sleep(0.2) or (lambda: None))
     begun = time.monotonic()
     measured = bench.measure(TINY, repeats=1, warmup=0, deadline=begun + 0.5)
-    assert all(each.seconds == () for each in measured[3:])
+    assert all(each.timed.seconds == () for each in measured[3:])
     assert time.monotonic() - begun < 1
 
 
@@ -495,17 +496,17 @@ def test_a_turn_ends_with_the_time_and_does_not_count(monkeypatch, hurried):
     monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: time.sleep(0.1))
     begun = time.monotonic()
     measured = bench.measure(TINY, repeats=3, warmup=0, deadline=begun + 0.3)
-    assert {each.seconds for each in measured} == {()}
+    assert {each.timed.seconds for each in measured} == {()}
     assert time.monotonic() - begun < 0.1 * len(TINY)
 
 
 def test_a_long_turn_warms_up_by_itself(monkeypatch, hurried):
     runs = []
     monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: runs.append(cell))
-    monkeypatch.setattr(timing, "_LONG_TURN", 0.0)
+    monkeypatch.setattr(turns, "_LONG_TURN", 0.0)
     (measured,) = bench.measure(TINY[:1], repeats=3, warmup=2)
     assert len(runs) == 1 + 3
-    assert len(measured.seconds) == 3
+    assert len(measured.timed.seconds) == 3
 
 
 def test_the_parts_of_a_run_can_be_named_one_by_one():

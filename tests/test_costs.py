@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nnpassport.lab import timing as lab_timing
 from nnpassport.lab.bench import networks, timing
 from nnpassport.lab.bench import report as bench_report
 from nnpassport.lab.paper import costs, tables
@@ -42,10 +43,13 @@ def known(monkeypatch):
         return [
             timing.Measurement(
                 cell,
-                tuple(
-                    SECONDS[cell.task, cell.network, cell.norm] * (1 + t) for t in range(repeats)
+                lab_timing.Timed(
+                    tuple(
+                        SECONDS[cell.task, cell.network, cell.norm] * (1 + t)
+                        for t in range(repeats)
+                    ),
+                    (1.0,) * repeats,
                 ),
-                (1.0,) * repeats,
             )
             for cell in cells
         ]
@@ -112,7 +116,7 @@ def test_a_table_of_nothing_holds_the_papers_numbers_and_no_other():
 
 @pytest.mark.slow
 def test_quick_costs_are_measured_and_not_taken_for_the_measurement(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(lab_timing, "_SAMPLE_SECONDS", 0.0)
     report = costs.measure_costs(tmp_path, quick=True)
     found = {(e["task"], e["network"], e["norm"]) for e in report["numbers"]}
     assert found == set(SECONDS)

@@ -460,7 +460,7 @@ def test_mode_branch_and_counters_stay_as_they_were():
     assert (model.training, model[0].training, norm.norm.training) == (True, False, True)
     assert norm.norm.num_batches_tracked == counted
     assert torch.equal(norm.norm.running_mean, twin[2].norm.running_mean)
-    assert norm.branch is Branch.PUBLIC
+    assert norm.running.branch is Branch.PUBLIC
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -473,7 +473,7 @@ def test_a_presented_passport_does_not_change_what_is_grafted():
     present(other)
     graft(other, images)
     assert torch.equal(model[1].weight, other[1].weight)
-    assert passport_norms(other)["2"].branch is Branch.PRIVATE
+    assert passport_norms(other)["2"].running.branch is Branch.PRIVATE
 
 
 def test_grafting_again_changes_nothing_more():

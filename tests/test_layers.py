@@ -267,20 +267,20 @@ def test_one_branch_for_a_while_and_then_all_is_as_before():
     case = build("convolution", "batch", own_statistics=True)
     model = nn.Sequential(case.layer, case.wrapped, nn.Dropout(), BranchNorm(nn.BatchNorm2d(8)))
     set_branch(model, Branch.BOTH)
-    model[3].branch = Branch.PUBLIC
+    model[3].running.branch = Branch.PUBLIC  # each its own: they are of two networks
     model[2].eval()
     modes = [each.training for each in model.modules()]
     error = RuntimeError("in the middle")
 
     def use():
         with on_branch(model, Branch.PRIVATE):
-            assert model[1].branch is model[3].branch is Branch.PRIVATE
+            assert model[1].running.branch is model[3].running.branch is Branch.PRIVATE
             assert not any(each.training for each in model.modules())
             raise error
 
     with pytest.raises(RuntimeError, match="in the middle"):
         use()
-    assert (model[1].branch, model[3].branch) == (Branch.BOTH, Branch.PUBLIC)
+    assert (model[1].running.branch, model[3].running.branch) == (Branch.BOTH, Branch.PUBLIC)
     assert modes == [each.training for each in model.modules()]
 
 

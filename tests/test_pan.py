@@ -95,7 +95,7 @@ def test_the_private_branch_hears_one_network_for_scale_and_shift_and_v_does_not
     norm = next(iter(passport_norms(model).values()))
     gamma, beta = norm.affine()
     x = torch.randn(4, len(gamma), 8, 8, generator=torch.Generator().manual_seed(0))
-    norm.eval().branch = Branch.PRIVATE
+    norm.eval().running.branch = Branch.PRIVATE
     with torch.no_grad():
         norm.encoder.second.add_(0.01)
         z = F.batch_norm(x, norm.private_norm.running_mean, norm.private_norm.running_var)

@@ -213,7 +213,7 @@ def test_a_layer_that_runs_twice_carries_a_passport_and_forks_before_it_runs(dra
     secrets = draw_secrets(model, IMAGES, ["0"])
     surgery.insert(model, secrets, IMAGES, two_branches=False)
     surgery.present(model)
-    fork = surgery.insert(two, secrets, IMAGES, two_branches=True)
+    fork = surgery.insert(two, secrets, IMAGES, two_branches=True).fork
     surgery.run_both(two)
     public, private = two(IMAGES).chunk(2)
     torch.testing.assert_close(private, model(IMAGES))

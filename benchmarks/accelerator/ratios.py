@@ -6,14 +6,13 @@ Started by `run.py`; alone:
 """
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from nnpassport.files.disk import write_atomically
 from nnpassport.lab.bench import collect, plan, render
 from nnpassport.lab.bench.cells import NETWORKS, Cell
+from nnpassport.lab.results import write_json
 
 COMPARED = {"plain", "V1", "V2", "V3", "eager"}
 
@@ -42,7 +41,7 @@ def main() -> int:
         minutes=options.minutes,
         memory=False,
     )
-    write_atomically(options.out, (json.dumps(results, indent=1) + "\n").encode())
+    write_json(options.out, results)
     print(render(results))
     return 0
 

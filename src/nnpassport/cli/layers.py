@@ -126,7 +126,7 @@ def _choice(network: Any, config: Any, patterns: list[str] | None, seen: Any) ->
     example = torch.zeros(2, *config.input_size)
     sites = survey(network, example).sites
     key = V2.draw_key(network, example, layers=patterns, passports="channel", seen=seen)
-    fork = V2.insert(network, key, example)
+    fork = V2.insert(network, key, example).fork
     if fork is None:  # V2 always has one
         raise RuntimeError("two branches without a fork")
     chosen = [each.name for each in key.context.layers]

@@ -43,6 +43,7 @@ class Marked:
         self._key = key
         self._began = {name: each._version for name, each in _hosts(model, key).items()}
         self._looked = False
+        self._running: nn.Module | None = None
         self._measured: Mapping[str, Tensor] = {}
         self._scheme = scheme_named(key.context.scheme)
         self._objective = self._scheme.objective(key, steps=1, normalise=normalise, task=task)
@@ -62,8 +63,10 @@ class Marked:
                 a marked layer is frozen, and its bits are not in.
         """
         running = self.model if model is None else model
-        one_branch = isinstance(self._scheme, Passport) and not self._scheme.two_branches
-        refuse_lossy_wrapper(running, one_branch=one_branch)
+        if running is not self._running:
+            one_branch = isinstance(self._scheme, Passport) and not self._scheme.two_branches
+            refuse_lossy_wrapper(running, one_branch=one_branch)
+            self._running = running
         outcome = self._objective(running, Batch(inputs, labels, self.step))
         self.step += 1
         self._measured = outcome.measures
@@ -172,7 +175,7 @@ def mark(
     if frozen := _frozen(model, key):
         raise UnsuitableModelError(_why_frozen(frozen))
     marked = Marked(model, key, normalise, task)  # first: its refusals must leave the model alone
-    marked.fork = scheme_named(key.context.scheme).insert(model, key, example)
+    marked.fork = scheme_named(key.context.scheme).insert(model, key, example).fork
     return marked
 
 

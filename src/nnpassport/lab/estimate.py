@@ -1,6 +1,5 @@
 """How long the cells that are still to be run will take here, from steps that are measured now."""
 
-import time
 from collections.abc import Callable, Iterable
 from functools import cache
 from statistics import median
@@ -13,6 +12,7 @@ from nnpassport.lab.cells import Cell, attackers_of, embed_recipe, transfer_reci
 from nnpassport.lab.speed import SIDE, Trained, training_step
 from nnpassport.lab.store import Store
 from nnpassport.lab.tasks import images_of, missing
+from nnpassport.lab.timing import in_turns
 
 _REPEATS = 3
 
@@ -75,13 +75,14 @@ def _least(count: int, limit: int | None) -> int:
 def training_seconds(trained: Trained, batch: int, precision: str) -> float:
     """Measured: seconds of a training step, by image."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return _timed(training_step(trained, batch, precision=precision, device=device)) / batch
+    step = training_step(trained, batch, precision=precision, device=device)
+    return _timed(step, device) / batch
 
 
 @cache
 def forward_seconds(trained: Trained, batch: int = 256) -> float:
     """Measured: seconds of an answer in full precision, by image."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = trained.network().to(device).eval()
     images = torch.randn(batch, 3, SIDE, SIDE, device=device)
 
@@ -89,16 +90,8 @@ def forward_seconds(trained: Trained, batch: int = 256) -> float:
     def forward() -> None:
         model(images)
 
-    return _timed(forward) / batch
+    return _timed(forward, device) / batch
 
 
-def _timed(run: Callable[[], None]) -> float:
-    run()
-    times = []
-    for _ in range(_REPEATS):
-        begun = time.perf_counter()
-        run()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begun)
-    return median(times)
+def _timed(run: Callable[[], None], device: str) -> float:
+    return median(in_turns({"": run}, repeats=_REPEATS, warmup=1, device=device)[""].seconds)

@@ -1,16 +1,16 @@
 """Many cells: in order of what they need, on one machine or on many, through joblib."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from nnpassport.lab.cells import Cell
 from nnpassport.lab.runs import run
 from nnpassport.lab.store import Store
+from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, OwnershipError
 
 BACKENDS = ("loky", "dask", "ray")
-Show = Callable[[float, float, str], None]
 
 
 class Failure(NamedTuple):
@@ -65,7 +65,7 @@ def run_grid(
     *,
     jobs: int = 1,
     backend: str = "loky",
-    show: Show = lambda *_: None,
+    show: Listener = lambda *_: None,
 ) -> list[Failure]:
     """Run what was not run; returns what could not be.
 

@@ -1,11 +1,8 @@
-"""What everything in the lab does alike: look a name up, and keep a result."""
+"""What everything in the lab does alike: look a name up."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from nnpassport.files.disk import write_atomically
 from nnpassport.scheme import BadRecipeError
 
 T = TypeVar("T")
@@ -20,13 +17,3 @@ def named(table: Mapping[str, T], name: str, what: str) -> T:
     if name not in table:
         raise BadRecipeError(f"{what} {name!r} is unknown; there are: {', '.join(table)}")
     return table[name]
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a result, whole or not at all.
-
-    Raises:
-        UnwritableOutputError: it cannot be written; what was there is as it was.
-    """
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode())

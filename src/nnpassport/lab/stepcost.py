@@ -1,7 +1,5 @@
 """What a training step costs with a mark, beside the same step without."""
 
-import statistics
-import time
 from copy import deepcopy
 from itertools import count
 from typing import Any
@@ -15,6 +13,7 @@ from nnpassport.keys.keyfile import load_key
 from nnpassport.lab.cells import Cell, embed_recipe
 from nnpassport.lab.descent import descent, random_batch
 from nnpassport.lab.store import Store
+from nnpassport.lab.timing import in_turns, paired, spread
 from nnpassport.report.provenance import device_name
 
 TURNS = 9
@@ -38,20 +37,12 @@ def step_cost(cell: Cell, store: Store, scheme: Scheme) -> dict[str, Any]:
         model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         batch = random_batch((recipe.batch, *plain.config.input_size), "cpu")
         steps[name] = descent(model, descended, batch, count(), precision=recipe.precision)
-    ratios = []
-    for turn in range(TURNS + _WARM):
-        taken = {}
-        for name in ("plain", "marked")[:: 1 if turn % 2 else -1]:
-            begun = time.perf_counter()
-            steps[name]()
-            taken[name] = time.perf_counter() - begun
-        if turn >= _WARM:
-            ratios.append(taken["marked"] / taken["plain"])
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    timed = in_turns(steps, repeats=TURNS, warmup=_WARM)
+    found = spread(paired(timed["marked"].seconds, timed["plain"].seconds))
     return {
-        "ratio": middle,
-        "quartiles": [low, high],
-        "n": len(ratios),
+        "ratio": found["median"],
+        "quartiles": [found["lower_quartile"], found["upper_quartile"]],
+        "n": found["n"],
         "batch": recipe.batch,
         "precision": recipe.precision,
         "device": device_name(),

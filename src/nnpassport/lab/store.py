@@ -1,6 +1,5 @@
 """Where results are kept, and the networks that they were measured on."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 from nnpassport.lab.cells import Cell
-from nnpassport.lab.named import write_json
+from nnpassport.lab.results import read_json, write_json
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnreadableDataError
 
@@ -63,12 +62,7 @@ class Store:
         path = self.path(cell)
         if not path.exists():
             return None
-        try:
-            entry: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UnreadableDataError(
-                f"{path} is no JSON ({error}); remove it, and it will be run again"
-            ) from error
+        entry = read_json(path)
         if entry.get("format") != FORMAT or entry.get("inputs") != cell.inputs:
             raise UnreadableDataError(
                 f"{path} is not the result of this cell: format or inputs are others; remove it, "

@@ -8,7 +8,7 @@ one, `anchor/`, the network before the mark, and, if he kept one, `diary/`, that
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain, count
@@ -42,6 +42,7 @@ from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.progress import Listener
 from nnpassport.scheme import (
     BadSignatureError,
     FoldedNormsError,
@@ -73,9 +74,6 @@ LARGEST_SIDE = 1_024
 
 CLAIM_FILE, KEY_FILE, REFERENCE = "claim.json", "disclosed.key", "reference"
 DIARY = "diary"
-
-Show = Callable[[float, float, str], None]
-"""Told how many readings are done, of how many, and which is next."""
 
 
 @final
@@ -160,7 +158,7 @@ class Exhibit(NamedTuple):
 
 
 def hear(
-    suspect: Suspect | Path, folders: Sequence[Path], bench: Bench, *, show: Show | None = None
+    suspect: Suspect | Path, folders: Sequence[Path], bench: Bench, *, show: Listener | None = None
 ) -> Hearing:
     """Who, of those who handed in these folders, owns the network in `suspect`?
 

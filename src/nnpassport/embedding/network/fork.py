@@ -261,9 +261,10 @@ def _split_statistics(model: nn.Module, example: Example) -> None:
         call(model, example)
     for handle in handles:
         handle.remove()
+    running = next(iter(passport_norms(model).values())).running
     for name in dict.fromkeys(after):
         norm = model.get_submodule(name)
-        replace_module(model, name, BranchNorm(norm).train(norm.training))
+        replace_module(model, name, BranchNorm(norm, running).train(norm.training))
 
 
 def forked_at(model: nn.Module) -> tuple[str, ...]:
@@ -323,7 +324,7 @@ def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
     presented: list[PassportNorm] = []
 
     def note(norm: PassportNorm, *_: Any) -> None:
-        if norm.branch is not Branch.PUBLIC:
+        if norm.running.branch is not Branch.PUBLIC:
             presented.append(norm)
 
     handles = [norm.register_forward_pre_hook(note) for norm in passport_norms(model).values()]

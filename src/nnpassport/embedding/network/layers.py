@@ -1,8 +1,9 @@
 """The passport layer: a norm (or a bare layer) whose scale and shift come from a passport."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from enum import Enum, unique
 from typing import Any, cast, final
 
@@ -35,6 +36,26 @@ FASTER = 10.0
 
 
 @final
+@dataclass(eq=False)
+class Running:
+    """What a marked network computes now: one object for all of its passport layers and norms.
+
+    Attributes:
+        branch: which of the two networks.
+        private_share: of the images, the last ones, that a fork also sends through the private
+            branch; in (0, 1].
+        kept: γ that a forward leaves for the step's loss, by what computed it; None where it
+            leaves none.
+        removed: the passports were taken out again.
+    """
+
+    branch: Branch = Branch.PUBLIC
+    private_share: float = 1.0
+    kept: "dict[PassportNorm, Tensor] | None" = None
+    removed: bool = False
+
+
+@final
 class PassportNorm(nn.Module):
     """A norm layer whose scale and shift come from a passport while it is presented.
 
@@ -56,10 +77,7 @@ class PassportNorm(nn.Module):
             gradient g changes γ = ⟨W, m⟩ by g·‖m‖², 50 to 300 times as much as a scale of its own,
             which short trainings do not survive (`docs/log.md`).
         channel_axis: where the output's channels are.
-        branch: what `forward` computes.
-        private_share: of the images, the last ones, that a fork also sends through the private
-            branch; in (0, 1].
-        keeps: whether a forward leaves its γ in `kept`; see `keeping_gammas`.
+        running: what `forward` computes, said once for the whole network.
         encoder: what the private branch hears γ and β through, if anything; see `schemes.pan`.
         forks: whether the batch is forked here (see `surgery`), the first passport layers of V2/V3.
     """
@@ -79,6 +97,7 @@ class PassportNorm(nn.Module):
         carries: Bool[Tensor, " out"] | None = None,
         channel_axis: int = 1,
         own_statistics: bool = False,
+        running: Running | None = None,
     ) -> None:
         super().__init__()
         weight = cast(Tensor, layer.weight)
@@ -87,11 +106,8 @@ class PassportNorm(nn.Module):
         self.private_norm = _statistics_of_its_own(norm) if own_statistics else None
         self._layer = (layer,)  # in a tuple, so that the layer is not registered here as well
         self.channel_axis = channel_axis
-        self.branch = Branch.PUBLIC
-        self.private_share = 1.0
+        self.running = running or Running()
         self.forks = False
-        self.keeps = False
-        self.kept: Tensor | None = None
         self.encoder: Encoder | None = None
         # PyTorch's transformer layers run past their own parts in evaluation unless one has a hook.
         self.register_forward_pre_hook(_in_the_open)
@@ -107,9 +123,15 @@ class PassportNorm(nn.Module):
         """The convolution or linear layer whose weight the passport runs through."""
         return self._layer[0]
 
+    @property
+    def gamma(self) -> Float[Tensor, " out"]:
+        """γ with its gradient: the one that this step's forward left, or else computed."""
+        kept = self.running.kept
+        return self.affine()[0] if kept is None or self not in kept else kept[self]
+
     def train(self, mode: bool = True) -> "PassportNorm":
         """As ever; and evaluation ends a training step's BOTH: one output an image again."""
-        _end_step(self, mode)
+        _end_step(self.running, mode)
         super().train(mode)
         return self
 
@@ -154,19 +176,16 @@ class PassportNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The wrapped norm, its affine replaced by the passport's in the private branch."""
-        if self.branch is Branch.PUBLIC:
+        branch, share = self.running.branch, self.running.private_share
+        if branch is Branch.PUBLIC:
             return self.norm(x)
-        if self.branch is Branch.PRIVATE:
+        if branch is Branch.PRIVATE:
             return self._private(x)
         if self.forks and self.norm is self.layer:
             y = self.norm(x)
-            private = _also_private(y, self.private_share)
+            private = _also_private(y, share)
             return torch.cat([y, _scaled(private, *self._affine(), self.channel_axis)])
-        public, private = (
-            (x, _also_private(x, self.private_share))
-            if self.forks
-            else _parted(x, self.private_share)
-        )
+        public, private = (x, _also_private(x, share)) if self.forks else _parted(x, share)
         return torch.cat([self.norm(public), self._private(private)])
 
     def fork_input(
@@ -182,17 +201,12 @@ class PassportNorm(nn.Module):
         are the arguments that hold the batch: positions, which are the same for every image, do
         not.
         """
-        if self.branch is not Branch.BOTH:
+        if self.running.branch is not Branch.BOTH:
             return None
+        share = self.running.private_share
         return (
-            tuple(
-                forked(v, self.private_share) if index in named else v
-                for index, v in enumerate(args)
-            ),
-            {
-                name: forked(v, self.private_share) if name in named else v
-                for name, v in kwargs.items()
-            },
+            tuple(forked(v, share) if index in named else v for index, v in enumerate(args)),
+            {name: forked(v, share) if name in named else v for name, v in kwargs.items()},
         )
 
     def fork_beside(
@@ -208,8 +222,9 @@ class PassportNorm(nn.Module):
     def _affine(self) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
         gamma, beta = self.affine()
         # Not where it has no graph, as in a forward that a checkpoint will repeat.
-        if not torch.compiler.is_compiling() and self.keeps and gamma.requires_grad:
-            self.kept = gamma
+        alone = torch.compiler.is_compiling() or not gamma.requires_grad
+        if not alone and self.running.kept is not None:
+            self.running.kept[self] = gamma
         if self.encoder is None:
             return gamma, beta
         return self.encoder(gamma), self.encoder(beta)
@@ -337,23 +352,6 @@ def passport_norms(model: nn.Module) -> dict[str, PassportNorm]:
     }
 
 
-@contextmanager
-def keeping_gammas(model: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
-    """A function that gives γ of every passport layer, in their order.
-
-    Those that a forward inside has computed are not computed again: with its gradient that would be
-    twice the work that a passport costs.
-    """
-    norms = [*passport_norms(model).values()]
-    for norm in norms:
-        norm.keeps = True
-    try:
-        yield lambda: [norm.affine()[0] if norm.kept is None else norm.kept for norm in norms]
-    finally:
-        for norm in norms:
-            norm.keeps, norm.kept = False, None
-
-
 @final
 class BranchNorm(nn.Module):
     """A norm without passport, after the fork, that keeps running statistics for each branch.
@@ -362,16 +360,15 @@ class BranchNorm(nn.Module):
     private activations together, and neither branch would meet in use what it met in training.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, running: Running | None = None) -> None:
         super().__init__()
         self.norm = norm
         self.private_norm = _statistics_of_its_own(norm)
-        self.branch = Branch.PUBLIC
-        self.private_share = 1.0
+        self.running = running or Running()
 
     def train(self, mode: bool = True) -> "BranchNorm":
         """As ever; and evaluation ends a training step's BOTH: one output an image again."""
-        _end_step(self, mode)
+        _end_step(self.running, mode)
         super().train(mode)
         return self
 
@@ -380,11 +377,11 @@ class BranchNorm(nn.Module):
 
         Its argument is called what torch's norms call theirs, for networks that name it.
         """
-        if self.branch is Branch.PUBLIC:
+        if self.running.branch is Branch.PUBLIC:
             return self.norm(input)
-        if self.branch is Branch.PRIVATE:
+        if self.running.branch is Branch.PRIVATE:
             return self._private(input)
-        public, private = _parted(input, self.private_share)
+        public, private = _parted(input, self.running.private_share)
         return torch.cat([self.norm(public), self._private(private)])
 
     def _private(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -392,9 +389,9 @@ class BranchNorm(nn.Module):
         return functional_call(cast(nn.Module, self.private_norm), shared, (x,))
 
 
-def _end_step(module: PassportNorm | BranchNorm, mode: bool) -> None:
-    if not mode and module.branch is Branch.BOTH:
-        module.branch = Branch.PUBLIC
+def _end_step(running: Running, mode: bool) -> None:
+    if not mode and running.branch is Branch.BOTH:
+        running.branch = Branch.PUBLIC
 
 
 def own_statistics(model: nn.Module) -> list[nn.Module]:
@@ -423,25 +420,29 @@ def branched(model: nn.Module) -> list[PassportNorm | BranchNorm]:
     return [m for m in model.modules() if isinstance(m, PassportNorm | BranchNorm)]
 
 
+def running_in(model: nn.Module) -> list[Running]:
+    """What says which branch is computed inside a model: one object, unless it is of several."""
+    return list({id(module.running): module.running for module in branched(model)}.values())
+
+
 def set_branch(model: nn.Module, branch: Branch, private_share: float = 1.0) -> None:
     """What the model computes from now on; of BOTH, the share of images that is also private."""
-    for module in branched(model):
-        module.branch = branch
-        module.private_share = private_share
+    for running in running_in(model):
+        running.branch, running.private_share = branch, private_share
 
 
 @contextmanager
 def on_branch(model: nn.Module, branch: Branch) -> Iterator[None]:
     """Run one branch for a while, in evaluation mode; afterwards all is as before."""
-    before = [(module, module.branch, module.private_share) for module in branched(model)]
+    before = [(each, each.branch, each.private_share) for each in running_in(model)]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # first: it would end BOTH
     set_branch(model, branch)
     try:
         yield
     finally:
-        for module, earlier, share in before:
-            module.branch, module.private_share = earlier, share
+        for each, earlier, share in before:
+            each.branch, each.private_share = earlier, share
         for part, mode in modes:
             part.training = mode
 

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.embedding.network.equations import filters
-from nnpassport.embedding.network.fork import Fork, fork_of, set_fork, unhook
+from nnpassport.embedding.network.fork import fork_of, set_fork, unhook
+from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.layers import (
     Branch,
     BranchNorm,
     PassportNorm,
+    Running,
     on_branch,
     passport_norms,
     replace_module,
+    running_in,
     set_branch,
 )
 from nnpassport.embedding.network.outputs import Example, call
@@ -47,19 +50,18 @@ def insert(
     example: Example,
     *,
     two_branches: bool,
-) -> Fork | None:
+) -> Inserted:
     """Wrap, in place, the norms after the named layers so that they can run on passports.
 
     The passports are withheld at first: the model computes what it did. With `two_branches` (V2,
-    V3) the private branch gets batch-norm statistics of its own, and the fork is found, proved and
-    returned.
+    V3) the private branch gets batch-norm statistics of its own, and the fork is found and proved.
 
     Raises:
         UnsuitableModelError: a layer cannot carry its secret, the model does not run with it
             wrapped, or the two branches cannot run in one forward; the model is as it was.
     """
     wrap(model, secrets, example, two_branches=two_branches)
-    return fork_of(model, example) if two_branches else None
+    return Inserted(model, fork_of(model, example) if two_branches else None)
 
 
 def wrap(
@@ -83,6 +85,7 @@ def wrap(
                 f"the layers themselves; suitable layers of this model: {', '.join(found.sites)}"
             )
         _check_shape(site, secrets[name])
+    running = Running()
     for name, site in sites.items():
         norm_name = site.norm or site.name
         wrapped = PassportNorm(
@@ -93,6 +96,7 @@ def wrap(
             carries=secrets[name].carries,
             channel_axis=site.channel_axis,
             own_statistics=two_branches,
+            running=running,
         )
         wrapped.train(model.get_submodule(norm_name).training)
         replace_module(model, norm_name, wrapped)
@@ -111,6 +115,8 @@ def remove(model: nn.Module) -> None:
         name: m for name, m in model.named_modules() if isinstance(m, PassportNorm | BranchNorm)
     }
     unhook(model)
+    for running in running_in(model):
+        running.removed = True
     for name, norm in norms.items():
         replace_module(model, name, norm.norm)
 

@@ -7,14 +7,16 @@
     read            what V counts in a file of weights, in numpy
     threshold       the share of the bits that the paper's own rule asks for
 
-A mark that is no such term has an `objective` of its own, and one that weights do not show has
-`observe` or a trigger set. The dataclasses inherit because their fields are the settings, and one
-object has to be both. No other class is inherited from, and none of them is inherited again.
+A mark that changes what a step runs has `steps_of` too, as passports have. One that is no such term
+has an `objective` of its own, and one that weights do not show has `observe` or a trigger set. The
+dataclasses inherit because their fields are the settings, and one object has to be both. No other
+class is inherited from, and none of them is inherited again.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,14 +25,16 @@ from torch import Tensor, nn
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.equations import filters
+from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.layers import whole_weight
-from nnpassport.embedding.network.outputs import Example, call, logits_of, tensors_in, unwrapped
+from nnpassport.embedding.network.outputs import Example, call, tensors_in, unwrapped
 from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import read_answers
-from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.embedding.schemes.teaching import taught
+from nnpassport.embedding.schemes.triggers import answers_to, branch_loss, mixing, trigger_batch
 from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.labels import mean_loss, plain_loss, share_right
+from nnpassport.embedding.train.labels import share_right_with
 from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
@@ -39,24 +43,31 @@ from nnpassport.embedding.train.loop import (
     Outcome,
     Recipe,
     Task,
+    fit,
+    total_steps,
 )
 from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import Counts, as_published, check_host, verdict_on
+from nnpassport.progress import Listener
 from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
 
 
 class Carriers(NamedTuple):
     """What a key is drawn for: the layers whose bits it has, and the shape of its pictures.
 
-    `nonce` binds the key to something else; None lets the operating system draw it.
+    `nonce` binds the key to something else; None lets the operating system draw it. `metrics` are
+    the directions that passports of channels lie in, by layer, and `anchor` is the digest of the
+    network that the key is drawn for.
     """
 
     layers: tuple[LayerShape, ...] = ()
     triggers: TriggerShape | None = None
     nonce: bytes | None = None
+    metrics: Mapping[str, Any] | None = None
+    anchor: str | None = None
 
 
 class Secret(NamedTuple):
@@ -71,15 +82,36 @@ class Secret(NamedTuple):
         return self._replace(rows=self.rows.to(like), signs=self.signs.to(like))
 
 
+class Step(NamedTuple):
+    """What a training step ran.
+
+    Attributes:
+        branches: outputs and their labels, of each network that was run.
+        signals: numbers whose signs are the bits of all layers, with gradients.
+        signs: what these should be; 0 where there is no bit.
+    """
+
+    branches: Sequence[tuple[Any, Any]]
+    signals: Float[Tensor, " bits"]
+    signs: Float[Tensor, " bits"]
+
+
+BRANCHES = ("", "private_")
+"""What is put before the names of a branch's measures."""
+
+
 class Mark(Protocol):
-    """A scheme that leaves a network's shape as it is; `protocol.Scheme` says what members mean.
+    """All of a scheme but what makes it that one; `protocol.Scheme` says what members mean.
 
     Attributes:
         name: as in keys and on the command line.
         threshold: share of the bits that must match by the published rule.
         triggers: size of the trigger set; 0 is none.
+        triggers_per_step: trigger images that each training step mixes into its batch.
+        trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
+        teaching: for a trained network, the share in [0, 1] of the task's loss that imitates what
+            the network answered before.
         reads_weights: whether V needs nothing but the weights.
-        parts: what of the mark forgers can aim at.
     """
 
     __slots__ = ()
@@ -87,10 +119,17 @@ class Mark(Protocol):
     name: str
     threshold: float = 1.0
     triggers: int = 0
+    triggers_per_step: int = 0
+    trigger_weight: float | None = None
+    teaching: float = 0.0
     reads_weights: bool = True
-    parts: frozenset[str] = frozenset()
 
     # What differs
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What of the mark forgers can aim at; here: nothing."""
+        return frozenset()
 
     @abstractmethod
     def carriers(
@@ -127,6 +166,66 @@ class Mark(Protocol):
     def signals(self, host: Any, secret: Secret, /) -> Float[Tensor, " bits"]:
         """Numbers whose signs are the bits of one layer; gradients flow to `host`."""
         raise TypeError(f"{self.name} has no signals; needed: them, or an objective of its own")
+
+    def put_in(self, model: nn.Module, key: Key, example: Example) -> Inserted:
+        """Change `model`, in place, into what training runs, or leave it as it was; here: nothing.
+
+        Raises:
+            UnsuitableModelError: it cannot be; it is as it was.
+        """
+        return Inserted(model)
+
+    def begin(
+        self, model: nn.Module, shown: Callable[[int], Tensor], *, trained: bool, show: Listener
+    ) -> None:
+        """What is done once, in place, between `insert` and the first step; here: nothing.
+
+        `shown` gives some of the images that it is trained on, as the network sees them.
+        """
+        return
+
+    def training_of(self, key: Key) -> "Mark":
+        """The scheme as a network with this key is trained; here: as it is.
+
+        Raises:
+            BadRecipeError: its settings do not go with the key.
+        """
+        return self
+
+    def end(self, model: nn.Module, shown: Callable[[int], Tensor]) -> None:
+        """What is done once, in place, after the last step of a training; here: nothing.
+
+        `shown` is as in `begin`.
+        """
+        return
+
+    def rest(self, model: nn.Module) -> None:
+        """Leave a network that was trained computing what it is used for; here: it does."""
+        return
+
+    def presented(
+        self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
+    ) -> nn.Module:
+        """A copy of a plain network, in evaluation mode, with `key` presented to it."""
+        return deepcopy(model).eval()
+
+    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+        """What each of a run's `steps` runs, and what it says of the bits; here: the network."""
+        layers, rows = key.context.layers, self.forms(key)
+        secrets = [Secret(each, rows[each.name], self.wanted(key, each)) for each in layers]
+
+        def run(model: nn.Module, batch: Batch) -> Step:
+            output = call(model, batch.images)
+            hosts = self.hosts(unwrapped(model), layers)
+            pairs = list(zip(hosts, secrets, strict=True))
+            # Brought to where the weights are in the first step.
+            secrets[:] = [secret.to(tensors_in(host)[0]) for host, secret in pairs]
+            signs = torch.cat([secret.signs for secret in secrets])
+            with torch.autocast(signs.device.type, enabled=False):
+                each = [self.signals(h, secret) for h, secret in zip(hosts, secrets, strict=True)]
+            return Step(((output, batch.labels),), torch.cat(each), signs)
+
+        return run
 
     def wanted(self, key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
         """Signs that a training step pulls the signals to: the key's own."""
@@ -189,18 +288,14 @@ class Mark(Protocol):
         found = self.carriers(model, example, layers)
         if not found.layers:
             mark.check_nothing_chosen(self.name, layers, text)
-        return mark.new_key(
-            self.name,
-            owner=owner,
-            layers=found.layers,
-            triggers=found.triggers,
-            text=text,
-            seed=seed,
-            nonce=found.nonce,
-        )
+        return self.key_for(found, owner=owner, text=text, seed=seed)
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
-        """Check that `key` fits `model`; nothing is inserted.
+    def key_for(self, found: Carriers, *, owner: str, text: str | None, seed: bytes | None) -> Key:
+        """A new key for what `carriers` found."""
+        return mark.new_key(self.name, owner=owner, text=text, seed=seed, **found._asdict())
+
+    def insert(self, model: nn.Module, key: Key, example: Example) -> Inserted:
+        """Check that `key` fits `model`, and put in place what a step runs on, if it is more.
 
         Raises:
             UnsuitableModelError: the key is another scheme's, or was made for another network.
@@ -208,6 +303,7 @@ class Mark(Protocol):
         """
         mark.check_scheme(self.name, key)
         self.check(model, key, example)
+        return self.put_in(model, key, example)
 
     def objective(
         self,
@@ -217,25 +313,35 @@ class Mark(Protocol):
         normalise: Normalisation | None = None,
         task: Task | None = None,
     ) -> Objective:
-        """The task's loss, and `term` on what `signals` reads."""
-        layers, rows = key.context.layers, self.forms(key)
-        secrets = [Secret(each, rows[each.name], self.wanted(key, each)) for each in layers]
+        """The task's loss of every branch and its triggers, and `term` on what `signals` reads.
+
+        `steps` is the length of the whole run. `normalise` is needed by triggers, which are kept as
+        pixels. `task` is a loss of the caller's own, instead of cross-entropy on the class scores.
+        """
+        run = self.steps_of(key, steps)
+        count = self.triggers_per_step if self.triggers else 0
+        mix = mixing(trigger_batch(key, normalise), count) if count else None
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
-            output = call(model, batch.images)
-            task_loss = mean_loss((task or plain_loss)(output, batch.labels))
-            hosts = self.hosts(unwrapped(model), layers)
-            pairs = list(zip(hosts, secrets, strict=True))
-            # Brought to where the weights are in the first step.
-            secrets[:] = [secret.to(tensors_in(host)[0]) for host, secret in pairs]
-            signs = torch.cat([secret.signs for secret in secrets])
-            # Full precision even under autocast, as for passports.
-            with torch.autocast(signs.device.type, enabled=False):
-                each = [self.signals(h, secret) for h, secret in zip(hosts, secrets, strict=True)]
-                signals = torch.cat(each)
-                term = self.term(signals, signs)
-            match = (signals.detach().sign() == signs).float().mean()
-            return outcome(task_loss + term, match, output, batch.labels, task_loss, task)
+            batch = batch if mix is None else mix(batch)
+            step = run(model, batch)
+            losses, of_triggers = zip(
+                *(
+                    branch_loss(output, labels, count, self.trigger_weight, task, batch.part)
+                    for output, labels in step.branches
+                ),
+                strict=True,
+            )
+            # Full precision even under autocast: bfloat16 would flip the signs of small signals.
+            with torch.autocast(step.signs.device.type, enabled=False):
+                term = self.term(step.signals, step.signs)
+            loss = torch.stack(losses).sum() + term
+            if count and self.trigger_weight is not None:
+                loss = loss + self.trigger_weight * torch.stack(of_triggers).sum()
+            measures = {"sign_match": sign_match(step)}
+            for name, (output, labels), each in zip(BRANCHES, step.branches, losses, strict=False):
+                measures |= rates(name, output, labels, each, task, count)
+            return Outcome(loss, measures)
 
         return objective
 
@@ -251,17 +357,42 @@ class Mark(Protocol):
         journal: Journal | None = None,
         trained: bool = False,
     ) -> History:
-        """E: train `model` in place with the objective, whether it is `trained` already or not."""
-        return mark.train_in(
-            self,
+        """E: train `model` in place with the objective, whether it is `trained` already or not.
+
+        A network that is, and a scheme with `teaching`: its own answers before are part of the
+        loss.
+
+        Raises:
+            UnsuitableModelError: the scheme refuses key or network; the network is as it was.
+        """
+        data.require_classes(2)  # before anything is touched
+        scheme = self.training_of(key)
+        example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
+        teacher = deepcopy(model) if trained and self.teaching else None
+        self.insert(model, key, example)
+        steps = total_steps(data, recipe)
+        objective = scheme.objective(key, steps=steps, normalise=normalise)
+
+        def shown(count: int) -> Tensor:
+            return normalise(data.sample(count, seed=recipe.seed).images).to(example)
+
+        self.begin(model, shown, trained=trained, show=(journal or Journal()).prepare)
+        if teacher is not None:
+            make = partial(scheme.objective, key, steps=steps, normalise=normalise)
+            objective = taught(lambda task: make(task=task), teacher, self.teaching)
+        history = fit(
             model,
-            key,
+            objective,
             data,
             recipe,
             normalise=normalise,
-            validation=validation,
+            evaluate=None if validation is None else scheme.evaluation(validation, normalise),
             journal=journal,
         )
+        if recipe.epochs:
+            scheme.end(model, shown)
+        self.rest(model)
+        return history
 
     def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """Accuracy, which is the score too."""
@@ -270,11 +401,12 @@ class Mark(Protocol):
     def fidelity(
         self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
     ) -> float:
-        """F: accuracy in [0, 1]. No mark of this kind can fail it: presenting it changes nothing.
+        """F: accuracy in [0, 1] of a plain network when `key` is presented to it.
 
-        That is what makes it forgeable.                                   [Fan19, prop. 1]
+        Where presenting it changes nothing, no key can fail it: that is what makes such a mark
+        forgeable.                                                            [Fan19, prop. 1]
         """
-        return accuracy(deepcopy(model).eval(), data, normalise)
+        return accuracy(self.presented(model, key, data, normalise), data, normalise)
 
     def verify(
         self,
@@ -342,12 +474,24 @@ class Mark(Protocol):
             )
 
 
+def sign_match(step: Step) -> Float[Tensor, ""]:
+    """The share of a step's bits that match; nothing waits for the device."""
+    carrying = step.signs != 0
+    right = (step.signals.detach().sign() == step.signs) & carrying
+    return right.float().sum() / carrying.float().sum()
+
+
+def rates(
+    name: str, output: Any, labels: Any, loss: Tensor, task: Task | None, triggers: int = 0
+) -> dict[str, Tensor]:
+    """How a branch does its task: its accuracy, or its loss where that is the caller's own."""
+    if task is None:
+        return {f"{name}accuracy": share_right_with(output, labels, triggers)}
+    return {f"{name}task_loss": loss.detach()}
+
+
 def outcome(
     loss: Tensor, match: Tensor, output: Any, labels: Any, task_loss: Tensor, task: Task | None
 ) -> Outcome:
     """A step's loss, and what is shown of it: bits that match, and how the task is done."""
-    if task is None:
-        return Outcome(
-            loss, {"sign_match": match, "accuracy": share_right(logits_of(output), labels)}
-        )
-    return Outcome(loss, {"sign_match": match, "task_loss": task_loss.detach()})
+    return Outcome(loss, {"sign_match": match, **rates("", output, labels, task_loss, task)})

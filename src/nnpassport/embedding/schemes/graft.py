@@ -49,6 +49,7 @@ from nnpassport.embedding.schemes.pan import own_affine, say
 from nnpassport.embedding.schemes.patches import input_patches
 from nnpassport.embedding.schemes.seen import solved, watch
 from nnpassport.keys.geometry import Geometry
+from nnpassport.progress import Listener
 from nnpassport.scheme import HarmfulGraftError, UnsuitableModelError
 
 RIDGE = 1.0
@@ -57,9 +58,6 @@ the inputs do not have, from where it can be projected out at no cost (`docs/log
 QUIET = 0.2
 """g, and the least |γ| of any channel: twice the margin γ0 of the sign loss."""
 _PATCHES = 4096
-
-Show = Callable[[float, float, str], None]
-"""Told how much is done, of how much, and what is next."""
 
 
 class Grafted(NamedTuple):
@@ -86,7 +84,7 @@ def graft(
     ridge: float = RIDGE,
     seed: int = 0,
     limit: channels.Limit = channels.LIMIT,
-    show: Show = lambda *_: None,
+    show: Listener = lambda *_: None,
 ) -> Mapping[str, Grafted]:
     """Make the inserted passports of a trained network say what its norms say, in place.
 
@@ -125,7 +123,7 @@ def graft_channels(
     held_out: Example | None = None,
     limit: channels.Limit = channels.LIMIT,
     seed: int = 0,
-    show: Show = lambda *_: None,
+    show: Listener = lambda *_: None,
 ) -> Report:
     """Make the passports of channels say what the norms say, in place, and measure the harm.
 

@@ -1,4 +1,4 @@
-"""Steps that schemes share, be they made by the `engine` or not: new keys, checks, training."""
+"""Steps that schemes share, be they made by the `engine` or not: new keys, and checks."""
 
 import math
 import os
@@ -7,15 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from nnpassport.data.images import Images, Normalisation
 from nnpassport.embedding.network.outputs import Example
-from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import trigger_shape
-from nnpassport.embedding.train.loop import History, Journal, Recipe, fit, total_steps
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import AnswersForm, Context, LayerShape, TriggerShape
 from nnpassport.keys.key import Key
-from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
+from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError
 
 PROVABLE = math.ceil(-LOG10_ALPHA_UNCOMMITTED / math.log10(2) - 1e-9)
 """Bits that a key needs at least, to be accepted where all of them match."""
@@ -131,38 +128,3 @@ def check_triggers(key: Key, model: nn.Module, example: Example) -> None:
             f"the key of {key.context.scheme} was made for {given}, and the network maps {needed}; "
             "draw a key for this network"
         )
-
-
-def train_in(
-    scheme: Scheme,
-    model: nn.Module,
-    key: Key,
-    data: Images,
-    recipe: Recipe,
-    *,
-    normalise: Normalisation,
-    validation: Images | None = None,
-    journal: Journal | None = None,
-) -> History:
-    """E of a scheme that is an objective and nothing else: train `model` in place with it.
-
-    Raises:
-        UnsuitableModelError: the scheme refuses the key; the network is as it was.
-    """
-    data.require_classes(2)
-    example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
-    scheme.insert(model, key, example)
-    return fit(
-        model,
-        scheme.objective(key, steps=total_steps(data, recipe), normalise=normalise),
-        data,
-        recipe,
-        normalise=normalise,
-        evaluate=None if validation is None else scheme.evaluation(validation, normalise),
-        journal=journal,
-    )
-
-
-def read_weights(scheme: Scheme, model: nn.Module, key: Key, log10_alpha: float) -> Verdict:
-    """`verify_network` of a scheme that reads weights."""
-    return scheme.verify(model.state_dict(), key, log10_alpha=log10_alpha)

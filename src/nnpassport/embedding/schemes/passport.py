@@ -13,68 +13,45 @@ makes a fourth row, `pan`:
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network import surgery
-from nnpassport.embedding.network.equations import combined_loss, filters, passport_space, sign_loss
-from nnpassport.embedding.network.fork import Fork
-from nnpassport.embedding.network.layers import (
-    Branch,
-    keeping_gammas,
-    on_branch,
-    passport_norms,
-    public_count,
-)
+from nnpassport.embedding.network.equations import filters, passport_space, sign_loss
+from nnpassport.embedding.network.inserted import Inserted, found_once
+from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms, public_count
 from nnpassport.embedding.network.outputs import Example, call, length_of, part_of, tensors_in
 from nnpassport.embedding.network.survey import Site, choose, choose_enough, shares, survey
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes import channels, mark
+from nnpassport.embedding.schemes.engine import Carriers, Mark, Step, sign_match
 from nnpassport.embedding.schemes.graft import graft, settle
 from nnpassport.embedding.schemes.pan import encode
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.seen import Seen, watch
-from nnpassport.embedding.schemes.signature import (
-    as_published,
-    presented_accuracy,
-    read_answers,
-    read_signature,
-    secrets_of,
-)
-from nnpassport.embedding.schemes.teaching import taught
-from nnpassport.embedding.schemes.triggers import branch_loss, mixing, trigger_batch, trigger_shape
+from nnpassport.embedding.schemes.signature import presented, secrets_of
+from nnpassport.embedding.schemes.triggers import trigger_shape
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.labels import rows as rows_of
-from nnpassport.embedding.train.labels import share_right_with
-from nnpassport.embedding.train.loop import (
-    Evaluation,
-    History,
-    Journal,
-    Objective,
-    Outcome,
-    Recipe,
-    Task,
-    fit,
-    total_steps,
-)
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.embedding.train.loop import Evaluation
+from nnpassport.files.arrays import Array
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.key import Key
+from nnpassport.keys.reading import Counts, read_passports
+from nnpassport.progress import Listener
 from nnpassport.scheme import (
     BadRecipeError,
     Batch,
     HarmfulGraftError,
     UnmarkedWarning,
     UnsuitableModelError,
-    Verdict,
 )
 from nnpassport.verification.anchor import of_channels
 
@@ -86,7 +63,7 @@ GRAFTED_ON = 512
 
 @final
 @dataclass(frozen=True, slots=True)
-class Passport:
+class Passport(Mark):
     """A passport scheme; `V1`, `V2` and `V3` below are the paper's.
 
     Attributes:
@@ -145,7 +122,7 @@ class Passport:
     def draw_key(
         self,
         model: nn.Module,
-        example: Example,
+        example: Example = (),
         *,
         owner: str = "unnamed",
         layers: Sequence[str] | None = None,
@@ -177,6 +154,19 @@ class Passport:
                 together have too few channels for a verdict.
             BadSignatureError: `text` is longer than the layers have channels for, or not ASCII.
         """
+        found = self.carriers(model, example, layers, passports=passports, seen=seen)
+        return self.key_for(found, owner=owner, text=text, seed=seed)
+
+    def carriers(
+        self,
+        model: nn.Module,
+        example: Example,
+        layers: Sequence[str] | None,
+        *,
+        passports: str | None = None,
+        seen: Example | None = None,
+    ) -> Carriers:
+        """The layers that passports go into; see `draw_key`."""
         found, anchor = survey(model, example), None
         if seen is None and _tells(example):
             seen = example
@@ -192,16 +182,8 @@ class Passport:
             shapes, metrics = tuple(_shape_of(site) for site in sites), {}
         if layers is None:
             mark.check_can_be_proved(self.name, shapes, mark.PROVABLE_DATED)
-        return mark.new_key(
-            self.name,
-            owner=owner,
-            layers=shapes,
-            metrics=metrics,
-            anchor=anchor,
-            triggers=trigger_shape(self.triggers, model, example) if self.triggers else None,
-            text=text,
-            seed=seed,
-        )
+        triggers = trigger_shape(self.triggers, model, example) if self.triggers else None
+        return Carriers(shapes, triggers, metrics=metrics, anchor=anchor)
 
     def _of_channels(self, passports: str | None) -> bool:
         kinds = ("derived",) if self.encoded else ("channel", "derived")
@@ -212,21 +194,20 @@ class Passport:
             )
         return passports == "channel" and not self.encoded
 
-    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
-        """The key as it is: it takes nothing of a network or of images."""
-        return key
+    def check(self, model: nn.Module, key: Key, example: Example) -> None:
+        """Nothing by itself: to put passports in is to find out whether they fit."""
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> Fork | None:
+    def put_in(self, model: nn.Module, key: Key, example: Example) -> Inserted:
         """Wrap the layers that `key` names, in place; V1 presents its passport from then on.
 
-        Returned is where V2 and V3 fork the batch; `example` needs all inputs for that.
+        Returned is also where V2 and V3 fork the batch; `example` needs all inputs for that.
 
         Raises:
-            UnsuitableModelError: the key is another scheme's, or was made for another network, or
-                V1 could not be released with it; the model is as it was.
+            UnsuitableModelError: the key was made for another network, or V1 could not be released
+                with it; the model is as it was.
         """
-        mark.check_scheme(self.name, key)
-        fork = surgery.insert(model, secrets_of(key), example, two_branches=self.two_branches)
+        secrets = secrets_of(key)
+        inserted = surgery.insert(model, secrets, example, two_branches=self.two_branches)
         if not self.two_branches:
             try:
                 surgery.check_releasable(model)
@@ -235,114 +216,30 @@ class Passport:
                 raise
         if self.encoded:
             encode(model)
-        self._rest(model)
-        return fork
+        self.rest(model)
+        return inserted
 
-    def objective(
-        self,
-        key: Key,
-        *,
-        steps: int,
-        normalise: Normalisation | None = None,
-        task: Task | None = None,
-    ) -> Objective:
-        """Equation 1 for a network that carries `key`; `steps` is the length of the whole run.
-
-        V2 and V3 add the losses of both branches, as the paper's code does where its text
-        alternates between them. `normalise` is needed by triggers, which are kept as pixels. `task`
-        is a loss of the caller's own, instead of cross-entropy on the class scores.
-        """
-        start = round((self.late or 0.0) * steps) if self.two_branches else 0
-        count = self.triggers_per_step if self.triggers else 0
-        mix = mixing(trigger_batch(key, normalise), count) if self.triggers else None
-
-        def objective(model: nn.Module, batch: Batch) -> Outcome:
-            batch = batch if mix is None else mix(batch)
-            alone = batch.step < start or batch.step % self.private_every != 0
-            with keeping_gammas(model) as gammas:
-                branches = self._branches(model, batch, alone=alone)
-                regularisation, match = self._sign_term(model, gammas())
-            losses = [
-                branch_loss(output, labels, count, self.trigger_weight, task, batch.part)
-                for output, labels in branches
-            ]
-            loss = combined_loss(
-                torch.stack([task for task, _ in losses]).sum(),
-                torch.stack([trigger for _, trigger in losses]).sum(),
-                regularisation,
-                trigger_weight=self.trigger_weight or 0.0,
-                sign_weight=self.sign_weight,
-            )
-            if task is None:
-                names = ("accuracy", "private_accuracy")
-                shown = [share_right_with(output, labels, count) for output, labels in branches]
-            else:
-                names = ("task_loss", "private_task_loss")
-                shown = [each.detach() for each, _ in losses]
-            return Outcome(loss, {"sign_match": match, **dict(zip(names, shown, strict=False))})
-
-        return objective
-
-    def embed(
-        self,
-        model: nn.Module,
-        key: Key,
-        data: Images,
-        recipe: Recipe,
-        *,
-        normalise: Normalisation,
-        validation: Images | None = None,
-        journal: Journal | None = None,
-        trained: bool = False,
-    ) -> History:
-        """E: insert `key` into `model` and train it in place; the passports stay inserted.
-
-        If the network is `trained` already, the key is grafted into it first (see `graft`), and
-        its own answers before that are part of the loss (`teaching`).
+    def begin(
+        self, model: nn.Module, shown: Callable[[int], Tensor], *, trained: bool, show: Listener
+    ) -> None:
+        """Graft the key into a network that is trained (see `graft`), or begin with its bits right.
 
         Raises:
-            UnsuitableModelError: `insert` or `graft` refuses the network; it is as it was.
+            HarmfulGraftError, UnsuitableModelError: `graft` refuses; the model is as it was.
         """
-        data.require_classes(2)  # before anything is touched
-        example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
-        settles = self.two_branches and of_channels(key)
-        scheme = self._training(settles=settles)
-        teacher = deepcopy(model) if trained and self.teaching else None
-        self.insert(model, key, example)
-        steps = total_steps(data, recipe)
-        objective = scheme.objective(key, steps=steps, normalise=normalise)
         if not trained:
             channels.begin([*passport_norms(model).values()])
-        if trained:
-            seen = data.sample(GRAFTED_ON, seed=recipe.seed).images
-            try:
-                limit = channels.Limit(self.harm, self.harm_error)
-                show = (journal or Journal()).prepare
-                graft(model, normalise(seen).to(example), limit=limit, show=show)
-            except (HarmfulGraftError, UnsuitableModelError):
-                surgery.remove(model)
-                raise
-        if teacher is not None:
-            make = partial(scheme.objective, key, steps=steps, normalise=normalise)
-            objective = taught(lambda task: make(task=task), teacher, self.teaching)
-        history = fit(
-            model,
-            objective,
-            data,
-            recipe,
-            normalise=normalise,
-            evaluate=None if validation is None else scheme.evaluation(validation, normalise),
-            journal=journal,
-        )
-        if settles and recipe.epochs:
-            inputs = normalise(data.sample(GRAFTED_ON, seed=recipe.seed).images).to(example)
-            if settle(model, inputs) is None and scheme.late == 1:
-                warnings.warn(_UNSETTLED, UnmarkedWarning, stacklevel=2)
-        self._rest(model)
-        return history
+            return
+        limit = channels.Limit(self.harm, self.harm_error)
+        try:
+            graft(model, shown(GRAFTED_ON), limit=limit, show=show)
+        except (HarmfulGraftError, UnsuitableModelError):
+            surgery.remove(model)
+            raise
 
-    def _training(self, *, settles: bool) -> "Passport":
-        """The scheme as it trains: without the private branch where that `settles` at the end."""
+    def training_of(self, key: Key) -> "Passport":
+        """Without the private branch where it ends as the public one does, unless `late` is set."""
+        settles = self.two_branches and of_channels(key)
         if self.late is None:
             return replace(self, late=1.0 if settles else 0.0)
         if self.late == 1 and self.two_branches and not settles:
@@ -351,6 +248,54 @@ class Passport:
                 "channels, with which it ends as the public one does, or below 1"
             )
         return self
+
+    def end(self, model: nn.Module, shown: Callable[[int], Tensor]) -> None:
+        """Let both branches of a network with passports of channels be one: see `settle`."""
+        carried = any(norm.carries is not None for norm in passport_norms(model).values())
+        if not (self.two_branches and carried):
+            return
+        if settle(model, shown(GRAFTED_ON)) is None and self.late == 1:
+            warnings.warn(_UNSETTLED, UnmarkedWarning, stacklevel=3)
+
+    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+        """One branch, or both in one forward, as the paper's code does where its text alternates.
+
+        γ is what the layers computed on their way.
+        """
+        start = round((self.late or 0.0) * steps) if self.two_branches else 0
+        find = found_once()
+
+        def run(model: nn.Module, batch: Batch) -> Step:
+            alone = batch.step < start or batch.step % self.private_every != 0
+            inserted = find(model)
+            with inserted.keeping():
+                branches = self._branches(inserted, model, batch, alone=alone)
+                return Step(branches, inserted.gammas(), inserted.signs())
+
+        return run
+
+    def term(
+        self, signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]
+    ) -> Float[Tensor, ""]:
+        """λ_r·R of equation 5, over the passport layers; a sign of 0 has no part in it."""
+        carrying = signs != 0  # no mask is indexed with: that would wait for a device
+        settled = (
+            torch.where(carrying, signals, self.margin + 1),
+            torch.where(carrying, signs, 1.0),
+        )
+        term = sign_loss(*settled, margin=self.margin)
+        if self.decay and self.sign_weight:
+            squares = torch.where(carrying, signals, 0.0).square().sum()
+            term = term + self.decay / self.sign_weight * squares
+        return self.sign_weight * term
+
+    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
+        """sign(Avg(W ∗ P_γ)): derived bits match an independent network as Binomial(n, ½)."""
+        return read_passports(weights, key)
+
+    def forms(self, key: Key) -> Mapping[str, Tensor]:
+        """By layer, what V multiplies a flattened filter with: m(P_γ), one for each group."""
+        return {name: secret.mean_patch[0] for name, secret in secrets_of(key).items()}
 
     def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """What to measure, after each epoch say, while the passports are inserted.
@@ -361,8 +306,10 @@ class Passport:
         """
 
         def evaluate(model: nn.Module) -> dict[str, float]:
-            with torch.no_grad(), keeping_gammas(model) as gammas:
-                numbers = {"sign_match": float(self._sign_term(model, gammas())[1])}
+            inserted = Inserted(model)
+            with torch.no_grad():
+                step = Step((), inserted.gammas(), inserted.signs())
+                numbers = {"sign_match": float(sign_match(step))}
             with on_branch(model, Branch.PRIVATE):
                 private = accuracy(model, data, normalise)
             if not self.two_branches:
@@ -374,11 +321,11 @@ class Passport:
 
         return evaluate
 
-    def fidelity(
+    def presented(
         self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
-    ) -> float:
-        """F: accuracy in [0, 1] of a plain network when `key` is presented to it."""
-        return presented_accuracy(
+    ) -> nn.Module:
+        """A copy that runs on the key's passports; `presented` of `signature` says how."""
+        return presented(
             model,
             key,
             data,
@@ -386,50 +333,6 @@ class Passport:
             two_branches=self.two_branches,
             encoded=self.encoded,
         )
-
-    def verify(
-        self,
-        weights: Mapping[str, Tensor],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V in white box: does a network with these weights carry `key`?"""
-        return read_signature(weights, key, log10_alpha=log10_alpha)
-
-    def verify_network(
-        self,
-        model: nn.Module,
-        key: Key,
-        normalise: Normalisation,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V of a network that can be run: by its weights all the same."""
-        return mark.read_weights(self, model, key, log10_alpha)
-
-    def forms(self, key: Key) -> Mapping[str, Tensor]:
-        """By layer, what V multiplies a flattened filter with: m(P_γ), one for each group."""
-        return {name: secret.mean_patch[0] for name, secret in secrets_of(key).items()}
-
-    def verify_answers(
-        self,
-        answers: Int64[Tensor, " triggers"],
-        key: Key,
-        *,
-        log10_alpha: float = LOG10_ALPHA_UNCOMMITTED,
-    ) -> Verdict:
-        """V in black box: does a network that answers the triggers like this carry `key`?"""
-        return read_answers(answers, key, log10_alpha=log10_alpha)
-
-    def verify_as_published(self, verdict: Verdict) -> Verdict:
-        """The paper's own rule: a signature is claimed if and only if all its bits match."""
-        return as_published(verdict, threshold=1.0)
-
-    @property
-    def reads_weights(self) -> bool:
-        """Whether V needs nothing but the weights."""
-        return True
 
     @property
     def parts(self) -> frozenset[str]:
@@ -447,26 +350,24 @@ class Passport:
         surgery.remove(copy)
         return copy
 
-    def _rest(self, model: nn.Module) -> None:
+    def rest(self, model: nn.Module) -> None:
+        """Run the public network, or V1's on its passports."""
         if self.two_branches:
             surgery.withhold(model)
         else:
             surgery.present(model)
 
     def _branches(
-        self, model: nn.Module, batch: Batch, *, alone: bool
+        self, inserted: Inserted, model: nn.Module, batch: Batch, *, alone: bool
     ) -> tuple[tuple[Any, Any], ...]:
         """Outputs and labels of the branches that this step trains, public first.
 
         `alone`: the public branch without the private one, where there are two.
         """
-        if not self.two_branches:
-            surgery.present(model)
+        if alone or not self.two_branches:
+            inserted.run(Branch.PUBLIC if self.two_branches else Branch.PRIVATE)
             return ((call(model, batch.images), batch.labels),)
-        if alone:
-            surgery.withhold(model)
-            return ((call(model, batch.images), batch.labels),)
-        surgery.run_both(model, self.private_share)
+        inserted.run(Branch.BOTH, self.private_share)
         both = call(model, batch.images)
         rows = length_of(both)
         images = public_count(rows, self.private_share)
@@ -477,21 +378,6 @@ class Passport:
             (part_of(both, 0, images), batch.labels),
             (part_of(both, images, rows), of_private),
         )
-
-    def _sign_term(
-        self, model: nn.Module, gammas: Sequence[Tensor]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """R of equation 5 summed over the passport layers, and the share of bits that match."""
-        gamma = torch.cat([*gammas])
-        signs = torch.cat([norm.wanted() for norm in passport_norms(model).values()])
-        carrying = signs != 0  # no mask is indexed with: that would wait for a device
-        settled = torch.where(carrying, gamma, self.margin + 1), torch.where(carrying, signs, 1.0)
-        term = sign_loss(*settled, margin=self.margin)
-        if self.decay and self.sign_weight:
-            squares = torch.where(carrying, gamma, 0.0).square().sum()
-            term = term + self.decay / self.sign_weight * squares
-        right = (gamma.detach().sign() == signs) & carrying
-        return term, right.float().sum() / carrying.float().sum()
 
 
 V1 = Passport("passport-v1", two_branches=False)

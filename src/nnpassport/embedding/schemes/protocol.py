@@ -7,7 +7,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
-from nnpassport.embedding.network.fork import Fork
+from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.train.loop import Evaluation, History, Journal, Objective, Recipe, Task
 from nnpassport.keys.key import Key
@@ -59,10 +59,10 @@ class Scheme(Protocol):
         Most keys take nothing and are returned as they are, and so is one that has its pictures.
         """
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> Fork | None:
+    def insert(self, model: nn.Module, key: Key, example: Example) -> Inserted:
         """Prepare `model`, in place, for training with `objective`; refuse a key of another.
 
-        Where its batch is forked for two branches, if it is.
+        What was put into it, if anything: layers, and where the batch is forked.
         """
 
     def objective(

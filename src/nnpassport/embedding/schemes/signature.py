@@ -13,7 +13,7 @@ from nnpassport.embedding.network.equations import filters, mean_patch
 from nnpassport.embedding.network.layers import own_statistics
 from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes.pan import encode_norms
-from nnpassport.embedding.train.fidelity import accuracy, recalibrate
+from nnpassport.embedding.train.fidelity import recalibrate
 from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
@@ -31,7 +31,7 @@ __all__ = [
     "as_published",
     "host_weight",
     "matching",
-    "presented_accuracy",
+    "presented",
     "read_answers",
     "read_signature",
     "secret_of",
@@ -92,7 +92,8 @@ def read_answers(
     return verdict_on(counts, key, log10_alpha=log10_alpha)
 
 
-def presented_accuracy(
+@torch.no_grad()
+def presented(
     model: nn.Module,
     key: Key,
     data: ImageSet,
@@ -100,13 +101,12 @@ def presented_accuracy(
     *,
     two_branches: bool,
     encoded: bool = False,
-    calibration: ImageSet | None = None,
-) -> float:
-    """Accuracy of a plain network when `key` is presented to it; the network is left untouched.
+) -> nn.Module:
+    """A copy of a plain network that runs on the key's passports, in evaluation mode.
 
-    Running statistics of a private branch are measured from the images of `calibration` (default:
-    of `data`; no label is used), since a released network does not hold them. `encoded`: the
-    passport is heard through small networks that say what the norms say (see `pan`).
+    Running statistics of a private branch are measured from `data` (no label is used), since a
+    released network does not hold them. `encoded`: the passport is heard through small networks
+    that say what the norms say (see `pan`).
     """
     copy = deepcopy(model).eval()
     example = normalise(data.images[:2]).to(next(copy.parameters()))
@@ -116,10 +116,9 @@ def presented_accuracy(
     surgery.present(copy)
     private = own_statistics(copy)
     if private:
-        source = data if calibration is None else calibration
-        parts = evaluation_batches(source, normalise, size=256, device=example.device)
+        parts = evaluation_batches(data, normalise, size=256, device=example.device)
         recalibrate(copy, private, parts)
-    return accuracy(copy, data, normalise)
+    return copy
 
 
 def host_weight(weights: Mapping[str, Tensor], layer: LayerShape) -> Tensor:

@@ -45,7 +45,7 @@ from nnpassport.embedding.train.team import (
     wrapped,
 )
 from nnpassport.files.disk import write_atomically
-from nnpassport.progress import tell
+from nnpassport.progress import Listener, tell
 from nnpassport.scheme import BadRecipeError, Batch
 
 
@@ -184,7 +184,7 @@ class Journal:
     folder: Path | None = None
     resume: bool = False
     show: "Callable[[Progress], None]" = _told
-    prepare: Callable[[float, float, str], None] = lambda *_: None
+    prepare: Listener = lambda *_: None
     tensorboard: bool = False
     checkpoint_every: float = 120.0
     diary: "Keeper | None" = None

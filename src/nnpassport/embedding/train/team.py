@@ -237,7 +237,7 @@ def _copied(model: nn.Module, team: Team) -> nn.Module:
     # While a passport is all that a norm has (V1), the norm's own scale and shift are idle; and its
     # small network is in steps that run the public branch alone.
     norms = passport_norms(model).values()
-    idle = any(norm.branch is Branch.PRIVATE or norm.encoder is not None for norm in norms)
+    idle = any(norm.running.branch is Branch.PRIVATE or norm.encoder is not None for norm in norms)
     wrapper = nn.parallel.DistributedDataParallel
     # Synced norms have the same statistics everywhere. Newer versions of torch call it otherwise.
     new, old = "forward_sync_buffers", "broadcast_buffers"

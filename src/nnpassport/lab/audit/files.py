@@ -13,7 +13,8 @@ from nnpassport.embedding.checkpoint import save_model
 from nnpassport.files.disk import write_atomically
 from nnpassport.keys.keyfile import save_key
 from nnpassport.lab.audit.page import html
-from nnpassport.lab.audit.run import Show, attack_named, audit, before_attacks, measured
+from nnpassport.lab.audit.run import attack_named, audit, before_attacks, measured
+from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, UnwritableOutputError
 
 
@@ -24,7 +25,7 @@ def audit_to(
     full: bool,
     only: Sequence[str] = (),
     resume: bool,
-    show: Show,
+    show: Listener,
 ) -> dict[str, Any]:
     """Audit `subject` into `folder`: audit.json, written after every attack, and audit.html."""
     path = folder / "audit.json"

@@ -22,7 +22,9 @@ from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import other_classes
 from nnpassport.keys.key import Key
 from nnpassport.lab.marks import facts_of, readings
-from nnpassport.lab.named import named, write_json
+from nnpassport.lab.named import named
+from nnpassport.lab.results import write_json
+from nnpassport.progress import Listener
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import (
     BadRecipeError,
@@ -36,7 +38,6 @@ from nnpassport.verification.verdicts import TOLERANCE
 
 FORMAT = "nnpassport-audit"
 VERSION = 1
-Show = Callable[[float, float, str], None]
 
 
 def plan(
@@ -88,7 +89,7 @@ def audit(
     full: bool = False,
     only: Sequence[str] = (),
     resume: bool = False,
-    show: Show = lambda *_: None,
+    show: Listener = lambda *_: None,
 ) -> dict[str, Any]:
     """Attack `subject` with all that `plan` says, into the JSON at `path`; returns what is in it.
 

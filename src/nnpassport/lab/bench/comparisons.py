@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from nnpassport.lab.bench.cells import CHEAPER, EVERYWHERE
 from nnpassport.lab.bench.networks import step_bound
-from nnpassport.lab.bench.timing import ENOUGH
+from nnpassport.lab.timing import ENOUGH, paired, spread
 
 Entry = Mapping[str, Any]
 
@@ -153,7 +153,7 @@ def limits(numbers: Sequence[Entry]) -> list[dict[str, Any]]:
     return [
         {
             **limit._asdict(),
-            **_spread(entry["values"]),
+            **spread(entry["values"]),
             "target": limit.seconds,
             "met": _met(entry["values"], limit.seconds),
         }
@@ -167,15 +167,14 @@ def limits(numbers: Sequence[Entry]) -> list[dict[str, Any]]:
 def _ratio(comparison: Comparison, facts: Facts, above: Entry, below: Entry) -> dict[str, Any]:
     unit = comparison.unit(facts)
     values, processor = (
-        [a / (b * unit) for a, b in zip(above[kind], below[kind], strict=True)]
-        for kind in ("values", "processor_seconds")
+        paired(above[kind], below[kind], unit) for kind in ("values", "processor_seconds")
     )
     target = comparison.target(facts)
     return {
         "task": comparison.task,
         "norm": above["norm"],
         "ratio": comparison.name,
-        **_spread(values),
+        **spread(values),
         "by_processor_time": statistics.median(processor) if processor else None,
         "target": target,
         "met": _met(values, target, least=1 if comparison.task == "memory" else ENOUGH),
@@ -184,20 +183,13 @@ def _ratio(comparison: Comparison, facts: Facts, above: Entry, below: Entry) -> 
     }
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    # Inclusive: the other method puts the quartiles of two numbers outside of them.
-    twice = [*values] * 2 if len(values) == 1 else values
-    lower, median, upper = statistics.quantiles(twice, n=4, method="inclusive")
-    return {"n": len(values), "median": median, "lower_quartile": lower, "upper_quartile": upper}
-
-
 def _met(values: Sequence[float], target: float | None, *, least: int = ENOUGH) -> str | None:
     """Judged as printed, to two decimals."""
     if target is None:
         return None
     if len(values) < least:
         return "too few turns"
-    found = _spread(values)
+    found = spread(values)
     if round(found["median"], 2) <= round(target, 2):
         return "yes"
     return "within noise" if round(found["lower_quartile"], 2) <= round(target, 2) else "no"

@@ -106,7 +106,7 @@ def _flops(architecture: str) -> _Flops:
     with sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(example())
-        fork = V2.insert(model, draw_by_layer(V2, model, example(), seed=bytes(32)), example())
+        fork = V2.insert(model, draw_by_layer(V2, model, example(), seed=bytes(32)), example()).fork
     whole = counter.get_total_flops() // len(example())
     after = round(whole * (fork.step_cost - 1)) if fork else 0
     return _Flops(whole - after, after)

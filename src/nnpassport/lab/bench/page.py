@@ -1,7 +1,9 @@
 """Results as Markdown."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from nnpassport.lab.tables import table
 
 _RATIO_COLUMNS = (
     "architecture", "batch", "precision", "task", "ratio", "measured", "middle half",
@@ -67,12 +69,6 @@ def title(ratio: Mapping[str, Any]) -> str:
 def precision_of(entry: Mapping[str, Any]) -> str:
     """What was computed in, and whether it was compiled."""
     return f"{entry['precision']}{', compiled' if entry.get('compiled') else ''}"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Lines of a Markdown table; None is an empty cell."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join('' if v is None else str(v) for v in line)} |" for line in lines]
 
 
 def _limit(found: Mapping[str, Any]) -> str:

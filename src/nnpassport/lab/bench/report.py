@@ -13,11 +13,10 @@ from nnpassport.lab.bench.comparisons import limits, ratios
 from nnpassport.lab.bench.networks import SLOW_REFERENCE, lower_bound, work
 from nnpassport.lab.bench.page import render
 from nnpassport.lab.bench.timing import Measurement, measure, peak_memory
-from nnpassport.lab.named import write_json
+from nnpassport.lab.results import write_json
+from nnpassport.progress import Listener
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import BadRecipeError
-
-Show = Callable[[float, float, str], None]
 
 
 def run(
@@ -25,7 +24,7 @@ def run(
     *,
     cells: Sequence[Cell] | None = None,
     minutes: float = float("inf"),
-    show: Show = lambda done, total, text: None,
+    show: Listener = lambda done, total, text: None,
 ) -> str:
     """Measure these cells or the quick ones, write `out` as JSON if given, return the tables.
 
@@ -92,7 +91,7 @@ def collect(
     warmup: int = 2,
     minutes: float = float("inf"),
     memory: bool = True,
-    show: Show = lambda done, total, text: None,
+    show: Listener = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Times and memory of the cells, and all ratios there are between them, as plain JSON values.
 
@@ -188,8 +187,8 @@ def _with_memory(cells: Iterable[Cell]) -> list[Cell]:
 
 def _timed(measured: Iterable[Measurement]) -> list[dict[str, Any]]:
     return [
-        _entry(m.cell, m.seconds, m.processor_seconds)
-        if m.seconds
+        _entry(m.cell, m.timed.seconds, m.timed.processor_seconds)
+        if m.timed.seconds
         else _left_out(m.cell, m.refused or "no time left")
         for m in measured
     ]

@@ -70,7 +70,7 @@ def objective(cell: Cell, model: nn.Module) -> Objective:
 
 def forked(model: nn.Module) -> Objective:
     """What two branches cost on this device at least: V2's shapes, and nothing else of it."""
-    fork = V2.insert(model, draw_by_layer(V2, model, example(), seed=bytes(32)), example())
+    fork = V2.insert(model, draw_by_layer(V2, model, example(), seed=bytes(32)), example()).fork
     behind = {name for name, norm in passport_norms(model).items() if norm.forks}
     surgery.remove(model)
     for name in fork.at if fork else ():

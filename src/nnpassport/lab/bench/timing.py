@@ -1,43 +1,26 @@
-"""Time in turns and peak memory.
-
-Only ratios within one run mean anything. Cells run in turns, A B C, B C A, …, so that whatever else
-the machine does meets all of them alike, and A is compared with B in the same turn.
-"""
+"""Time of cells, in turns, and their peak memory."""
 
 import multiprocessing
-import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 
 from nnpassport.lab.bench.cells import Cell
 from nnpassport.lab.bench.networks import default_device
 from nnpassport.lab.bench.prepared import NotCompiledError, prepare
-
-ENOUGH = 3
-"""Turns from which on a ratio is judged, and time is rather spent on what has none yet."""
-_LONG_TURN = 30.0  # seconds: nothing that one such turn did not warm up is left cold
-_SAMPLE_SECONDS = 0.1  # shorter samples are repeated: reading the clock and the queue cost too
+from nnpassport.lab.timing import Timed, in_turns
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Seconds that one step of a cell took in each turn; empty if there was no time for it.
-
-    `refused` says why it could not be run, if it could not. Seconds of processor time, summed over
-    threads, are the steadier measure on a processor that is shared. There are none on an
-    accelerator, where they would only say how busy the host was.
-    """
+class Measurement(NamedTuple):
+    """What a step of a cell took, and why it could not be run, if it could not."""
 
     cell: Cell
-    seconds: tuple[float, ...]
-    processor_seconds: tuple[float, ...]
+    timed: Timed
     refused: str = ""
 
 
@@ -51,51 +34,20 @@ def measure(
     deadline: float = float("inf"),
     show: Callable[[float], None] = lambda part: None,
 ) -> list[Measurement]:
-    """Time the cells in turns; the first `warmup` turns do not count, or the first if it is long.
-
-    `until` and `deadline` are readings of `time.monotonic`: a turn that would likely end after
-    `until` is not begun if there are `ENOUGH` already, and none that would end after `deadline`. So
-    all cells have as many repeats as there was time for, and maybe none.
-    """
+    """Time the cells by `lab.timing.in_turns`, once what there is time for has been prepared."""
     device = device or default_device()
     runs, refused = _ready(cells, device, deadline)
-    calls = dict.fromkeys(runs, 1)
-    order = random.Random(1)  # noqa: S311 (no secret)
-    samples: dict[Cell, list[_Sample]] = {cell: [] for cell in cells}
-    longest, warm = 0.0, warmup
-    turn = 0
-    while turn < warm + repeats:
-        begun = time.monotonic()
-        if begun + longest > (until if turn >= warm + ENOUGH else deadline):
-            break
-        taken: dict[Cell, _Sample] = {}
-        # Shuffled: in a fixed order each cell would always run on the caches and freed memory of
-        # the same other one, and that is worth some percent.
-        for cell in order.sample(list(runs), len(runs)):
-            if time.monotonic() >= deadline:
-                break
-            taken[cell] = _timed(runs[cell], calls[cell], device)
-            show((turn + len(taken) / len(runs)) / (warm + repeats))
-        if len(taken) < len(runs):  # a turn that is not whole has nothing to be compared with
-            break
-        for cell, sample in taken.items():
-            if turn >= warm:
-                samples[cell].append(sample.per(cell.steps))
-            else:
-                calls[cell] = max(1, round(_SAMPLE_SECONDS / sample.seconds))
-        longest = time.monotonic() - begun
-        turn += 1
-        if longest > _LONG_TURN:
-            warm = min(warm, turn)
-    return [
-        Measurement(
-            cell,
-            tuple(sample.seconds for sample in mine),
-            tuple(sample.processor for sample in mine if device == "cpu"),
-            refused.get(cell, ""),
-        )
-        for cell, mine in samples.items()
-    ]
+    timed = in_turns(
+        runs,
+        steps=lambda cell: cell.steps,
+        repeats=repeats,
+        warmup=warmup,
+        device=device,
+        until=until,
+        deadline=deadline,
+        show=show,
+    )
+    return [Measurement(c, timed.get(c, Timed()), refused.get(c, "")) for c in cells]
 
 
 def _ready(
@@ -115,28 +67,6 @@ def _ready(
             refused[cell] = str(error)
         longest = max(longest, time.monotonic() - begun)
     return runs, refused
-
-
-class _Sample(NamedTuple):
-    seconds: float
-    processor: float
-
-    def per(self, steps: int) -> "_Sample":
-        return _Sample(self.seconds / steps, self.processor / steps)
-
-
-def _timed(run: Callable[[], object], calls: int, device: str) -> _Sample:
-    _wait_for(device)
-    wall, processor = time.perf_counter(), time.process_time()
-    for _ in range(calls):
-        run()
-    _wait_for(device)
-    return _Sample((time.perf_counter() - wall) / calls, (time.process_time() - processor) / calls)
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def peak_memory(cell: Cell, device: str | None = None) -> int:

@@ -2,7 +2,7 @@
 
 from nnpassport.lab.demo.page import COMMANDS, FILES
 from nnpassport.lab.demo.result import DemoResult, ruling, table
-from nnpassport.lab.demo.stages import STAGES, Show
+from nnpassport.lab.demo.stages import STAGES
 from nnpassport.lab.demo.story import Budget, demo
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "STAGES",
     "Budget",
     "DemoResult",
-    "Show",
     "demo",
     "ruling",
     "table",

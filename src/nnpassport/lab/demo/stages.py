@@ -1,11 +1,12 @@
 """Where the demo stands, and how long each of its stages took."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
 from nnpassport.embedding.train.loop import Journal, Progress
+from nnpassport.progress import Listener
 
 STAGES = (
     "train a plain network",
@@ -18,16 +19,12 @@ STAGES = (
     "draw the pictures",
 )
 
-Show = Callable[[float, float, str], None]
-"""Called with the stages that are done (a share of the running one included), how many there are,
-and what is going on or came out."""
-
 
 @final
 class Stage:
     """One stage while it runs; `note` is what came out of it."""
 
-    def __init__(self, number: int, show: Show) -> None:
+    def __init__(self, number: int, show: Listener) -> None:
         self.number, self.show, self.note = number, show, ""
         self._furthest = 0.0
 
@@ -51,7 +48,7 @@ class Stage:
 class Clock:
     """Runs the stages, shows when they begin and end, and keeps how long they took."""
 
-    def __init__(self, show: Show) -> None:
+    def __init__(self, show: Listener) -> None:
         self.show = show
         self.seconds: dict[str, float] = {}
 

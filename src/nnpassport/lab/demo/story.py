@@ -25,7 +25,8 @@ from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.lab.demo.page import KEY_FILE, html, panels
 from nnpassport.lab.demo.result import OWNER, DemoResult, outcome
-from nnpassport.lab.demo.stages import Clock, Show
+from nnpassport.lab.demo.stages import Clock
+from nnpassport.progress import Listener
 from nnpassport.report.page import percent, png
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnwritableOutputError
@@ -73,7 +74,7 @@ class Budget:
 def demo(
     folder: Path,
     *,
-    show: Show = lambda *_: None,
+    show: Listener = lambda *_: None,
     seed: int = 0,
     budget: Budget | None = None,
     key_seeds: Sequence[bytes] | None = None,

@@ -1,7 +1,7 @@
 """The leaderboard as a page in Markdown, a page in HTML and a picture, all from the same lines."""
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from nnpassport.lab.leaderboard.standings import (
 )
 from nnpassport.lab.plans import Plan
 from nnpassport.lab.store import Store
+from nnpassport.lab.tables import table
 from nnpassport.report.page import as_text, page, styled
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnreadableDataError
@@ -180,7 +181,7 @@ def markdown(plan: Plan, board: Board, *, picture: str | None = None) -> str:
     if picture:
         parts += [f"![Every scheme against every attack]({picture})", ""]
     parts += ["## What each scheme costs, and how it stands", ""]
-    parts += _table(
+    parts += table(
         ("Scheme", "From", *WORTH, "Removed by", "Informed thieves"),
         [
             [
@@ -194,7 +195,7 @@ def markdown(plan: Plan, board: Board, *, picture: str | None = None) -> str:
         ],
     )
     parts += ["", "## What removes it", "", _REMOVALS, ""]
-    parts += _table(
+    parts += table(
         ("Attack", *(line.label for line in board.lines)),
         [
             [name, *(row[2][place].text for row in found)]
@@ -202,18 +203,18 @@ def markdown(plan: Plan, board: Board, *, picture: str | None = None) -> str:
         ],
     )
     parts += ["", "## Who else can claim it", "", _AMBIGUITIES, ""]
-    parts += _table(
+    parts += table(
         ("Scheme", *CLAIMED),
         [[line.label, *(box.text for box in boxes)] for line, _, _, boxes in found],
     )
     parts += ["", "Each way by itself:", ""]
-    parts += _table(
+    parts += table(
         ("Scheme", "Forgery", "Published", "Exact", "Smallest p of a derived key"),
         [row for line in board.lines for row in _forgeries(line)],
     )
     parts += ["", "## What the attacks are", ""]
     named = [*board.removals, *board.ambiguities]
-    parts += _table(("Attack", "What it does"), [[n, ATTACKS[n].summary] for n in named])
+    parts += table(("Attack", "What it does"), [[n, ATTACKS[n].summary] for n in named])
     parts += ["", "## What was left out", ""]
     parts += [f"- `{name}`: {why}." for name, why in plan.skipped.items()]
     return "\n".join([*parts, ""])
@@ -279,7 +280,7 @@ def _story(plan: Plan, board: Board) -> list[str]:
         "",
         _ORDER,
         "",
-        *_table(RANKED, [[place, f"**{mark}**", *rest] for place, mark, *rest in ranking(board)]),
+        *table(RANKED, [[place, f"**{mark}**", *rest] for place, mark, *rest in ranking(board)]),
     ]
 
 
@@ -352,11 +353,6 @@ def _counted(number: int, what: str) -> str:
 
 def _points(share: float) -> str:
     return f"{100 * share:+.2f}".replace("-", "−")
-
-
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in body)]
 
 
 def html(plan: Plan, board: Board) -> str:

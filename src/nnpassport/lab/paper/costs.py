@@ -1,8 +1,6 @@
 """Table 4: what passports cost in training, inference and verification."""
 
-import json
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +15,9 @@ from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport, draw_by_
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.keys.key import Key
 from nnpassport.lab.bench import Cell, cells, collect
-from nnpassport.lab.named import write_json
+from nnpassport.lab.results import read_json, write_json
+from nnpassport.lab.timing import in_turns
+from nnpassport.progress import Listener
 from nnpassport.scheme import Verdict
 
 NAME = "costs.json"
@@ -30,15 +30,13 @@ MINUTES = 30.0
 VERIFICATIONS = 5
 """How often V is timed, each time with another key."""
 
-Show = Callable[[float, float, str], None]
-
 
 def measure_costs(
     results: Path,
     *,
     quick: bool = False,
     minutes: float = MINUTES,
-    show: Show = lambda *_: None,
+    show: Listener = lambda *_: None,
 ) -> dict[str, Any]:
     """Measure all of Table 4 and write it into the folder of results; not again where it is there.
 
@@ -53,8 +51,7 @@ def measure_costs(
     """
     path = results / (f"quick-{NAME}" if quick else NAME)
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        return read_json(path)
     measured = collect(
         _cells(quick=quick), repeats=2 if quick else 7, minutes=minutes, memory=False, show=show
     )
@@ -114,9 +111,6 @@ def _by_triggers(scheme: Passport, model: nn.Module, key: Key) -> Verdict:
 
 
 def _seconds(verify: Callable[[Key], Verdict], keys: Sequence[Key]) -> list[float]:
-    times = []
-    for key in keys:
-        begun = time.perf_counter()
-        verify(key)
-        times.append(time.perf_counter() - begun)
-    return times
+    left = iter(keys)
+    timed = in_turns({"V": lambda: verify(next(left))}, repeats=len(keys), warmup=0)
+    return [*timed["V"].seconds]

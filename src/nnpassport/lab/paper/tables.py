@@ -16,6 +16,7 @@ from nnpassport.lab.findings import (
 )
 from nnpassport.lab.paper import reported
 from nnpassport.lab.paper.contents import BASELINES, COLUMNS, SCHEMES, baselines_on, targets_of
+from nnpassport.lab.tables import table
 
 TASKS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "caltech101": "Caltech-101"}
 ARCHITECTURES = {"alexnet": "AlexNet", "resnet18": "ResNet-18", "resnet50": "ResNet-50"}
@@ -36,10 +37,8 @@ class Table(NamedTuple):
         measured = [row for row in self.rows if not any(NOT_RUN in field for field in row)]
         if self.folds and not measured:
             return f"**{self.title}**: {NOT_RUN}, none of {len(self.rows)} rows"
-        rule = tuple("---" for _ in self.head)
-        lines = [f"| {' | '.join(row)} |" for row in (self.head, rule, *self.rows)]
         remarks = [f"\n{remark}" for remark in self.remarks]
-        return "\n".join([f"**{self.title}**", "", *lines, *remarks])
+        return "\n".join([f"**{self.title}**", "", *table(self.head, self.rows), *remarks])
 
 
 def table1(findings: Findings) -> list[Table]:

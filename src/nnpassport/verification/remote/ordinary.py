@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from nnpassport.keys.answers import NO_ANSWER, Functions, functions_of, inputs_of, read_answers
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
+from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError, Verdict
 from nnpassport.verification.relabelling import corrected
 from nnpassport.verification.remote.asking import NO_CLASS, Answer, Asker
 from nnpassport.verification.remote.finding import Probed, Tally, tally
-from nnpassport.verification.remote.probe import Show, ask_all, kept_in
+from nnpassport.verification.remote.probe import ask_all, kept_in
 
 LOOKS = 5
 FEWEST = 25
@@ -77,7 +78,7 @@ def probe_answers(
     terms: OrdinaryTerms | None = None,
     journal: Path | None = None,
     resume: bool = False,
-    show: Show | None = None,
+    show: Listener | None = None,
 ) -> Probed:
     """Does the network that `asker` asks carry `key`, a mark in ordinary answers?
 

@@ -9,7 +9,7 @@ triggers that were answered.
 import hashlib
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from nnpassport.keys.context import canonical_json
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
+from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError
 from nnpassport.verification.remote.asking import Answer, Asker, Kind
 from nnpassport.verification.remote.finding import Probed, finding, require_power, require_triggers
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
 _FAILURES_IN_A_ROW = 3  # each of them tried several times: the service is down
 _NONE_OF_THE_FIRST = 10  # queries answered: a wrong address or token, say
 
-Show = Callable[[float, float, str], None]
-"""Called with the queries that are done, how many there are, and what was found."""
-
 
 def probe(
     asker: Asker,
@@ -53,7 +51,7 @@ def probe(
     terms: Terms | None = None,
     journal: Path | None = None,
     resume: bool = False,
-    show: Show | None = None,
+    show: Listener | None = None,
 ) -> Probed:
     """Does the network that `asker` asks carry `key`?
 
@@ -134,7 +132,7 @@ def kept_in(path: Path | None, settled: Mapping[str, Any], *, resume: bool) -> J
 
 
 def ask_all(
-    asker: Asker, images: list[NDArray[np.uint8]], journal: Journal, show: Show | None
+    asker: Asker, images: list[NDArray[np.uint8]], journal: Journal, show: Listener | None
 ) -> None:
     """Ask all that is left. What may be the service's bad day is kept back until it answers.
 
