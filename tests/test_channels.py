@@ -418,6 +418,24 @@ def test_gradients_alone_are_slowed_and_values_stay_what_the_formula_says():
     assert all(torch.equal(a, b) for a, b in zip(slowed, norm.affine(), strict=True))
 
 
+def test_bits_of_channels_that_died_are_as_loud_as_those_of_others():
+    """γ° of carriers falls to next to nothing in a long training, and the bit is not to go so."""
+    plain, images = small()
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    V2.insert(plain, owned, images[:2])
+    (norm,) = passport_norms(plain).values()
+    died = torch.tensor([7, 8, 20])
+    with torch.no_grad():
+        plain[4].norm.weight[died] = torch.tensor([1e-9, -1e-9, 1e-9])
+    report = graft_channels(plain, images)
+    said = norm.affine()[0].detach()
+    median = norm.own()[0].abs()[norm.carries].median().detach()
+    assert said[died].abs().tolist() == pytest.approx([0.05 * float(median)] * 3, rel=1e-3)
+    assert said[died].sign().tolist() == [1, -1, 1]
+    assert report.harm.private_error < 0.05
+    assert V2.verify(V2.released(plain).state_dict(), owned).matches == owned.context.bits
+
+
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, group], ids=["batch", "group"])
 def test_a_training_ends_with_one_network_in_both_branches(norm):
     """Where it had drawn them apart, statistics of norms behind the passport included."""

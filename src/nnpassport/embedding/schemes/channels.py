@@ -213,7 +213,8 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
 
         min Σ_o ΔW_o (C + λ·mean) ΔW_oᵀ   such that   γ_o = γ°_o and β_o = β°_o
 
-    where γ° and β° are the norm's own, or 1 and 0 where there is none.
+    where γ° and β° are the norm's own, or 1 and 0 where there is none. A channel that the norm all
+    but mutes gets a γ that is just loud enough to carry a bit: in a long training channels die.
     """
     geometry = geometry_of(norm.layer)
     rows = filters(norm.layer.get_parameter("weight"), geometry).cpu().double().flatten(1)
@@ -222,7 +223,8 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
     felt = about if _has_place(norm) else seen.about(centred=False)
     forms = norm.mean_patch.cpu().double()
     said = torch.stack(collapsed_affine(rows, forms), 1)
-    need = torch.stack([own.cpu().double() for own in norm.own()], 1) - said
+    scale, shift = (own.cpu().double() for own in norm.own())
+    need = torch.stack([_heard(scale, norm.carries), shift], 1) - said
     whitened = felt.solved(forms.flatten(0, 1), floor).view_as(forms)
     products = torch.einsum("doi,eoi->ode", forms, whitened)
     weights = torch.einsum("ode,oe->od", torch.linalg.pinv(products, hermitian=True), need)
@@ -237,6 +239,13 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
         float(felt.power(change).mean() / felt.power(rows).mean().clamp(min=1e-30)),
         float(change.norm() / rows.norm().clamp(min=1e-30)),
     )
+
+
+def _heard(scale: Float[Tensor, " out"], carries: Tensor | None) -> Float[Tensor, " out"]:
+    """γ° with none so near to 0 that its sign says nothing."""
+    carrying = scale if carries is None else scale[carries.cpu()]
+    least = _MUTE * carrying.abs().median()
+    return torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp(min=least)
 
 
 def _has_place(norm: PassportNorm) -> bool:
