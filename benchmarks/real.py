@@ -1,6 +1,7 @@
 """Networks that the world trained, marked and robbed: what a mark costs them, what takes it out.
 
     python benchmarks/real.py run NETWORK [ATTACK …] --data FOLDER    what is not there yet
+    python benchmarks/real.py tune NETWORK --data FOLDER              the same, of tuning it on
     python benchmarks/real.py render                                  results/real.md from the JSON
 
 NETWORK is a key of NETWORKS, ATTACK one of ATTACKS (default: all), with "/all" behind it to be
@@ -23,12 +24,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nnpassport.attacks import informed
 from nnpassport.attacks.outcome import Attacked
+from nnpassport.attacks.removal import last_linear
 from nnpassport.attacks.unlabelled import KEPT, Asking, Scouted, answers_of, cosine, same_classes
 from nnpassport.attacks.unlabelled import scout as scouted
-from nnpassport.data.images import Normalisation, read_images
+from nnpassport.data.images import Normalisation, batches, read_images
+from nnpassport.embedding.network.layers import replace_module
 from nnpassport.embedding.network.outputs import Example, call, part_of
 from nnpassport.embedding.network.survey import choose_enough, survey
 from nnpassport.embedding.schemes import channels
@@ -223,6 +227,57 @@ def run(name: str, attacks: list[str], data: Path) -> None:
         keep(attack, facts)
 
 
+class Tuning(NamedTuple):
+    """How a network of images is tuned to another task: all of it, with a head of its own."""
+
+    size: int = 160
+    batch: int = 16
+    steps: int = 240
+    rate: float = 0.02
+    pruned: float = 0.7
+
+
+def tune(name: str, data: Path) -> None:
+    """A marked network of images, tuned to Caltech-101's classes, then pruned where it is marked."""
+    work = "tuning"
+    if STORE.has(_slug(name, work)):
+        return
+    network, origin, how = NETWORKS[name], provenance(), Tuning()
+    subject = marked(network, network.inputs(data, network.sizes))
+    images = read_images(data / f"caltech101-64px-{PARTS[0]}.parquet").resized(how.size)
+    normalise = Normalisation((0.5,) * 3, (0.5,) * 3)
+    model, begun = deepcopy(subject.released).requires_grad_(True), time.monotonic()
+    head = last_linear(model)
+    inner = model.get_submodule(head)
+    torch.manual_seed(0)
+    replace_module(model, head, nn.Linear(inner.in_features, len(images.classes)))
+    model.train()
+    descent = torch.optim.SGD(model.parameters(), how.rate, momentum=0.9, weight_decay=1e-4)
+    right: list[float] = []
+    given = itertools.islice(batches(images, normalise, size=how.batch, seed=0, epoch=0), how.steps)
+    for batch in given:
+        scores = model(batch.images)
+        functional.cross_entropy(scores, batch.labels).backward()
+        descent.step()
+        descent.zero_grad()
+        right.append(float((scores.argmax(1) == batch.labels).float().mean()))
+    tuned = V2.verify(model.state_dict(), subject.key)
+    for layer in subject.key.context.layers:
+        weight = model.get_parameter(f"{layer.name}.weight").data
+        weight[weight.abs() < weight.abs().flatten().quantile(how.pruned)] = 0
+    left = V2.verify(model.state_dict(), subject.key)
+    facts = {
+        "network": name,
+        **how._asdict(),
+        "classes": len(images.classes),
+        "right_at_last": sum(right[-20:]) / len(right[-20:]),
+        "tuned": facts_of(tuned),
+        "also_pruned": facts_of(left),
+        "seconds": time.monotonic() - begun,
+    }
+    STORE.keep(_slug(name, work), facts, origin)
+
+
 def _chosen(subject: Marked, inputs: Inputs) -> list[str]:
     """The layers that the package takes by itself, as anybody knows."""
     found = survey(subject.released, part_of(inputs.thief, 0, 2))
@@ -263,7 +318,7 @@ def _slug(network: str, work: str) -> str:
 def render() -> str:
     """All that was run, as Markdown; what was not run is said to be so."""
     entries = STORE.all().values()
-    grafts = {e["network"]: e for e in entries if "attack" not in e}
+    grafts = {e["network"]: e for e in entries if "bits" in e and "attack" not in e}
     removals = {n: [e for e in entries if e["network"] == n and "attack" in e] for n in grafts}
     lines = [*_ABOUT, "", "## What a mark costs, and the best removal found", ""]
     lines += table(
@@ -277,7 +332,23 @@ def render() -> str:
          "of the plain network's", "seconds"),
         [row for network in grafts for row in _thief_rows(network, removals[network])],
     )  # fmt: skip
+    lines += ["", "## Tuned to another task", ""]
+    lines += [_tuning_said(e) for e in entries if "tuned" in e] or ["Not run."]
     return "\n".join([*lines, ""])
+
+
+def _tuning_said(e: Mapping[str, Any]) -> str:
+    tuned, pruned = (
+        f"{each['matches']:,} of {each['bits']:,} bits (p = {said_p(each['log10_p_value'])})"
+        for each in (e["tuned"], e["also_pruned"])
+    )
+    return (
+        f"{e['network']}, all of it tuned to {e['classes']} classes of Caltech-101 at "
+        f"{e['size']} pixels, {e['steps']} steps of {e['batch']} images at a rate of {e['rate']:g} "
+        f"(in the last twenty {percent(e['right_at_last'], 0)} % were right): {tuned}. Then "
+        f"{100 * e['pruned']:g} % of each marked layer pruned: {pruned}. "
+        "`python benchmarks/real.py tune`, one run."
+    )
 
 
 _ABOUT = [
@@ -359,9 +430,14 @@ if __name__ == "__main__":
     running.add_argument("network", choices=NETWORKS)
     running.add_argument("attacks", nargs="*", default=[*ATTACKS])
     running.add_argument("--data", type=Path, default=Path())
+    tuning = commands.add_parser("tune")
+    tuning.add_argument("network", choices=["EfficientNet-Lite0"])
+    tuning.add_argument("--data", type=Path, required=True)
     commands.add_parser("render")
     given = parser.parse_args()
     if given.command == "run":
         run(given.network, given.attacks, given.data)
+    elif given.command == "tune":
+        tune(given.network, given.data)
     else:
         write_atomically(RESULTS / "real.md", render().encode())
