@@ -238,7 +238,7 @@ class Tuning(NamedTuple):
 
 
 def tune(name: str, data: Path) -> None:
-    """A marked network of images, tuned to Caltech-101's classes, then pruned where it is marked."""
+    """A marked network of images, tuned to classes of Caltech-101, then pruned."""
     work = "tuning"
     if STORE.has(_slug(name, work)):
         return
@@ -339,8 +339,8 @@ def render() -> str:
 
 def _tuning_said(e: Mapping[str, Any]) -> str:
     tuned, pruned = (
-        f"{each['matches']:,} of {each['bits']:,} bits (p = {said_p(each['log10_p_value'])})"
-        for each in (e["tuned"], e["also_pruned"])
+        f"{n['matches']:,} of {n['bits']:,} bits (p = {said_p(n['log10_p_value'])})"
+        for n in (e["tuned"], e["also_pruned"])
     )
     return (
         f"{e['network']}, all of it tuned to {e['classes']} classes of Caltech-101 at "
