@@ -38,6 +38,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import zoo  # noqa: E402 - it is beside the tests
 
 KEYS = 1_000
+EVERY = 5  # keys: so often one aligns a network for itself
+ALIGNED = "another, aligned"
 INPUTS = 64
 
 
@@ -119,21 +121,32 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {
 }
 
 
-def readings(subject: Subject, seed: int) -> tuple[Key, dict[str, Mapping[str, Any]]]:
-    """A key for one network, and the networks that it is read in."""
-    anchor, other = (subject.made(10 * seed + n).eval() for n in range(2))
+Weights = Mapping[str, Any]
+
+
+def readings(subject: Subject) -> tuple[Key, dict[str, Weights], Callable[[Key], Weights] | None]:
+    """A key for one network, the networks that it is read in, and one as a key aligns it.
+
+    What a key leaves out of the fit are its own directions, so that each key aligns for itself.
+    """
+    anchor, other = (subject.made(n).eval() for n in range(2))
     example = two_of(subject.inputs)
     with torch.no_grad():
         key = V2.draw_key(anchor, example, seen=subject.inputs)
     mine, stranger = ({n: as_array(t) for n, t in m.state_dict().items()} for m in (anchor, other))
     there = {"the anchor": mine, "another": stranger}
-    if subject.traced:
-        before = anchor_of(prove(anchor, example, trace(anchor, example)), mine)
-        there["another, aligned"] = before.with_own_scales(before.place(stranger).arrays)
-    return key, there
+    if not subject.traced:
+        return key, there, None
+    axes = prove(anchor, example, trace(anchor, example))
+
+    def aligned(key: Key) -> Weights:
+        before = anchor_of(axes, mine, key)
+        return before.with_own_scales(before.place(stranger).arrays)
+
+    return key, there, aligned
 
 
-def matches_in(there: Mapping[str, Mapping[str, Any]], key: Key) -> dict[str, int]:
+def matches_in(there: Mapping[str, Weights], key: Key) -> dict[str, int]:
     """How many bits match in each network; passports are derived once for all of them."""
     found = dict.fromkeys(there, 0)
     for layer in key.context.layers:
@@ -161,12 +174,15 @@ def p_values(matches: np.ndarray, bits: int) -> np.ndarray:
 def tried(name: str, keys: int) -> Iterator[dict[str, Any]]:
     """Rows of the table for one architecture."""
     subject, started = SUBJECTS[name](), time.monotonic()
-    key, there = readings(subject, 0)
+    key, there, aligned = readings(subject)
     rng = np.random.default_rng(1)
-    counts: dict[str, list[int]] = {how: [] for how in there}
+    counts: dict[str, list[int]] = {how: [] for how in (*there, *([ALIGNED] if aligned else []))}
     for number in range(keys // subject.dear):
         drawn = replace(key, seed=rng.bytes(32))
-        for how, matches in matches_in(there, drawn).items():
+        read = dict(there)
+        if aligned is not None and number % EVERY == 0:
+            read[ALIGNED] = aligned(drawn)
+        for how, matches in matches_in(read, drawn).items():
             counts[how].append(matches)
         if number == 0:  # what is derived once for all of them reads as V does
             for how, weights in there.items():

@@ -342,6 +342,27 @@ def test_by_default_the_bits_are_spread_so_that_no_block_holds_the_mark(count, t
     assert [layer.length for layer in bound.context.layers] == held
 
 
+def test_a_key_is_drawn_where_what_a_layer_receives_is_next_to_nothing():
+    """As in a deep network that is not trained: 10⁻¹⁹ of its inputs are left there."""
+    plain, images = small()
+    with torch.no_grad():
+        plain[1].weight.mul_(1e-19)
+        plain[1].bias.mul_(1e-19)
+    owned = V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), seen=images)
+    assert not owned.metrics
+    assert owned.context.bits >= 20
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_layer_that_is_all_zero_is_refused_in_words(seen):
+    plain, images = small()
+    with torch.no_grad():
+        plain[3].weight.zero_()
+    given = {"seen": images} if seen else {"passports": "channel"}
+    with pytest.raises(UnsuitableModelError, match="no channel of '3' can carry a bit"):
+        V2.draw_key(plain, images[:2], layers=["3"], seed=bytes(32), **given)
+
+
 def test_where_a_layer_carries_a_part_the_loudest_channels_do():
     model, inputs = blocks(1200, 3)
     with torch.no_grad():

@@ -67,7 +67,7 @@ def shape_of(
     if seen is not None:
         variance = seen.about(centred=True).power(flat)
         carrying &= variance > _DEAD * variance.median()
-    if not bool(carrying.any()):
+    if not bool(flat[carrying].any()):
         raise UnsuitableModelError(
             f"no channel of {site.name!r} can carry a bit: its filters, or its norm's scales, are "
             "all zero; needed: a layer that does something; name others"

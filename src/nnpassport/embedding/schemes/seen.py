@@ -206,13 +206,14 @@ def metric_of(seen: Seen, enough: float = ENOUGH) -> NDArray[np.int16] | None:
     m lies in the directions in which inputs vary most, with weights that rise with the variance up
     to `enough` of its mean over all directions. In all others m has nothing, so that whatever is
     done to the filters there, at no cost, changes nothing of what is read (`results/floor.md`).
-    None is of inputs that vary in a few directions only.
+    None is of inputs that vary in a few directions only, or in none.
     """
     values, vectors, mean = seen.about(centred=True).directions(DIRECTIONS)
     strengths = (values / (enough * mean).clamp(min=_TINY)).clamp(max=1.0)
-    if strengths.sum().square() < FEW * strengths.square().sum():
+    weights = (strengths * 2.0**8).round()
+    if weights.sum().square() <= FEW * weights.square().sum():
         return None
-    chosen = torch.cat([strengths[:, None] * 2.0**8, vectors * 2.0**15], 1).round()
+    chosen = torch.cat([weights[:, None], vectors * 2.0**15], 1).round()
     base = torch.zeros(1, 1 + len(seen.mean))
     base[0, 0] = BASE
     whole = torch.cat([base.to(chosen), chosen])
