@@ -275,7 +275,7 @@ class Marking:
         float | None,
         typer.Option(
             help="V2, V3: share of steps before the private branch is trained too (default: 0; "
-            "1, never, with passports of channels)."
+            "1, never, with passports of channels, V1 too)."
         ),
     ] = None
     triggers_per_step: Annotated[

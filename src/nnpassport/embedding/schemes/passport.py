@@ -80,7 +80,7 @@ class Passport(Mark):
             before the private branch joins. This and the next two make training cheaper;
             `results/cheaper.md` says what they cost in accuracy. 1 is for passports of channels:
             `embed` ends with the private branch computing what the public one does (`settle`), so
-            it need not be trained. None is 1 there, and 0 elsewhere, as in the paper.
+            it need not be trained, also for V1. None is 1 there, and 0 elsewhere, as in the paper.
         private_share: share of each step's images, in (0, 1], that the private branch sees too.
         private_every: the private branch runs in every Nth step.
         teaching: for a trained network, the share in [0, 1] of each branch's loss that imitates
@@ -239,10 +239,10 @@ class Passport(Mark):
 
     def training_of(self, key: Key) -> "Passport":
         """Without the private branch where it ends as the public one does, unless `late` is set."""
-        settles = self.two_branches and of_channels(key)
+        settles = of_channels(key)
         if self.late is None:
             return replace(self, late=1.0 if settles else 0.0)
-        if self.late == 1 and self.two_branches and not settles:
+        if self.late == 1 and not settles:
             raise BadRecipeError(
                 "late is 1, so the private branch would never be trained; needed: passports of "
                 "channels, with which it ends as the public one does, or below 1"
@@ -252,17 +252,22 @@ class Passport(Mark):
     def end(self, model: nn.Module, shown: Callable[[int], Tensor]) -> None:
         """Let both branches of a network with passports of channels be one: see `settle`."""
         carried = any(norm.carries is not None for norm in passport_norms(model).values())
-        if not (self.two_branches and carried):
+        if not (carried and (self.two_branches or self._settles)):
             return
-        if settle(model, shown(GRAFTED_ON)) is None and self.late == 1:
+        if settle(model, shown(GRAFTED_ON)) is None and self._settles:
             warnings.warn(_UNSETTLED, UnmarkedWarning, stacklevel=3)
+
+    @property
+    def _settles(self) -> bool:
+        """Whether the private branch is not trained at all."""
+        return self.late == 1
 
     def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
         """One branch, or both in one forward, as the paper's code does where its text alternates.
 
         γ is what the layers computed on their way.
         """
-        start = round((self.late or 0.0) * steps) if self.two_branches else 0
+        start = round((self.late or 0.0) * steps) if self.two_branches or self._settles else 0
         find = found_once()
 
         def run(model: nn.Module, batch: Batch) -> Step:
@@ -300,9 +305,9 @@ class Passport(Mark):
     def evaluation(self, data: Images, normalise: Normalisation) -> Evaluation:
         """What to measure, after each epoch say, while the passports are inserted.
 
-        "accuracy" is the network's as it will be used: presented for V1, public for V2 and V3,
-        whose "private_accuracy" is the presented one. "score" is the mean of the branches that are
-        trained.
+        "accuracy" is the network's as it will be used: presented for V1 (public, as long as that
+        alone is trained), public for V2 and V3, whose "private_accuracy" is the presented one.
+        "score" is the mean of the branches that are trained.
         """
 
         def evaluate(model: nn.Module) -> dict[str, float]:
@@ -310,13 +315,15 @@ class Passport(Mark):
             with torch.no_grad():
                 step = Step((), inserted.gammas(), inserted.signs())
                 numbers = {"sign_match": float(sign_match(step))}
+            if not self.two_branches:
+                with on_branch(model, Branch.PUBLIC if self._settles else Branch.PRIVATE):
+                    used = accuracy(model, data, normalise)
+                return {**numbers, "accuracy": used, "score": used}
             with on_branch(model, Branch.PRIVATE):
                 private = accuracy(model, data, normalise)
-            if not self.two_branches:
-                return {**numbers, "accuracy": private, "score": private}
             with on_branch(model, Branch.PUBLIC):
                 public = accuracy(model, data, normalise)
-            score = public if self.late == 1 else (public + private) / 2
+            score = public if self._settles else (public + private) / 2
             return {**numbers, "accuracy": public, "private_accuracy": private, "score": score}
 
         return evaluate
@@ -365,7 +372,8 @@ class Passport(Mark):
         `alone`: the public branch without the private one, where there are two.
         """
         if alone or not self.two_branches:
-            inserted.run(Branch.PUBLIC if self.two_branches else Branch.PRIVATE)
+            public = self.two_branches or self._settles
+            inserted.run(Branch.PUBLIC if public else Branch.PRIVATE)
             return ((call(model, batch.images), batch.labels),)
         inserted.run(Branch.BOTH, self.private_share)
         both = call(model, batch.images)
