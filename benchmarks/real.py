@@ -8,7 +8,6 @@ carried out on every layer and not only on those that the package chooses by its
 caltech101-64px-train.parquet and caltech101-64px-test.parquet, for networks of images.
 """
 
-import argparse
 import itertools
 import os
 import resource
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import RESULTS, command_line
 from torch import Tensor, nn
 
 from nnpassport.attacks import informed
@@ -34,7 +34,6 @@ from nnpassport.embedding.network.survey import choose_enough, survey
 from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.graft import Report, graft_channels
 from nnpassport.embedding.schemes.passport import V2
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.lab.leaderboard.board import said_p
 from nnpassport.lab.marks import facts_of
@@ -43,7 +42,6 @@ from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
 STORE = Results(RESULTS / "real")
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -353,15 +351,13 @@ def _thief_rows(network: str, removals: list[Any]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run")
-    running.add_argument("network", choices=NETWORKS)
-    running.add_argument("attacks", nargs="*", default=[*ATTACKS])
-    running.add_argument("--data", type=Path, default=Path())
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(given.network, given.attacks, given.data)
-    else:
-        write_atomically(RESULTS / "real.md", render().encode())
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "real.md": render()},
+        run,
+        {
+            "name": {"choices": NETWORKS, "metavar": "NETWORK"},
+            "attacks": {"nargs": "*", "default": [*ATTACKS]},
+            "--data": {"type": Path, "default": Path()},
+        },
+    )
