@@ -5,16 +5,15 @@ are kept, each under the name of its network, in results/attacks-alexnet/. How e
 command of its own, which README.md beside this file gives.
 """
 
-import argparse
-from pathlib import Path
 from statistics import fmean
 
+from common import RESULTS, command_line
+
 from nnpassport.attacks.table import KINDS
-from nnpassport.files.disk import write_atomically
 from nnpassport.lab.results import Results, made_with
 from nnpassport.lab.tables import percent, table
 
-RESULTS = Path(__file__).parent.parent / "results" / "attacks-alexnet"
+STORE = Results(RESULTS / "attacks-alexnet")
 # What the paper (and [Che23] for substitution) reports for AlexNet on CIFAR-10.
 REPORTED = {
     ("prune", 0.6): "about 100 % of the bits; accuracy −5 … −25 points",
@@ -38,7 +37,7 @@ def render() -> str:
         "of each attack. Attackers have a part of the training images and train for few epochs,",
         "as said below, so the attacks that train are weaker than the published ones.",
     ]
-    for name, report in Results(RESULTS).all().items():
+    for name, report in STORE.all().items():
         lines += _audit(name, report)
     return "\n".join(lines) + "\n"
 
@@ -141,13 +140,5 @@ def _cost(entry: dict) -> str:
     return f"{cost['had']}; {cost['seconds']:.1f}"
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["render"])
-    parser.parse_args()
-    write_atomically(RESULTS.with_suffix(".md"), render().encode())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, lambda: {STORE.folder.with_suffix(".md"): render()})

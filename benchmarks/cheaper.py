@@ -8,23 +8,17 @@ weights, order and augmentation for its seed; test images are only reported on. 
 is counted: FLOPs of its steps as a multiple of the plain network's, which its times can be held to.
 """
 
-import argparse
 import io
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common import RESULTS, alexnet, command_line, sets_in, short, trained
 from matplotlib.figure import Figure
 
-from nnpassport.catalog import scheme_named, with_settings
-from nnpassport.data.images import read_images
 from nnpassport.embedding import owner as ownership
-from nnpassport.embedding.train.loop import RECIPES, Journal
-from nnpassport.files.config import ModelConfig
-from nnpassport.files.disk import write_atomically
-from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.lab.bench import lower_bound
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results
@@ -32,7 +26,6 @@ from nnpassport.lab.tables import percent, table
 from nnpassport.report.page import as_text, styled
 from nnpassport.report.provenance import provenance
 
-RESULTS = Path(__file__).parent.parent / "results"
 STORE = Results(RESULTS / "cheaper")
 
 
@@ -117,42 +110,19 @@ def run(data: Path, runs: Path, *, epochs: int, seeds: int, only: str | None) ->
 
 def train(cell: Cell, data: Path, folder: Path, *, epochs: int, seed: int) -> dict[str, Any]:
     """Train one cell; its numbers, and what they are of."""
-    images = read_images(str(data / "cifar10-train-*.parquet"))
-    test = read_images(data / "cifar10-test.parquet")
-    sets = ownership.divide(images, test, validation=0.05, seed=seed)
-    recipe = replace(RECIPES["short"], epochs=epochs, seed=seed, precision="bfloat16")
-    config = ModelConfig(
-        architecture="alexnet",
-        arguments={"classes": 10, "norm": "group"},
-        classes=images.classes,
-        input_size=(3, 32, 32),
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
-    journal, begun, bits = Journal(folder / "training", resume=True), time.monotonic(), {}
-    if cell.scheme:
-        path = folder / "owner.key"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            save_key(
-                ownership.draw_key(config, cell.scheme, owner="benchmark", passports="derived"),
-                path,
-            )
-        key = load_key(path)
-        scheme = with_settings(scheme_named(cell.scheme), **cell.settings)
-        done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
-        verdict = ownership.release(folder, key, folder / "released")
-        bits = facts_of(verdict)
-    else:
-        done = ownership.train(folder, config, sets, recipe, journal=journal)
+    sets, recipe, begun = sets_in(data, seed=seed), short(epochs, seed), time.monotonic()
+    config = alexnet(sets.train.classes, "group")
+    how = {"scheme": cell.scheme, "settings": cell.settings}
+    metrics, key = trained(folder, config, sets, recipe, **how)
+    bits = {} if key is None else facts_of(ownership.release(folder, key, folder / "released"))
     return {
         "cell": cell._asdict(),
-        "metrics": dict(done.metrics),
+        "metrics": metrics,
         **bits,
         "step_cost": 1 + (lower_bound("alexnet") - 1) * cell.work if cell.scheme else 1.0,
         "recipe": asdict(recipe),
         "train_images": len(sets.train),
-        "test_images": len(test),
+        "test_images": len(sets.test),
         "wall_seconds_of_this_call": round(time.monotonic() - begun, 1),
         "command": f"python benchmarks/cheaper.py run --epochs {epochs} --seeds {seed + 1}",
     }
@@ -259,25 +229,23 @@ def draw(entries: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--runs", type=Path, default=Path("runs"))
-    one.add_argument("--epochs", type=int, default=2)
-    one.add_argument("--seeds", type=int, default=1)
-    one.add_argument("--only")
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "render":
-        entries = entries_in(STORE.folder)
-        write_atomically(RESULTS / "cheaper.md", render(entries).encode())
-        write_atomically(RESULTS.parent / "docs" / "figures" / "cheaper.svg", draw(entries))
-        return
-    run(given.data, given.runs, epochs=given.epochs, seeds=given.seeds, only=given.only)
+def pages() -> dict[Path, str | bytes]:
+    """The page and its picture."""
+    entries = entries_in(STORE.folder)
+    picture = RESULTS.parent / "docs" / "figures" / "cheaper.svg"
+    return {RESULTS / "cheaper.md": render(entries), picture: draw(entries)}
 
 
 if __name__ == "__main__":
-    main()
+    command_line(
+        __doc__,
+        pages,
+        run,
+        {
+            "--data": {"type": Path, "required": True},
+            "--runs": {"type": Path, "default": Path("runs")},
+            "--epochs": {"type": int, "default": 2},
+            "--seeds": {"type": int, "default": 1},
+            "--only": {},
+        },
+    )

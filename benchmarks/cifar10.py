@@ -7,31 +7,27 @@ FOLDER holds cifar10-train-*.parquet and cifar10-test.parquet. A cell is trained
 training images (the rest is the validation split); test images are only reported on.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import RESULTS, alexnet, command_line, sets_in, short, trained
 
 from nnpassport.catalog import scheme_named
-from nnpassport.data.images import Normalisation, read_images
+from nnpassport.data.images import Normalisation
 from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import load_model
-from nnpassport.embedding.train.loop import RECIPES, Journal
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
-from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results
 from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
-RESULTS = Path(__file__).parent.parent / "results"
 STORE = Results(RESULTS / "cifar10-alexnet")
 
 
@@ -57,52 +53,27 @@ def run(
     name: str, data: Path, runs: Path, *, epochs: int, seed: int, precision: str = "float32"
 ) -> None:
     """Train one cell, or go on with it, and write its JSON."""
-    cell, origin = CELLS[name], provenance()
-    train = read_images(str(data / "cifar10-train-*.parquet"))
-    test = read_images(data / "cifar10-test.parquet")
-    sets = ownership.divide(train, test, validation=0.05, seed=seed)
-    recipe = replace(RECIPES["short"], epochs=epochs, seed=seed, precision=precision)
-    config = ModelConfig(
-        architecture="alexnet",
-        arguments={"classes": 10, "norm": cell.norm},
-        classes=train.classes,
-        input_size=(3, 32, 32),
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-    )
+    cell, origin, started = CELLS[name], provenance(), time.monotonic()
+    sets, recipe = sets_in(data, seed=seed), short(epochs, seed, precision)
+    config = alexnet(sets.train.classes, cell.norm)
     folder = runs / f"{name}-{epochs}-{seed}"
-    journal = Journal(folder / "training", resume=True)
-    started = time.monotonic()
-    if cell.scheme:
-        key = _key(folder / "owner.key", config, cell.scheme)
-        scheme = replace(scheme_named(cell.scheme), late=cell.late)
-        done = ownership.embed(folder, config, key, sets, recipe, scheme=scheme, journal=journal)
-        marks = _marks(folder, key, test.subset(torch.arange(FORGED_IMAGES)), config)
-    else:
-        done = ownership.train(folder, config, sets, recipe, journal=journal)
-        marks = {}
+    how = {"scheme": cell.scheme, "settings": {"late": cell.late} if cell.late else {}}
+    metrics, key = trained(folder, config, sets, recipe, **how)
+    forged = sets.test.subset(torch.arange(FORGED_IMAGES))
+    marks = {} if key is None else _marks(folder, key, forged, config)
     entry = {
         "cell": name,
         **cell._asdict(),
-        "metrics": dict(done.metrics),
+        "metrics": metrics,
         **marks,
         "recipe": asdict(recipe),
         "train_images": len(sets.train),
-        "test_images": len(test),
+        "test_images": len(sets.test),
         "wall_seconds_of_this_call": time.monotonic() - started,
         "command": f"python benchmarks/cifar10.py run {name} --epochs {epochs} --seed {seed}"
         f" --precision {precision}",
     }
     STORE.keep(folder.name, entry, origin)
-
-
-def _key(path: Path, config: ModelConfig, scheme: str) -> Key:
-    if path.exists():
-        return load_key(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    key = ownership.draw_key(config, scheme, owner="benchmark")
-    save_key(key, path)
-    return key
 
 
 def _marks(folder: Path, key: Key, images, config: ModelConfig) -> dict:
@@ -175,31 +146,17 @@ def _row(e: Mapping[str, Any]) -> tuple[object, ...]:
     )
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("cell", choices=CELLS)
-    one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--runs", type=Path, default=Path("runs"))
-    one.add_argument("--epochs", type=int, default=15)
-    one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--precision", default="float32")
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(
-            given.cell,
-            given.data,
-            given.runs,
-            epochs=given.epochs,
-            seed=given.seed,
-            precision=given.precision,
-        )
-    else:
-        write_atomically(RESULTS / "cifar10-alexnet.md", render().encode())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "cifar10-alexnet.md": render()},
+        run,
+        {
+            "name": {"choices": CELLS, "metavar": "CELL"},
+            "--data": {"type": Path, "required": True},
+            "--runs": {"type": Path, "default": Path("runs")},
+            "--epochs": {"type": int, "default": 15},
+            "--seed": {"type": int, "default": 0},
+            "--precision": {"default": "float32"},
+        },
+    )

@@ -6,7 +6,6 @@
 Networks are trained here, on scikit-learn's digits and on the texts that describe its data sets.
 """
 
-import argparse
 import itertools
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import sklearn
 import torch
+from common import RESULTS, command_line
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
@@ -22,14 +22,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClas
 from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
-from nnpassport.files.disk import write_atomically
 from nnpassport.lab.results import Results, made_with
 from nnpassport.lab.tables import table
 from nnpassport.lab.timing import Clock
 from nnpassport.verification.compare import compare
 from nnpassport.verification.lineage import Network
 
-RESULTS = Path(__file__).parent.parent / "results"
 STORE = Results(RESULTS / "compare")
 INDEPENDENT = {"mlp": 24, "cnn": 24, "vit": 16, "gpt2": 10}  # networks; all pairs are compared
 OWNERS = {"mlp": 6, "cnn": 6, "vit": 4, "gpt2": 2}
@@ -350,7 +348,7 @@ GROUPS = {"derived": "Derived", "permuted": "Derived, and put into another order
 
 
 def render():
-    """Write results/compare.md from the JSON."""
+    """The page, from the JSON."""
     known = {kind: STORE.read(kind) for kind in KINDS if STORE.has(kind)}
     lines = [
         "# `compare`: how often it errs, and what it sees",
@@ -390,7 +388,7 @@ def render():
         "has the commit of each run. Since then p over a table is doubled, as shapes are asked "
         "too.",
     ]
-    write_atomically(RESULTS / "compare.md", ("\n".join(lines) + "\n").encode())
+    return "\n".join([*lines, ""])
 
 
 def _of(entry, group, what=None):
@@ -487,18 +485,11 @@ def _traps(known):
     return table(head, rows)
 
 
-def main():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "render"])
-    parser.add_argument("kind", nargs="?", choices=list(KINDS))
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    if given.what == "run":
-        run(given.kind)
-    else:
-        render()
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "compare.md": render()},
+        run,
+        {"kind": {"choices": list(KINDS)}},
+    )

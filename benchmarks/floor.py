@@ -8,7 +8,6 @@ cifar10-test.parquet. Everything is measured on weights and moments, a layer at 
 is run with a mark in it (`benchmarks/real.py` does that).
 """
 
-import argparse
 import json
 import math
 import sys
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from common import RESULTS, command_line
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -29,7 +29,6 @@ from nnpassport.embedding.network.outputs import Example, part_of
 from nnpassport.embedding.network.survey import choose, choose_enough, survey
 from nnpassport.embedding.schemes import channels, seen
 from nnpassport.embedding.train.loop import Recipe, classification, fit
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.keys.derive import spread
 from nnpassport.lab.results import Results
@@ -37,7 +36,6 @@ from nnpassport.lab.tables import table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
 STORE = Results(RESULTS / "floor")
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -303,14 +301,12 @@ def _row(network: str, entry: Any) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run")
-    running.add_argument("networks", nargs="*", default=[*NETWORKS], metavar="NETWORK")
-    running.add_argument("--data", type=Path, required=True)
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        for name in given.networks:
-            run(name, given.data)
-    write_atomically(RESULTS / "floor.md", render().encode())
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "floor.md": render()},
+        lambda networks, data: [run(name, data) for name in networks],
+        {
+            "networks": {"nargs": "*", "default": [*NETWORKS], "metavar": "NETWORK"},
+            "--data": {"type": Path, "required": True},
+        },
+    )

@@ -6,12 +6,11 @@
 The networks are those of `compare.py`, trained here on embedded digits.
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from common import RESULTS, command_line
 from compare import (
     STEPS,
     Digits,
@@ -31,7 +30,6 @@ from nnpassport.alignment.solve import aligner
 from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
@@ -39,7 +37,6 @@ from nnpassport.lab.results import Results, made_with, read_json
 from nnpassport.lab.tables import table
 from nnpassport.verification.licensees import original_of, trace_arrays
 
-RESULTS = Path(__file__).parent.parent / "results"
 STORE = Results(RESULTS)
 NAMES = tuple(f"licensee {n}" for n in range(10))
 KINDS, OWNERS, WRONG = ("mlp", "cnn"), 2, 100
@@ -148,7 +145,7 @@ def run():
 
 
 def render():
-    """Write results/licensees.md from the JSON."""
+    """The page, from the JSON."""
     entry = read_json(STORE.path("licensees"))
     head = ("after", *(f"{kind}: {what}" for kind in KINDS for what in
                        ("accuracy, %", "in place", "log₁₀ p", "named")))  # fmt: skip
@@ -194,16 +191,9 @@ def render():
         f"{made_with(entry)}, one thread, other "
         f"work beside it; {entry['wall_seconds'] / 60:.0f} minutes.",
     ]
-    write_atomically(RESULTS / "licensees.md", ("\n".join(lines) + "\n").encode())
-
-
-def main():
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["run", "render"])
-    torch.set_num_threads(1)
-    {"run": run, "render": render}[parser.parse_args().what]()
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    command_line(__doc__, lambda: {RESULTS / "licensees.md": render()}, run)

@@ -1,15 +1,14 @@
 """Networks that the world trained, marked and robbed: what a mark costs them, what takes it out.
 
     python benchmarks/real.py run NETWORK [ATTACK …] --data FOLDER    what is not there yet
-    python benchmarks/real.py tune NETWORK --data FOLDER              the same, of tuning it on
     python benchmarks/real.py render                                  results/real.md from the JSON
 
 NETWORK is a key of NETWORKS, ATTACK one of ATTACKS (default: all), with "/all" behind it to be
-carried out on every layer and not only on those that the package chooses by itself. FOLDER holds
+carried out on every layer and not only on those that the package chooses by itself, or "tuning",
+for EfficientNet-Lite0: it is tuned to another task, which is no attack. FOLDER holds
 caltech101-64px-train.parquet and caltech101-64px-test.parquet, for networks of images.
 """
 
-import argparse
 import itertools
 import os
 import resource
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import RESULTS, command_line
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,7 +38,6 @@ from nnpassport.embedding.network.survey import choose_enough, survey
 from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.graft import Report, graft_channels
 from nnpassport.embedding.schemes.passport import V2
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.key import Key
 from nnpassport.lab.leaderboard.board import said_p
 from nnpassport.lab.marks import facts_of
@@ -47,7 +46,6 @@ from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "results"
 STORE = Results(RESULTS / "real")
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -182,6 +180,9 @@ def _peak() -> float:
 
 def run(name: str, attacks: list[str], data: Path) -> None:
     """The graft of a network and these attacks, but for what has its JSON already."""
+    if TUNING in attacks:
+        tune(name, data)
+        attacks = [each for each in attacks if each != TUNING]
     network, origin = NETWORKS[name], provenance()
     missing = [work for work in ("graft", *attacks) if not STORE.has(_slug(name, work))]
     if not missing:
@@ -237,10 +238,12 @@ class Tuning(NamedTuple):
     pruned: float = 0.7
 
 
+TUNING = "tuning"
+
+
 def tune(name: str, data: Path) -> None:
     """A marked network of images, tuned to classes of Caltech-101, then pruned."""
-    work = "tuning"
-    if STORE.has(_slug(name, work)):
+    if STORE.has(_slug(name, TUNING)):
         return
     network, origin, how = NETWORKS[name], provenance(), Tuning()
     subject = marked(network, network.inputs(data, network.sizes))
@@ -275,7 +278,7 @@ def tune(name: str, data: Path) -> None:
         "also_pruned": facts_of(left),
         "seconds": time.monotonic() - begun,
     }
-    STORE.keep(_slug(name, work), facts, origin)
+    STORE.keep(_slug(name, TUNING), facts, origin)
 
 
 def _chosen(subject: Marked, inputs: Inputs) -> list[str]:
@@ -347,7 +350,7 @@ def _tuning_said(e: Mapping[str, Any]) -> str:
         f"{e['size']} pixels, {e['steps']} steps of {e['batch']} images at a rate of {e['rate']:g} "
         f"(in the last twenty {percent(e['right_at_last'], 0)} % were right): {tuned}. Then "
         f"{100 * e['pruned']:g} % of each marked layer pruned: {pruned}. "
-        "`python benchmarks/real.py tune`, one run."
+        "`python benchmarks/real.py run EfficientNet-Lite0 tuning`, one run."
     )
 
 
@@ -424,20 +427,13 @@ def _thief_rows(network: str, removals: list[Any]) -> list[list[str]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run")
-    running.add_argument("network", choices=NETWORKS)
-    running.add_argument("attacks", nargs="*", default=[*ATTACKS])
-    running.add_argument("--data", type=Path, default=Path())
-    tuning = commands.add_parser("tune")
-    tuning.add_argument("network", choices=["EfficientNet-Lite0"])
-    tuning.add_argument("--data", type=Path, required=True)
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(given.network, given.attacks, given.data)
-    elif given.command == "tune":
-        tune(given.network, given.data)
-    else:
-        write_atomically(RESULTS / "real.md", render().encode())
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "real.md": render()},
+        run,
+        {
+            "name": {"choices": NETWORKS, "metavar": "NETWORK"},
+            "attacks": {"nargs": "*", "default": [*ATTACKS]},
+            "--data": {"type": Path, "default": Path()},
+        },
+    )

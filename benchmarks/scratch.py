@@ -8,18 +8,17 @@ The first trains what `results/scratch/*.json` lack, a file for each network; th
 cifar10-test.parquet. Every network goes the whole way: drawn, bound, embedded, released, verified.
 """
 
-import argparse
 import itertools
-import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from common import RESULTS, command_line
 
 from nnpassport.catalog import scheme_named, with_settings
 from nnpassport.data.images import ImageSet, read_images
@@ -28,10 +27,10 @@ from nnpassport.embedding.owner import bind_key, divide, draw_key, embed, releas
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig
-from nnpassport.files.disk import write_atomically
-from nnpassport.report.provenance import provenance
+from nnpassport.lab.results import Results
+from nnpassport.lab.tables import table
 
-RESULTS = Path(__file__).parent.parent / "results"
+STORE = Results(RESULTS / "scratch")
 
 
 class Way(NamedTuple):
@@ -128,31 +127,25 @@ def measured(
         }
 
 
-def run(tasks: list[str], seeds: int, data: Path | None) -> None:
+def run(tasks: Sequence[str], seeds: int, data: Path | None) -> None:
     """Train what is missing."""
     torch.set_num_threads(1)
     for task in tasks:
         images = images_of(task, data)
         for seed, norm, name in itertools.product(range(seeds), NORMS, WAYS):
-            path = RESULTS / "scratch" / f"{task}-{norm}-{name}-{seed}.json"
-            if path.exists():
+            slug = f"{task}-{norm}-{name}-{seed}"
+            if STORE.has(slug):
                 continue
-            entry = {
-                "task": task,
-                "norm": norm,
-                "way": name,
-                "seed": seed,
-                **measured(task, norm, WAYS[name], seed, images),
-                "command": f"python benchmarks/scratch.py run {task} --seeds {seed + 1}",
-                "provenance": provenance(),
-            }
-            write_atomically(path, (json.dumps(entry, indent=1) + "\n").encode())
-            print(path.name, entry["accuracy"], entry.get("private_accuracy"), flush=True)
+            found = measured(task, norm, WAYS[name], seed, images)
+            command = f"python benchmarks/scratch.py run {task} --seeds {seed + 1}"
+            what = {"task": task, "norm": norm, "way": name, "seed": seed}
+            STORE.keep(slug, {**what, **found, "command": command})
+            print(slug, found["accuracy"], found.get("private_accuracy"), flush=True)
 
 
 def load() -> list[dict[str, Any]]:
     """What was trained."""
-    return [json.loads(path.read_text()) for path in sorted((RESULTS / "scratch").glob("*.json"))]
+    return list(STORE.all().values())
 
 
 def render(entries: list[dict[str, Any]]) -> str:
@@ -173,24 +166,23 @@ def render(entries: list[dict[str, Any]]) -> str:
             "the time that the processor took for all before the release, as a multiple of the "
             "plain network's: short trainings, so whatever is done once weighs much.",
             "",
-            *_table(entries),
+            *table(HEAD, _rows(entries)),
             "",
         ]
     )
 
 
-def _table(entries: list[dict[str, Any]]) -> Iterator[str]:
-    head = (
-        "images", "norm", "mark", "networks", "accuracy, %", "least", "to plain, points",
-        "with the key, %", "furthest apart, points", "bits wrong", "cost",
-    )  # fmt: skip
-    yield f"| {' | '.join(head)} |"
-    yield f"|{' --- |' * len(head)}"
+HEAD = (
+    "images", "norm", "mark", "networks", "accuracy, %", "least", "to plain, points",
+    "with the key, %", "furthest apart, points", "bits wrong", "cost",
+)  # fmt: skip
+
+
+def _rows(entries: list[dict[str, Any]]) -> Iterator[Sequence[str]]:
     for task, norm, name in itertools.product(TASKS, NORMS, WAYS):
         found = [e for e in entries if (e["task"], e["norm"], e["way"]) == (task, norm, name)]
         if found:
-            cells = (TASKS[task].title, norm, WAYS[name].title, *_row(found, entries))
-            yield f"| {' | '.join(cells)} |"
+            yield (TASKS[task].title, norm, WAYS[name].title, *_row(found, entries))
 
 
 def _row(found: list[dict[str, Any]], entries: list[dict[str, Any]]) -> Iterator[str]:
@@ -215,21 +207,14 @@ def _row(found: list[dict[str, Any]], entries: list[dict[str, Any]]) -> Iterator
     yield f"{fmean(e['cpu_seconds'] / p['cpu_seconds'] for e, p in beside):.2f}"
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("tasks", nargs="*", choices=[*TASKS], default=[*TASKS])
-    one.add_argument("--seeds", type=int, default=5)
-    one.add_argument("--data", type=Path)
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(given.tasks, given.seeds, given.data)
-    else:
-        write_atomically(RESULTS / "scratch.md", render(load()).encode())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "scratch.md": render(load())},
+        run,
+        {
+            "tasks": {"nargs": "*", "choices": [*TASKS], "default": [*TASKS]},
+            "--seeds": {"type": int, "default": 5},
+            "--data": {"type": Path},
+        },
+    )

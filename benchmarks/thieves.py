@@ -8,7 +8,6 @@ mark goes into it, and each thief works on each: he knows which layers carry it,
 unlabelled images, and keeps 97 % of the network's own answers.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import RESULTS, command_line
 from torch import nn
 
 from nnpassport.attacks import informed
@@ -30,7 +30,6 @@ from nnpassport.embedding.schemes.passport import Passport
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import Recipe, classification, fit
-from nnpassport.files.disk import write_atomically
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.lab.leaderboard.board import said_p
@@ -39,7 +38,6 @@ from nnpassport.lab.results import Results, read_json
 from nnpassport.lab.tables import table
 from nnpassport.report.provenance import provenance
 
-RESULTS = Path(__file__).parent.parent / "results"
 TRAINED, STOLEN, TESTED, WIDTH = 49_000, 1_000, 5_000, 0.25
 TUNED_ON = 5_000
 PLAIN = Recipe(epochs=15, batch=128, rate=0.05, schedule="one-cycle", nesterov=True)
@@ -198,12 +196,9 @@ def _row(mark: str, found: Mapping[str | None, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    running = commands.add_parser("run")
-    running.add_argument("--data", type=Path, required=True)
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(given.data)
-    write_atomically(RESULTS / "thieves.md", render().encode())
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "thieves.md": render()},
+        run,
+        {"--data": {"type": Path, "required": True}},
+    )

@@ -8,7 +8,6 @@ ends in -EPOCHS-SEED). FOLDER holds cifar10-train-*.parquet and cifar10-test.par
 whose name begins with "cifar100", cifar100-train-*.parquet and cifar100-test.parquet.
 """
 
-import argparse
 import time
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -16,23 +15,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from common import RESULTS, command_line, sets_in
 
 from nnpassport.alignment.names import align
 from nnpassport.attacks import perturbation, removal
 from nnpassport.attacks.projection import project
 from nnpassport.catalog import scheme_named
-from nnpassport.data.images import Normalisation, read_images
-from nnpassport.embedding import owner as ownership
+from nnpassport.data.images import Normalisation
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import RECIPES, Recipe, fit, total_steps
-from nnpassport.files.disk import write_atomically
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results, made_with
 from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
-RESULTS = Path(__file__).parent.parent / "results"
 STORE = Results(RESULTS / "trained")
 BATCH = 128
 
@@ -72,9 +69,8 @@ def run(name: str, source: Path, data: Path) -> None:
     origin, cell, started = provenance(), CELLS[name], time.monotonic()
     loaded = load_model(source)
     task = "cifar100" if source.name.startswith("cifar100") else "cifar10"
-    train = read_images(str(data / f"{task}-train-*.parquet"))
-    test = read_images(data / f"{task}-test.parquet")
-    sets = ownership.divide(train, test, validation=0.05, seed=0)
+    sets = sets_in(data, task)
+    test = sets.test
     normalise = Normalisation(loaded.config.mean, loaded.config.std)
     order = torch.randperm(len(sets.train), generator=torch.Generator().manual_seed(1))
     shown = sets.train.subset(order[: max(cell.steps, 4) * BATCH])
@@ -222,21 +218,14 @@ def _row(e):
     )
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("cell", choices=CELLS)
-    one.add_argument("source", type=Path)
-    one.add_argument("--data", type=Path, required=True)
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(given.cell, given.source, given.data)
-    else:
-        write_atomically(RESULTS / "trained.md", render().encode())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(
+        __doc__,
+        lambda: {RESULTS / "trained.md": render()},
+        run,
+        {
+            "name": {"choices": CELLS, "metavar": "CELL"},
+            "source": {"type": Path, "metavar": "SOURCE"},
+            "--data": {"type": Path, "required": True},
+        },
+    )

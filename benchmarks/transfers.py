@@ -10,31 +10,28 @@ head after it, the owner's mark is read, and for the baselines also one that was
 transfer: the paper's Table 1, and of its Table 2 the columns that these networks have.
 """
 
-import argparse
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from common import RESULTS, command_line, key_in, sets_in, trained
 
 from nnpassport.attacks.forging import forge_triggers, forge_uchida, forge_uchida_by_gradient
 from nnpassport.attacks.removal import fine_tune, with_head
-from nnpassport.catalog import scheme_named, with_settings
+from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding import measured
-from nnpassport.embedding import owner as ownership
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.train.fidelity import accuracy
-from nnpassport.embedding.train.loop import Journal, Recipe
-from nnpassport.files.disk import write_atomically
-from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.embedding.train.loop import Recipe
+from nnpassport.keys.keyfile import load_key
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results, made_with
 from nnpassport.lab.tables import percent, table
 from nnpassport.report.provenance import provenance
 
-RESULTS = Path(__file__).parent.parent / "results" / "transfers-alexnet"
-STORE = Results(RESULTS)
+STORE = Results(RESULTS / "transfers-alexnet")
 NETWORKS = ("uchida", "adi", "v1-bn", "v2-gn")
 SETTINGS = {"uchida": {"strength": 0.01}, "adi": {"triggers_per_step": 8}}
 EMBED = Recipe(
@@ -71,28 +68,11 @@ def owned(name: str, data: Path, runs: Path, epochs: int):
     if name in {"v1-bn", "v2-gn"}:
         folder = runs / f"{name}-{epochs}-0"
         return folder / "released", load_key(folder / "owner.key")
-    folder, key_file = runs / f"{name}-gn", runs / f"{name}-gn" / "owner.key"
-    plain = load_model(runs / f"plain-gn-{epochs}-0")
-    if not key_file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        save_key(ownership.draw_key(plain.config, name, owner="benchmark"), key_file)
-    key = load_key(key_file)
+    folder, plain = runs / f"{name}-gn", load_model(runs / f"plain-gn-{epochs}-0")
     if not (folder / "config.json").exists():
-        train = read_images(str(data / "cifar10-train-*.parquet"))
-        test = read_images(data / "cifar10-test.parquet")
-        sets = ownership.divide(train, test, validation=0.05, seed=0)
-        scheme = with_settings(scheme_named(name), **SETTINGS[name])
-        ownership.embed(
-            folder,
-            plain.config,
-            key,
-            sets,
-            EMBED,
-            scheme=scheme,
-            initial=plain.model.state_dict(),
-            journal=Journal(folder / "training", resume=True),
-        )
-    return folder, key
+        how = {"scheme": name, "settings": SETTINGS[name], "initial": plain.model.state_dict()}
+        trained(folder, plain.config, sets_in(data), EMBED, **how)
+    return folder, key_in(folder, plain.config, name)
 
 
 def run(name: str, target_name: str, data: Path, runs: Path, epochs: int) -> None:
@@ -195,24 +175,16 @@ def _rate(mark: dict) -> str:
     return percent(mark["matches"] / mark["bits"])
 
 
-def main() -> None:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("network", choices=NETWORKS)
-    one.add_argument("target", choices=TARGETS)
-    one.add_argument("--data", type=Path, required=True)
-    one.add_argument("--runs", type=Path, default=Path("runs"))
-    one.add_argument("--epochs", type=int, default=5, help="of the networks in --runs")
-    commands.add_parser("render")
-    given = parser.parse_args()
-    if given.command == "run":
-        run(given.network, given.target, given.data, given.runs, given.epochs)
-    else:
-        path = RESULTS.with_suffix(".md")
-        write_atomically(path, render().encode())
-
-
 if __name__ == "__main__":
-    main()
+    command_line(
+        __doc__,
+        lambda: {STORE.folder.with_suffix(".md"): render()},
+        run,
+        {
+            "name": {"choices": NETWORKS, "metavar": "NETWORK"},
+            "target_name": {"choices": TARGETS, "metavar": "TARGET"},
+            "--data": {"type": Path, "required": True},
+            "--runs": {"type": Path, "default": Path("runs")},
+            "--epochs": {"type": int, "default": 5, "help": "of the networks in --runs"},
+        },
+    )
