@@ -124,13 +124,13 @@ class Subject(NamedTuple):
 
     def step(self, scheme: str) -> float:
         """FLOPs of a training step of `batch` samples."""
-        rows = self.batch + (V3.triggers_per_step if scheme == "V3" else 0)
+        rows = self.batch + (V3.shown_at_once if scheme == "V3" else 0)
         forward = self.forward + (self.after if scheme in {"V2", "V3"} else 0)
         return (1 + _BACKWARD) * forward * rows + (0 if scheme == "plain" else self.affine)
 
     def activations(self, scheme: str, *, factor: int = 2) -> int:
         """Bytes kept for the backward: what each host puts out, and what is made of it."""
-        rows = self.batch + (V3.triggers_per_step if scheme == "V3" else 0)
+        rows = self.batch + (V3.shown_at_once if scheme == "V3" else 0)
         kept = sum(h.outputs * (1 + (h.after and scheme in {"V2", "V3"})) for h in self.hosts)
         return factor * kept * rows * self.activation_bytes
 
@@ -409,7 +409,7 @@ network with passports differs from the one without ([terms](notation.md#terms))
 
 - A host layer takes 2 FLOPs for each weight that an output meets, and its backward twice as many.
   V2 and V3 run everything after the fork a second time: a step is 3 × (forward + part after the
-  fork). V3 adds {V3.triggers_per_step} trigger images to the batch. For AlexNet, ResNet-18 and
+  fork). V3 adds {V3.shown_at_once} trigger images to the batch. For AlexNet, ResNet-18 and
   ResNet-50 at 32 pixels, the part after the fork is exactly what surgery finds (a test).
 - γ and β take 8 FLOPs for each weight under a passport in a step, whatever the batch. The mean
   patch is computed once, when the passport is inserted.

@@ -59,7 +59,7 @@ def objective(
 
     def step(model: nn.Module, batch: Batch) -> Outcome:
         if triggers is not None:
-            count = scheme.triggers_per_step
+            count = scheme.shown_at_once
             turn = (batch.step * count + torch.arange(count)) % len(triggers.labels)
             batch = Batch(
                 torch.cat([batch.images, triggers.images[turn].to(batch.images)]),

@@ -24,6 +24,7 @@ from nnpassport.embedding.network.layers import (
     private_count,
     public_count,
 )
+from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
 from nnpassport.embedding.schemes.signature import as_published, read_signature, secrets_of
 from nnpassport.embedding.train.fidelity import accuracy, recalibrate
@@ -773,3 +774,15 @@ def test_a_released_network_can_be_marked_again_and_a_marked_one_cannot(owned, d
     with pytest.raises(UnsuitableModelError, match="carries passports already"):
         V2.insert(marked.model, marked.key, example)
     assert len(passport_norms(marked.model)) == 2
+
+
+@pytest.mark.parametrize(("steps", "shown"), [(10_000, 2), (1_250, 2), (500, 5), (100, 25)])
+def test_in_a_short_training_each_trigger_is_shown_often_enough_to_be_learnt(steps, shown):
+    key = V3.draw_key(network("batch"), torch.zeros(2, 1, 16, 16), seed=SEED)
+    for scheme in (V3, ADI):
+        taken = scheme.training_of(key, steps)
+        assert taken.shown_at_once == shown
+        assert steps * taken.shown_at_once >= 25 * key.context.triggers.count
+        assert replace(scheme, triggers_per_step=3).training_of(key, steps).shown_at_once == 3
+    assert V2.training_of(key, steps).shown_at_once == 0
+    assert V3.shown_at_once == 2  # in a loop of one's own, whose length nobody knows

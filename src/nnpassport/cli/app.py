@@ -281,7 +281,8 @@ class Marking:
     triggers_per_step: Annotated[
         int | None,
         typer.Option(
-            help="V3, adi: trigger images in each step (default: 2); more if epochs are few."
+            help="V3, adi: trigger images in each step (default: 2, or more if the training is "
+            "too short to learn them)."
         ),
     ] = None
     harm: Annotated[

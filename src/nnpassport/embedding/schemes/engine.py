@@ -16,6 +16,7 @@ class is inherited from, and none of them is inherited again.
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -96,6 +97,10 @@ class Step(NamedTuple):
     signs: Float[Tensor, " bits"]
 
 
+USUAL = 2
+"""Trigger images in each step, as in the paper's code."""
+TAUGHT = 25
+"""How often a trigger has to be shown to be learnt: with half as often two of three are not."""
 BRANCHES = ("", "private_")
 """What is put before the names of a branch's measures."""
 
@@ -107,7 +112,8 @@ class Mark(Protocol):
         name: as in keys and on the command line.
         threshold: share of the bits that must match by the published rule.
         triggers: size of the trigger set; 0 is none.
-        triggers_per_step: trigger images that each training step mixes into its batch.
+        triggers_per_step: trigger images that each training step mixes into its batch. None is
+            `USUAL`, or in a short training as many as show each trigger `TAUGHT` times.
         trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
         teaching: for a trained network, the share in [0, 1] of the task's loss that imitates what
             the network answered before.
@@ -119,7 +125,7 @@ class Mark(Protocol):
     name: str
     threshold: float = 1.0
     triggers: int = 0
-    triggers_per_step: int = 0
+    triggers_per_step: int | None = None
     trigger_weight: float | None = None
     teaching: float = 0.0
     reads_weights: bool = True
@@ -184,13 +190,24 @@ class Mark(Protocol):
         """
         return
 
-    def training_of(self, key: Key) -> "Mark":
-        """The scheme as a network with this key is trained; here: as it is.
+    def training_of(self, key: Key, steps: int) -> "Mark":
+        """The scheme as a network with this key is trained in so many steps.
 
         Raises:
             BadRecipeError: its settings do not go with the key.
         """
-        return self
+        shape = key.context.triggers
+        if not self.triggers or self.triggers_per_step is not None or shape is None or not steps:
+            return self
+        often = max(USUAL, -(-TAUGHT * shape.count // steps))
+        return replace(self, triggers_per_step=often)  # type: ignore[type-var]  # all are dataclasses
+
+    @property
+    def shown_at_once(self) -> int:
+        """Trigger images in each step."""
+        if not self.triggers:
+            return 0
+        return USUAL if self.triggers_per_step is None else self.triggers_per_step
 
     def end(self, model: nn.Module, shown: Callable[[int], Tensor]) -> None:
         """What is done once, in place, after the last step of a training; here: nothing.
@@ -319,7 +336,7 @@ class Mark(Protocol):
         pixels. `task` is a loss of the caller's own, instead of cross-entropy on the class scores.
         """
         run = self.steps_of(key, steps)
-        count = self.triggers_per_step if self.triggers else 0
+        count = self.shown_at_once
         mix = mixing(trigger_batch(key, normalise), count) if count else None
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
@@ -366,11 +383,11 @@ class Mark(Protocol):
             UnsuitableModelError: the scheme refuses key or network; the network is as it was.
         """
         data.require_classes(2)  # before anything is touched
-        scheme = self.training_of(key)
+        steps = total_steps(data, recipe)
+        scheme = self.training_of(key, steps)
         example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
         teacher = deepcopy(model) if trained and self.teaching else None
         self.insert(model, key, example)
-        steps = total_steps(data, recipe)
         objective = scheme.objective(key, steps=steps, normalise=normalise)
 
         def shown(count: int) -> Tensor:

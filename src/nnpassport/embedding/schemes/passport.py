@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from jaxtyping import Float
@@ -70,7 +70,8 @@ class Passport(Mark):
         name: as in keys and on the command line.
         two_branches: train the network to work without its passport too (V2, V3).
         triggers: size of the trigger set; 0 for none (V1, V2).
-        triggers_per_step: trigger images that each training step mixes into its batch.
+        triggers_per_step: trigger images that each training step mixes into its batch. None is
+            2, as in the paper's code, or in a short training as many as teach them.
         trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
         sign_weight: λ_r of equation 1.
         margin: γ0 of equation 5, in units of γ.
@@ -94,7 +95,7 @@ class Passport(Mark):
     name: str
     two_branches: bool
     triggers: int = 0
-    triggers_per_step: int = 2
+    triggers_per_step: int | None = None
     trigger_weight: float | None = None
     sign_weight: float = 0.1
     margin: float = 0.1
@@ -237,17 +238,18 @@ class Passport(Mark):
             surgery.remove(model)
             raise
 
-    def training_of(self, key: Key) -> "Passport":
+    def training_of(self, key: Key, steps: int) -> "Passport":
         """Without the private branch where it ends as the public one does, unless `late` is set."""
+        scheme = cast(Passport, Mark.training_of(self, key, steps))
         settles = of_channels(key)
         if self.late is None:
-            return replace(self, late=1.0 if settles else 0.0)
+            return replace(scheme, late=1.0 if settles else 0.0)
         if self.late == 1 and not settles:
             raise BadRecipeError(
                 "late is 1, so the private branch would never be trained; needed: passports of "
                 "channels, with which it ends as the public one does, or below 1"
             )
-        return self
+        return scheme
 
     def end(self, model: nn.Module, shown: Callable[[int], Tensor]) -> None:
         """Let both branches of a network with passports of channels be one: see `settle`."""

@@ -44,7 +44,7 @@ class TriggerSet(Mark):
     Attributes:
         name: as in keys and on the command line.
         triggers: size of the trigger set.
-        triggers_per_step: trigger images that each training step mixes into its batch.
+        triggers_per_step: trigger images that each training step mixes into its batch; see `Mark`.
         threshold: share of the triggers that must match by the published rule.
         pictures: makes the pictures of images; None leaves those that are derived from the seed.
         needed: of how many triggers how many must match by the published rule, in its place.
@@ -53,7 +53,7 @@ class TriggerSet(Mark):
 
     name: str
     triggers: int = 100
-    triggers_per_step: int = 2
+    triggers_per_step: int | None = None
     threshold: float = 0.9
     pictures: Pictures | None = None
     needed: Callable[[int], int] | None = None
@@ -89,12 +89,12 @@ class TriggerSet(Mark):
     ) -> Objective:
         """Cross-entropy of images and triggers together."""
         self._check_pictures(key)
-        mix = mixing(trigger_batch(key, normalise), self.triggers_per_step)
+        mix = mixing(trigger_batch(key, normalise), self.shown_at_once)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             batch = mix(batch)
             output = call(model, batch.images)
-            count = self.triggers_per_step
+            count = self.shown_at_once
             loss, _ = branch_loss(output, batch.labels, count, None, task, batch.part)
             labels, images, classes = parted(batch.labels, triggers_here(count, batch.part))
             triggers_right = share_right(logits_of(output)[images:], classes)

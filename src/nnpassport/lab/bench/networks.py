@@ -73,7 +73,7 @@ def step_bound(name: str, batch: int, bound: float) -> float:
 
     `bound` is the `lower_bound`; triggers are images beside those of the batch.
     """
-    rows = batch + V3.triggers_per_step if name.startswith("V3") else batch
+    rows = batch + V3.shown_at_once if name.startswith("V3") else batch
     return rows / batch * (1 + (bound - 1) * private_work(name, rows))
 
 
