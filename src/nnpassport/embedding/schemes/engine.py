@@ -27,14 +27,14 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.equations import filters
 from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.layers import whole_weight
-from nnpassport.embedding.network.outputs import Example, call, tensors_in, unwrapped
+from nnpassport.embedding.network.outputs import Example, call, logits_of, tensors_in, unwrapped
 from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import read_answers
 from nnpassport.embedding.schemes.teaching import taught
 from nnpassport.embedding.schemes.triggers import answers_to, branch_loss, mixing, trigger_batch
 from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.labels import share_right_with
+from nnpassport.embedding.train.labels import share_right, share_right_with
 from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
@@ -52,7 +52,7 @@ from nnpassport.keys.context import LayerShape, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import Counts, as_published, check_host, verdict_on
 from nnpassport.progress import Listener
-from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.scheme import Batch, Part, UnsuitableModelError, Verdict
 
 
 class Carriers(NamedTuple):
@@ -87,13 +87,13 @@ class Step(NamedTuple):
 
     Attributes:
         branches: outputs and their labels, of each network that was run.
-        signals: numbers whose signs are the bits of all layers, with gradients.
+        signals: numbers whose signs are the bits of all layers, with gradients; None without bits.
         signs: what these should be; 0 where there is no bit.
     """
 
     branches: Sequence[tuple[Any, Any]]
-    signals: Float[Tensor, " bits"]
-    signs: Float[Tensor, " bits"]
+    signals: Float[Tensor, " bits"] | None = None
+    signs: Float[Tensor, " bits"] | None = None
 
 
 BRANCHES = ("", "private_")
@@ -212,6 +212,13 @@ class Mark(Protocol):
 
         return run
 
+    def rates(
+        self, output: Any, labels: Any, part: Part, *, classes: bool
+    ) -> Mapping[str, Float[Tensor, "2"]]:
+        """How often a branch is right: here of images and triggers, if the task is `classes`."""
+        count = self.triggers_per_step if self.triggers else 0
+        return {"accuracy": share_right_with(output, labels, count)} if classes else {}
+
     def wanted(self, key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
         """Signs that a training step pulls the signals to: the key's own."""
         return key.layer_signs(layer.name)
@@ -317,15 +324,19 @@ class Mark(Protocol):
                 ),
                 strict=True,
             )
-            # Full precision even under autocast: bfloat16 would flip the signs of small signals.
-            with torch.autocast(step.signs.device.type, enabled=False):
-                term = self.term(step.signals, step.signs)
-            loss = torch.stack(losses).sum() + term
+            loss, measures = torch.stack(losses).sum(), {}
+            if step.signals is not None and step.signs is not None:
+                # Full precision even under autocast: bfloat16 would flip signs of small signals.
+                with torch.autocast(step.signs.device.type, enabled=False):
+                    loss = loss + self.term(step.signals, step.signs)
+                measures = {"sign_match": sign_match(step.signals, step.signs)}
             if count and self.trigger_weight is not None:
                 loss = loss + self.trigger_weight * torch.stack(of_triggers).sum()
-            measures = {"sign_match": sign_match(step)}
             for name, (output, labels), each in zip(BRANCHES, step.branches, losses, strict=False):
-                measures |= rates(name, output, labels, each, task, count)
+                if task is not None:
+                    measures[f"{name}task_loss"] = each.detach()
+                found = self.rates(output, labels, batch.part, classes=task is None)
+                measures |= {f"{name}{what}": rate for what, rate in found.items()}
             return Outcome(loss, measures)
 
         return objective
@@ -456,24 +467,19 @@ class Mark(Protocol):
             )
 
 
-def sign_match(step: Step) -> Float[Tensor, ""]:
+def sign_match(signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]) -> Float[Tensor, ""]:
     """The share of a step's bits that match; nothing waits for the device."""
-    carrying = step.signs != 0
-    right = (step.signals.detach().sign() == step.signs) & carrying
+    carrying = signs != 0
+    right = (signals.detach().sign() == signs) & carrying
     return right.float().sum() / carrying.float().sum()
-
-
-def rates(
-    name: str, output: Any, labels: Any, loss: Tensor, task: Task | None, triggers: int = 0
-) -> dict[str, Tensor]:
-    """How a branch does its task: its accuracy, or its loss where that is the caller's own."""
-    if task is None:
-        return {f"{name}accuracy": share_right_with(output, labels, triggers)}
-    return {f"{name}task_loss": loss.detach()}
 
 
 def outcome(
     loss: Tensor, match: Tensor, output: Any, labels: Any, task_loss: Tensor, task: Task | None
 ) -> Outcome:
     """A step's loss, and what is shown of it: bits that match, and how the task is done."""
-    return Outcome(loss, {"sign_match": match, **rates("", output, labels, task_loss, task)})
+    if task is None:
+        return Outcome(
+            loss, {"sign_match": match, "accuracy": share_right(logits_of(output), labels)}
+        )
+    return Outcome(loss, {"sign_match": match, "task_loss": task_loss.detach()})
