@@ -7,8 +7,8 @@
     read            what V counts in a file of weights, in numpy
     threshold       the share of the bits that the paper's own rule asks for
 
-A mark that changes what a step runs has `steps_of` too, as passports have. One that is no such term
-has an `objective` of its own, and one that weights do not show has `observe` or a trigger set. The
+A mark that changes what a step runs has `steps_of` too, as passports have. One whose loss is no
+such sum has an `objective` of its own; one that weights do not show has `observe` or triggers. The
 dataclasses inherit because their fields are the settings, and one object has to be both. No other
 class is inherited from, and none of them is inherited again.
 """
@@ -27,14 +27,14 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.equations import filters
 from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.layers import whole_weight
-from nnpassport.embedding.network.outputs import Example, call, logits_of, tensors_in, unwrapped
+from nnpassport.embedding.network.outputs import Example, call, tensors_in, unwrapped
 from nnpassport.embedding.network.tensors import ArraysOf
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.signature import read_answers
 from nnpassport.embedding.schemes.teaching import taught
 from nnpassport.embedding.schemes.triggers import answers_to, branch_loss, mixing, trigger_batch
 from nnpassport.embedding.train.fidelity import accuracy, plain_evaluation
-from nnpassport.embedding.train.labels import share_right, share_right_with
+from nnpassport.embedding.train.labels import share_right_with
 from nnpassport.embedding.train.loop import (
     Evaluation,
     History,
@@ -89,11 +89,13 @@ class Step(NamedTuple):
         branches: outputs and their labels, of each network that was run.
         signals: numbers whose signs are the bits of all layers, with gradients; None without bits.
         signs: what these should be; 0 where there is no bit.
+        more: what the step adds to the loss beside its `term`.
     """
 
     branches: Sequence[tuple[Any, Any]]
     signals: Float[Tensor, " bits"] | None = None
     signs: Float[Tensor, " bits"] | None = None
+    more: Float[Tensor, ""] | None = None
 
 
 BRANCHES = ("", "private_")
@@ -194,7 +196,9 @@ class Mark(Protocol):
         """A copy of a plain network, in evaluation mode, with `key` presented to it."""
         return deepcopy(model).eval()
 
-    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
         """What each of a run's `steps` runs, and what it says of the bits; here: the network."""
         layers, rows = key.context.layers, self.forms(key)
         secrets = [Secret(each, rows[each.name], self.wanted(key, each)) for each in layers]
@@ -305,12 +309,13 @@ class Mark(Protocol):
         normalise: Normalisation | None = None,
         task: Task | None = None,
     ) -> Objective:
-        """The task's loss of every branch and its triggers, and `term` on what `signals` reads.
+        """L = Σ L_c + λ_t·Σ L_t + term, the sums over branches.              [Fan19, eq. 1]
 
+        L_c is a branch's loss of the task, L_t that of its triggers, `term` is of the signals.
         `steps` is the length of the whole run. `normalise` is needed by triggers, which are kept as
         pixels. `task` is a loss of the caller's own, instead of cross-entropy on the class scores.
         """
-        run = self.steps_of(key, steps)
+        run = self.steps_of(key, steps, normalise)
         count = self.triggers_per_step if self.triggers else 0
         mix = mixing(trigger_batch(key, normalise), count) if count else None
 
@@ -325,6 +330,7 @@ class Mark(Protocol):
                 strict=True,
             )
             loss, measures = torch.stack(losses).sum(), {}
+            loss = loss if step.more is None else loss + step.more
             if step.signals is not None and step.signs is not None:
                 # Full precision even under autocast: bfloat16 would flip signs of small signals.
                 with torch.autocast(step.signs.device.type, enabled=False):
@@ -472,14 +478,3 @@ def sign_match(signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]) -
     carrying = signs != 0
     right = (signals.detach().sign() == signs) & carrying
     return right.float().sum() / carrying.float().sum()
-
-
-def outcome(
-    loss: Tensor, match: Tensor, output: Any, labels: Any, task_loss: Tensor, task: Task | None
-) -> Outcome:
-    """A step's loss, and what is shown of it: bits that match, and how the task is done."""
-    if task is None:
-        return Outcome(
-            loss, {"sign_match": match, "accuracy": share_right(logits_of(output), labels)}
-        )
-    return Outcome(loss, {"sign_match": match, "task_loss": task_loss.detach()})

@@ -227,7 +227,9 @@ class Passport(Mark):
             surgery.remove(model)
             raise
 
-    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
         """One branch, or both in one forward, as the paper's code does where its text alternates.
 
         γ is what the layers computed on their way.

@@ -73,7 +73,9 @@ class TriggerSet(Mark):
         self._check_pictures(key)
         mark.check_triggers(key, model, example)
 
-    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
         """The network, on images and triggers together; nothing says of bits."""
         self._check_pictures(key)
         return lambda model, batch: Step(((call(model, batch.images), batch.labels),))
