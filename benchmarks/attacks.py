@@ -11,7 +11,7 @@ from common import RESULTS, command_line
 
 from nnpassport.attacks.table import KINDS
 from nnpassport.lab.results import Results, made_with
-from nnpassport.lab.tables import percent, table
+from nnpassport.lab.tables import in_percent, table
 
 STORE = Results(RESULTS / "attacks-alexnet")
 # What the paper (and [Che23] for substitution) reports for AlexNet on CIFAR-10.
@@ -49,7 +49,7 @@ def _audit(name: str, report: dict) -> list[str]:
         "",
         f"## {name}: {report['scheme']}, {report['arguments'].get('norm')} norm",
         "",
-        f"Before: {percent(before['accuracy'], 1)} on {report['test_images']} test images, "
+        f"Before: {in_percent(before['accuracy'], 1)} on {report['test_images']} test images, "
         f"{mark['matches']} of {mark['bits']} bits, log₁₀ p = {mark['log10_p_value']:.1f}. "
         f"Attackers have {report['train_images']} images, {budget['epochs']} epochs, batch "
         f"{budget['batch']}, {budget['precision']}. {made_with(report)}, "
@@ -84,8 +84,8 @@ def _removal(entry: dict) -> tuple[str, ...]:
     if "unreadable" not in mark:
         p = "" if mark["log10_p_value"] is None else f"{mark['log10_p_value']:.1f}"
         found = "yes" if mark["accepted"] else "no"
-        read = (percent(mark["matches"] / mark["bits"], 1), p, found)
-    reached = percent(entry["accuracy"], 1)
+        read = (in_percent(mark["matches"] / mark["bits"], 1), p, found)
+    reached = in_percent(entry["accuracy"], 1)
     return (entry["attack"], _strength(entry), reached, *read, _cost(entry), _reported(entry))
 
 
@@ -95,8 +95,8 @@ def _forgery(entry: dict) -> tuple[str, ...]:
     return (
         entry["attack"],
         _strength(entry),
-        percent(forged["accuracy"], 1),
-        percent(forged["differs_from_owner"], 1),
+        in_percent(forged["accuracy"], 1),
+        in_percent(forged["differs_from_owner"], 1),
         "accepted" if forged["published_accepted"] else "refused",
         "none" if p is None else f"{p:.1f}",
         "accepted" if forged["accepted"] else "refused",
@@ -112,8 +112,8 @@ def _random(drawn: list[dict]) -> tuple[str, ...]:
     return (
         "fake1",
         f"{len(drawn)} passports",
-        f"mean {percent(fmean(reached), 1)}, max {percent(max(reached), 1)}",
-        percent(differs, 1),
+        f"mean {in_percent(fmean(reached), 1)}, max {in_percent(max(reached), 1)}",
+        in_percent(differs, 1),
         f"{passed} accepted",
         "none",
         "refused",

@@ -22,7 +22,7 @@ from nnpassport.embedding import owner as ownership
 from nnpassport.lab.bench import lower_bound
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results
-from nnpassport.lab.tables import percent, table
+from nnpassport.lab.tables import in_percent, table
 from nnpassport.report.page import as_text, styled
 from nnpassport.report.provenance import provenance
 
@@ -149,9 +149,9 @@ def render(entries: Sequence[Mapping[str, Any]]) -> str:
             (
                 cell.title,
                 f"{e['step_cost']:.3f}",
-                percent(metrics["accuracy"]),
+                in_percent(metrics["accuracy"]),
                 f"{100 * (metrics['accuracy'] - by_name['plain']):+.2f}" if cell.scheme else "",
-                percent(metrics.get("private_accuracy")),
+                in_percent(metrics.get("private_accuracy")),
                 f"{e['matches']} of {e['bits']}" if cell.scheme else "",
                 f"{e['log10_p_value']:.0f}" if cell.scheme else "",
                 str(e["recipe"]["seed"]),

@@ -25,7 +25,7 @@ from nnpassport.files.config import ModelConfig
 from nnpassport.keys.key import Key
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results
-from nnpassport.lab.tables import percent, table
+from nnpassport.lab.tables import in_percent, table
 from nnpassport.report.provenance import provenance
 
 STORE = Results(RESULTS / "cifar10-alexnet")
@@ -135,13 +135,13 @@ def _row(e: Mapping[str, Any]) -> tuple[object, ...]:
         marks = [
             f"{e['matches']} of {e['bits']}",
             f"{e['log10_p_value']:.1f}",
-            f"{percent(statistics.mean(reached))} ({percent(max(reached))})",
+            f"{in_percent(statistics.mean(reached))} ({in_percent(max(reached))})",
             forged["accepted"],
             f"{100 * statistics.mean(forged['match_rates']):.1f} %",
         ]
     return (
         *(e["cell"], e["norm"], e["recipe"]["epochs"], e["recipe"]["seed"]),
-        *(percent(metrics["accuracy"]), percent(metrics.get("private_accuracy"))),
+        *(in_percent(metrics["accuracy"]), in_percent(metrics.get("private_accuracy"))),
         *(*marks, f"{e['provenance']['device']}, {e['recipe']['precision']}"),
     )
 

@@ -42,7 +42,7 @@ from nnpassport.keys.key import Key
 from nnpassport.lab.leaderboard.board import said_p
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results
-from nnpassport.lab.tables import percent, table
+from nnpassport.lab.tables import in_percent, table
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
@@ -382,8 +382,8 @@ def _graft_row(network: str, entry: Any, removals: list[Any]) -> list[str]:
         " / ".join(f"{each:,}" for each in entry["inputs"]),
         str(len(entry["layers"])),
         f"{entry['matches']:,} of {entry['bits']:,}",
-        percent(entry["kept"], 1),
-        percent(entry["kept_confident"], 1),
+        in_percent(entry["kept"], 1),
+        in_percent(entry["kept_confident"], 1),
         f"{entry['private_error']:.0e}",
         f"{entry['seconds']:.0f}",
         f"{entry['mebibytes']:.0f}",
@@ -393,7 +393,7 @@ def _graft_row(network: str, entry: Any, removals: list[Any]) -> list[str]:
 
 def _said(entry: Any) -> str:
     left = f"{entry['matches']:,} bits left, p = {said_p(entry['log10_p_value'])}"
-    return f"{_name(entry)}: {left}, {percent(entry['kept'], 1)} kept"
+    return f"{_name(entry)}: {left}, {in_percent(entry['kept'], 1)} kept"
 
 
 def _name(entry: Any) -> str:
@@ -417,9 +417,9 @@ def _thief_rows(network: str, removals: list[Any]) -> list[list[str]]:
                     f"{where}, {entry['layers']}",
                     f"{entry['matches']:,} of {entry['bits']:,}",
                     said_p(entry["log10_p_value"]),
-                    percent(entry["kept"], 1),
-                    percent(entry["kept_confident"], 1),
-                    percent(entry["kept_of_plain"], 1),
+                    in_percent(entry["kept"], 1),
+                    in_percent(entry["kept_confident"], 1),
+                    in_percent(entry["kept_of_plain"], 1),
                     f"{entry['seconds']:.0f}",
                 ]
             )

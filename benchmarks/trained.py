@@ -27,7 +27,7 @@ from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import RECIPES, Recipe, fit, total_steps
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results, made_with
-from nnpassport.lab.tables import percent, table
+from nnpassport.lab.tables import in_percent, table
 from nnpassport.report.provenance import provenance
 
 STORE = Results(RESULTS / "trained")
@@ -177,7 +177,7 @@ def render() -> str:
     )
     left = [
         (
-            *(e["source"], e["cell"], attack, percent(after["accuracy"])),
+            *(e["source"], e["cell"], attack, in_percent(after["accuracy"])),
             *(f"{after['matches']} of {e['bits']}", after.get("aligned_matches", "not read")),
         )
         for e in entries
@@ -211,8 +211,8 @@ def _row(e):
     return (
         *(e["source"], e["cell"], "grafted" if e["graft"] else "as it is", *trained, e["steps"]),
         f"{100 * e['share_of_budget']:.1f} %",
-        *(percent(e[name]) for name in ("plain_accuracy", "released_accuracy")),
-        percent(e["metrics"].get("private_accuracy")),
+        *(in_percent(e[name]) for name in ("plain_accuracy", "released_accuracy")),
+        in_percent(e["metrics"].get("private_accuracy")),
         f"{e['matches']} of {e['bits']}",
         f"{e['embedding_seconds']:.0f}",
     )

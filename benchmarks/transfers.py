@@ -28,7 +28,7 @@ from nnpassport.embedding.train.loop import Recipe
 from nnpassport.keys.keyfile import load_key
 from nnpassport.lab.marks import facts_of
 from nnpassport.lab.results import Results, made_with
-from nnpassport.lab.tables import percent, table
+from nnpassport.lab.tables import in_percent, table
 from nnpassport.report.provenance import provenance
 
 STORE = Results(RESULTS / "transfers-alexnet")
@@ -164,7 +164,7 @@ def _row(e: dict) -> tuple[object, ...]:
     p = [marks["real"]["log10_p_value"] for marks in (after, before)]
     return (
         *(e["network"], e["target"], f"{e['train_images']}, {e['recipe']['epochs']}"),
-        *(percent(e["accuracy_before"]), percent(e["accuracy_after"]), rates["real"]),
+        *(in_percent(e["accuracy_before"]), in_percent(e["accuracy_after"]), rates["real"]),
         f"{p[0]:.1f} ({p[1]:.1f})",
         "; ".join(f"{n}: {rate}" for n, rate in rates.items() if n != "real"),
         e["reported"],
@@ -172,7 +172,7 @@ def _row(e: dict) -> tuple[object, ...]:
 
 
 def _rate(mark: dict) -> str:
-    return percent(mark["matches"] / mark["bits"])
+    return in_percent(mark["matches"] / mark["bits"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnpassport.catalog import CATALOG
+from nnpassport.catalog import CATALOG, with_settings
+from nnpassport.data.images import Normalisation
+from nnpassport.embedding.network.equations import sign_loss
+from nnpassport.embedding.network.layers import Branch
 from nnpassport.embedding.schemes.engine import Carriers, Mark
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.uchida import mean_filter_of
@@ -167,3 +170,23 @@ def test_a_text_goes_only_where_layers_can_have_it():
     assert key.text == "Bob"
     with pytest.raises(UnsuitableModelError, match="a text were given"):
         CATALOG["adi"].scheme.draw_key(model, EXAMPLE, text="Bob")
+
+
+def test_a_step_is_equation_1():
+    """Numbers by hand: two branches of V3, triggers of their own weight, and the bits."""
+    scheme = with_settings(CATALOG["passport-v3"].scheme, trigger_weight=0.5, sign_weight=0.25)
+    model = network()
+    key = scheme.draw_key(model, EXAMPLE, layers=["3"], seed=bytes(32))
+    inserted = scheme.insert(model, key, EXAMPLE)
+    model.eval()  # one branch's statistics do not depend on the other's rows
+    shown = batch()
+    normalise = Normalisation((0.5,) * 3, (0.5,) * 3)
+    loss = scheme.objective(key, steps=1, normalise=normalise)(model, shown).loss
+    pictures, marks = key.trigger_set()
+    expected = 0.25 * sign_loss(inserted.gammas(), inserted.signs(), margin=scheme.margin)
+    for branch in (Branch.PUBLIC, Branch.PRIVATE):
+        inserted.run(branch)
+        expected = expected + F.cross_entropy(model(shown.images), shown.labels)
+        triggers = model(normalise(pictures[: scheme.triggers_per_step]))
+        expected = expected + 0.5 * F.cross_entropy(triggers, marks[: scheme.triggers_per_step])
+    torch.testing.assert_close(loss, expected)

@@ -14,7 +14,6 @@ from nnpassport.embedding.network.equations import (
     Geometry,
     apply_affine,
     collapsed_affine,
-    combined_loss,
     convolve,
     filters,
     geometry_of,
@@ -419,13 +418,6 @@ def test_the_sign_loss_is_zero_exactly_when_every_scale_clears_the_margin():
     assert sign_loss(0.125 * signs, signs, margin=0.125) == 0
     assert sign_loss(torch.tensor([0.125, -0.125, 0.12]), signs, margin=0.125) > 0
     assert sign_loss(torch.zeros(3), signs) == pytest.approx(0.3)
-
-
-def test_equation_1_adds_the_weighted_terms():
-    task, trigger, sign = (torch.tensor(each) for each in (2.0, 3.0, 5.0))
-    assert combined_loss(task, trigger, sign, trigger_weight=0.5, sign_weight=0.25) == 4.75
-    assert combined_loss(task, trigger, sign) == pytest.approx(5.5)
-    assert combined_loss(task, None, sign, trigger_weight=9.0) == pytest.approx(2.5)
 
 
 def test_bits_are_the_signs_of_the_scale():

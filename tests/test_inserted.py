@@ -13,10 +13,12 @@ from nnpassport.data.images import Normalisation
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.inserted import Inserted, found_once
 from nnpassport.embedding.network.layers import Branch, branched, passport_norms
+from nnpassport.embedding.schemes.triggered import with_pictures
 
+SMALL = {"uchida": {"bits": 32}, "deepsigns": {"groups": 2, "bits": 8}}
 NORMALISE = Normalisation((0.5,), (0.5,))
 EXAMPLE = torch.zeros(2, 1, 8, 8)
-SCHEMES = ["passport-v1", "passport-v2", "passport-v3", "pan", "uchida"]
+SCHEMES = ["passport-v1", "passport-v2", "passport-v3", "pan", "uchida", "adi", "deepsigns"]
 
 
 def network(*, seed=0):
@@ -30,8 +32,11 @@ def network(*, seed=0):
 
 def marked(name, model):
     scheme = scheme_named(name)
-    scheme = with_settings(scheme, bits=32) if name == "uchida" else scheme
-    key = scheme.draw_key(model, EXAMPLE, layers=["3"], seed=bytes(32))
+    scheme = with_settings(scheme, **SMALL.get(name, {}))
+    layers = None if name == "adi" else ["3"]
+    key = scheme.draw_key(model, EXAMPLE, layers=layers, seed=bytes(32))
+    if name == "deepsigns":
+        key = with_pictures(key, torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8))
     return nnpassport.mark(model, key, EXAMPLE, normalise=NORMALISE)
 
 

@@ -4,7 +4,6 @@ Started by `run.py`; alone: python benchmarks/accelerator/checks.py OUT.json [--
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
 from nnpassport.embedding.train.loop import Evaluation, Journal, Objective, Outcome, Recipe, fit
 from nnpassport.embedding.train.team import together
+from nnpassport.lab.results import write_json
 from nnpassport.report.provenance import device_name
 from nnpassport.scheme import Batch
 
@@ -228,7 +228,7 @@ def check(out: Path, *, small: bool) -> dict[str, Any]:
         child.wait()
     if any(facts.get("waits", {}).values()):
         facts["wrong"].append(f"steps wait for the device: {facts['waits']}")
-    out.write_text(json.dumps(facts, indent=1) + "\n")
+    write_json(out, facts)
     return facts
 
 

@@ -4,7 +4,6 @@ Started by `run.py`; alone: python benchmarks/accelerator/steps.py OUT.json [--s
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport
 from nnpassport.embedding.train.loop import Outcome, Recipe, classification, fit
 from nnpassport.embedding.train.team import together
 from nnpassport.lab.plans import GPU
+from nnpassport.lab.results import write_json
 from nnpassport.lab.speed import Trained, peak, step_flops
 from nnpassport.report.provenance import device_name
 from nnpassport.scheme import Batch
@@ -179,7 +179,7 @@ def run(out: Path, *, small: bool) -> list[dict[str, Any]]:
         trace = out.parent / "trace.json.gz" if network == TRACED else None
         width = 0.125 if small else 1.0
         found.append(measure(*network, recipe=recipe, window=window, width=width, trace=trace))
-        out.write_text(json.dumps({"device": device_name(), "steps": found}, indent=1) + "\n")
+        write_json(out, {"device": device_name(), "steps": found})
     return found
 
 

@@ -9,6 +9,6 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> list[str]
     return [f"| {' | '.join('' if v is None else str(v) for v in line)} |" for line in lines]
 
 
-def percent(share: float | None, digits: int = 2) -> str:
+def in_percent(share: float | None, digits: int = 2) -> str:
     """A share in percent, without the sign; nothing where there is none."""
     return "" if share is None else f"{100 * share:.{digits}f}"

@@ -205,22 +205,6 @@ def sign_loss(
     return F.relu(margin - gamma * signs).sum()
 
 
-def combined_loss(
-    task: Float[Tensor, ""],
-    trigger: Float[Tensor, ""] | None,
-    regularisation: Float[Tensor, ""],
-    *,
-    trigger_weight: float = 1.0,
-    sign_weight: float = 0.1,
-) -> Float[Tensor, ""]:
-    """L = L_c(f(W, X_r), y_r) + λ_t·L_c(f(W, X_T), y_T) + λ_r·R(W, s).       [Fan19, eq. 1]
-
-    `trigger` is None in schemes without a trigger set (λ_t = 0).
-    """
-    loss = task + sign_weight * regularisation
-    return loss if trigger is None else loss + trigger_weight * trigger
-
-
 def divergence(
     logits: Float[Tensor, "batch classes"],
     answers: Float[Tensor, "batch classes"],

@@ -29,7 +29,7 @@ fixed pictures, and the mean does not depend on how they are batched.
 The paper's black box is in `deepsigns_blackbox`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
@@ -46,7 +46,7 @@ from nnpassport.embedding.network.outputs import Example, call, part_of, tensors
 from nnpassport.embedding.network.survey import refuse_wrapped
 from nnpassport.embedding.network.tensors import as_array
 from nnpassport.embedding.schemes import mark
-from nnpassport.embedding.schemes.engine import Carriers, Mark, outcome
+from nnpassport.embedding.schemes.engine import Carriers, Mark, Step
 from nnpassport.embedding.schemes.pictures import generator_of, shuffled
 from nnpassport.embedding.schemes.triggered import with_pictures
 from nnpassport.embedding.schemes.triggers import (
@@ -55,8 +55,7 @@ from nnpassport.embedding.schemes.triggers import (
     trigger_batch,
     trigger_shape,
 )
-from nnpassport.embedding.train.labels import mean_loss, plain_loss
-from nnpassport.embedding.train.loop import Objective, Outcome, Task
+from nnpassport.embedding.schemes.uchida import cross_entropy
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
@@ -141,39 +140,39 @@ class DeepSigns(Mark):
         heard = _heard(model, example).get(layout.layer.name)
         _activations([] if heard is None else [heard], layout.layer)
 
-    def objective(
-        self,
-        key: Key,
-        *,
-        steps: int,
-        normalise: Normalisation | None = None,
-        task: Task | None = None,
-    ) -> Objective:
-        """Task loss + λ₁·(spread within groups ÷ between) + λ₂·Σ BCE(σ(A·μ), b).
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
+        """The network on images and pictures, whose answers are part of no loss.
 
-        Pictures are appended to the batch, and their answers are part of no loss.
+        It adds λ₁·(spread of activations within groups ÷ between).
         """
         mark.check_has_pictures(key)
         layout, count = _layout(key), self.groups_per_step * GROUP
         mix = mixing(trigger_batch(key, normalise), count)
 
-        def objective(model: nn.Module, batch: Batch) -> Outcome:
+        def run(model: nn.Module, batch: Batch) -> Step:
             nonlocal layout
             images = len(tensors_in(batch.images)[0])
             shown = mix(batch._replace(labels=torch.zeros(images)))
             with _listening(unwrapped(model).get_submodule(layout.layer.name)) as heard:
                 output = part_of(call(model, shown.images), 0, images)
-            task_loss = mean_loss((task or plain_loss)(output, batch.labels))
             features = _activations(heard, layout.layer)[images:]
+            layout = layout.to(features.device)
+            groups = _groups_of(batch.step, count, batch.part, len(layout.rows))
             # Full precision even under autocast, as for passports.
             with torch.autocast(features.device.type, enabled=False):
-                layout = layout.to(features.device)
-                groups = _groups_of(batch.step, count, batch.part, len(layout.rows))
-                terms = _terms(features.float(), groups.to(features.device), layout)
-            loss = task_loss + self.clustering * terms.clustering + self.strength * terms.bits
-            return outcome(loss, terms.sign_match, output, batch.labels, task_loss, task)
+                heard_of = _heard_of(features.float(), groups, layout)
+            clustering = self.clustering * heard_of.clustering
+            return Step(((output, batch.labels),), heard_of.signals, heard_of.signs, clustering)
 
-        return objective
+        return run
+
+    def term(
+        self, signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]
+    ) -> Float[Tensor, ""]:
+        """λ₂·Σ BCE(σ(A·μ), b)."""
+        return self.strength * cross_entropy(signals, signs)
 
     def observe(self, model: nn.Module, key: Key, normalise: Normalisation) -> Counts:
         """Derived bits match an independent network as Binomial(n, ½): exact.
@@ -237,12 +236,12 @@ class _Layout(NamedTuple):
         return self._replace(rows=self.rows.to(device), signs=self.signs.to(device))
 
 
-class _Terms(NamedTuple):
-    """What a step's pictures add to the loss."""
+class _Heard(NamedTuple):
+    """What a step's pictures say of the bits, and how their activations lie together."""
 
     clustering: Float[Tensor, ""]
-    bits: Float[Tensor, ""]
-    sign_match: Float[Tensor, ""]
+    signals: Float[Tensor, " bits"]
+    signs: Float[Tensor, " bits"]
 
 
 def _layout(key: Key) -> _Layout:
@@ -383,30 +382,29 @@ def _activations(heard: Sequence[Tensor], layer: LayerShape) -> Float[Tensor, "p
     return heard[0].flatten(1, -2).mean(1)
 
 
-def _groups_of(step: int, count: int, part: Part, groups: int) -> Int64[Tensor, " pictures"]:
+def _groups_of(step: int, count: int, part: Part, groups: int) -> list[int]:
     """Which group each of the pictures that `mixed` shows this part of a step belongs to."""
-    places = torch.arange(count)[part.index :: part.of]
-    return (step * count + places) % (groups * GROUP) // GROUP
+    places = range(part.index, count, part.of)
+    return [(step * count + place) % (groups * GROUP) // GROUP for place in places]
 
 
-def _terms(
-    features: Float[Tensor, "pictures features"],
-    groups: Int64[Tensor, " pictures"],
-    layout: _Layout,
-) -> _Terms:
-    shown, member = groups.unique(return_inverse=True)
-    sizes = torch.bincount(member, minlength=len(shown))[:, None]
+def _heard_of(
+    features: Float[Tensor, "pictures features"], groups: Sequence[int], layout: _Layout
+) -> _Heard:
+    # Counted here and not on the device, which would be waited for.
+    shown = sorted(set(groups))
+    member = torch.tensor([shown.index(group) for group in groups]).to(features.device)
+    sizes = torch.tensor([groups.count(group) for group in shown])[:, None].to(features.device)
     means = features.new_zeros(len(shown), features.shape[1]).index_add(0, member, features) / sizes
-    rows, signs = layout.rows[shown], layout.signs[shown]
+    rows, signs = (each[torch.tensor(shown).to(each.device)] for each in layout[1:])
     # Both of length one, so that the scale of activations decides nothing.
     read = torch.einsum("gbf,gf->gb", F.normalize(rows, dim=2), F.normalize(means, dim=1))
     sharp = SHARPNESS * features.shape[1] ** 0.5
-    bits = F.binary_cross_entropy_with_logits(sharp * read, (signs + 1) / 2, reduction="sum")
     within = (features - means[member]).square().sum(1).mean()
     apart = (means - means.mean(0)).square().sum(1).mean()
     # One group alone has nothing to be kept apart from.
-    clustering = within / apart.clamp(min=1e-6) if len(shown) > 1 else torch.zeros_like(bits)
-    return _Terms(clustering, bits, (read.detach().sign() == signs).float().mean())
+    clustering = within / apart.clamp(min=1e-6) if len(shown) > 1 else torch.zeros_like(within)
+    return _Heard(clustering, (sharp * read).flatten(), signs.flatten())
 
 
 DEEPSIGNS = DeepSigns("deepsigns")

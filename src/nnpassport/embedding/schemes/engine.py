@@ -7,8 +7,8 @@
     read            what V counts in a file of weights, in numpy
     threshold       the share of the bits that the paper's own rule asks for
 
-A mark that changes what a step runs has `steps_of` too, as passports have. One that is no such term
-has an `objective` of its own, and one that weights do not show has `observe` or a trigger set. The
+A mark that changes what a step runs has `steps_of` too, as passports have. One whose loss is no
+such sum has an `objective` of its own; one that weights do not show has `observe` or triggers. The
 dataclasses inherit because their fields are the settings, and one object has to be both. No other
 class is inherited from, and none of them is inherited again.
 """
@@ -53,7 +53,7 @@ from nnpassport.keys.context import LayerShape, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import Counts, as_published, check_host, verdict_on
 from nnpassport.progress import Listener
-from nnpassport.scheme import Batch, UnsuitableModelError, Verdict
+from nnpassport.scheme import Batch, Part, UnsuitableModelError, Verdict
 
 
 class Carriers(NamedTuple):
@@ -88,13 +88,15 @@ class Step(NamedTuple):
 
     Attributes:
         branches: outputs and their labels, of each network that was run.
-        signals: numbers whose signs are the bits of all layers, with gradients.
+        signals: numbers whose signs are the bits of all layers, with gradients; None without bits.
         signs: what these should be; 0 where there is no bit.
+        more: what the step adds to the loss beside its `term`.
     """
 
     branches: Sequence[tuple[Any, Any]]
-    signals: Float[Tensor, " bits"]
-    signs: Float[Tensor, " bits"]
+    signals: Float[Tensor, " bits"] | None = None
+    signs: Float[Tensor, " bits"] | None = None
+    more: Float[Tensor, ""] | None = None
 
 
 USUAL = 2
@@ -226,7 +228,9 @@ class Mark(Protocol):
         """A copy of a plain network, in evaluation mode, with `key` presented to it."""
         return deepcopy(model).eval()
 
-    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
         """What each of a run's `steps` runs, and what it says of the bits; here: the network."""
         layers, rows = key.context.layers, self.forms(key)
         secrets = [Secret(each, rows[each.name], self.wanted(key, each)) for each in layers]
@@ -243,6 +247,13 @@ class Mark(Protocol):
             return Step(((output, batch.labels),), torch.cat(each), signs)
 
         return run
+
+    def rates(
+        self, output: Any, labels: Any, part: Part, *, classes: bool
+    ) -> Mapping[str, Float[Tensor, "2"]]:
+        """How often a branch is right: here of images and triggers, if the task is `classes`."""
+        count = self.shown_at_once
+        return {"accuracy": share_right_with(output, labels, count)} if classes else {}
 
     def wanted(self, key: Key, layer: LayerShape) -> Float[Tensor, " bits"]:
         """Signs that a training step pulls the signals to: the key's own."""
@@ -330,12 +341,13 @@ class Mark(Protocol):
         normalise: Normalisation | None = None,
         task: Task | None = None,
     ) -> Objective:
-        """The task's loss of every branch and its triggers, and `term` on what `signals` reads.
+        """L = Σ L_c + λ_t·Σ L_t + term, the sums over branches.              [Fan19, eq. 1]
 
+        L_c is a branch's loss of the task, L_t that of its triggers, `term` is of the signals.
         `steps` is the length of the whole run. `normalise` is needed by triggers, which are kept as
         pixels. `task` is a loss of the caller's own, instead of cross-entropy on the class scores.
         """
-        run = self.steps_of(key, steps)
+        run = self.steps_of(key, steps, normalise)
         count = self.shown_at_once
         mix = mixing(trigger_batch(key, normalise), count) if count else None
 
@@ -349,15 +361,20 @@ class Mark(Protocol):
                 ),
                 strict=True,
             )
-            # Full precision even under autocast: bfloat16 would flip the signs of small signals.
-            with torch.autocast(step.signs.device.type, enabled=False):
-                term = self.term(step.signals, step.signs)
-            loss = torch.stack(losses).sum() + term
+            loss, measures = torch.stack(losses).sum(), {}
+            loss = loss if step.more is None else loss + step.more
+            if step.signals is not None and step.signs is not None:
+                # Full precision even under autocast: bfloat16 would flip signs of small signals.
+                with torch.autocast(step.signs.device.type, enabled=False):
+                    loss = loss + self.term(step.signals, step.signs)
+                measures = {"sign_match": sign_match(step.signals, step.signs)}
             if count and self.trigger_weight is not None:
                 loss = loss + self.trigger_weight * torch.stack(of_triggers).sum()
-            measures = {"sign_match": sign_match(step)}
             for name, (output, labels), each in zip(BRANCHES, step.branches, losses, strict=False):
-                measures |= rates(name, output, labels, each, task, count)
+                if task is not None:
+                    measures[f"{name}task_loss"] = each.detach()
+                found = self.rates(output, labels, batch.part, classes=task is None)
+                measures |= {f"{name}{what}": rate for what, rate in found.items()}
             return Outcome(loss, measures)
 
         return objective
@@ -491,24 +508,8 @@ class Mark(Protocol):
             )
 
 
-def sign_match(step: Step) -> Float[Tensor, ""]:
+def sign_match(signals: Float[Tensor, " bits"], signs: Float[Tensor, " bits"]) -> Float[Tensor, ""]:
     """The share of a step's bits that match; nothing waits for the device."""
-    carrying = step.signs != 0
-    right = (step.signals.detach().sign() == step.signs) & carrying
+    carrying = signs != 0
+    right = (signals.detach().sign() == signs) & carrying
     return right.float().sum() / carrying.float().sum()
-
-
-def rates(
-    name: str, output: Any, labels: Any, loss: Tensor, task: Task | None, triggers: int = 0
-) -> dict[str, Tensor]:
-    """How a branch does its task: its accuracy, or its loss where that is the caller's own."""
-    if task is None:
-        return {f"{name}accuracy": share_right_with(output, labels, triggers)}
-    return {f"{name}task_loss": loss.detach()}
-
-
-def outcome(
-    loss: Tensor, match: Tensor, output: Any, labels: Any, task_loss: Tensor, task: Task | None
-) -> Outcome:
-    """A step's loss, and what is shown of it: bits that match, and how the task is done."""
-    return Outcome(loss, {"sign_match": match, **rates("", output, labels, task_loss, task)})

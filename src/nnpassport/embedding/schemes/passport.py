@@ -264,7 +264,9 @@ class Passport(Mark):
         """Whether the private branch is not trained at all."""
         return self.late == 1
 
-    def steps_of(self, key: Key, steps: int) -> Callable[[nn.Module, Batch], Step]:
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
         """One branch, or both in one forward, as the paper's code does where its text alternates.
 
         γ is what the layers computed on their way.
@@ -315,8 +317,8 @@ class Passport(Mark):
         def evaluate(model: nn.Module) -> dict[str, float]:
             inserted = Inserted(model)
             with torch.no_grad():
-                step = Step((), inserted.gammas(), inserted.signs())
-                numbers = {"sign_match": float(sign_match(step))}
+                match = sign_match(inserted.gammas(), inserted.signs())
+            numbers = {"sign_match": float(match)}
             if not self.two_branches:
                 with on_branch(model, Branch.PUBLIC if self._settles else Branch.PRIVATE):
                     used = accuracy(model, data, normalise)

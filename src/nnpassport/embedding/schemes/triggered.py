@@ -8,29 +8,23 @@ owner's own also from the digest of these (`Key.bound`), so that the test is exa
 rules are bare match rates; `verify_as_published` has them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 from nnpassport.embedding.schemes import mark
-from nnpassport.embedding.schemes.engine import Carriers, Mark
-from nnpassport.embedding.schemes.triggers import (
-    branch_loss,
-    mixing,
-    trigger_batch,
-    trigger_shape,
-    triggers_here,
-)
+from nnpassport.embedding.schemes.engine import Carriers, Mark, Step
+from nnpassport.embedding.schemes.triggers import trigger_shape, triggers_here
 from nnpassport.embedding.train.labels import parted, share_right
-from nnpassport.embedding.train.loop import Objective, Outcome, Task
 from nnpassport.keys.chance import matches_needed
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import as_published
-from nnpassport.scheme import Batch, UnreadableKeyError, Verdict
+from nnpassport.scheme import Batch, Part, UnreadableKeyError, Verdict
 
 Pictures = Callable[[Key, nn.Module, ImageSet, Normalisation], Key]
 """The key with the pictures of a scheme, made of images and, maybe, in a trained plain network."""
@@ -79,32 +73,22 @@ class TriggerSet(Mark):
         self._check_pictures(key)
         mark.check_triggers(key, model, example)
 
-    def objective(
-        self,
-        key: Key,
-        *,
-        steps: int,
-        normalise: Normalisation | None = None,
-        task: Task | None = None,
-    ) -> Objective:
-        """Cross-entropy of images and triggers together."""
+    def steps_of(
+        self, key: Key, steps: int, normalise: Normalisation | None
+    ) -> Callable[[nn.Module, Batch], Step]:
+        """The network, on images and triggers together; nothing says of bits."""
         self._check_pictures(key)
-        mix = mixing(trigger_batch(key, normalise), self.shown_at_once)
+        return lambda model, batch: Step(((call(model, batch.images), batch.labels),))
 
-        def objective(model: nn.Module, batch: Batch) -> Outcome:
-            batch = mix(batch)
-            output = call(model, batch.images)
-            count = self.shown_at_once
-            loss, _ = branch_loss(output, batch.labels, count, None, task, batch.part)
-            labels, images, classes = parted(batch.labels, triggers_here(count, batch.part))
-            triggers_right = share_right(logits_of(output)[images:], classes)
-            measures = {"trigger_accuracy": triggers_right}
-            if task is None:
-                right = share_right(logits_of(output)[:images], labels)
-                measures = {"accuracy": right, **measures}
-            return Outcome(loss, measures)
-
-        return objective
+    def rates(
+        self, output: Any, labels: Any, part: Part, *, classes: bool
+    ) -> Mapping[str, Float[Tensor, "2"]]:
+        """Images and triggers apart."""
+        here = triggers_here(self.shown_at_once, part)
+        labels, images, marks = parted(labels, here)
+        scores = logits_of(output)
+        found = {"trigger_accuracy": share_right(scores[images:], marks)}
+        return {"accuracy": share_right(scores[:images], labels), **found} if classes else found
 
     def verify_as_published(self, verdict: Verdict) -> Verdict:
         """The papers' rule: so many of the triggers are answered as marked.
