@@ -26,7 +26,6 @@ from pathlib import Path
 import alignment_tables as tables
 import torch
 
-from nnpassport.alignment.names import align
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -41,6 +40,7 @@ from nnpassport.attacks.removal import fine_tune
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.aligning import align
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.equations import mean_patch, read_bits

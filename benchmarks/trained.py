@@ -18,12 +18,12 @@ from typing import NamedTuple
 
 import torch
 
-from nnpassport.alignment.names import align
 from nnpassport.attacks import perturbation, removal
 from nnpassport.attacks.projection import project
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.aligning import align
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import RECIPES, Recipe, fit, total_steps

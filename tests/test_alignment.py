@@ -9,11 +9,11 @@ import torch
 from constructed import reader, small_alexnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rearranged import negate, take
 
-from nnpassport.alignment.channels import channels_of, negate, take
-from nnpassport.alignment.names import MOST_TIMES_WIDER, align
-from nnpassport.alignment.null import Unrelated, mixtures
-from nnpassport.alignment.rate import READINGS, with_null
+from nnpassport.alignment.names import MOST_TIMES_WIDER
+from nnpassport.alignment.null import Draws, Unrelated, mixtures, normals
+from nnpassport.alignment.rate import MIXTURES, READINGS, with_null
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -24,8 +24,11 @@ from nnpassport.attacks.obfuscation import (
 )
 from nnpassport.attacks.perturbation import prune, quantise
 from nnpassport.attacks.removal import fine_tune
-from nnpassport.embedding.measured import MIXTURES, verify_aligned
+from nnpassport.embedding.aligning import align
+from nnpassport.embedding.measured import verify_aligned
+from nnpassport.embedding.network.channels import channels_of
 from nnpassport.embedding.network.models import build
+from nnpassport.embedding.network.tensors import ArraysOf, TensorsOf
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.uchida import UCHIDA
@@ -73,6 +76,10 @@ def made(architecture, norm, seed):
         weight.copy_(turned.view_as(weight))
     assert V2.verify(model.state_dict(), key).match_rate == 1
     return model, key
+
+
+def tensors(networks):
+    return [dict(TensorsOf(each)) for each in networks]
 
 
 def matches(aligned, key, scheme=V2):
@@ -330,7 +337,7 @@ def test_whole_filters_would_match_what_is_unrelated_and_blind_ones_do_not(owned
 def test_mixtures_keep_second_moments_and_no_filter():
     model, _ = marked()
     weights = model.state_dict()
-    (mixed,) = mixtures(weights, ["features.8"], rng(), 1)
+    (mixed,) = tensors(mixtures(ArraysOf(weights), ["features.8"], Draws(0), 1))
     old, new = weights["features.8.weight"].flatten(1), mixed["features.8.weight"].flatten(1)
     torch.testing.assert_close(new.T @ new, old.T @ old, rtol=1e-3, atol=1e-3)
     cosines = (
@@ -346,10 +353,18 @@ def test_mixtures_look_like_unrelated_networks_to_the_aligner(owned, strangers):
     forms = {}  # whole filters, where the bias is large: the surrogate must show it
     mixed = [
         matches(align(each, model, forms), key)
-        for each in mixtures(strangers[0].state_dict(), layers, rng(), 4)
+        for each in tensors(mixtures(ArraysOf(strangers[0].state_dict()), layers, Draws(0), 4))
     ]
     others = [matches(align(each.state_dict(), model, forms), key) for each in strangers]
     assert min(sum(mixed), sum(others)) / 4 / key.context.bits > 0.54
+
+
+def test_the_null_is_drawn_as_pytorch_draws_it():
+    """So verdicts of the time when it did are repeated."""
+    draws, theirs = Draws(5), rng(5)
+    for count in (16, 17, 48**2, 100):
+        wanted = torch.randn(count, generator=theirs, dtype=torch.float64)
+        torch.testing.assert_close(torch.from_numpy(normals(draws, count)), wanted)
 
 
 def verdict(matches, log10_p):
@@ -434,6 +449,6 @@ def test_flipping_is_only_undone_with_the_norm():
     """A producer without a norm keeps its signs: a ReLU does not let one pass."""
     model, key = marked(norm="none")
     producer = channels_of(model)[2].producers[0]
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(UnsuitableModelError, match=r"no norm follows features\.8"):
         negate(model, producer, -torch.ones(96))
     assert matches(align(model.state_dict(), model, V2.forms(key)), key) == key.context.bits

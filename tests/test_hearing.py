@@ -14,8 +14,8 @@ import torch
 from authority import Signer, Website, certificate, new_key, pem
 from constructed import marked, reader, small_alexnet, solve_head, write_over
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rearranged import negate
 
-from nnpassport.alignment.channels import channels_of, negate
 from nnpassport.attacks.ambiguity import (
     grind,
     insider_passport,
@@ -31,6 +31,7 @@ from nnpassport.claims.claimfile import read_signed, write_signed
 from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Outcome, rule
 from nnpassport.claims.signing import bound_name, public_hex
 from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.network.channels import channels_of
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.layers import Branch
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest

@@ -12,7 +12,7 @@ network is aligned to decides what a match is worth.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -743,7 +743,7 @@ def _along(spot: Spot, tensor: Matrix) -> Spot:
     return spot._replace(positions=np.zeros((0, repeats), np.int64))
 
 
-def assigned(cosines: Matrix) -> NDArray[np.int64]:
+def assigned(cosines: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     """By row, the column that it is matched with, −1 for none: the largest sum there is."""
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
 
