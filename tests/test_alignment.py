@@ -10,7 +10,10 @@ from constructed import reader, small_alexnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rearranged import negate, take
+from safetensors.torch import save_file
 
+from nnpassport.alignment.folders import network_in
+from nnpassport.alignment.layered import table_of
 from nnpassport.alignment.names import MOST_TIMES_WIDER
 from nnpassport.alignment.null import Draws, Unrelated, mixtures, normals
 from nnpassport.alignment.rate import MIXTURES, READINGS, with_null
@@ -25,16 +28,20 @@ from nnpassport.attacks.obfuscation import (
 from nnpassport.attacks.perturbation import prune, quantise
 from nnpassport.attacks.removal import fine_tune
 from nnpassport.embedding.aligning import align
+from nnpassport.embedding.axes import axes_of
+from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.measured import verify_aligned
-from nnpassport.embedding.network.channels import channels_of
+from nnpassport.embedding.network.channels import channels_of, network_of
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.network.tensors import ArraysOf, TensorsOf
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.embedding.train.loop import Recipe
+from nnpassport.files.arrays import arrays_digest
+from nnpassport.files.config import ModelConfig, config_bytes
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
 
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
@@ -299,6 +306,70 @@ def test_any_order_and_any_signs_are_found_again(seed):
     model, key = marked()
     suspect = combine(model, rng(seed), attacks=(permute, partial(flip_signs, share=0.3))).model
     assert matches(align(suspect.state_dict(), model, V2.forms(key)), key) == key.context.bits
+
+
+# Networks as they are known without being built
+
+
+@pytest.mark.parametrize("architecture", ["alexnet", "resnet18", "resnet50"])
+def test_a_folder_says_which_layers_share_channels(architecture, tmp_path):
+    for norm in ("batch", "group", "layer", "instance", "none"):
+        for stem in ("cifar", "imagenet"):
+            made = {"norm": norm, "stem": stem, "width": 0.125}
+            config = ModelConfig(architecture, made, tuple("ab"), (3, 32, 32), (0.5,) * 3, (1,) * 3)
+            model = build(architecture, classes=2, **made)
+            save_model(tmp_path / "net", model, config)
+            mine, theirs = network_of(model), network_in(tmp_path / "net").network
+            assert (mine.axes, mine.norms) == (theirs.axes, theirs.norms)
+            assert arrays_digest(mine.arrays) == arrays_digest(theirs.arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("features.9.weight", None),
+        ("features.11.weight", lambda t: t[:, :-1]),
+        ("features.14.bias", lambda t: torch.zeros(64)),
+        ("features.1.bias", lambda t: t.long()),
+        ("features.0.weight", lambda t: t.flatten(1)),
+        ("classifier.bias", lambda t: t[None]),
+    ],
+)
+def test_a_folder_of_another_network_is_refused(tmp_path, name, change):
+    model, _ = marked()
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    tensor = state.pop(name, None)
+    if change is not None:
+        state[name] = change(tensor).contiguous()
+    made = {"norm": "batch", "width": 0.25}
+    config = ModelConfig("alexnet", made, tuple("0123456789"), (3, 32, 32), (0.5,) * 3, (1,) * 3)
+    (tmp_path / "config.json").write_bytes(config_bytes(config))
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UnreadableModelError, match="does not fit 'alexnet'"):
+        network_in(tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])
+def test_layers_show_the_axes_that_tracing_finds_and_proves(norm):
+    for architecture in ("alexnet", "resnet18"):
+        model = build(architecture, norm=norm, width=0.25 if architecture == "alexnet" else 0.125)
+        traced = axes_of(model.eval(), torch.zeros(2, 3, 32, 32))
+        assert told(table_of(network_of(model))) == told(traced)
+
+
+def told(table):
+    """What a table says, positions one by one."""
+    axes = {
+        (
+            axis.size,
+            axis.kind,
+            axis.traits,
+            frozenset((*p[:2], *p.positions(axis.size).flat) for p in axis.places),
+        )
+        for axis in table.axes
+    }
+    rest = (table.reads, table.norms, table.batch_norms, table.gains, table.unknown, table.pairs)
+    return axes, rest
 
 
 # The null, on networks that work
