@@ -37,12 +37,12 @@ from nnpassport.embedding.network.channels import channels_of, network_of
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.network.tensors import (
     ArraysOf,
-    read_suspect,
     read_weights,
     tensors_digest,
 )
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import read_suspect
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.keys.reading import forms_of, read_passports, verdict_on
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
@@ -534,7 +534,7 @@ def test_seven_copies_in_wrong_orders_hide_nothing(architecture):
     suspect = the_owner_s_own_in_wrong_orders(thief, model, copies=7)
     search = search_in(suspect, model, key)
     placed = search.placed(search.matrices(search.best()[0]))
-    assert V2.verify(placed.tensors, key).matches >= 0.95 * key.context.bits
+    assert V2.verify(placed.arrays, key).matches >= 0.95 * key.context.bits
 
 
 def test_a_fine_tuned_and_pruned_copy_under_other_names_is_found(case):
@@ -581,7 +581,7 @@ def test_strangers_gain_nothing_by_any_choice_of_tensors():
             readings["plain"].append(found.log10_p_value)
             search = search_in({**state, **decoys}, owner, key)
             placed = search.placed(search.matrices(search.best()[0]))
-            readings["by shape alone"].append(V2.verify(placed.tensors, key).log10_p_value)
+            readings["by shape alone"].append(V2.verify(placed.arrays, key).log10_p_value)
             put = align(state, owner, forms).model.state_dict()
             readings["aligned"].append(V2.verify(put, key).log10_p_value)
     for how, values in readings.items():

@@ -155,14 +155,6 @@ def flat(rows: NDArray[Any]) -> NDArray[Any]:
     return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
-def reorder(network: Network, channels: Channels, order: Order) -> None:
-    """Permute the channels in place: the new channel i is the old channel `order[i]`.
-
-    Exact where no norm's group is torn apart; see `group_size`.
-    """
-    take(network, channels, order)
-
-
 def take(network: Network, channels: Channels, source: Order) -> None:
     """Make as many channels as `source` names, in place, each a copy of an old one; −1 is zeros.
 

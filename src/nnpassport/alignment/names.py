@@ -84,6 +84,11 @@ class Aligned(NamedTuple):
     whole: Network
     places: Sequence["Places"]
 
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """The tensors of `network`."""
+        return self.network.arrays
+
 
 class Places(NamedTuple):
     """How the channels of one axis of a suspect were matched to the reference's.

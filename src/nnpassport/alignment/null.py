@@ -8,7 +8,8 @@ at the highest rate that any of them reached, if that is more than ½.
 Where nobody gives unrelated networks, they are made of the suspect: mixtures of its own filters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +17,10 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.channels import Floats, Network, flat
 from nnpassport.alignment.names import Aligned, Forms, align_to, prepared
-from nnpassport.alignment.rate import MIXTURES, Other, against, exact
+from nnpassport.alignment.rate import MIXTURES, Other, Read, against, beside, exact
 from nnpassport.alignment.shapes import Choice, Placed, Search
 from nnpassport.files.arrays import Array, arrays_digest
-from nnpassport.scheme import UnsuitableModelError, Verdict
-
-Read = Callable[[Mapping[str, Array]], Verdict]
-"""V with one key, on a state dict."""
+from nnpassport.scheme import Verdict
 
 Draws = np.random.RandomState
 """Of PyTorch's generator on the processor, which has the same twister: see `normals`."""
@@ -74,18 +72,9 @@ def aligned_verdict(
     """
     ready = prepared(reference, forms)
     aligned = align_to(ready, weights)
-    found = read(aligned.network.arrays)
-    others: list[Other] = []
-    skipped = 0
-    for each in unrelated.networks:
-        try:
-            other = align_to(ready, each)
-        except UnsuitableModelError:
-            skipped += 1
-            continue
-        others.append(Other(read(other.network.arrays).matches, other.cosines))
-    _require(others, unrelated.origin)
-    return AlignedVerdict(against(found, aligned, others, unrelated.origin, skipped), aligned)
+    found, origin = read(aligned.arrays), unrelated.origin
+    others, skipped = beside(read, unrelated.networks, partial(align_to, ready), origin)
+    return AlignedVerdict(against(found, aligned, others, origin, skipped), aligned)
 
 
 def anchored_verdict(
@@ -101,7 +90,7 @@ def anchored_verdict(
     """
     ready = prepared(anchor, {})
     aligned, other = align_to(ready, weights), align_to(ready, stranger)
-    return AlignedVerdict(exact(read(aligned.network.arrays), aligned, other.cosines), aligned)
+    return AlignedVerdict(exact(read(aligned.arrays), aligned, other.cosines), aligned)
 
 
 def anchored_by_shape(
@@ -118,7 +107,7 @@ def anchored_by_shape(
     search = Search(weights, anchor, {})
     choice, placed = _best_of(search, read)
     stranger = search.placed(mixed(search.matrices(choice), draws))
-    verdict = exact(read(placed.tensors), placed, stranger.cosines)
+    verdict = exact(read(placed.arrays), placed, stranger.cosines)
     return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
 
 
@@ -140,26 +129,20 @@ def verdict_by_shape(
     """
     search = Search(weights, reference, forms)
     choice, placed = _best_of(search, read)
-    found = read(placed.tensors)
-    others: list[Other] = []
-    skipped = 0
-    for network in () if unrelated is None else unrelated.networks:
-        try:
-            other = Search(network, reference, forms)
-            aligned = other.placed(other.matrices(other.best()[0]))
-        except UnsuitableModelError:
-            skipped += 1
-            continue
-        others.append(Other(read(aligned.tensors).matches, aligned.cosines))
-    if unrelated is not None:
-        _require(others, unrelated.origin)
-    chosen = search.matrices(choice)
-    for _ in range(MIXTURES):
-        aligned = search.placed(mixed(chosen, draws))
-        others.append(Other(read(aligned.tensors).matches, aligned.cosines))
+    others, skipped = list[Other](), 0
     origin = f"{MIXTURES} mixtures of the suspect's own filters"
-    origin = origin if unrelated is None else f"{unrelated.origin} and {origin}"
-    verdict = against(found, placed, others, origin, skipped)
+    if unrelated is not None:
+
+        def place(network: Mapping[str, Array]) -> Placed:
+            other = Search(network, reference, forms)
+            return other.placed(other.matrices(other.best()[0]))
+
+        others, skipped = beside(read, unrelated.networks, place, unrelated.origin)
+        origin = f"{unrelated.origin} and {origin}"
+    chosen = search.matrices(choice)
+    strangers = (mixed(chosen, draws) for _ in range(MIXTURES))
+    others += beside(read, strangers, search.placed, origin)[0]
+    verdict = against(read(placed.arrays), placed, others, origin, skipped)
     return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
 
 
@@ -169,19 +152,11 @@ def _best_of(search: Search, read: Read) -> tuple[Choice, Placed]:
     for each in search.best():
         choices.setdefault(search.alike(each), each)
     tried = [(each, search.placed(search.matrices(each))) for each in choices.values()]
-    return max(tried, key=lambda each: read(each[1].tensors).matches)
+    return max(tried, key=lambda each: read(each[1].arrays).matches)
 
 
 def _taken(choice: Choice) -> dict[str, str]:
     return {layer: each.name for layer, each in choice.taken.items()}
-
-
-def _require(others: Sequence[Other], origin: str) -> None:
-    if not others:
-        raise UnsuitableModelError(
-            f"none of {origin} can be aligned to the reference, so there is no null; "
-            "needed: networks of the owner's architecture, or none"
-        )
 
 
 def of_its_own(weights: Mapping[str, Array], reference: Network) -> Unrelated:

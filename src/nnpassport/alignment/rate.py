@@ -7,13 +7,14 @@ at the highest rate that any of them reached, if that is more than ½.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import NamedTuple, Protocol
 
+from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import log10_binomial_tail
-from nnpassport.scheme import Verdict
+from nnpassport.scheme import UnsuitableModelError, Verdict
 
 MIXTURES = 8
 """How many networks are made of the suspect's own filters where no unrelated ones are given."""
@@ -33,8 +34,16 @@ A network that was trained from the reference's weights stays near 1, one of its
 """
 
 
+Read = Callable[[Mapping[str, Array]], Verdict]
+"""V with one key, on tensors under the names that it knows."""
+
+
 class Matched(Protocol):
     """What alignment says of a network that it has put in order."""
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """Its tensors, in the reference's order."""
 
     @property
     def cosines(self) -> Mapping[str, float]:
@@ -54,6 +63,33 @@ class Other(NamedTuple):
 
     matches: int
     cosines: Mapping[str, float]
+
+
+def beside(
+    read: Read,
+    networks: Iterable[Mapping[str, Array]],
+    place: Callable[[Mapping[str, Array]], Matched],
+    origin: str,
+) -> tuple[list[Other], int]:
+    """Networks that are unrelated, aligned and read; and how many could not be aligned.
+
+    Raises:
+        UnsuitableModelError: none can be.
+    """
+    others, skipped = list[Other](), 0
+    for each in networks:
+        try:
+            there = place(each)
+        except UnsuitableModelError:
+            skipped += 1
+            continue
+        others.append(Other(read(there.arrays).matches, there.cosines))
+    if not others:
+        raise UnsuitableModelError(
+            f"none of {origin} can be aligned to the reference, so there is no null; needed: "
+            "networks of the owner's architecture, or none"
+        )
+    return others, skipped
 
 
 def against(

@@ -62,13 +62,13 @@ class Placed(NamedTuple):
     """A suspect's filters in the reference's order.
 
     Attributes:
-        tensors: a state dict of the layers that were looked for, each "LAYER.weight".
+        arrays: a state dict of the layers that were looked for, each "LAYER.weight".
         cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
         dropped: channels whose filter is another's too; what is read of them is added up.
         missing: channels of the reference for which the suspect had none: they are zero.
     """
 
-    tensors: Mapping[str, Array]
+    arrays: Mapping[str, Array]
     cosines: Mapping[str, float]
     dropped: int
     missing: int

@@ -18,7 +18,6 @@ from nnpassport.alignment.layered import table_of
 from nnpassport.alignment.names import Forms
 from nnpassport.alignment.null import (
     AlignedVerdict,
-    Read,
     ShapedVerdict,
     Unrelated,
     aligned_verdict,
@@ -28,6 +27,8 @@ from nnpassport.alignment.null import (
     seeded,
     verdict_by_shape,
 )
+from nnpassport.alignment.rate import Read
+from nnpassport.claims.claim import Claim
 from nnpassport.claims.facts import check_config
 from nnpassport.claims.standing import Standing
 from nnpassport.files.arrays import Array, arrays_digest
@@ -144,17 +145,18 @@ def with_files(
     suspect: Mapping[str, str],
     owners: Mapping[str, str],
     unrelated: Mapping[str, Arrays],
-    standing: Standing | None,
+    under: Standing | Claim | None,
 ) -> Verdict:
     """The verdict, which names the files that it rests on, and what of it is somebody's word.
 
-    `suspect` and `owners` are digests, the latter of the network that was aligned to.
+    `suspect` and `owners` are digests, the latter of the network that was aligned to; `under` is
+    the claim that says how old that is, if there is one.
     """
     anchored = key.context.anchor is not None
     digests = {**suspect, **within(ANCHOR if anchored else "reference", owners)}
     for name, each in unrelated.items():
         digests |= within(name, each.digests)
-    if standing is None and not anchored:
+    if under is None and not anchored:
         verdict = verdict.remarked(
             "that the network it was aligned to is older than the suspect is your word"
         )
