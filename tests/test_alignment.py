@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rearranged import negate, take
 from safetensors.torch import save_file
 
+from nnpassport.alignment.byaxes import reference_of
 from nnpassport.alignment.folders import network_in
 from nnpassport.alignment.layered import table_of
 from nnpassport.alignment.names import MOST_TIMES_WIDER
@@ -41,6 +42,7 @@ from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.config import ModelConfig, config_bytes
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
+from nnpassport.keys.reading import read_passports, verdict_on
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
 
 SAME_SHAPE = (flip_signs, permute, rescale)
@@ -355,6 +357,17 @@ def test_layers_show_the_axes_that_tracing_finds_and_proves(norm):
         model = build(architecture, norm=norm, width=0.25 if architecture == "alexnet" else 0.125)
         traced = axes_of(model.eval(), torch.zeros(2, 3, 32, 32))
         assert told(table_of(network_of(model))) == told(traced)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_over_axes_scales_behind_norms_of_groups_are_put_back(norm):
+    model, key = marked(norm=norm)
+    mine = network_of(model)
+    suspect = network_of(combine(model, rng(3), attacks=SAME_SHAPE).model)
+    reference = reference_of(table_of(mine), mine.arrays, key)
+    placed = reference.place(suspect.arrays).arrays
+    read = verdict_on(read_passports({**mine.arrays, **placed}, key), key)
+    assert read.match_rate > 0.97
 
 
 def told(table):

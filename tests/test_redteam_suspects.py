@@ -534,7 +534,8 @@ def test_seven_copies_in_wrong_orders_hide_nothing(architecture):
     suspect = the_owner_s_own_in_wrong_orders(thief, model, copies=7)
     search = search_in(suspect, model, key)
     placed = search.placed(search.matrices(search.best()[0]))
-    assert V2.verify(placed.arrays, key).matches >= 0.95 * key.context.bits
+    read = verdict_on(read_passports(placed.arrays, key), key)
+    assert read.matches >= 0.95 * key.context.bits
 
 
 def test_a_fine_tuned_and_pruned_copy_under_other_names_is_found(case):
@@ -581,7 +582,8 @@ def test_strangers_gain_nothing_by_any_choice_of_tensors():
             readings["plain"].append(found.log10_p_value)
             search = search_in({**state, **decoys}, owner, key)
             placed = search.placed(search.matrices(search.best()[0]))
-            readings["by shape alone"].append(V2.verify(placed.arrays, key).log10_p_value)
+            alone = verdict_on(read_passports(placed.arrays, key), key)
+            readings["by shape alone"].append(alone.log10_p_value)
             put = align(state, owner, forms).model.state_dict()
             readings["aligned"].append(V2.verify(put, key).log10_p_value)
     for how, values in readings.items():

@@ -26,7 +26,7 @@ from nnpassport.progress import counted
 
 Matrix = NDArray[np.float64]
 SWEEPS = 3
-_NOT_LINEAR = {"pointwise", "layer norm", "square", "group norm", "bilinear"}
+_NOT_LINEAR = {"pointwise", "layer norm", "square", "bilinear"}
 """Traits with which a positive factor does not pass through an axis."""
 _TINY = 1e-300
 _STILL = 1e-6
