@@ -5,6 +5,7 @@
     python benchmarks/alignment.py grind NETWORK --runs FOLDER [--keys 1000000]
     python benchmarks/alignment.py power
     python benchmarks/alignment.py time
+    python benchmarks/alignment.py ways            by names, and over the axes that these show
     python benchmarks/alignment.py render          results/alignment.md from the JSON
 
 NETWORK is v2-gn or v1-bn, trained on CIFAR-10 by benchmarks/cifar10.py into RUNS. `null` reads
@@ -23,9 +24,12 @@ from functools import partial
 from pathlib import Path
 
 import alignment_tables as tables
+import numpy as np
 import torch
 
-from nnpassport.alignment.names import align
+from nnpassport.alignment import byaxes, names
+from nnpassport.alignment.channels import flat
+from nnpassport.alignment.layered import table_of
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -40,10 +44,14 @@ from nnpassport.attacks.removal import fine_tune
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding import owner as ownership
+from nnpassport.embedding.aligning import align
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.measured import verify_aligned
+from nnpassport.embedding.network.channels import network_of
 from nnpassport.embedding.network.equations import mean_patch, read_bits
+from nnpassport.embedding.network.models import build
 from nnpassport.embedding.network.tensors import read_weights
+from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.chance import (
@@ -53,6 +61,7 @@ from nnpassport.keys.chance import (
     matches_needed,
 )
 from nnpassport.keys.keyfile import load_key, save_key
+from nnpassport.keys.reading import forms_of, host_filters
 from nnpassport.lab.results import Results
 from nnpassport.lab.timing import in_turns
 from nnpassport.report.provenance import provenance
@@ -245,6 +254,57 @@ def time_verification() -> None:
     save("time", {"architecture": "resnet18", "entries": entries}, origin)
 
 
+def ways() -> None:
+    """Bits that a key reads as before, of networks whose channels were moved, aligned both ways."""
+    for architecture, width in (("alexnet", 0.25), ("resnet18", 0.125)):
+        for norm in ("batch", "group", "layer", "none"):
+            torch.manual_seed(0)
+            model = build(architecture, norm=norm, width=width).eval()
+            for module in model.modules():  # no scale is 1, no shift 0
+                for values in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    if values.dim() == 1:
+                        values.data.normal_(0, 0.3).abs_().add_(0.1)
+            example = torch.zeros(2, 3, 32, 32)
+            key = V2.draw_key(model, example, seed=bytes(32), passports="derived")
+            flips = (flip_signs,) if norm != "none" else ()
+            attacks = {"same shapes": (*flips, permute, rescale)}
+            if norm != "layer":
+                attacks["more channels"] = (
+                    insert_dummies,
+                    split_channels,
+                    *flips,
+                    permute,
+                    rescale,
+                )
+            for what, several in attacks.items():
+                rng = torch.Generator().manual_seed(3)
+                suspect = network_of(combine(model, rng, attacks=several).model).arrays
+                print(architecture, norm, what, *_both_ways(suspect, network_of(model), key))
+
+
+def _both_ways(suspect, reference, key):
+    """Bits by names and over axes, of how many, and seconds of processor time of each."""
+    table = byaxes.reference_of(table_of(reference), reference.arrays, key)
+    told = []
+    for place in (
+        lambda: names.align(suspect, reference, forms_of(key)).arrays,
+        lambda: {**reference.arrays, **table.place(suspect).arrays},
+    ):
+        started = time.process_time()
+        placed = place()
+        read, wanted = map(_bits(key), (placed, reference.arrays))
+        same = sum(int((a == b).sum()) for a, b in zip(read, wanted, strict=True))
+        told.append(f"{same} in {time.process_time() - started:.2f} s")
+    return *told, f"of {key.context.bits}"
+
+
+def _bits(key):
+    """What reads a key's bits off arrays, by layer."""
+    forms = forms_of(key)
+    hosts = [(layer, forms[layer.name][0]) for layer in key.context.layers]
+    return lambda arrays: [np.sign(flat(host_filters(arrays, e)) @ form) for e, form in hosts]
+
+
 def save(name: str, entry: dict, origin: dict) -> None:
     """Write one JSON of results with its provenance."""
     command = " ".join(["python", "benchmarks/alignment.py", *sys.argv[1:3]])
@@ -263,7 +323,7 @@ def main() -> None:
         command.add_argument("--unrelated", type=Path)
         command.add_argument("--keys", type=int, default=1000)
         command.add_argument("--aligned-keys", type=int, default=1000)
-    for name in ("power", "time", "render"):
+    for name in ("power", "time", "ways", "render"):
         commands.add_parser(name)
     chosen = parser.parse_args()
     match chosen.command:
@@ -279,6 +339,8 @@ def main() -> None:
             power()
         case "time":
             time_verification()
+        case "ways":
+            ways()
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from common import RESULTS, command_line, sets_in
 
-from nnpassport.alignment.names import align
 from nnpassport.attacks import perturbation, removal
 from nnpassport.attacks.projection import project
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation
+from nnpassport.embedding.aligning import align
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.loop import RECIPES, Recipe, fit, total_steps

@@ -14,18 +14,22 @@ from typing import NamedTuple
 
 import torch
 from constructed import settle
+from rearranged import take
 from sklearn.datasets import load_digits
 from torch import nn
 
-from nnpassport.alignment.channels import channels_of, take, width
+from nnpassport.alignment.channels import width
+from nnpassport.alignment.null import of_its_own
 from nnpassport.attacks.obfuscation import flip_signs, insert_dummies, permute, rescale
 from nnpassport.attacks.perturbation import add_noise, prune_layerwise
 from nnpassport.claims.rules import ALIGNED, Claimant, Work, rule
 from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.embedding.measured import of_its_own
+from nnpassport.embedding.network.channels import network_of
+from nnpassport.embedding.network.tensors import ArraysOf
+from nnpassport.embedding.work import work_of
 from nnpassport.files.config import ModelConfig
 from nnpassport.scheme import Verdict
-from nnpassport.verification.relation import relation, work_of
+from nnpassport.verification.relation import relation
 
 SIDE, EACH, STOCK = 32, 0.25, 12
 RIDGE = 1.0
@@ -145,8 +149,8 @@ def beside(one: nn.Module, other: nn.Module, loud: float) -> nn.Module:
 def _kept(model: nn.Module, rng: torch.Generator, share: float) -> nn.Module:
     """A copy with this share of the channels of each layer, its last layer solved again."""
     model = deepcopy(model)
-    for axis in channels_of(model):
-        count = width(model, axis)
+    for axis in network_of(model).axes:
+        count = width(network_of(model), axis)
         order = torch.randperm(count, generator=rng)[: max(1, round(share * count))]
         take(model, axis, order.sort().values)
     return fitted(model, right())
@@ -254,14 +258,14 @@ def _changed_alike(rng: Random, model: nn.Module) -> tuple[nn.Module, list[str]]
 @functools.cache
 def _akin(one: int, other: int) -> bool:
     """What is found of two networks of the stock; strangers all."""
-    weights, reference = working(one).state_dict(), working(other)
+    weights, reference = dict(ArraysOf(working(one).state_dict())), network_of(working(other))
     return relation(weights, reference, of_its_own(weights, reference)).akin
 
 
 def _found(pair: Pair, whose: str) -> Claimant:
     """What is found of one of the two, who has dated a network: the rival before the owner."""
     mine, other = (pair.owned, pair.rivals) if whose == "owner" else (pair.rivals, pair.owned)
-    weights, reference = pair.suspect.state_dict(), working(mine)
+    weights, reference = dict(ArraysOf(pair.suspect.state_dict())), network_of(working(mine))
     relates = relation(weights, reference, of_its_own(weights, reference))
     x = data().normalise(data().images.images)
     name = "rival" if whose == "owner" else "owner"
@@ -272,7 +276,7 @@ def _found(pair: Pair, whose: str) -> Claimant:
         readings={ALIGNED: PROVED},
         related=relates.related,
         akin={name: _akin(other, mine)},
-        work=work_of(relates, x) if relates.related else None,
+        work=work_of(relates, working(mine), x) if relates.related else None,
     )
 
 

@@ -9,11 +9,15 @@ import torch
 from constructed import reader, small_alexnet
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rearranged import negate, take
+from safetensors.torch import save_file
 
-from nnpassport.alignment.channels import channels_of, negate, take
-from nnpassport.alignment.names import MOST_TIMES_WIDER, align
-from nnpassport.alignment.null import Unrelated, mixtures
-from nnpassport.alignment.rate import READINGS, with_null
+from nnpassport.alignment.byaxes import reference_of
+from nnpassport.alignment.folders import network_in
+from nnpassport.alignment.layered import table_of
+from nnpassport.alignment.names import MOST_TIMES_WIDER
+from nnpassport.alignment.null import Draws, Unrelated, mixtures, normals
+from nnpassport.alignment.rate import MIXTURES, READINGS, with_null
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -24,14 +28,22 @@ from nnpassport.attacks.obfuscation import (
 )
 from nnpassport.attacks.perturbation import prune, quantise
 from nnpassport.attacks.removal import fine_tune
-from nnpassport.embedding.measured import MIXTURES, verify_aligned
+from nnpassport.embedding.aligning import align
+from nnpassport.embedding.axes import axes_of
+from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.measured import verify_aligned
+from nnpassport.embedding.network.channels import channels_of, network_of
 from nnpassport.embedding.network.models import build
+from nnpassport.embedding.network.tensors import ArraysOf, TensorsOf
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.embedding.train.loop import Recipe
+from nnpassport.files.arrays import arrays_digest
+from nnpassport.files.config import ModelConfig, config_bytes
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.keys.reading import read_passports, verdict_on
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
 
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
@@ -73,6 +85,10 @@ def made(architecture, norm, seed):
         weight.copy_(turned.view_as(weight))
     assert V2.verify(model.state_dict(), key).match_rate == 1
     return model, key
+
+
+def tensors(networks):
+    return [dict(TensorsOf(each)) for each in networks]
 
 
 def matches(aligned, key, scheme=V2):
@@ -294,6 +310,81 @@ def test_any_order_and_any_signs_are_found_again(seed):
     assert matches(align(suspect.state_dict(), model, V2.forms(key)), key) == key.context.bits
 
 
+# Networks as they are known without being built
+
+
+@pytest.mark.parametrize("architecture", ["alexnet", "resnet18", "resnet50"])
+def test_a_folder_says_which_layers_share_channels(architecture, tmp_path):
+    for norm in ("batch", "group", "layer", "instance", "none"):
+        for stem in ("cifar", "imagenet"):
+            made = {"norm": norm, "stem": stem, "width": 0.125}
+            config = ModelConfig(architecture, made, tuple("ab"), (3, 32, 32), (0.5,) * 3, (1,) * 3)
+            model = build(architecture, classes=2, **made)
+            save_model(tmp_path / "net", model, config)
+            mine, theirs = network_of(model), network_in(tmp_path / "net").network
+            assert (mine.axes, mine.norms) == (theirs.axes, theirs.norms)
+            assert arrays_digest(mine.arrays) == arrays_digest(theirs.arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("features.9.weight", None),
+        ("features.11.weight", lambda t: t[:, :-1]),
+        ("features.14.bias", lambda t: torch.zeros(64)),
+        ("features.1.bias", lambda t: t.long()),
+        ("features.0.weight", lambda t: t.flatten(1)),
+        ("classifier.bias", lambda t: t[None]),
+    ],
+)
+def test_a_folder_of_another_network_is_refused(tmp_path, name, change):
+    model, _ = marked()
+    state = {n: t.contiguous() for n, t in model.state_dict().items()}
+    tensor = state.pop(name, None)
+    if change is not None:
+        state[name] = change(tensor).contiguous()
+    made = {"norm": "batch", "width": 0.25}
+    config = ModelConfig("alexnet", made, tuple("0123456789"), (3, 32, 32), (0.5,) * 3, (1,) * 3)
+    (tmp_path / "config.json").write_bytes(config_bytes(config))
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UnreadableModelError, match="does not fit 'alexnet'"):
+        network_in(tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])
+def test_layers_show_the_axes_that_tracing_finds_and_proves(norm):
+    for architecture in ("alexnet", "resnet18"):
+        model = build(architecture, norm=norm, width=0.25 if architecture == "alexnet" else 0.125)
+        traced = axes_of(model.eval(), torch.zeros(2, 3, 32, 32))
+        assert told(table_of(network_of(model))) == told(traced)
+
+
+@pytest.mark.parametrize("norm", ["group", "layer"])
+def test_over_axes_scales_behind_norms_of_groups_are_put_back(norm):
+    model, key = marked(norm=norm)
+    mine = network_of(model)
+    suspect = network_of(combine(model, rng(3), attacks=SAME_SHAPE).model)
+    reference = reference_of(table_of(mine), mine.arrays, key)
+    placed = reference.place(suspect.arrays).arrays
+    read = verdict_on(read_passports({**mine.arrays, **placed}, key), key)
+    assert read.match_rate > 0.97
+
+
+def told(table):
+    """What a table says, positions one by one."""
+    axes = {
+        (
+            axis.size,
+            axis.kind,
+            axis.traits,
+            frozenset((*p[:2], *p.positions(axis.size).flat) for p in axis.places),
+        )
+        for axis in table.axes
+    }
+    rest = (table.reads, table.norms, table.batch_norms, table.gains, table.unknown, table.pairs)
+    return axes, rest
+
+
 # The null, on networks that work
 
 
@@ -330,7 +421,7 @@ def test_whole_filters_would_match_what_is_unrelated_and_blind_ones_do_not(owned
 def test_mixtures_keep_second_moments_and_no_filter():
     model, _ = marked()
     weights = model.state_dict()
-    (mixed,) = mixtures(weights, ["features.8"], rng(), 1)
+    (mixed,) = tensors(mixtures(ArraysOf(weights), ["features.8"], Draws(0), 1))
     old, new = weights["features.8.weight"].flatten(1), mixed["features.8.weight"].flatten(1)
     torch.testing.assert_close(new.T @ new, old.T @ old, rtol=1e-3, atol=1e-3)
     cosines = (
@@ -346,10 +437,18 @@ def test_mixtures_look_like_unrelated_networks_to_the_aligner(owned, strangers):
     forms = {}  # whole filters, where the bias is large: the surrogate must show it
     mixed = [
         matches(align(each, model, forms), key)
-        for each in mixtures(strangers[0].state_dict(), layers, rng(), 4)
+        for each in tensors(mixtures(ArraysOf(strangers[0].state_dict()), layers, Draws(0), 4))
     ]
     others = [matches(align(each.state_dict(), model, forms), key) for each in strangers]
     assert min(sum(mixed), sum(others)) / 4 / key.context.bits > 0.54
+
+
+def test_the_null_is_drawn_as_pytorch_draws_it():
+    """So verdicts of the time when it did are repeated."""
+    draws, theirs = Draws(5), rng(5)
+    for count in (16, 17, 48**2, 100):
+        wanted = torch.randn(count, generator=theirs, dtype=torch.float64)
+        torch.testing.assert_close(torch.from_numpy(normals(draws, count)), wanted)
 
 
 def verdict(matches, log10_p):
@@ -434,6 +533,6 @@ def test_flipping_is_only_undone_with_the_norm():
     """A producer without a norm keeps its signs: a ReLU does not let one pass."""
     model, key = marked(norm="none")
     producer = channels_of(model)[2].producers[0]
-    with pytest.raises(ValueError, match="unpack"):
+    with pytest.raises(UnsuitableModelError, match=r"no norm follows features\.8"):
         negate(model, producer, -torch.ones(96))
     assert matches(align(model.state_dict(), model, V2.forms(key)), key) == key.context.bits

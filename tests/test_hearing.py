@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -14,8 +16,8 @@ import torch
 from authority import Signer, Website, certificate, new_key, pem
 from constructed import marked, reader, small_alexnet, solve_head, write_over
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rearranged import negate
 
-from nnpassport.alignment.channels import channels_of, negate
 from nnpassport.attacks.ambiguity import (
     grind,
     insider_passport,
@@ -31,9 +33,11 @@ from nnpassport.claims.claimfile import read_signed, write_signed
 from nnpassport.claims.rules import ALIGNED, AS_IT_STANDS, Claimant, Outcome, rule
 from nnpassport.claims.signing import bound_name, public_hex
 from nnpassport.embedding.checkpoint import save_model
+from nnpassport.embedding.network.channels import channels_of
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.layers import Branch
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
+from nnpassport.embedding.publish.onnx import export_onnx
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.embedding.train.loop import Recipe
@@ -761,6 +765,62 @@ def test_the_whole_story_on_the_command_line(court, world, call, authority, monk
     assert call(*judge, "2999")[0] == 2  # no time
     code, out, _ = call(*judge, LATER.isoformat())
     assert (code, out.splitlines()[0]) == (0, "OWNER: exhibit")
+
+
+def without_torch(*words):
+    """What a command says in JSON where torch is not installed, and with which exit code."""
+    program = """
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch" or name.startswith("torch."):
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, NoTorch())
+from nnpassport.cli.app import main
+main()
+"""
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def differences(one, other, at=""):
+    """Where two documents differ by more than rounding, and by what they say of parts on noise."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        names = one.keys() | other.keys()
+        each = [differences(one.get(n), other.get(n), f"{at}.{n}") for n in names - {"made_with"}]
+        return [found for several in each for found in several]
+    if isinstance(one, list) and isinstance(other, list):
+        one, other = ([v for v in side if "its part" not in str(v)] for side in (one, other))
+        if len(one) == len(other):
+            pairs = enumerate(zip(one, other, strict=True))
+            each = [differences(*pair, f"{at}[{n}]") for n, pair in pairs]
+            return [found for several in each for found in several]
+    alike = one == (pytest.approx(other) if isinstance(one, float) else other)
+    return [] if alike else [f"{at}: {one!r:.200} and {other!r:.200}"]
+
+
+@pytest.mark.parametrize("suspect", ["suspect", pytest.param("x.onnx", marks=pytest.mark.slow)])
+def test_alignment_and_the_judge_need_no_torch(court, world, call, authority, suspect):
+    """The same verdict and the same ruling, of a copy whose channels moved."""
+    thief = combine(world.bob, rng(4)).model
+    court.suspect(thief)
+    court.claim("alice", world.alice_key, reference=world.alice, authority=authority)
+    court.claim("bob", world.bob_key, reference=world.bob, authority=authority)
+    (court.folder / "root.pem").write_bytes(pem(authority.root))
+    if suspect.endswith("onnx"):
+        export_onnx(thief, EXAMPLE, court.folder / suspect)
+    save_key(world.alice_key, court.folder / "alice.key")
+    when = ("--root", court.folder / "root.pem", "--appeared", LATER.isoformat())
+    network = court.folder / suspect
+    owners = ("--key", court.folder / "alice.key", "--align", court.folder / "alice-net")
+    judge = ("judge", network, *court.exhibits, "--unrelated", court.unrelated[0], *when)
+    for words in (("verify", network, *owners, "--json"), (*judge, "--json")):
+        code, out, _ = call(*words)
+        there, facts = without_torch(*words)
+        assert code == there == 0
+        assert differences(json.loads(out), facts) == []
 
 
 def test_verify_under_a_claim_of_another_key_is_refused(court, world, call):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from nnpassport.alignment.channels import Channels, Producer, channels_of
+from nnpassport.alignment.channels import Channels, Producer
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -18,6 +18,7 @@ from nnpassport.attacks.obfuscation import (
     rescale,
     split_channels,
 )
+from nnpassport.embedding.network.channels import channels_of
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V2

@@ -15,9 +15,9 @@ import pytest
 import torch
 from authority import Signer, certificate, new_key, pem
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rearranged import negate
 from safetensors.torch import save_file
 
-from nnpassport.alignment.channels import channels_of, negate
 from nnpassport.attacks.obfuscation import (
     combine,
     flip_signs,
@@ -30,6 +30,7 @@ from nnpassport.claims.claimfile import timestamped_bytes, write_signed
 from nnpassport.claims.rules import ALIGNED, Outcome
 from nnpassport.claims.timestamp import Timestamp
 from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.network.channels import channels_of
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.tensors import tensors_digest
 from nnpassport.embedding.schemes.adi import ADI

@@ -18,32 +18,33 @@ import torch
 from authority import Signer, certificate, new_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from onnx import TensorProto, helper, numpy_helper
+from rearranged import take
 from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
 from safetensors.torch import save_file
 from scipy import stats
 
 from nnpassport.alignment import shapes as byshape
-from nnpassport.alignment.channels import channels_of, take
-from nnpassport.alignment.names import align
 from nnpassport.alignment.shapes import Search
 from nnpassport.attacks.obfuscation import combine, flip_signs, insert_dummies, permute, rescale
 from nnpassport.claims.claim import Declared, claim_of, sign_claim
 from nnpassport.claims.claimfile import timestamped_bytes, write_signed
 from nnpassport.claims.rules import Outcome
 from nnpassport.data.images import ImageSet, Normalisation
+from nnpassport.embedding.aligning import align
 from nnpassport.embedding.checkpoint import load_suspect, save_model
 from nnpassport.embedding.measured import verify_aligned
+from nnpassport.embedding.network.channels import channels_of, network_of
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.network.tensors import (
     ArraysOf,
-    read_suspect,
     read_weights,
     tensors_digest,
 )
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.config import ModelConfig
+from nnpassport.files.weights import read_suspect
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.keys.reading import read_passports, verdict_on
+from nnpassport.keys.reading import forms_of, read_passports, verdict_on
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification.candidates import verify_by_shape
 from nnpassport.verification.hearing import Bench, disclose, hear
@@ -115,6 +116,10 @@ def marked(architecture="alexnet"):
 def moved(architecture="alexnet"):
     """The marked network, its channels negated, permuted and rescaled."""
     return combine(marked(architecture)[0], rng(3), attacks=FREE).model
+
+
+def search_in(state, model, key):
+    return Search(dict(ArraysOf(state)), network_of(model), forms_of(key))
 
 
 # The eight, each a function of a network's state dict
@@ -331,7 +336,7 @@ def test_what_was_read_is_named_and_every_choice_is_paid_for():
     model, key = marked("resnet18")
     state = behind_a_decoy(model.state_dict(), model)
     found = verify_aligned(state, key, model).verdict
-    search = Search(state, model, V2.forms(key))
+    search = search_in(state, model, key)
     ways = math.prod(len(each) for each in search.candidates.values())
     assert search.log10_choices == pytest.approx(math.log10(ways))
     assert found.candidates["log10_choices"] == pytest.approx(math.log10(ways) + 10 * math.log10(2))
@@ -527,9 +532,10 @@ def test_seven_copies_in_wrong_orders_hide_nothing(architecture):
     model, key = marked(architecture)
     thief = moved(architecture).state_dict()
     suspect = the_owner_s_own_in_wrong_orders(thief, model, copies=7)
-    search = Search(suspect, model, V2.forms(key))
+    search = search_in(suspect, model, key)
     placed = search.placed(search.matrices(search.best()[0]))
-    assert V2.verify(placed.tensors, key).matches >= 0.95 * key.context.bits
+    read = verdict_on(read_passports(placed.arrays, key), key)
+    assert read.matches >= 0.95 * key.context.bits
 
 
 def test_a_fine_tuned_and_pruned_copy_under_other_names_is_found(case):
@@ -574,9 +580,10 @@ def test_strangers_gain_nothing_by_any_choice_of_tensors():
             state = narrow(2000 + 10 * number + stranger).state_dict()
             found = V2.verify(state, key)
             readings["plain"].append(found.log10_p_value)
-            search = Search({**state, **decoys}, owner, forms)
+            search = search_in({**state, **decoys}, owner, key)
             placed = search.placed(search.matrices(search.best()[0]))
-            readings["by shape alone"].append(V2.verify(placed.tensors, key).log10_p_value)
+            alone = verdict_on(read_passports(placed.arrays, key), key)
+            readings["by shape alone"].append(alone.log10_p_value)
             put = align(state, owner, forms).model.state_dict()
             readings["aligned"].append(V2.verify(put, key).log10_p_value)
     for how, values in readings.items():
@@ -807,16 +814,16 @@ def test_decoys_do_not_take_the_judge_s_time(monkeypatch):
         return plain(self, state, layer, candidate, seen)
 
     monkeypatch.setattr(Search, "_with", counted)
-    Search(suspect, model, V2.forms(key)).best()
+    search_in(suspect, model, key).best()
     freely = len(compared)
     compared.clear()
     monkeypatch.setattr(byshape, "MOST_PRODUCTS", 2**33)
-    assert Search(suspect, model, V2.forms(key)).best()
-    least = sum(len(each) for each in Search(suspect, model, V2.forms(key)).candidates.values())
+    assert search_in(suspect, model, key).best()
+    least = sum(len(each) for each in search_in(suspect, model, key).candidates.values())
     assert len(compared) <= 2 * least < freely
     monkeypatch.setattr(byshape, "MOST_PRODUCTS", 2**30)
     with pytest.raises(UnsuitableModelError, match="would take more than"):
-        Search(suspect, model, V2.forms(key)).best()
+        search_in(suspect, model, key).best()
 
 
 # F

@@ -11,7 +11,6 @@ from nnpassport.keys.chance import (
     LOG10_ALPHA_COMMITTED,
     LOG10_ALPHA_UNCOMMITTED,
     log10_binomial_tail,
-    log10_corrected,
     log_binomial_tail,
     matches_needed,
 )
@@ -116,21 +115,6 @@ def test_refuses_a_chance_that_is_none(chance):
 def test_refuses_counts_that_no_reading_gives(matches, trials):
     with pytest.raises(MiscountedError, match="trials"):
         log_binomial_tail(matches, trials)
-
-
-def test_correction_is_the_union_bound_and_never_above_one():
-    assert log10_corrected(-12.0, 2.0) == -10.0
-    assert log10_corrected(-12.0, 0.0) == -12.0
-    assert log10_corrected(-1.0, 2.0) == 0.0
-    assert log10_corrected(-math.inf, 2.0) == -math.inf
-
-
-@pytest.mark.parametrize(
-    ("p", "choices"), [(0.1, 1.0), (-1.0, -0.1), (math.nan, 1.0), (-1, math.nan)]
-)
-def test_correction_refuses_what_is_no_probability(p, choices):
-    with pytest.raises(ValueError, match="at least one choice"):
-        log10_corrected(p, choices)
 
 
 @given(

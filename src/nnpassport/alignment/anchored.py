@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nnpassport.alignment.byaxes import Placed, Read, Reference, alike, strangers_of
+from nnpassport.alignment.byaxes import Placed, Reference, alike, strangers_of
 from nnpassport.alignment.canonical import Weights
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.naming import FITS, Naming, loose_in, named
-from nnpassport.alignment.rate import exact
+from nnpassport.alignment.rate import Read, exact
 from nnpassport.files.arrays import Array, is_floating
 from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict

@@ -14,7 +14,7 @@ Aligned to a key's anchor, the network before the mark, nothing is projected out
 what knows nothing of the bits cannot prefer any.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.canonical import Weights, canonical, restored
 from nnpassport.alignment.directions import Free, free_in, spanned
 from nnpassport.alignment.part import needed, only
-from nnpassport.alignment.rate import MIXTURES, Other, against
+from nnpassport.alignment.rate import MIXTURES, Other, Read, against, beside
 from nnpassport.alignment.solve import Aligner, aligner
 from nnpassport.alignment.table import LONGEST, check_table
 from nnpassport.files.arrays import Array, arrays_digest, is_floating
@@ -52,7 +52,6 @@ BLIND = 0.55
 LOG10_NOT_BLIND = -4.0
 """And how unlikely chance has to be as the reason, before more of them are a refusal."""
 
-Read = Callable[[Mapping[str, Array]], Verdict]
 Matrix = NDArray[np.float64]
 
 
@@ -227,18 +226,8 @@ def verify_by_axes(
     if unrelated is not None:
         unrelated = list(unrelated)
         origin = f"{len(unrelated)} unrelated networks that were given"
-    others, skipped = list[Other](), 0
-    for each in _mixtures(suspect, reference) if unrelated is None else unrelated:
-        try:
-            there = reference.place(each)
-            others.append(Other(read(there.arrays).matches, there.cosines))
-        except UnsuitableModelError:
-            skipped += 1
-    if not others:
-        raise UnsuitableModelError(
-            f"none of {origin} can be aligned to the reference, so there is no null; needed: "
-            "networks of the owner's architecture, or none"
-        )
+    networks = _mixtures(suspect, reference) if unrelated is None else unrelated
+    others, skipped = beside(read, networks, reference.place, origin)
     _require_blind(found, others)
     return against(found, placed, others, origin, skipped)
 

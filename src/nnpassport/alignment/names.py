@@ -16,18 +16,19 @@ What is left of that preference is measured on networks that are unrelated; see 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Float, Int64
-from torch import Tensor, nn
+import numpy as np
 
 from nnpassport.alignment.channels import (
     Channels,
+    Floats,
+    Network,
+    Order,
     Producer,
     affine,
-    channels_of,
+    by_reader,
+    flat,
     fold_statistics,
     group_size,
     keeps_statistics,
@@ -36,9 +37,12 @@ from nnpassport.alignment.channels import (
     scale_columns,
     scale_rows,
     take,
+    weight_of,
     width,
 )
+from nnpassport.alignment.solve import assigned
 from nnpassport.alignment.unfold import completed
+from nnpassport.files.arrays import Array, is_finite, is_floating
 from nnpassport.scheme import UnsuitableModelError
 
 MOST_TIMES_WIDER = 64
@@ -50,33 +54,40 @@ MOST_CHANNELS = 8192
 """Nor is one with more channels than this on one axis: matching takes their square in memory."""
 
 _MOST_CLASSES = 2**20
+_REAL = np.zeros(0)
 _TWINS = 1e-2  # sine of the angle between a channel and its copy, at most; half precision rounds
+_SHORTEST = 1e-12  # rows are divided by this at least
 _UNREAD = 1e-5  # columns this small beside the median channel's: nobody reads that channel
 
-Forms = Mapping[str, Float[Tensor, "forms columns"]]
-"""By layer, what V multiplies a flattened filter with to read a bit."""
+Forms = Mapping[str, Floats]
+"""By layer, what V multiplies a flattened filter with to read a bit (forms columns)."""
 
 
 class Aligned(NamedTuple):
     """A suspect in the reference's order.
 
     Attributes:
-        model: the suspect's own weights, with as many channels as the reference has; running
+        network: the suspect's own weights, with as many channels as the reference has; running
             statistics are folded into the norms' scale and shift.
         cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
         dropped: channels that were left out because they are copies, or read by nobody.
         missing: channels of the reference for which the suspect had none: they are zero.
         whole: the suspect as wide as it is, statistics folded and copies given to what they are
             copies of: it computes what the suspect does.
-        places: by axis, as in `channels_of`, how each channel of `whole` was matched.
+        places: by axis of it, how each channel of `whole` was matched.
     """
 
-    model: nn.Module
+    network: Network
     cosines: Mapping[str, float]
     dropped: int
     missing: int
-    whole: nn.Module
+    whole: Network
     places: Sequence["Places"]
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """The tensors of `network`."""
+        return self.network.arrays
 
 
 class Places(NamedTuple):
@@ -88,34 +99,34 @@ class Places(NamedTuple):
         nearest: for each channel of the suspect, the largest |cosine| to any of the reference's.
     """
 
-    source: Int64[Tensor, " reference"]
-    cosine: Float[Tensor, " reference"]
-    nearest: Float[Tensor, " suspect"]
+    source: Order
+    cosine: Floats
+    nearest: Floats
 
 
 class Prepared(NamedTuple):
-    """A reference that many suspects are aligned to: `folded` has its statistics in its norms."""
+    """A reference that many suspects are aligned to: `folded` has its statistics in its norms.
 
-    plain: nn.Module
-    folded: nn.Module
-    axes: list[Channels]
-    bases: Forms
-
-
-@torch.no_grad()
-def prepared(reference: nn.Module, forms: Forms) -> Prepared:
-    """What `align` needs to know of a reference.
-
-    Raises:
-        UnsuitableModelError: it is not known which layers of this kind of network share channels.
+    `units` are its filters of length one, by layer, without what V reads.
     """
-    axes, folded = channels_of(reference), deepcopy(reference)
-    for producer in (each for axis in axes for each in axis.producers):
+
+    plain: Network
+    folded: Network
+    bases: Forms
+    units: Mapping[str, Floats]
+
+
+def prepared(reference: Network, forms: Forms) -> Prepared:
+    """What `align` needs to know of a reference."""
+    folded, bases = reference.copy(), bases_of(forms)
+    producers = [each for axis in reference.axes for each in axis.producers]
+    for producer in producers:
         fold_statistics(folded, producer)
-    return Prepared(reference, folded, axes, bases_of(forms))
+    units = {each.layer: _blind(folded, each, bases) for each in producers}
+    return Prepared(reference, folded, bases, units)
 
 
-def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> Aligned:
+def align(weights: Mapping[str, Array], reference: Network, forms: Forms) -> Aligned:
     """The network with these weights, its channels moved, negated and scaled back.
 
     `weights` is a state dict with the reference's names; layers may have more or fewer channels.
@@ -123,72 +134,121 @@ def align(weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> 
     may be folded into their layers. The reference is in its released form. Neither is changed.
 
     Raises:
-        UnsuitableModelError: they are not networks of one kind, or it is not known which layers of
-            this kind share channels.
+        UnsuitableModelError: they are not networks of one kind.
     """
     return align_to(prepared(reference, forms), weights)
 
 
-@torch.no_grad()
-def align_to(against: Prepared, weights: Mapping[str, Tensor]) -> Aligned:
+def align_to(against: Prepared, weights: Mapping[str, Array]) -> Aligned:
     """The same with a reference that is prepared, and stays as it is."""
-    _, reference, axes, bases = against
-    suspect = _as_wide(weights, against.plain, axes)
+    reference, axes = against.folded, against.folded.axes
+    suspect = _as_wide(weights, against.plain)
     for producer in (each for axis in axes for each in axis.producers):
         fold_statistics(suspect, producer)
     dropped = sum(_drop_copies(suspect, axis, width(reference, axis)) for axis in axes)
-    whole, found = deepcopy(suspect), {}
+    whole, found = suspect.copy(), {}
     for axis, ready in in_order(axes):
-        found[axis] = _place(suspect, reference, axis, ready, bases)
+        found[axis] = _place(suspect, against, axis, ready)
     missing = sum(int((order < 0).sum()) for order, _ in found.values())
     for axis in axes:  # streams once more, now that all who write them can be compared
         if len(axis.producers) > 1:
-            order, _ = _place(suspect, reference, axis, axis.producers, bases)
+            order, _ = _place(suspect, against, axis, axis.producers)
             first, nearest = found[axis]
-            found[axis] = (torch.where(order < 0, -1, first[order]), nearest)
+            found[axis] = (np.where(order < 0, -1, first[order]), nearest)
     cosines, places = {}, []
     for axis in axes:
-        alike = torch.zeros(width(reference, axis))
+        alike = np.zeros(width(reference, axis), np.float32)
         for producer in axis.producers:
-            along = _cosines(suspect, reference, producer, bases).diagonal()
+            rows = _blind(suspect, producer, against.bases)
+            along = np.einsum("oc,oc->o", against.units[producer.layer], rows)
             if producer.norm is not None:
-                negate(suspect, producer, torch.where(along < 0, -1.0, 1.0))
-            cosines[producer.layer] = float(along.abs().mean())
-            alike += along.abs() / len(axis.producers)
+                negate(suspect, producer, np.where(along < 0, -1.0, 1.0))
+            cosines[producer.layer] = float(np.abs(along).mean())
+            alike += np.abs(along) / len(axis.producers)
         source, nearest = found[axis]
         places.append(Places(source, alike, nearest))
-    _restore_groups(suspect, reference)
-    return Aligned(suspect.eval(), cosines, dropped, missing, whole.eval(), places)
+    # A suspect whose width is no multiple of a group may have lost the number of groups.
+    suspect.norms = dict(reference.norms)
+    return Aligned(suspect, cosines, dropped, missing, whole, places)
 
 
-def _as_wide(
-    weights: Mapping[str, Tensor], reference: nn.Module, axes: list[Channels]
-) -> nn.Module:
+def _as_wide(weights: Mapping[str, Array], reference: Network) -> Network:
     """A network of the reference's kind, as wide as the suspect, that holds its weights."""
-    suspect = deepcopy(reference)
-    weights = _heard(completed(weights, reference, axes), reference, axes)
-    _adopt_heads(suspect, axes, weights)
-    _adopt_biases(suspect, axes, weights)
-    for axis in axes:
-        name, most = f"{axis.producers[0].layer}.weight", width(reference, axis)
-        count = _count(weights, axis)
-        if not 0 < count <= MOST_TIMES_WIDER * most:
-            raise UnsuitableModelError(
-                f"the suspect has {count or 'no'} channels at {name}, and the reference {most}; "
-                f"needed for alignment: at most {MOST_TIMES_WIDER} times as many, and no more than "
-                f"{MOST_CHANNELS}; verify without "
-                "it, or give the reference that the suspect is a copy of"
-            )
-        if count != most:
-            take(suspect, axis, torch.arange(count) % most)
-    expected = suspect.state_dict()
+    weights, suspect = _heard(completed(weights, reference), reference), reference.copy()
+    expected = _shapes(weights, suspect)
+    _require_kind(weights, expected, reference)
+    for name in expected:
+        like = reference.arrays.get(name)
+        if like is None:  # a bias that the reference's layer does not have
+            like = weight_of(reference, name.removesuffix(".bias"))
+        with np.errstate(over="ignore"):
+            suspect.arrays[name] = weights[name].astype(like.dtype, copy=False)
+    # A finite float64 may be infinite in the reference's own dtype.
+    if not all(is_finite(values) for values in suspect.arrays.values()):
+        raise UnsuitableModelError(
+            "the suspect's numbers are too large for the reference's type; needed for alignment: "
+            "weights that can be stored in it"
+        )
+    return suspect
+
+
+def _shapes(weights: Mapping[str, Array], suspect: Network) -> dict[str, tuple[int, ...]]:
+    """The shapes of such a network's tensors, were it as wide as the suspect; its groups are set.
+
+    Its last layer may have another task, and layers may have biases before their norms say.
+    """
+    shapes = {name: array.shape for name, array in suspect.arrays.items()}
+    layers = {each.layer for axis in suspect.axes for each in axis.producers}
+    heads = {name for axis in suspect.axes for name in axis.consumers} - layers
+    for name in (name for head in heads for name in per_channel(suspect, head)):
+        there = weights.get(name)
+        if there is not None and there.ndim == len(shapes[name]) and len(there) <= _MOST_CLASSES:
+            shapes[name] = (len(there) or len(suspect.arrays[name]), *shapes[name][1:])
+    for name in (f"{layer}.bias" for layer in layers):
+        if name in weights:
+            shapes.setdefault(name, (0,))  # as many as there are channels
+    for axis in suspect.axes:
+        _widen(shapes, suspect, axis, _count(weights, axis))
+    return shapes
+
+
+def _widen(
+    shapes: dict[str, tuple[int, ...]], suspect: Network, axis: Channels, count: int
+) -> None:
+    """So many channels on one axis."""
+    name, most = f"{axis.producers[0].layer}.weight", width(suspect, axis)
+    if not 0 < count <= MOST_TIMES_WIDER * most:
+        raise UnsuitableModelError(
+            f"the suspect has {count or 'no'} channels at {name}, and the reference {most}; "
+            f"needed for alignment: at most {MOST_TIMES_WIDER} times as many, and no more than "
+            f"{MOST_CHANNELS}; verify without "
+            "it, or give the reference that the suspect is a copy of"
+        )
+    for producer in axis.producers:
+        size = group_size(suspect, producer.norm)
+        names = [own for part in producer if part for own in per_channel(suspect, part)]
+        for each in (*names, f"{producer.layer}.bias"):
+            if each in shapes:
+                shapes[each] = (count, *shapes[each][1:])
+        if producer.norm is not None and (norm := suspect.norms[producer.norm]).groups:
+            groups = max(1, count // size)
+            suspect.norms[producer.norm] = norm._replace(groups=groups)
+    for each in (f"{name}.weight" for name in axis.consumers):
+        out, columns, *kernel = shapes[each]
+        shapes[each] = (out, columns // most * count, *kernel)
+
+
+def _require_kind(
+    weights: Mapping[str, Array], expected: Mapping[str, tuple[int, ...]], reference: Network
+) -> None:
+    """Refuse what is no network of the reference's kind."""
     faults = [
         name
         for name in sorted(expected.keys() | weights.keys())
         if name not in expected
         or name not in weights
-        or expected[name].shape != weights[name].shape
-        or expected[name].is_floating_point() != weights[name].is_floating_point()
+        or expected[name] != weights[name].shape
+        or is_floating(reference.arrays.get(name, _REAL)) != is_floating(weights[name])
     ]
     if faults:
         named = ", ".join(repr(name[:100]) for name in faults[:5])
@@ -197,120 +257,103 @@ def _as_wide(
             f"missing, strange or of a shape that fits no other ({named}); needed for "
             "alignment: the same layers, though their channels may be more or fewer"
         )
-    suspect.load_state_dict(dict(weights))
-    # A finite float64 may be infinite in the reference's own dtype.
-    if any(not values.isfinite().all() for values in suspect.state_dict().values()):
-        raise UnsuitableModelError(
-            "the suspect's numbers are too large for the reference's type; needed for alignment: "
-            "weights that can be stored in it"
-        )
-    return suspect
 
 
-def _adopt_heads(model: nn.Module, axes: list[Channels], weights: Mapping[str, Tensor]) -> None:
-    """Give the last layers as many outputs as the suspect's have: its task may be another."""
-    written = {producer.layer for axis in axes for producer in axis.producers}
-    for name in {name for axis in axes for name in axis.consumers} - written:
-        for own, values in per_channel(model.get_submodule(name)).items():
-            there = weights.get(f"{name}.{own}")
-            if there is None or there.dim() != values.dim():
-                continue
-            if 0 < len(there) <= _MOST_CLASSES:
-                resized = values.new_zeros(len(there), *values.shape[1:])
-                setattr(model.get_submodule(name), own, nn.Parameter(resized))
-
-
-def _adopt_biases(model: nn.Module, axes: list[Channels], weights: Mapping[str, Tensor]) -> None:
-    """Give layers the biases that the suspect's have, before their norms say."""
-    for name in {producer.layer for axis in axes for producer in axis.producers}:
-        layer = model.get_submodule(name)
-        if layer._parameters.get("bias") is None and f"{name}.bias" in weights:
-            weight = layer.get_parameter("weight")
-            layer.bias = nn.Parameter(weight.new_zeros(len(weight)))
-
-
-def _heard(
-    weights: Mapping[str, Tensor], reference: nn.Module, axes: list[Channels]
-) -> dict[str, Tensor]:
+def _heard(weights: Mapping[str, Array], reference: Network) -> dict[str, Array]:
     """The weights without channels that nobody reads, where there are too many to look at all.
 
     Nobody reads a channel if every column for it is zero. What is read too softly to matter is
     dropped later.
     """
     state = dict(weights)
-    for axis in axes:
+    for axis in reference.axes:
         count, most = _count(state, axis), MOST_TIMES_WIDER * width(reference, axis)
         names = [f"{name}.weight" for name in axis.consumers]
-        readers = [state[name] for name in names if name in state and state[name].dim() > 1]
+        readers = [state[name] for name in names if name in state and state[name].ndim > 1]
         if count <= most or len(readers) < len(names):
             continue
         size = max(group_size(reference, producer.norm) for producer in axis.producers)
         if any(each.shape[1] % count for each in readers) or count % size:
             continue
-        columns = [each.unflatten(1, (count, -1)).transpose(0, 1).flatten(1) for each in readers]
-        read = torch.cat([each != 0 for each in columns], dim=1).any(1)
+        read = np.stack([(by_reader(each, count) != 0).any((0, 2)) for each in readers]).any(0)
         # Whole groups of a norm only: the others' mean would move.
-        kept = read.view(-1, size).any(1).repeat_interleave(size)
+        kept = np.repeat(read.reshape(-1, size).any(1), size)
         for part in (each for producer in axis.producers for each in producer if each):
             for own in ("weight", "bias", "running_mean", "running_var"):
                 values = state.get(f"{part}.{own}")
-                if values is not None and values.dim() and len(values) == count:
+                if values is not None and values.ndim and len(values) == count:
                     state[f"{part}.{own}"] = values[kept]
         for name, each in zip(names, readers, strict=True):
-            state[name] = each.unflatten(1, (count, -1))[:, kept].flatten(1, 2)
+            block = each.shape[1] // count
+            few = each.reshape(len(each), count, block, *each.shape[2:])[:, kept]
+            state[name] = few.reshape(len(each), int(kept.sum()) * block, *each.shape[2:])
     return state
 
 
-def _count(weights: Mapping[str, Tensor], axis: Channels) -> int:
+def _count(weights: Mapping[str, Array], axis: Channels) -> int:
     """How many channels these weights have on an axis; 0 if that cannot be told."""
     there = weights.get(f"{axis.producers[0].layer}.weight")
-    return 0 if there is None or there.dim() == 0 else len(there)
+    return 0 if there is None or there.ndim == 0 else len(there)
 
 
-def _drop_copies(model: nn.Module, axis: Channels, enough: int) -> int:
+def _drop_copies(network: Network, axis: Channels, enough: int) -> int:
     """Give what reads a channel's copy to the channel, and leave out what nobody reads; how many.
 
     Two channels are copies if everything that comes out of one is a positive multiple of what
     comes out of the other: parallel filters, and parallel scale and shift behind the norm.
     """
-    directions = [_direction(model, producer) for producer in axis.producers]
-    size = torch.cat([_effect(model, producer) for producer in axis.producers], dim=1)
-    angles = [unit @ unit.T for unit in (*directions, _unit(size))]
-    first = first_of_each(torch.stack(angles).amin(0))
-    own = first == torch.arange(len(first))
-    scale = _ratio(size.norm(dim=1), size.norm(dim=1)[first])
-    read = torch.zeros(len(first), dtype=torch.float64)
-    for name in axis.consumers:
-        weight = model.get_submodule(name).get_parameter("weight")
-        columns = weight.unflatten(1, (len(first), -1)).double()
+    size = np.concatenate([_effect(network, producer) for producer in axis.producers], axis=1)
+    alike, loud = _own_cosines(_unit(size)), np.linalg.norm(size, axis=1)
+    for producer in axis.producers:
+        np.minimum(alike, _own_cosines(_direction(network, producer)), out=alike)
+    first = first_of_each(alike)
+    own = first == np.arange(len(first))
+    read = np.zeros(len(first))
+    for layer in axis.consumers:
+        weight = weight_of(network, layer)
         if not own.all():
-            scaled = columns * scale.view(-1, *[1] * (columns.dim() - 2))
-            columns = torch.zeros_like(scaled).index_add_(1, first, scaled)
-            weight.copy_(columns.flatten(1, 2))
-        read += columns.transpose(0, 1).flatten(1).square().sum(1)
-    heard = read.sqrt() * size.norm(dim=1)  # small columns may read what is loud
-    kept = own & (heard > _UNREAD * heard[own].median())
+            weight = _given_to(weight, first, _ratio(loud, loud[first]))
+            network.arrays[f"{layer}.weight"] = weight
+        columns = by_reader(weight.astype(np.float64, copy=False), len(first))
+        read += np.einsum("ocb,ocb->c", columns, columns)
+    heard = np.sqrt(read) * loud  # small columns may read what is loud
+    kept = own & (heard > _UNREAD * _median(heard[own]))
     if kept.sum() < enough:  # a network that was pruned: whatever is there may still be read
         kept = own
     if not kept.all():
-        take(model, axis, kept.nonzero().flatten())
+        take(network, axis, np.flatnonzero(kept))
     return len(kept) - int(kept.sum())
 
 
-def first_of_each(cosines: Float[Tensor, "channels channels"]) -> Int64[Tensor, " channels"]:
+def _given_to(weight: Floats, first: Order, scale: Floats) -> Floats:
+    """A reader's weight whose columns for copies, so much louder, are added to the channel's."""
+    columns = by_reader(weight.astype(np.float64), len(first)) * scale[:, None]
+    for copy in np.flatnonzero(first != np.arange(len(first))):
+        columns[:, first[copy]] += columns[:, copy]
+        columns[:, copy] = 0
+    return columns.reshape(weight.shape).astype(weight.dtype)
+
+
+def _median(values: Floats) -> float:
+    """The lower one where there are two in the middle."""
+    return float(np.sort(values)[(len(values) - 1) // 2])
+
+
+def first_of_each(cosines: Floats) -> Order:
     """For each channel the first that it is a copy of, itself if there is none before it.
 
     To be a copy is not transitive, so only those count that are nobody's copy themselves.
+    `cosines` are between channels (channels channels).
     """
-    twins = (cosines > 1 - _TWINS**2 / 2).tril_(-1).nonzero().tolist()
-    first = list(range(len(cosines)))
-    for index, before in twins:  # by index, then by what is before it
+    first = np.arange(len(cosines))
+    # By index, then by what is before it.
+    for index, before in np.argwhere(np.tril(cosines > 1 - _TWINS**2 / 2, -1)):
         if first[index] == index and first[before] == before:
             first[index] = before
-    return torch.tensor(first, dtype=torch.long)
+    return first
 
 
-def in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
+def in_order(axes: Sequence[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
     """Every axis once, when most of what writes it reads channels that are already in place."""
     unplaced = {name for axis in axes for name in axis.consumers}
     waiting = list(axes)
@@ -326,55 +369,40 @@ def in_order(axes: list[Channels]) -> Iterator[tuple[Channels, list[Producer]]]:
 
 
 def _place(
-    suspect: nn.Module,
-    reference: nn.Module,
-    axis: Channels,
-    compared: Sequence[Producer],
-    bases: Forms,
-) -> tuple[Int64[Tensor, " reference"], Float[Tensor, " suspect"]]:
+    suspect: Network, against: Prepared, axis: Channels, compared: Sequence[Producer]
+) -> tuple[Order, Floats]:
     """Bring an axis into the reference's order and scale.
 
     Returned are the old place of each channel, −1 where one is missing, and how near each of the
     suspect's came to any of the reference's.
     """
-    # Slow to import, and readings without alignment do not need it.
-    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415
-
-    likeness = torch.zeros(width(reference, axis), width(suspect, axis))
+    reference = against.folded
+    likeness = np.zeros((width(reference, axis), width(suspect, axis)), np.float32)
     for producer in compared:
-        cosines = _cosines(suspect, reference, producer, bases)
-        likeness += cosines.abs() if producer.norm is not None else cosines
-    if not likeness.isfinite().all():
+        cosines = against.units[producer.layer] @ _blind(suspect, producer, against.bases).T
+        likeness += np.abs(cosines) if producer.norm is not None else cosines
+    if not np.isfinite(likeness).all():
         raise UnsuitableModelError(
             f"filters of {axis.producers[0].layer} are too long to be compared; needed for "
             "alignment: weights whose squares can be summed up"
         )
-    order = torch.full((len(likeness),), -1)
-    wanted, found = linear_sum_assignment(likeness.numpy(), maximize=True)
-    order[torch.as_tensor(wanted)] = torch.as_tensor(found)
+    order = assigned(likeness)
     take(suspect, axis, order)
     for producer in compared:  # first this, because γ makes up for a part of it
         _match_before_norm(suspect, reference, producer)
     larger = _ratio(_size(suspect, compared), _size(reference, compared))
     for producer in axis.producers:
-        for values in affine(suspect, producer).values():
-            scale_rows(values, 1 / larger)
-    for name in axis.consumers:
-        scale_columns(suspect.get_submodule(name).get_parameter("weight"), larger)
-    return order, likeness.amax(0) / max(1, len(compared))
+        scale_rows(suspect, affine(suspect, producer), 1 / larger)
+    for layer in axis.consumers:
+        scale_columns(suspect, layer, larger)
+    return order, likeness.max(0) / max(1, len(compared))
 
 
-def _cosines(
-    suspect: nn.Module, reference: nn.Module, producer: Producer, bases: Forms
-) -> Float[Tensor, "reference suspect"]:
-    """Between each filter of the reference's layer and of the suspect's, without what V reads."""
-    basis, sides = bases.get(producer.layer), []
-    for model in (reference, suspect):
-        rows = model.get_submodule(producer.layer).get_parameter("weight").flatten(1).float()
-        if basis is not None:
-            rows = rows - rows @ basis.T @ basis
-        sides.append(_unit(rows))
-    return sides[0] @ sides[1].T
+def _blind(network: Network, producer: Producer, bases: Forms) -> Floats:
+    """Filters of length one, without what V reads (channels columns)."""
+    rows = flat(weight_of(network, producer.layer)).astype(np.float32, copy=False)
+    basis = bases.get(producer.layer)
+    return _unit(rows if basis is None else rows - rows @ basis.T @ basis)
 
 
 def bases_of(forms: Forms) -> Forms:
@@ -385,62 +413,64 @@ def bases_of(forms: Forms) -> Forms:
                 f"V reads {len(read)} bits off filters of {read.shape[1]} numbers in {name}, so "
                 "nothing is left to align them by; verify without alignment"
             )
-    return {name: torch.linalg.qr(read.float().T).Q.T for name, read in forms.items()}
+    return {n: np.linalg.qr(read.astype(np.float32).T)[0].T for n, read in forms.items()}
 
 
-def _direction(model: nn.Module, producer: Producer) -> Float[Tensor, "channels columns"]:
-    """Unit filters, turned the way in which they come out of the norm."""
-    weight = model.get_submodule(producer.layer).get_parameter("weight").double().flatten(1)
+def _direction(network: Network, producer: Producer) -> Floats:
+    """Unit filters, turned the way in which they come out of the norm (channels columns)."""
+    rows = flat(weight_of(network, producer.layer)).astype(np.float64)
     if producer.norm is not None:
-        weight = weight * affine(model, producer)["weight"].double().sign()[:, None]
-    return _unit(weight)
+        rows *= np.sign(network.arrays[f"{producer.norm}.weight"].astype(np.float64))[:, None]
+    return _unit(rows)
 
 
-def _effect(model: nn.Module, producer: Producer) -> Float[Tensor, "channels parts"]:
-    """How large what comes out of each channel is, and its shift.
+def _effect(network: Network, producer: Producer) -> Floats:
+    """How large what comes out of each channel is, and its shift (channels 2).
 
     Behind running statistics, which are folded by now, a longer filter gives more.
     """
-    last = affine(model, producer)
-    scale = last["weight"].double().reshape(len(last["weight"]), -1).norm(dim=1)
-    if producer.norm is not None and keeps_statistics(model.get_submodule(producer.norm)):
-        scale = scale.abs() * _lengths(model, producer)
-    return torch.stack([scale, last.get("bias", torch.zeros_like(scale)).double()], dim=1)
+    last = {n.rpartition(".")[2]: network.arrays[n] for n in affine(network, producer)}
+    rows = flat(last["weight"]).astype(np.float64)
+    scale = np.linalg.norm(rows, axis=1)
+    if keeps_statistics(network, producer):
+        scale = scale * _lengths(network, producer)
+    shift = last.get("bias", np.zeros(len(scale)))
+    return np.stack([scale, shift.astype(np.float64)], axis=1)
 
 
-def _lengths(model: nn.Module, producer: Producer) -> Float[Tensor, " channels"]:
-    weight = model.get_submodule(producer.layer).get_parameter("weight")
-    return weight.double().flatten(1).norm(dim=1)
+def _lengths(network: Network, producer: Producer) -> Floats:
+    """Of a layer's filters (channels)."""
+    rows = flat(weight_of(network, producer.layer)).astype(np.float64)
+    return np.sqrt(np.einsum("oc,oc->o", rows, rows))
 
 
-def _size(model: nn.Module, producers: Sequence[Producer]) -> Float[Tensor, " channels"]:
-    effects = [_effect(model, producer) for producer in producers]
-    return torch.cat(effects, dim=1).norm(dim=1)
+def _size(network: Network, producers: Sequence[Producer]) -> Floats:
+    effects = [_effect(network, producer) for producer in producers]
+    found: Floats = np.linalg.norm(np.concatenate(effects, axis=1), axis=1)
+    return found
 
 
-def _match_before_norm(suspect: nn.Module, reference: nn.Module, producer: Producer) -> None:
+def _match_before_norm(suspect: Network, reference: Network, producer: Producer) -> None:
     """Bring rows to the reference's length, where folded statistics let the norm undo it."""
-    if producer.norm is None or not keeps_statistics(suspect.get_submodule(producer.norm)):
+    if not keeps_statistics(suspect, producer):
         return
     longer = _ratio(_lengths(reference, producer), _lengths(suspect, producer))
-    for values in per_channel(suspect.get_submodule(producer.layer)).values():
-        scale_rows(values, longer)
-    scale_rows(affine(suspect, producer)["weight"], 1 / longer)
+    scale_rows(suspect, per_channel(suspect, producer.layer), longer)
+    scale_rows(suspect, [f"{producer.norm}.weight"], 1 / longer)
 
 
-def _ratio(one: Tensor, other: Tensor) -> Tensor:
+def _ratio(one: Floats, other: Floats) -> Floats:
     """One / other, and 1 where that is no positive number."""
-    ratio = one / other
-    return torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        ratio = one / other
+    return np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0)
 
 
-def _unit(rows: Tensor) -> Tensor:
-    return nn.functional.normalize(rows, dim=1)
+def _unit(rows: Floats) -> Floats:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    found: Floats = rows / np.maximum(lengths, rows.dtype.type(_SHORTEST))
+    return found
 
 
-def _restore_groups(suspect: nn.Module, reference: nn.Module) -> None:
-    """A suspect whose width is no multiple of a group may have lost the number of groups."""
-    for name, module in reference.named_modules():
-        if isinstance(module, nn.GroupNorm):
-            twin = suspect.get_submodule(name)
-            twin.num_groups = module.num_groups  # type: ignore[assignment]
+def _own_cosines(unit: Floats) -> Floats:
+    return unit @ unit.T

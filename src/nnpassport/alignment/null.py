@@ -8,25 +8,28 @@ at the highest rate that any of them reached, if that is more than ½.
 Where nobody gives unrelated networks, they are made of the suspect: mixtures of its own filters.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
+from nnpassport.alignment.channels import Floats, Network, flat
 from nnpassport.alignment.names import Aligned, Forms, align_to, prepared
-from nnpassport.alignment.rate import MIXTURES, Other, against, exact
-from nnpassport.alignment.shapes import Choice, Placed, Search, mixed
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.alignment.rate import MIXTURES, Other, Read, against, beside, exact
+from nnpassport.alignment.shapes import Choice, Placed, Search
+from nnpassport.files.arrays import Array, arrays_digest
+from nnpassport.scheme import Verdict
 
-Read = Callable[[Mapping[str, Tensor]], Verdict]
-"""V with one key, on a state dict."""
+Draws = np.random.RandomState
+"""Of PyTorch's generator on the processor, which has the same twister: see `normals`."""
 
 
 class Unrelated(NamedTuple):
     """Networks that have nothing to do with the reference, and where they are from."""
 
-    networks: Iterable[Mapping[str, Tensor]]
+    networks: Iterable[Mapping[str, Array]]
     origin: str
 
 
@@ -52,8 +55,8 @@ class ShapedVerdict(NamedTuple):
 
 def aligned_verdict(
     read: Read,
-    weights: Mapping[str, Tensor],
-    reference: nn.Module,
+    weights: Mapping[str, Array],
+    reference: Network,
     forms: Forms,
     unrelated: Unrelated,
 ) -> AlignedVerdict:
@@ -69,22 +72,13 @@ def aligned_verdict(
     """
     ready = prepared(reference, forms)
     aligned = align_to(ready, weights)
-    found = read(aligned.model.state_dict())
-    others: list[Other] = []
-    skipped = 0
-    for each in unrelated.networks:
-        try:
-            other = align_to(ready, each)
-        except UnsuitableModelError:
-            skipped += 1
-            continue
-        others.append(Other(read(other.model.state_dict()).matches, other.cosines))
-    _require(others, unrelated.origin)
-    return AlignedVerdict(against(found, aligned, others, unrelated.origin, skipped), aligned)
+    found, origin = read(aligned.arrays), unrelated.origin
+    others, skipped = beside(read, unrelated.networks, partial(align_to, ready), origin)
+    return AlignedVerdict(against(found, aligned, others, origin, skipped), aligned)
 
 
 def anchored_verdict(
-    read: Read, weights: Mapping[str, Tensor], anchor: nn.Module, stranger: Mapping[str, Tensor]
+    read: Read, weights: Mapping[str, Array], anchor: Network, stranger: Mapping[str, Array]
 ) -> AlignedVerdict:
     """V on the suspect with these weights once it is aligned to the network before the mark.
 
@@ -96,11 +90,11 @@ def anchored_verdict(
     """
     ready = prepared(anchor, {})
     aligned, other = align_to(ready, weights), align_to(ready, stranger)
-    return AlignedVerdict(exact(read(aligned.model.state_dict()), aligned, other.cosines), aligned)
+    return AlignedVerdict(exact(read(aligned.arrays), aligned, other.cosines), aligned)
 
 
 def anchored_by_shape(
-    read: Read, weights: Mapping[str, Tensor], anchor: nn.Module, rng: torch.Generator
+    read: Read, weights: Mapping[str, Array], anchor: Network, draws: Draws
 ) -> ShapedVerdict:
     """V on tensors of the suspect that are the anchor's layers by their shapes (`shapes`).
 
@@ -112,18 +106,18 @@ def anchored_by_shape(
     """
     search = Search(weights, anchor, {})
     choice, placed = _best_of(search, read)
-    stranger = search.placed(mixed(search.matrices(choice), rng))
-    verdict = exact(read(placed.tensors), placed, stranger.cosines)
+    stranger = search.placed(mixed(search.matrices(choice), draws))
+    verdict = exact(read(placed.arrays), placed, stranger.cosines)
     return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
 
 
 def verdict_by_shape(
     read: Read,
-    weights: Mapping[str, Tensor],
-    reference: nn.Module,
+    weights: Mapping[str, Array],
+    reference: Network,
     forms: Forms,
     unrelated: Unrelated | None,
-    rng: torch.Generator,
+    draws: Draws,
 ) -> ShapedVerdict:
     """V on tensors of the suspect that are the reference's layers by their shapes (`byshape`).
 
@@ -135,26 +129,20 @@ def verdict_by_shape(
     """
     search = Search(weights, reference, forms)
     choice, placed = _best_of(search, read)
-    found = read(placed.tensors)
-    others: list[Other] = []
-    skipped = 0
-    for network in () if unrelated is None else unrelated.networks:
-        try:
-            other = Search(network, reference, forms)
-            aligned = other.placed(other.matrices(other.best()[0]))
-        except UnsuitableModelError:
-            skipped += 1
-            continue
-        others.append(Other(read(aligned.tensors).matches, aligned.cosines))
-    if unrelated is not None:
-        _require(others, unrelated.origin)
-    chosen = search.matrices(choice)
-    for _ in range(MIXTURES):
-        aligned = search.placed(mixed(chosen, rng))
-        others.append(Other(read(aligned.tensors).matches, aligned.cosines))
+    others, skipped = list[Other](), 0
     origin = f"{MIXTURES} mixtures of the suspect's own filters"
-    origin = origin if unrelated is None else f"{unrelated.origin} and {origin}"
-    verdict = against(found, placed, others, origin, skipped)
+    if unrelated is not None:
+
+        def place(network: Mapping[str, Array]) -> Placed:
+            other = Search(network, reference, forms)
+            return other.placed(other.matrices(other.best()[0]))
+
+        others, skipped = beside(read, unrelated.networks, place, unrelated.origin)
+        origin = f"{unrelated.origin} and {origin}"
+    chosen = search.matrices(choice)
+    strangers = (mixed(chosen, draws) for _ in range(MIXTURES))
+    others += beside(read, strangers, search.placed, origin)[0]
+    verdict = against(read(placed.arrays), placed, others, origin, skipped)
     return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
 
 
@@ -164,24 +152,24 @@ def _best_of(search: Search, read: Read) -> tuple[Choice, Placed]:
     for each in search.best():
         choices.setdefault(search.alike(each), each)
     tried = [(each, search.placed(search.matrices(each))) for each in choices.values()]
-    return max(tried, key=lambda each: read(each[1].tensors).matches)
+    return max(tried, key=lambda each: read(each[1].arrays).matches)
 
 
 def _taken(choice: Choice) -> dict[str, str]:
     return {layer: each.name for layer, each in choice.taken.items()}
 
 
-def _require(others: Sequence[Other], origin: str) -> None:
-    if not others:
-        raise UnsuitableModelError(
-            f"none of {origin} can be aligned to the reference, so there is no null; "
-            "needed: networks of the owner's architecture, or none"
-        )
+def of_its_own(weights: Mapping[str, Array], reference: Network) -> Unrelated:
+    """Mixtures of the filters of the network with these weights, always the same, as the null."""
+    layers = [p.layer for axis in reference.axes for p in axis.producers]
+    there = [n for n in layers if f"{n}.weight" in weights and weights[f"{n}.weight"].ndim > 1]
+    origin = f"{MIXTURES} mixtures of the suspect's own filters"
+    return Unrelated(mixtures(weights, there, seeded(weights), MIXTURES), origin)
 
 
 def mixtures(
-    weights: Mapping[str, Tensor], layers: Iterable[str], rng: torch.Generator, count: int
-) -> Iterator[dict[str, Tensor]]:
+    weights: Mapping[str, Array], layers: Iterable[str], draws: Draws, count: int
+) -> Iterator[dict[str, Array]]:
     """Networks whose filters in each of `layers` are random rotations among the suspect's own.
 
     They have the suspect's filters' second moments, so they look to alignment like a network of
@@ -189,10 +177,45 @@ def mixtures(
     """
     names = [f"{layer}.weight" for layer in layers]
     for _ in range(count):
-        mixed = dict(weights)
-        for name in names:
-            rows = weights[name].flatten(1).double()
-            noise = torch.randn(len(rows), len(rows), generator=rng, dtype=torch.float64)
-            rotation = torch.linalg.qr(noise).Q
-            mixed[name] = (rotation @ rows).view_as(weights[name]).to(weights[name])
-        yield mixed
+        rotated = mixed({name: weights[name] for name in names}, draws)
+        mine = {name: rows.astype(weights[name].dtype) for name, rows in rotated.items()}
+        yield {**weights, **mine}
+
+
+def mixed(matrices: Mapping[str, Array], draws: Draws) -> dict[str, Floats]:
+    """The same with filters that are random rotations among those of each matrix, in float64."""
+    found = dict[str, Floats]()
+    for name, rows in matrices.items():
+        rotation = np.linalg.qr(normals(draws, len(rows) ** 2).reshape((len(rows),) * 2))[0]
+        found[name] = (rotation @ flat(rows).astype(np.float64)).reshape(rows.shape)
+    return found
+
+
+def seeded(weights: Mapping[str, Array]) -> Draws:
+    """What draws for these weights: whoever repeats it finds the same."""
+    return Draws(int(arrays_digest(weights)[:15], 16) % 2**32)
+
+
+def normals(draws: Draws, count: int) -> NDArray[np.float64]:
+    """Standard normal numbers, as `torch.randn` draws 16 of them or more in float64.
+
+    Verdicts of before, when PyTorch drew them, are repeated by that. Of fewer it has others.
+    """
+    sixteens, rest = divmod(max(count, 16), 16)
+    found = _uniform(draws, max(count, 16))
+    found[: 16 * sixteens] = _from_uniform(found[: 16 * sixteens])
+    if rest:
+        found[-16:] = _from_uniform(_uniform(draws, 16))
+    return found[:count]
+
+
+def _uniform(draws: Draws, count: int) -> NDArray[np.float64]:
+    words = draws.randint(0, 2**32, 2 * count, dtype=np.uint32).astype(np.uint64)
+    return ((words[::2] << 32 | words[1::2]) & (2**53 - 1)).astype(np.float64) * 2.0**-53
+
+
+def _from_uniform(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Box and Muller's, eight pairs at a time."""
+    one, other = np.moveaxis(uniform.reshape(-1, 2, 8), 1, 0)
+    radius, angle = np.sqrt(-2 * np.log1p(-one)), 2 * np.pi * other
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], 1).reshape(-1)

@@ -7,13 +7,14 @@ at the highest rate that any of them reached, if that is more than ½.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import log10_binomial_tail
-from nnpassport.scheme import Verdict
+from nnpassport.scheme import UnsuitableModelError, Verdict
 
 MIXTURES = 8
 """How many networks are made of the suspect's own filters where no unrelated ones are given."""
@@ -33,8 +34,16 @@ A network that was trained from the reference's weights stays near 1, one of its
 """
 
 
+Read = Callable[[Mapping[str, Array]], Verdict]
+"""V with one key, on tensors under the names that it knows."""
+
+
 class Matched(Protocol):
     """What alignment says of a network that it has put in order."""
+
+    @property
+    def arrays(self) -> Mapping[str, Array]:
+        """Its tensors, in the reference's order."""
 
     @property
     def cosines(self) -> Mapping[str, float]:
@@ -56,34 +65,46 @@ class Other(NamedTuple):
     cosines: Mapping[str, float]
 
 
+def beside(
+    read: Read,
+    networks: Iterable[Mapping[str, Array]],
+    place: Callable[[Mapping[str, Array]], Matched],
+    origin: str,
+) -> tuple[list[Other], int]:
+    """Networks that are unrelated, aligned and read; and how many could not be aligned.
+
+    Raises:
+        UnsuitableModelError: none can be.
+    """
+    others, skipped = list[Other](), 0
+    for each in networks:
+        try:
+            there = place(each)
+            others.append(Other(read(there.arrays).matches, there.cosines))
+        except UnsuitableModelError:
+            skipped += 1
+    if not others:
+        raise UnsuitableModelError(
+            f"none of {origin} can be aligned to the reference, so there is no null; needed: "
+            "networks of the owner's architecture, or none"
+        )
+    return others, skipped
+
+
 def against(
     found: Verdict, aligned: Matched, others: Sequence[Other], origin: str, skipped: int
 ) -> Verdict:
     """The verdict, at the rate of the unrelated networks, and all that alignment found."""
     matches = [other.matches for other in others]
     cautious, log10_p = with_null(found, matches), found.log10_p_value
-    alike = likeness(aligned.cosines, [other.cosines for other in others])
-    facts = {
-        "to": REFERENCE,
-        "bound": False,
-        "likeness": alike,
-        "related": alike >= RELATED,
-        "cosines": dict(aligned.cosines),
-        "dropped": aligned.dropped,
-        "missing": aligned.missing,
-        "null": {
-            "networks": origin,
-            "bits": found.bits,
-            "matches": matches,
-            "log10_p_analytic": log10_p,
-            "skipped": skipped,
-            "log10_p_empirical": None
-            if log10_p is None
-            else _at_rate_of_best(found, log10_p, matches),
-        },
-        "readings": READINGS,
+    null = {
+        "networks": origin,
+        "matches": matches,
+        "skipped": skipped,
+        "log10_p_empirical": None if log10_p is None else _at_rate_of_best(found, log10_p, matches),
     }
-    return replace(cautious, alignment=facts)
+    strangers = [other.cosines for other in others]
+    return replace(cautious, alignment=_facts(found, aligned, REFERENCE, strangers, null))
 
 
 def exact(found: Verdict, aligned: Matched, stranger: Mapping[str, float]) -> Verdict:
@@ -93,27 +114,38 @@ def exact(found: Verdict, aligned: Matched, stranger: Mapping[str, float]) -> Ve
     there is a reading without alignment too is paid for. The cosines of a `stranger`, by layer, say
     what is alike by chance.
     """
-    alike = likeness(aligned.cosines, [stranger])
-    facts = {
-        "to": ANCHOR,
-        "bound": True,
+    null = {
+        "networks": "none is needed: what it was aligned to knows nothing of the bits",
+        "matches": [],
+        "skipped": 0,
+        "log10_p_empirical": None,
+    }
+    reason = "aligned to the network before the mark, for which bits are coins"
+    paid = found.paid(math.log10(READINGS), reason, of="readings")
+    return replace(paid, alignment=_facts(found, aligned, ANCHOR, [stranger], null))
+
+
+def _facts(
+    found: Verdict,
+    aligned: Matched,
+    to: str,
+    strangers: Sequence[Mapping[str, float]],
+    null: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What `Verdict.alignment` says."""
+    alike = likeness(aligned.cosines, strangers)
+    counted = {"bits": found.bits, "log10_p_analytic": found.log10_p_value}
+    return {
+        "to": to,
+        "bound": to == ANCHOR,
         "likeness": alike,
         "related": alike >= RELATED,
         "cosines": dict(aligned.cosines),
         "dropped": aligned.dropped,
         "missing": aligned.missing,
-        "null": {
-            "networks": "none is needed: what it was aligned to knows nothing of the bits",
-            "bits": found.bits,
-            "matches": [],
-            "log10_p_analytic": found.log10_p_value,
-            "skipped": 0,
-            "log10_p_empirical": None,
-        },
+        "null": {**null, **counted},
         "readings": READINGS,
     }
-    reason = "aligned to the network before the mark, for which bits are coins"
-    return replace(found.paid(math.log10(READINGS), reason, of="readings"), alignment=facts)
 
 
 def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:

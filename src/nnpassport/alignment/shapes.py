@@ -10,10 +10,10 @@ Only filters are looked at here. Norms, biases and counters have no shapes to be
 nothing hangs on them: of two layers one after the other, rows are compared by their angles, which
 no scale changes, and the scale at which a layer reads a channel is that of its columns, brought to
 the reference's. So it does not matter either whether norms were folded into filters. Alignment by
-names (`alignment`), which knows the norms, sees more: twins that take from each other what they
+names (`names`), which knows the norms, sees more: twins that take from each other what they
 add to what is read.
 
-Blind, as `alignment`: what a bit is read with is projected out of both sides. Lengths of what is
+Blind, as `names`: what a bit is read with is projected out of both sides. Lengths of what is
 left do not depend on the bits: they are the same for a filter and for its mirror image.
 """
 
@@ -22,13 +22,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple, final
 
-import torch
-from jaxtyping import Float, Int64
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+import numpy as np
 
-from nnpassport.alignment.channels import Channels, channels_of, width
+from nnpassport.alignment.channels import Floats, Network, Order, flat, weight_of, width
 from nnpassport.alignment.names import MOST_CHANNELS, Forms, bases_of, first_of_each, in_order
+from nnpassport.alignment.solve import assigned
+from nnpassport.files.arrays import Array, is_floating
 from nnpassport.scheme import UnsuitableModelError
 
 KEPT = 6
@@ -63,13 +62,13 @@ class Placed(NamedTuple):
     """A suspect's filters in the reference's order.
 
     Attributes:
-        tensors: a state dict of the layers that were looked for, each "LAYER.weight".
+        arrays: a state dict of the layers that were looked for, each "LAYER.weight".
         cosines: mean |cosine| between matched filters, by layer; without the part that V reads.
         dropped: channels whose filter is another's too; what is read of them is added up.
         missing: channels of the reference for which the suspect had none: they are zero.
     """
 
-    tensors: Mapping[str, Tensor]
+    arrays: Mapping[str, Array]
     cosines: Mapping[str, float]
     dropped: int
     missing: int
@@ -83,17 +82,25 @@ class Choice(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A layer of the reference: its filters by input channel, and which axes it stands between."""
+    """A layer of the reference, and which axes it stands between.
+
+    Attributes:
+        turns: whether a norm takes a sign back.
+        rows: its filters by input channel (out channels block).
+        basis: orthonormal rows for what V reads (forms columns), or None.
+        unit: the filters without what V reads, of length one (out columns).
+        loud: the squares of `unit`, summed up by channel (out channels).
+    """
 
     name: str
     writes: int | None
     reads: int | None
-    turns: bool  # a norm takes a sign back
+    turns: bool
     shape: tuple[int, ...]
-    rows: Float[Tensor, "out channels block"]
-    basis: Float[Tensor, "forms columns"] | None
-    unit: Float[Tensor, "out columns"]  # the rows without what V reads, of length one
-    loud: Float[Tensor, "out channels"]  # the squares of `unit`, summed up by channel
+    rows: Floats
+    basis: Floats | None
+    unit: Floats
+    loud: Floats
 
 
 class _State(NamedTuple):
@@ -101,9 +108,9 @@ class _State(NamedTuple):
 
     fit: float
     taken: dict[str, Candidate]
-    sums: dict[int, Tensor]
-    firsts: dict[int, Tensor]
-    orders: dict[int, Tensor]
+    sums: dict[int, Floats]
+    firsts: dict[int, Order]
+    orders: dict[int, Order]
 
 
 _START = _State(0.0, {}, {}, {}, {})
@@ -117,13 +124,10 @@ class Search:
         candidates: by layer, the tensors that fit it and, in their widths, each other.
     """
 
-    @torch.no_grad()
-    def __init__(self, weights: Mapping[str, Tensor], reference: nn.Module, forms: Forms) -> None:
+    def __init__(self, weights: Mapping[str, Array], reference: Network, forms: Forms) -> None:
         self._weights = weights
-        self._axes = channels_of(reference)
-        self._layers = _layers(reference, self._axes, forms)
-        self._widths = [width(reference, axis) for axis in self._axes]
-        self.candidates = _candidates(weights, self._layers, self._widths)
+        self._layers = _layers(reference, forms)
+        self.candidates = _candidates(weights, self._layers, len(reference.axes))
         self._last = {
             axis: [e.name for e in self._layers if e.writes == axis and _is_early(e, self._layers)][
                 -1
@@ -131,14 +135,13 @@ class Search:
             for axis in {layer.writes for layer in self._layers} - {None}
         }
         self._contents: dict[Candidate, tuple[object, ...]] = {}
-        self._orders: dict[bytes, Tensor] = {}
+        self._orders: dict[bytes, Order] = {}
 
     @property
     def log10_choices(self) -> float:
         """log₁₀ of how many ways there are to choose a tensor for each layer, or more."""
         return sum(math.log10(len(each)) for each in self.candidates.values())
 
-    @torch.no_grad()
     def best(self) -> list[Choice]:
         """The choices that fit best, the best one first."""
         states, left = [_START], 0
@@ -156,7 +159,7 @@ class Search:
                 and (found := self._with(state, layer, each, seen)) is not None
             ]
             best = _that_fit_best(tried)
-            settled: dict[tuple[object, ...], Tensor] = {}
+            settled: dict[tuple[object, ...], Order] = {}
             states = [self._settled(state, layer, settled) for state in best]
         if not states:
             raise UnsuitableModelError(
@@ -171,7 +174,7 @@ class Search:
 
     def _products(self, layer: _Layer) -> int:
         """What it takes to compare all of a layer's candidates with it, for one choice so far."""
-        sizes = [self._weights[each.name].numel() for each in self.candidates[layer.name]]
+        sizes = [self._weights[each.name].size for each in self.candidates[layer.name]]
         products = sum(max(_LEAST_PRODUCTS, size * len(layer.rows)) for size in sizes)
         if products > MOST_PRODUCTS // len(self._layers):
             raise UnsuitableModelError(
@@ -180,15 +183,14 @@ class Search:
             )
         return products
 
-    def matrices(self, choice: Choice) -> dict[str, Tensor]:
+    def matrices(self, choice: Choice) -> dict[str, Floats]:
         """What was chosen, in float64, each (out channels block)."""
         return {
             layer.name: _matrix(self._weights, choice.taken[layer.name], layer)
             for layer in self._layers
         }
 
-    @torch.no_grad()
-    def placed(self, matrices: Mapping[str, Tensor]) -> Placed:
+    def placed(self, matrices: Mapping[str, Floats]) -> Placed:
         """These filters in the reference's order, with its signs and lengths."""
         state, matrices = _START, _read(matrices, self._layers)
         for layer in self._layers:
@@ -199,13 +201,13 @@ class Search:
                 for layer in self._layers
                 if layer.writes == axis
             ]
-            state.orders[axis] = _order(torch.stack(likeness).sum(0), state.firsts[axis])
+            state.orders[axis] = _order(np.sum(likeness, axis=0), state.firsts[axis])
         found = [self._restored(layer, matrices[layer.name], state) for layer in self._layers]
         names = [layer.name for layer in self._layers]
         return Placed(
             {f"{name}.weight": rows for name, (rows, _) in zip(names, found, strict=True)},
             {name: cosine for name, (_, cosine) in zip(names, found, strict=True)},
-            sum(int((f != torch.arange(len(f))).sum()) for f in state.firsts.values()),
+            sum(int((f != np.arange(len(f))).sum()) for f in state.firsts.values()),
             sum(int((order < 0).sum()) for order in state.orders.values()),
         )
 
@@ -240,17 +242,17 @@ class Search:
     def _content(self, candidate: Candidate) -> tuple[object, ...]:
         """Equal for tensors of the same numbers."""
         if candidate not in self._contents:
-            tensor = self._weights[candidate.name].detach().cpu().contiguous()
-            digest = hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).digest()
-            facts = (digest, tensor.dtype, tuple(tensor.shape), candidate.turned)
+            array = np.ascontiguousarray(self._weights[candidate.name])
+            digest = hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()
+            facts = (digest, array.dtype, array.shape, candidate.turned)
             self._contents[candidate] = facts
         return self._contents[candidate]
 
-    def _kept(self, order: Tensor) -> Tensor:
+    def _kept(self, order: Order) -> Order:
         """The same order, one object for all that are equal."""
-        return self._orders.setdefault(order.numpy().tobytes(), order)
+        return self._orders.setdefault(order.tobytes(), order)
 
-    def _seen(self, state: _State, layer: _Layer, matrix: Tensor) -> _State:
+    def _seen(self, state: _State, layer: _Layer, matrix: Floats) -> _State:
         """The state once these filters have been compared with the layer's."""
         likeness, axis = self._likeness(layer, matrix, state), layer.writes
         if axis is None or axis in state.orders:
@@ -258,11 +260,12 @@ class Search:
             return state._replace(fit=state.fit + fit)
         firsts = dict(state.firsts)
         if axis not in firsts:
-            unit = nn.functional.normalize(matrix.flatten(1), dim=1)
+            rows = flat(matrix)
+            unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _SHORTEST)
             cosines = unit @ unit.T
-            firsts[axis] = self._kept(first_of_each(cosines.abs() if layer.turns else cosines))
-        before = state.sums.get(axis, torch.zeros_like(likeness))
-        added = (before + likeness).amax(1) - before.amax(1)  # all who write it, in one order
+            firsts[axis] = self._kept(first_of_each(np.abs(cosines) if layer.turns else cosines))
+        before = state.sums.get(axis, np.zeros_like(likeness))
+        added = (before + likeness).max(1) - before.max(1)  # all who write it, in one order
         return state._replace(
             fit=state.fit + float(added.mean()),
             sums={**state.sums, axis: before + likeness},
@@ -270,7 +273,7 @@ class Search:
         )
 
     def _settled(
-        self, state: _State, layer: _Layer, settled: dict[tuple[object, ...], Tensor]
+        self, state: _State, layer: _Layer, settled: dict[tuple[object, ...], Order]
     ) -> _State:
         """The state, its channels in order if this layer was the last that says which."""
         axis = layer.writes
@@ -282,42 +285,46 @@ class Search:
         sums = {each: total for each, total in state.sums.items() if each != axis}
         return state._replace(sums=sums, orders={**state.orders, axis: settled[situation]})
 
-    def _likeness(self, layer: _Layer, matrix: Tensor, state: _State) -> Tensor:
+    def _likeness(self, layer: _Layer, matrix: Floats, state: _State) -> Floats:
         """How alike the layer's filters and these are, the sign apart where it is free."""
         order = state.orders.get(layer.writes) if layer.writes is not None else None
         rows = self._columns(layer, matrix, state)
         rows, lengths = _measured(layer, rows * _scale(layer, rows, order)[:, None])
-        cosines = (layer.unit @ rows.flatten(1).T).div_(lengths)
-        return cosines.abs_() if layer.turns else cosines
+        cosines = layer.unit @ flat(rows).T
+        cosines /= lengths
+        return np.abs(cosines, out=cosines) if layer.turns else cosines
 
-    def _columns(self, layer: _Layer, matrix: Tensor, state: _State) -> Tensor:
+    def _columns(self, layer: _Layer, matrix: Floats, state: _State) -> Floats:
         """The filters' columns in the reference's order; those of copies are added up."""
         if layer.reads is None:
             return matrix
         first, order = state.firsts[layer.reads], state.orders[layer.reads]
-        if (first != torch.arange(len(first))).any():
-            matrix = torch.zeros_like(matrix).index_add_(1, first, matrix)
-        return _taken(matrix, order, dim=1)
+        copies = np.flatnonzero(first != np.arange(len(first)))
+        if len(copies):
+            matrix = matrix.copy()
+            for copy in copies:
+                matrix[:, first[copy]] += matrix[:, copy]
+        return _taken(matrix, order, axis=1)
 
-    def _rows_of(self, layer: _Layer, state: _State) -> Int64[Tensor, " channels"]:
+    def _rows_of(self, layer: _Layer, state: _State) -> Order:
         if layer.writes is None:
-            return torch.arange(len(layer.rows))
+            return np.arange(len(layer.rows))
         return state.orders[layer.writes]
 
-    def _restored(self, layer: _Layer, matrix: Tensor, state: _State) -> tuple[Tensor, float]:
+    def _restored(self, layer: _Layer, matrix: Floats, state: _State) -> tuple[Floats, float]:
         """The layer's weight as the reference would have it, and how well its filters fit."""
         order = self._rows_of(layer, state)
-        rows = _taken(self._columns(layer, matrix, state), order, dim=0)
-        there = torch.where(order >= 0, torch.arange(len(order)), -1)
+        rows = _taken(self._columns(layer, matrix, state), order, axis=0)
+        there = np.where(order >= 0, np.arange(len(order)), -1)
         rows = rows * _scale(layer, rows, there)[:, None]
         blind, least = _measured(layer, rows)
-        along = (layer.unit * blind.flatten(1)).sum(1) / least
-        lengths, own = (each.flatten(1).norm(dim=1) for each in (layer.rows, rows))
-        factor = torch.where(own > 0, lengths / own, 0.0)
+        along = (layer.unit * flat(blind)).sum(1) / least
+        lengths, own = (np.sqrt(_squares(each).sum(1)) for each in (layer.rows, rows))
+        factor = np.divide(lengths, own, out=np.zeros_like(own), where=own > 0)
         if layer.turns:
-            factor = torch.where(along < 0, -factor, factor)
+            factor = np.where(along < 0, -factor, factor)
         weight = (rows * factor[:, None, None]).reshape(layer.shape)
-        return weight, float(along.abs().mean())
+        return weight, float(np.abs(along).mean())
 
 
 def _situation(state: _State, layer: _Layer) -> Iterator[int]:
@@ -334,30 +341,19 @@ def _that_fit_best(states: Sequence[_State]) -> list[_State]:
     return [state for state in ranked[:MOST_KEPT] if state.fit >= least]
 
 
-def _order(
-    likeness: Float[Tensor, "reference suspect"], first: Int64[Tensor, " suspect"]
-) -> Int64[Tensor, " reference"]:
-    """Where each of the reference's channels is, of those that are nobody's copy; −1: nowhere."""
-    if not likeness.isfinite().all():
+def _order(likeness: Floats, first: Order) -> Order:
+    """Where each of the reference's channels is, of those that are nobody's copy; −1: nowhere.
+
+    `likeness` is between the reference's channels and the suspect's (reference suspect).
+    """
+    if not np.isfinite(likeness).all():
         raise UnsuitableModelError(
             "the suspect's filters are too long to be compared; needed for alignment: weights "
             "whose squares can be summed up"
         )
-    own = (first == torch.arange(len(first))).nonzero().flatten()
-    wanted, found = linear_sum_assignment(likeness[:, own].numpy(), maximize=True)
-    order = torch.full((len(likeness),), -1)
-    order[torch.as_tensor(wanted)] = own[torch.as_tensor(found)]
-    return order
-
-
-def mixed(matrices: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
-    """The same with filters that are random rotations among those of each layer."""
-    found = {}
-    for name, rows in matrices.items():
-        noise = torch.randn(len(rows), len(rows), generator=rng, dtype=torch.float64)
-        rotation = torch.linalg.qr(noise).Q
-        found[name] = (rotation @ rows.flatten(1)).view_as(rows)
-    return found
+    own = np.flatnonzero(first == np.arange(len(first)))
+    order = assigned(likeness[:, own])
+    return np.where(order < 0, -1, own[order])
 
 
 _NEEDED = (
@@ -366,18 +362,19 @@ _NEEDED = (
 )
 
 
-def _layers(reference: nn.Module, axes: Sequence[Channels], forms: Forms) -> list[_Layer]:
+def _layers(reference: Network, forms: Forms) -> list[_Layer]:
     """The layers that write an axis or are read by V, each after all that it is compared through.
 
     Those that write an axis come before it is read, as far as their own inputs are in order.
     """
-    bases, reads = bases_of(forms), {n: i for i, axis in enumerate(axes) for n in axis.consumers}
-    writes = {each.layer: i for i, axis in enumerate(axes) for each in axis.producers}
+    axes, bases = reference.axes, bases_of(forms)
+    reads = {name: number for number, axis in enumerate(axes) for name in axis.consumers}
+    writes = {each.layer: number for number, axis in enumerate(axes) for each in axis.producers}
     turns = {p.layer: p.norm is not None for axis in axes for p in axis.producers}
     names: list[str] = []
     settled: set[int | None] = {None}
     later = [*writes, *(name for name in reads if name not in writes and name in forms)]
-    for axis, ready in in_order(list(axes)):
+    for axis, ready in in_order(axes):
         names += [each.layer for each in ready]
         settled.add(axes.index(axis))
         names += [
@@ -387,24 +384,15 @@ def _layers(reference: nn.Module, axes: Sequence[Channels], forms: Forms) -> lis
         ]
     layers = []
     for name in names:
-        weight = reference.get_submodule(name).get_parameter("weight").detach()
-        read = reads.get(name)
+        weight, read = weight_of(reference, name), reads.get(name)
         inputs = weight.shape[1] if read is None else width(reference, axes[read])
-        rows = weight.double().reshape(len(weight), inputs, -1)
-        basis = bases[name].double() if name in bases else None
-        layer = _Layer(
-            name,
-            writes.get(name),
-            read,
-            turns.get(name, False),
-            tuple(weight.shape),
-            rows,
-            basis,
-            *(rows, rows),
-        )
+        rows = weight.astype(np.float64).reshape(len(weight), inputs, -1)
+        basis = bases[name].astype(np.float64) if name in bases else None
+        turned = turns.get(name, False)
+        layer = _Layer(name, writes.get(name), read, turned, weight.shape, rows, basis, rows, rows)
         blind, lengths = _measured(layer, rows)
         unit = blind / lengths[:, None, None]
-        layers.append(layer._replace(unit=unit.flatten(1), loud=_squares(unit)))
+        layers.append(layer._replace(unit=flat(unit), loud=_squares(unit)))
     return layers
 
 
@@ -415,13 +403,13 @@ def _is_early(layer: _Layer, layers: Sequence[_Layer]) -> bool:
 
 
 def _candidates(
-    weights: Mapping[str, Tensor], layers: Sequence[_Layer], widths: Sequence[int]
+    weights: Mapping[str, Array], layers: Sequence[_Layer], axes: int
 ) -> dict[str, list[Candidate]]:
     """By layer, what may be it: of its kernel, and of widths that fit all the others' in turn."""
     fits = {layer.name: list(_shaped(weights, layer)) for layer in layers}
     while True:
         before = {name: len(each) for name, each in fits.items()}
-        for axis in range(len(widths)):
+        for axis in range(axes):
             writers = [layer.name for layer in layers if layer.writes == axis]
             readers = [layer.name for layer in layers if layer.reads == axis]
             sides = [{out for _, out, _ in fits[n]} for n in writers]
@@ -444,16 +432,16 @@ def _candidates(
     return {name: [candidate for candidate, _, _ in each] for name, each in fits.items()}
 
 
-def _shaped(weights: Mapping[str, Tensor], layer: _Layer) -> Iterator[tuple[Candidate, int, int]]:
+def _shaped(weights: Mapping[str, Array], layer: _Layer) -> Iterator[tuple[Candidate, int, int]]:
     """Tensors of the layer's kernel, with how many channels they write and read."""
     block, kernel = layer.rows.shape[2], layer.shape[2:]
     for name, tensor in weights.items():
-        if tensor.dim() < 2 or not tensor.is_floating_point() or tensor.numel() == 0:
+        if tensor.ndim < 2 or not is_floating(tensor) or tensor.size == 0:
             continue
-        if tensor.dim() == len(layer.shape) and tensor.shape[2:] != kernel:
+        if tensor.ndim == len(layer.shape) and tensor.shape[2:] != kernel:
             continue
         sizes = [(False, len(tensor), math.prod(tensor.shape[1:]))]
-        if tensor.dim() == len(layer.shape) == 2:
+        if tensor.ndim == len(layer.shape) == 2:
             sizes.append((True, tensor.shape[1], len(tensor)))
         for turned, out, columns in sizes:
             fixed = layer.reads is None and columns != math.prod(layer.rows.shape[1:])
@@ -463,13 +451,13 @@ def _shaped(weights: Mapping[str, Tensor], layer: _Layer) -> Iterator[tuple[Cand
                 yield Candidate(name, turned), out, columns // block
 
 
-def _matrix(weights: Mapping[str, Tensor], candidate: Candidate, layer: _Layer) -> Tensor:
-    weight = weights[candidate.name].detach().double()
-    weight = weight.t() if candidate.turned else weight
+def _matrix(weights: Mapping[str, Array], candidate: Candidate, layer: _Layer) -> Floats:
+    weight = weights[candidate.name].astype(np.float64)
+    weight = np.ascontiguousarray(weight.T) if candidate.turned else weight
     return weight.reshape(len(weight), -1, layer.rows.shape[2])
 
 
-def _read(matrices: Mapping[str, Tensor], layers: Sequence[_Layer]) -> dict[str, Tensor]:
+def _read(matrices: Mapping[str, Floats], layers: Sequence[_Layer]) -> dict[str, Floats]:
     """The filters without those of channels for which every reader's column is zero.
 
     A filter that nobody reads could be anybody's. But of a network that has no more channels than
@@ -478,12 +466,11 @@ def _read(matrices: Mapping[str, Tensor], layers: Sequence[_Layer]) -> dict[str,
     found = dict(matrices)
     axes = [axis for axis in {layer.reads for layer in layers} if axis is not None]
     before = -1
-    while before != (before := sum(each.numel() for each in found.values())):
+    while before != (before := sum(each.size for each in found.values())):
         for axis in axes:
-            columns = [found[each.name].abs().amax((0, 2)) for each in layers if each.reads == axis]
-            read = torch.stack(columns).amax(0) > 0
+            read = np.any([found[e.name].any((0, 2)) for e in layers if e.reads == axis], axis=0)
             writers = [each for each in layers if each.writes == axis]
-            if int(read.sum()) < len(writers[0].rows):
+            if int(read.sum()) < len(writers[0].rows) or read.all():
                 continue
             for layer in layers:
                 if layer.reads == axis:
@@ -493,15 +480,13 @@ def _read(matrices: Mapping[str, Tensor], layers: Sequence[_Layer]) -> dict[str,
     return found
 
 
-def _scale(
-    layer: _Layer, rows: Tensor, order: Int64[Tensor, " channels"] | None
-) -> Float[Tensor, " channels"]:
+def _scale(layer: _Layer, rows: Floats, order: Order | None) -> Floats:
     """How much louder the reference's layer reads each channel than these filters do.
 
     Both without what V reads with. Rows have length one, and columns in the mean that which the
     reference's have: over the rows in this order if there is one, or over all.
     """
-    scale = rows.new_ones(rows.shape[1])
+    scale = np.ones(rows.shape[1])
     if layer.reads is None:
         return scale
     wanted = layer.loud
@@ -514,42 +499,46 @@ def _scale(
         if squares is None:
             loud = _squares(_blind(layer, rows * scale[:, None]))
         else:
-            loud = squares * scale.square()
-        found = (loud / _length(loud).square()[:, None]).mean(0)
-        ratio = (wanted / found.clamp_min(_SMALLEST)).sqrt()
-        scale = scale * torch.where((found > _SMALLEST) & (wanted > _SMALLEST), ratio, 1.0)
+            loud = squares * np.square(scale)
+        found = (loud / np.square(_length(loud))[:, None]).mean(0)
+        ratio = np.sqrt(wanted / np.maximum(found, _SMALLEST))
+        scale = scale * np.where((found > _SMALLEST) & (wanted > _SMALLEST), ratio, 1.0)
     return scale
 
 
-def _measured(layer: _Layer, rows: Tensor) -> tuple[Tensor, Float[Tensor, " out"]]:
+def _measured(layer: _Layer, rows: Floats) -> tuple[Floats, Floats]:
     """Filters without what V reads, and what they have to be divided by to be of length one."""
     blind = _blind(layer, rows)
     return blind, _length(_squares(blind))
 
 
-def _squares(rows: Tensor) -> Float[Tensor, "out channels"]:
-    """Sums of squares, by channel."""
-    return rows.square().sum(2)
+def _squares(rows: Floats) -> Floats:
+    """Sums of squares, by channel (out channels)."""
+    found: Floats = np.einsum("ocb,ocb->oc", rows, rows)
+    return found
 
 
-def _length(squares: Float[Tensor, "out channels"]) -> Float[Tensor, " out"]:
-    return squares.sum(1).sqrt().clamp_min(_SHORTEST)
+def _length(squares: Floats) -> Floats:
+    found: Floats = np.maximum(np.sqrt(squares.sum(1)), _SHORTEST)
+    return found
 
 
-def _blind(layer: _Layer, rows: Tensor) -> Tensor:
+def _blind(layer: _Layer, rows: Floats) -> Floats:
     if layer.basis is None:
         return rows
-    flat = rows.flatten(1)
-    return torch.addmm(flat, flat @ layer.basis.T, layer.basis, alpha=-1).view_as(rows)
+    seen = flat(rows)
+    return (seen - seen @ layer.basis.T @ layer.basis).reshape(rows.shape)
 
 
-def _taken(rows: Tensor, order: Int64[Tensor, " taken"], dim: int) -> Tensor:
+def _taken(rows: Floats, order: Order, axis: int) -> Floats:
     """These rows or columns in this order; −1 is zeros."""
-    found = rows.index_select(dim, order.clamp_min(0))
-    return found if (order >= 0).all() else found.index_fill_(dim, (order < 0).nonzero()[:, 0], 0.0)
+    found = rows.take(np.maximum(order, 0), axis=axis)
+    if (order < 0).any():
+        np.moveaxis(found, axis, 0)[order < 0] = 0
+    return found
 
 
-def _along(cosines: Tensor, order: Int64[Tensor, " channels"]) -> float:
+def _along(cosines: Floats, order: Order) -> float:
     """The mean of those that are matched; what is missing counts as zero."""
-    there = (order >= 0).nonzero().flatten()
+    there = np.flatnonzero(order >= 0)
     return float(cosines[there, order[there]].sum() / len(order))

@@ -12,7 +12,7 @@ network is aligned to decides what a match is worth.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,7 @@ from nnpassport.progress import counted
 
 Matrix = NDArray[np.float64]
 SWEEPS = 3
-_NOT_LINEAR = {"pointwise", "layer norm", "square", "group norm", "bilinear"}
+_NOT_LINEAR = {"pointwise", "layer norm", "square", "bilinear"}
 """Traits with which a positive factor does not pass through an axis."""
 _TINY = 1e-300
 _STILL = 1e-6
@@ -743,7 +743,7 @@ def _along(spot: Spot, tensor: Matrix) -> Spot:
     return spot._replace(positions=np.zeros((0, repeats), np.int64))
 
 
-def assigned(cosines: Matrix) -> NDArray[np.int64]:
+def assigned(cosines: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
     """By row, the column that it is matched with, −1 for none: the largest sum there is."""
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
 

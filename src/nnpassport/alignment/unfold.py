@@ -1,18 +1,44 @@
 """From the tensors of a graph to a state dict: what was folded in for speed is told apart again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
-from nnpassport.alignment.channels import Channels, Producer, channels_of, keeps_statistics
-from nnpassport.scheme import UnsuitableModelError
+from nnpassport.alignment.channels import Network, Producer, keeps_statistics, weight_of
+from nnpassport.files.arrays import Array
 
 _STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
-def state_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that have a place in `model`; a graph's own constants are left out.
+class Frame(NamedTuple):
+    """What a state dict of some network has.
+
+    Attributes:
+        names: of its tensors.
+        parts: of everything in it, layers among them.
+        norms: by layer, the norm with running statistics that follows it, and its eps.
+    """
+
+    names: frozenset[str]
+    parts: frozenset[str]
+    norms: Mapping[str, tuple[str, float]]
+
+
+def frame(network: Network) -> Frame:
+    """The same of a network that is known by its channels."""
+    names = frozenset(network.arrays)
+    norms = {
+        each.layer: (str(each.norm), network.norms[str(each.norm)].eps)
+        for axis in network.axes
+        for each in axis.producers
+        if keeps_statistics(network, each)
+    }
+    return Frame(names, frozenset(name.rpartition(".")[0] for name in names), norms)
+
+
+def state_from(tensors: Mapping[str, Array], to: Frame) -> dict[str, Array]:
+    """The tensors that have a place in such a network; a graph's own constants are left out.
 
     A batch norm none of whose tensors are there was folded into its layer: in its place comes one
     that does nothing but add the layer's bias,
@@ -20,103 +46,89 @@ def state_from(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
         γ = 1, β = bias, μ = 0, σ² = 1 − eps
 
     and the network computes what the graph did. Counters of batch norms are in no graph. What else
-    is missing stays missing. The model is only looked at, and may be on the meta device.
+    is missing stays missing.
     """
-    expected = model.state_dict()
-    state = {n: torch.tensor(0) for n in expected if n.endswith("num_batches_tracked")}
-    for layer, name in _norms(model):
+    state = _counters(to)
+    for layer, (norm, eps) in to.norms.items():
         weight = tensors.get(f"{layer}.weight")
-        if weight is None or _is_there(name, tensors):
+        if weight is None or _is_there(norm, tensors):
             continue
-        norm = model.get_submodule(name)
-        ones = torch.ones(len(weight), dtype=weight.dtype)
-        values = (ones, tensors.get(f"{layer}.bias", 0 * ones), 0 * ones, ones - float(norm.eps))  # type: ignore[arg-type]
-        state |= {f"{name}.{each}": v for each, v in zip(_STATISTICS, values, strict=True)}
+        ones = np.ones(len(weight), weight.dtype)
+        bias, variance = tensors.get(f"{layer}.bias", 0 * ones), (ones - eps).astype(ones.dtype)
+        values = (ones, bias, 0 * ones, variance)
+        state |= {f"{norm}.{own}": v for own, v in zip(_STATISTICS, values, strict=True)}
         tensors = {**tensors, f"{layer}.bias": 0 * ones}
-    return state | {name: tensor for name, tensor in tensors.items() if name in expected}
+    return state | {name: tensor for name, tensor in tensors.items() if name in to.names}
 
 
-def without_strangers(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The tensors without those that have no place in `model`; counters that are missing are zero.
+def without_strangers(tensors: Mapping[str, Array], to: Frame) -> dict[str, Array]:
+    """The tensors without those that have no place in such a network; missing counters are zero.
 
-    A bias that a layer of the model does not have stays, unless it is zero: it changes what is
-    computed.
+    A bias that a layer does not have there stays, unless it is zero: it changes what is computed.
     """
-    expected, layers = model.state_dict(), dict(model.named_modules())
-    counters = {n: torch.tensor(0) for n in expected if n.endswith("num_batches_tracked")}
-    return counters | {
+    return _counters(to) | {
         name: tensor
         for name, tensor in tensors.items()
-        if name in expected
-        or (name.endswith(".bias") and name.removesuffix(".bias") in layers and tensor.any())
+        if name in to.names
+        or (name.endswith(".bias") and name.removesuffix(".bias") in to.parts and tensor.any())
     }
 
 
-def completed(
-    tensors: Mapping[str, Tensor], model: nn.Module, axes: list[Channels]
-) -> dict[str, Tensor]:
-    """A state dict for a network like `model`, of other widths perhaps, out of what there is.
+def completed(tensors: Mapping[str, Array], network: Network) -> dict[str, Array]:
+    """A state dict for such a network, of other widths perhaps, out of what there is.
 
     What has no place there is left out, but a bias of a layer on these axes: such a layer may have
     one. Folded norms are told apart, and what a norm or layer lacks is filled in by what changes
     nothing. Matrices and convolutions that multiply the same numbers are each other.
     """
-    layers = {each.layer: each for axis in axes for each in axis.producers}
-    ends = {name for axis in axes for name in axis.consumers} - layers.keys()
-    tensors = dict(tensors)
+    layers = {each.layer: each for axis in network.axes for each in axis.producers}
+    ends = {name for axis in network.axes for name in axis.consumers} - layers.keys()
+    tensors, to = dict(tensors), frame(network)
     for name in (*layers, *ends):
-        wanted = model.get_submodule(name).get_parameter("weight")
         if (there := tensors.get(f"{name}.weight")) is not None:
-            tensors[f"{name}.weight"] = _reshaped(there, wanted)
-    folded = {layer for layer, norm in _norms(model) if not _is_there(norm, tensors)}
+            tensors[f"{name}.weight"] = _reshaped(there, weight_of(network, name))
+    folded = {layer for layer, (norm, _) in to.norms.items() if not _is_there(norm, tensors)}
     biases = {f"{name}.bias" for name in layers.keys() - folded}
     added = {name: tensor for name, tensor in tensors.items() if name in biases}
-    state = {**added, **state_from(tensors, model)}
+    state = {**added, **state_from(tensors, to)}
     for name in (*layers, *ends):
         weight = state.get(f"{name}.weight")
-        if weight is None or weight.dim() == 0:
+        if weight is None or weight.ndim == 0:
             continue
-        rows = len(weight)
-        if model.get_submodule(name)._parameters.get("bias") is not None:
-            state.setdefault(f"{name}.bias", weight.new_zeros(rows))
+        if f"{name}.bias" in network.arrays:
+            state.setdefault(f"{name}.bias", np.zeros(len(weight), weight.dtype))
         if name in layers:
-            state = {**_plain(model, layers[name], weight.new_ones(rows)), **state}
+            ones = np.ones(len(weight), weight.dtype)
+            state = {**_plain(network, layers[name], ones), **state}
     return state
 
 
-def _plain(model: nn.Module, producer: Producer, ones: Tensor) -> dict[str, Tensor]:
+def _counters(to: Frame) -> dict[str, Array]:
+    return {n: np.zeros((), np.int64) for n in to.names if n.endswith("num_batches_tracked")}
+
+
+def _plain(network: Network, producer: Producer, ones: Array) -> dict[str, Array]:
     """The tensors of a norm that changes nothing."""
     if producer.norm is None:
         return {}
-    norm = model.get_submodule(producer.norm)
     values = {"weight": ones, "bias": 0 * ones}
-    if keeps_statistics(norm):
-        values |= {"running_mean": 0 * ones, "running_var": ones - float(norm.eps)}  # type: ignore[arg-type]
+    if keeps_statistics(network, producer):
+        variance = (ones - network.norms[producer.norm].eps).astype(ones.dtype)
+        values |= {"running_mean": 0 * ones, "running_var": variance}
     return {f"{producer.norm}.{name}": each for name, each in values.items()}
 
 
-def _reshaped(there: Tensor, wanted: Tensor) -> Tensor:
+def _reshaped(there: Array, wanted: Array) -> Array:
     """A convolution as wide as what it reads as a matrix, and the reverse, where `wanted` is so."""
-    if there.dim() == wanted.dim() or there.dim() < 2 or there.numel() == 0:
+    if there.ndim == wanted.ndim or there.ndim < 2 or there.size == 0:
         return there
-    if wanted.dim() == 2:
-        return there.flatten(1)
+    if wanted.ndim == 2:
+        return there.reshape(len(there), -1)
     kernel = wanted.shape[2:]
-    if there.dim() == 2 and there.shape[1] % kernel.numel() == 0:
+    if there.ndim == 2 and there.shape[1] % int(np.prod(kernel)) == 0:
         return there.reshape(len(there), -1, *kernel)
     return there
 
 
-def _is_there(norm: str, tensors: Mapping[str, Tensor]) -> bool:
+def _is_there(norm: str, tensors: Mapping[str, Array]) -> bool:
     return any(f"{norm}.{each}" in tensors for each in _STATISTICS)
-
-
-def _norms(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Each layer that a norm with running statistics follows, and that norm."""
-    try:
-        axes = channels_of(model)
-    except UnsuitableModelError:  # another network: which norm is whose is not known
-        return
-    for producer in (each for axis in axes for each in axis.producers):
-        if producer.norm is not None and keeps_statistics(model.get_submodule(producer.norm)):
-            yield producer.layer, producer.norm

@@ -20,30 +20,34 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nnpassport.alignment.channels import (
     Channels,
+    Floats,
+    Network,
+    Order,
     Producer,
     affine,
-    channels_of,
     common_groups,
+    flat,
     group_size,
     keeps_statistics,
     negate,
-    parts_of,
-    reorder,
     scale_before_norm,
     scale_columns,
     scale_rows,
+    scaled_rows,
     spread_over,
     take,
+    weight_of,
     width,
 )
 from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.perturbation import check_share
+from nnpassport.embedding.network.channels import network_of, with_arrays
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 Obfuscation = Callable[[nn.Module, torch.Generator], Attacked]
@@ -65,20 +69,19 @@ def flip_signs(model: nn.Module, rng: torch.Generator, *, share: float = 0.5) ->
     """
     stop = stopwatch("W")
     check_share(share)
-    hosts = _normed(channels_of(model))
+    flipped = network_of(model)
+    hosts = _normed(flipped)
     if not hosts:
         raise UnsuitableModelError(
             f"no layer of {type(model).__name__} has a norm, and a ReLU does not let a sign pass; "
             "needed: a norm after a convolution. Without one permute and rescale work"
         )
-    flipped = deepcopy(model)
     sizes = [group_size(flipped, host.norm) for host in hosts]
-    groups = [len(affine(flipped, h)["weight"]) // s for h, s in zip(hosts, sizes, strict=True)]
+    groups = [len(weight_of(flipped, h.layer)) // s for h, s in zip(hosts, sizes, strict=True)]
     chosen = torch.randperm(sum(groups), generator=rng) < round(share * sum(groups))
     for host, mask, size in zip(hosts, chosen.split(groups), sizes, strict=True):
-        sign = torch.where(mask.repeat_interleave(size), -1.0, 1.0)
-        negate(flipped, host, sign)
-    return Attacked(flipped, stop())
+        negate(flipped, host, np.where(np.repeat(mask.numpy(), size), -1.0, 1.0))
+    return Attacked(with_arrays(model, flipped), stop())
 
 
 @torch.no_grad()
@@ -92,16 +95,15 @@ def permute(model: nn.Module, rng: torch.Generator) -> Attacked:
         UnsuitableModelError: the network is not known to `channels_of`.
     """
     stop = stopwatch("W")
-    found = channels_of(model)
-    permuted = deepcopy(model)
-    for channels in found:
+    permuted = network_of(model)
+    for channels in permuted.axes:
         count = width(permuted, channels)
         inner, outer = common_groups(permuted, channels)
         inside = torch.rand(count // inner, inner, generator=rng).argsort(1)
         order = (inside + torch.arange(0, count, inner)[:, None]).view(count // outer, outer)
         wholes = torch.randperm(count // outer, generator=rng)
-        reorder(permuted, channels, order[wholes].flatten())
-    return Attacked(permuted, stop())
+        take(permuted, channels, order[wholes].flatten().numpy())
+    return Attacked(with_arrays(model, permuted), stop())
 
 
 @torch.no_grad()
@@ -122,22 +124,18 @@ def rescale(model: nn.Module, rng: torch.Generator, *, spread: float = 2.0) -> A
     stop = stopwatch("W")
     if not 1 <= spread < math.inf:
         raise BadRecipeError(f"spread is {spread}; needed: a finite factor of at least 1")
-    found = channels_of(model)
-    rescaled = deepcopy(model)
-    for channels in found:
+    rescaled = network_of(model)
+    for channels in rescaled.axes:
         factor = _log_uniform(width(rescaled, channels), spread, rng)
         for producer in channels.producers:
-            for values in affine(rescaled, producer).values():
-                scale_rows(values, factor)
+            scale_rows(rescaled, affine(rescaled, producer), factor)
         for name in channels.consumers:
-            scale_columns(rescaled.get_submodule(name).get_parameter("weight"), 1 / factor)
-    for producer in _normed(found):
-        layer, norm = parts_of(rescaled, producer)
-        if keeps_statistics(norm):
-            scale_before_norm(
-                layer, norm, _log_uniform(len(norm.get_buffer("running_var")), spread, rng)
-            )
-    return Attacked(rescaled, stop())
+            scale_columns(rescaled, name, 1 / factor)
+    for producer in _normed(rescaled):
+        if keeps_statistics(rescaled, producer):
+            count = len(weight_of(rescaled, producer.layer))
+            scale_before_norm(rescaled, producer, _log_uniform(count, spread, rng))
+    return Attacked(with_arrays(model, rescaled), stop())
 
 
 @torch.no_grad()
@@ -160,24 +158,27 @@ def insert_dummies(model: nn.Module, rng: torch.Generator, *, share: float = 0.1
     """
     stop = stopwatch("W")
     check_share(share)
-    found = _growable(model)
-    grown = deepcopy(model)
-    for channels in found:
+    grown = network_of(model)
+    for channels in _growable(grown, type(model).__name__):
         size = group_size(grown, channels.producers[0].norm)
         groups = width(grown, channels) // size
         pairs = _at_least_one(share, groups / 2)
         alike = torch.randint(groups, (pairs,), generator=rng)
         places = _duplicate(grown, channels, alike.repeat(2), rng)[groups:]
-        first, second = (spread_over(half, size) for half in places.view(2, pairs))
-        weight = grown.get_submodule(channels.producers[0].layer).get_parameter("weight")
+        first, second = (spread_over(half, size) for half in places.reshape(2, pairs))
+        layer = channels.producers[0].layer
+        weight = weight_of(grown, layer).copy()
         weight[first] = weight[second] = _noise_like(weight[first], rng)
+        grown.arrays[f"{layer}.weight"] = weight
         for name in channels.consumers:
-            readers = grown.get_submodule(name).get_parameter("weight").transpose(0, 1)
+            columns = weight_of(grown, name).copy()
+            readers = np.swapaxes(columns, 0, 1)
             block = len(readers) // width(grown, channels)
             one, other = spread_over(first, block), spread_over(second, block)
             readers[one] = _noise_like(readers[one], rng)
             readers[other] = -readers[one]
-    return Attacked(grown, stop())
+            grown.arrays[f"{name}.weight"] = columns
+    return Attacked(with_arrays(model, grown), stop())
 
 
 @torch.no_grad()
@@ -195,20 +196,20 @@ def split_channels(model: nn.Module, rng: torch.Generator, *, share: float = 0.1
     """
     stop = stopwatch("W")
     check_share(share)
-    found = _growable(model)
-    grown = deepcopy(model)
-    for channels in found:
+    grown = network_of(model)
+    for channels in _growable(grown, type(model).__name__):
         size = group_size(grown, channels.producers[0].norm)
         groups = width(grown, channels) // size
         chosen = torch.randperm(groups, generator=rng)[: _at_least_one(share, groups)]
         places = _duplicate(grown, channels, chosen, rng)
-        fraction = torch.rand(len(chosen) * size, generator=rng, dtype=torch.float64) * 0.8 + 0.1
-        factor = torch.ones(len(places) * size, dtype=torch.float64)
-        factor[spread_over(places[chosen], size)] = fraction
+        share_of = torch.rand(len(chosen) * size, generator=rng, dtype=torch.float64).numpy()
+        fraction = share_of * 0.8 + 0.1
+        factor = np.ones(len(places) * size)
+        factor[spread_over(places[chosen.numpy()], size)] = fraction
         factor[spread_over(places[groups:], size)] = 1 - fraction
         for name in channels.consumers:
-            scale_columns(grown.get_submodule(name).get_parameter("weight"), factor)
-    return Attacked(grown, stop())
+            scale_columns(grown, name, factor)
+    return Attacked(with_arrays(model, grown), stop())
 
 
 def combine(
@@ -225,7 +226,7 @@ def combine(
     stop = stopwatch("W")
     if attacks is None:
         attacks = [permute, rescale]
-        if _normed(channels_of(model)):
+        if _normed(network_of(model)):
             attacks = [flip_signs, *attacks]
     combined = deepcopy(model)
     for attack in attacks:
@@ -233,30 +234,31 @@ def combine(
     return Attacked(combined, stop())
 
 
-def _normed(found: list[Channels]) -> list[Producer]:
-    return [p for channels in found for p in channels.producers if p.norm is not None]
+def _normed(network: Network) -> list[Producer]:
+    return [p for axis in network.axes for p in axis.producers if p.norm is not None]
 
 
-def _growable(model: nn.Module) -> list[Channels]:
+def _growable(network: Network, kind: str) -> list[Channels]:
     """The axes that may get more channels: one producer, and more than one group if any."""
     found = [
         channels
-        for channels in channels_of(model)
+        for channels in network.axes
         if len(channels.producers) == 1
-        and group_size(model, channels.producers[0].norm) < width(model, channels)
+        and group_size(network, channels.producers[0].norm) < width(network, channels)
     ]
     if not found:
         raise UnsuitableModelError(
-            f"no layer of {type(model).__name__} can get more channels: those that alone write "
+            f"no layer of {kind} can get more channels: those that alone write "
             "theirs have a norm with one group for all, whose mean would move; needed: batch, "
             "group or instance norm, or none. Here flip_signs, permute and rescale work"
         )
     return found
 
 
-def _log_uniform(count: int, spread: float, rng: torch.Generator) -> Float[Tensor, " count"]:
+def _log_uniform(count: int, spread: float, rng: torch.Generator) -> Floats:
     exponent = torch.rand(count, generator=rng, dtype=torch.float64) * 2 - 1
-    return (exponent * math.log(spread)).exp()
+    found: Floats = np.exp(exponent.numpy() * math.log(spread))
+    return found
 
 
 def _at_least_one(share: float, count: float) -> int:
@@ -264,23 +266,25 @@ def _at_least_one(share: float, count: float) -> int:
 
 
 def _duplicate(
-    model: nn.Module, channels: Channels, sources: Int64[Tensor, " new"], rng: torch.Generator
-) -> Int64[Tensor, " groups"]:
+    network: Network, channels: Channels, sources: Tensor, rng: torch.Generator
+) -> Order:
     """Copy these groups to random places among the others, in place.
 
     Returns where each group is now: first the old ones in their order, then the new ones.
     """
-    size = group_size(model, channels.producers[0].norm)
-    old = torch.arange(width(model, channels) // size)
+    size = group_size(network, channels.producers[0].norm)
+    old = torch.arange(width(network, channels) // size)
     gaps = torch.rand(len(sources), generator=rng) * (len(old) + 1)
     order = torch.cat([old + 1.0, gaps]).argsort()
-    take(model, channels, spread_over(torch.cat([old, sources])[order], size))
-    return order.argsort()
+    take(network, channels, spread_over(torch.cat([old, sources])[order].numpy(), size))
+    places: Order = order.argsort().numpy()
+    return places
 
 
-def _noise_like(rows: Tensor, rng: torch.Generator) -> Tensor:
+def _noise_like(rows: Floats, rng: torch.Generator) -> Floats:
     """Gaussian rows, each with the mean square of the row in its place."""
-    noise = torch.randn(rows.shape, generator=rng, dtype=torch.float64)
-    power = [each.double().flatten(1).square().mean(1).sqrt().cpu() for each in (rows, noise)]
-    scale_rows(noise, power[0] / power[1])
-    return noise.to(rows)
+    noise = torch.randn(rows.shape, generator=rng, dtype=torch.float64).numpy()
+    if not rows.size:
+        return rows
+    power = [np.sqrt(np.square(flat(each).astype(np.float64)).mean(1)) for each in (rows, noise)]
+    return scaled_rows(noise, power[0] / power[1]).astype(rows.dtype)

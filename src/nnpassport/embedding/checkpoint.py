@@ -8,7 +8,7 @@ the caller can vouch for a factory (`trusted_factory`).
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, final
@@ -21,14 +21,9 @@ from torch.overrides import TorchFunctionMode
 from nnpassport.alignment.unfold import state_from, without_strangers
 from nnpassport.data.imageset import Normalisation
 from nnpassport.embedding.network import models
-from nnpassport.embedding.network.tensors import (
-    Weights,
-    as_tensors,
-    defect,
-    read_weights,
-    require_finite,
-    unpickle,
-)
+from nnpassport.embedding.network.channels import frame_of
+from nnpassport.embedding.network.tensors import as_tensor, defect, require_finite, unpickle
+from nnpassport.files.arrays import Array, is_floating
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, config_bytes, read_config_file
 from nnpassport.files.disk import (
     brief,
@@ -41,6 +36,7 @@ from nnpassport.files.disk import (
     write_atomically,
     writing,
 )
+from nnpassport.files.folder import pending, read_folder
 from nnpassport.files.onnx import ONNX
 from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import MAX_PICKLE_BYTES, WEIGHTS_FILE, without_prefixes
@@ -90,7 +86,7 @@ def save_model(folder: Path, model: nn.Module, config: ModelConfig) -> None:
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     digest = hashlib.sha256(weights).hexdigest()
     with writing(folder), make_folder(folder):
-        _replace_both(folder, config_bytes(config, weights=digest), weights, _pending(digest))
+        _replace_both(folder, config_bytes(config, weights=digest), weights, pending(digest))
 
 
 def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
@@ -102,12 +98,9 @@ def load_model(folder: Path, *, trusted_factory: str | None = None) -> Loaded:
         UnreadableModelError: a file is missing, corrupt, hostile or of another architecture, or
             the weights are not those that the config was saved with.
     """
-    if os.path.lexists(folder / CONFIG_FILE):
-        refuse_leaving(folder, folder / CONFIG_FILE)
-    read = read_config_file(folder / CONFIG_FILE)
-    weights = _weights_of(folder, read.weights)
-    model = _assemble(weights.tensors, read.config, trusted_factory, folder, _all_of)
-    return Loaded(model, read.config, {CONFIG_FILE: read.digest, **weights.digests})
+    read = read_folder(folder)
+    model = _assemble(read.weights.arrays, read.config, trusted_factory, folder, _all_of)
+    return Loaded(model, read.config, read.digests)
 
 
 def load_suspect(
@@ -128,7 +121,7 @@ def load_suspect(
         UnreadableModelError: the file is missing, corrupt or hostile, or does not fit.
     """
     suspect = Suspect.of(suspect)
-    path, weights = suspect.path, as_tensors(suspect.arrays)
+    path, weights = suspect.path, suspect.arrays
     if reference is None:
         own, digests = _own_config(path)
         if own is None:
@@ -137,17 +130,17 @@ def load_suspect(
                 f"one of {', '.join(sorted(models.ARCHITECTURES))}, or the owner's config (--like "
                 "FOLDER)"
             )
-        model = _assemble(weights.tensors, own, None, path, _unfolded)
+        model = _assemble(weights.arrays, own, None, path, _unfolded)
         return Loaded(model, own, {**digests, **weights.digests})
     own, digests = _stated(path)
     try:
-        model = _assemble(weights.tensors, reference, trusted_factory, path, _unfolded)
+        model = _assemble(weights.arrays, reference, trusted_factory, path, _unfolded)
         return Loaded(model, reference, {**digests, **weights.digests})
     except UnreadableModelError:
         if own is None:
             raise
     facts = replace(reference, architecture=own.architecture, arguments=own.arguments)
-    model = _assemble(weights.tensors, facts, None, path, _unfolded)
+    model = _assemble(weights.arrays, facts, None, path, _unfolded)
     return Loaded(model, facts, {**digests, **weights.digests})
 
 
@@ -220,29 +213,29 @@ def load_training(path: Path) -> dict[str, Any]:
     return state
 
 
-_Chosen = Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]]
+_Chosen = Callable[[Mapping[str, Array], nn.Module], dict[str, Array]]
 """Which of a file's tensors have to fit a network."""
 
 
-def _all_of(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _all_of(arrays: Mapping[str, Array], model: nn.Module) -> dict[str, Array]:
     """Of a network of one's own: one that differs is another file than was meant."""
-    return dict(tensors)
+    return dict(arrays)
 
 
-def _unfolded(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def _unfolded(arrays: Mapping[str, Array], model: nn.Module) -> dict[str, Array]:
     """Of a stranger's: what is no part of the network is left out, and folded norms are undone."""
-    there = without_strangers(tensors, model)
-    expected = model.state_dict()
-    if there.keys() >= expected.keys():
+    frame = frame_of(model)
+    there = without_strangers(arrays, frame)
+    if there.keys() >= frame.names:
         return there
-    state = state_from(there, model)
-    moved = {id(tensor) for name, tensor in state.items() if name not in there}
-    strange = {n: t for n, t in there.items() if n not in expected and id(t) not in moved}
+    state = state_from(there, frame)
+    moved = {id(array) for name, array in state.items() if name not in there}
+    strange = {n: a for n, a in there.items() if n not in frame.names and id(a) not in moved}
     return state | strange
 
 
 def _assemble(
-    tensors: dict[str, Tensor],
+    arrays: dict[str, Array],
     config: ModelConfig,
     trusted_factory: str | None,
     path: Path,
@@ -255,13 +248,14 @@ def _assemble(
                 # Shapes only and first, so that a config cannot exhaust the memory.
                 with torch.device("meta"), _WithoutDrawing():
                     skeleton = config.build()
-                _fit(tensors, skeleton, config, path, chosen)
+                _fit(arrays, skeleton, config, path, chosen)
             model = config.build(trusted_factory=trusted_factory)
     except UnreadableModelError:
         raise
     except (OwnershipError, RuntimeError, ArithmeticError) as error:
         raise UnreadableModelError(f"{path} cannot be built: {brief(error)}") from error
-    model.load_state_dict(_fit(tensors, model, config, path, chosen))
+    fitting = _fit(arrays, model, config, path, chosen)
+    model.load_state_dict({name: as_tensor(array) for name, array in fitting.items()})
     # A finite float64 may be infinite in the model's own dtype.
     require_finite(model.state_dict())
     return model.eval()
@@ -285,21 +279,22 @@ class _WithoutDrawing(TorchFunctionMode):
 
 
 def _fit(
-    tensors: dict[str, Tensor], model: nn.Module, config: ModelConfig, path: Path, chosen: _Chosen
-) -> dict[str, Tensor]:
+    arrays: dict[str, Array], model: nn.Module, config: ModelConfig, path: Path, chosen: _Chosen
+) -> dict[str, Array]:
     """The tensors under the model's own names, once every one is known to fit."""
-    expected = model.state_dict()
-    names = without_prefixes(tensors, expected)
-    tensors = chosen({new: tensors[old] for new, old in names.items()}, model)
+    wanted = {n: _kind(t.shape, t.is_floating_point()) for n, t in model.state_dict().items()}
+    names = without_prefixes(arrays, wanted)
+    arrays = chosen({new: arrays[old] for new, old in names.items()}, model)
     if path.suffix.lower() == ONNX:
-        tensors = state_from(tensors, model)
+        arrays = state_from(arrays, frame_of(model))
+    there = {name: _kind(array.shape, is_floating(array)) for name, array in arrays.items()}
     faults = {
-        "missing": [name for name in expected if name not in tensors],
-        "unexpected": [repr(name[:100]) for name in tensors if name not in expected],
+        "missing": [name for name in wanted if name not in there],
+        "unexpected": [repr(name[:100]) for name in there if name not in wanted],
         "of another shape": [
-            f"{name} {_kind(tensors[name])} instead of {_kind(wanted)}"
-            for name, wanted in expected.items()
-            if name in tensors and _kind(tensors[name]) != _kind(wanted)
+            f"{name} {there[name]} instead of {kind}"
+            for name, kind in wanted.items()
+            if there.get(name, kind) != kind
         ],
     }
     if any(faults.values()):
@@ -310,47 +305,19 @@ def _fit(
         )
         raise UnreadableModelError(
             f"{path} does not fit {config.architecture!r} with {dict(config.arguments)}: {lists}; "
-            f"needed: exactly its {len(expected)} tensors; give the config of the architecture "
+            f"needed: exactly its {len(wanted)} tensors; give the config of the architecture "
             "that these weights were made for"
         )
-    return tensors
+    return arrays
 
 
-def _kind(tensor: Tensor) -> str:
+def _kind(shape: Sequence[int], floating: bool) -> str:
     # Any float may stand for any float (half precision is common), but no integer for a float.
-    return f"{tuple(tensor.shape)}{'' if tensor.is_floating_point() else ' integer'}"
+    return f"{tuple(shape)}{'' if floating else ' integer'}"
 
 
-def _weights_of(folder: Path, digest: str | None) -> Weights:
-    """The weights that a config with this digest was saved with; any, if it has none."""
-    if digest is None:
-        return read_weights(folder)
-    pending = folder / _pending(digest)
-    interrupted = os.path.lexists(pending)
-    if not interrupted or os.path.lexists(folder / WEIGHTS_FILE):
-        weights = read_weights(folder)
-        if weights.digests.get(WEIGHTS_FILE) == digest:
-            return weights
-    if interrupted:
-        # The save was killed after its config was in place; its weights are whole.
-        found = read_weights(pending)
-        weights = Weights(found.tensors, {WEIGHTS_FILE: found.digests[pending.name]})
-        if weights.digests[WEIGHTS_FILE] == digest:
-            return weights
-    raise UnreadableModelError(
-        f"{folder} holds other weights than its {CONFIG_FILE} was saved with (SHA-256 "
-        f"{digest[:16]}…); needed: both files of one save; copy them again, or take "
-        "'weights_sha256' out of the config if you exchanged the weights yourself"
-    )
-
-
-def _pending(digest: str) -> str:
-    """The name of weights that are whole and wait for their config."""
-    return f".model.{digest[:16]}.safetensors"
-
-
-def _replace_both(folder: Path, new_config: bytes, new_weights: bytes, pending: str) -> None:
-    config, weights, waiting = folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / pending
+def _replace_both(folder: Path, new_config: bytes, new_weights: bytes, name: str) -> None:
+    config, weights, waiting = folder / CONFIG_FILE, folder / WEIGHTS_FILE, folder / name
     with staged(config, new_config) as one, staged(weights, new_weights) as other, locked(folder):
         # The old config is copied before anything is touched: undoing then needs no space.
         old = config.read_bytes() if config.exists() else None
@@ -370,6 +337,6 @@ def _replace_both(folder: Path, new_config: bytes, new_weights: bytes, pending: 
             except BaseException:
                 waiting.unlink(missing_ok=True)
                 raise
-        for left in folder.glob(_pending("?" * 16)):  # by a save that was killed
+        for left in folder.glob(pending("?" * 16)):  # by a save that was killed
             left.unlink(missing_ok=True)
         sync_folder(folder)

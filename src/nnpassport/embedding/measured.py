@@ -4,64 +4,60 @@ Every function here either gives a verdict or raises, and then nothing was decid
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnpassport.alignment.anchored import verify_anchored
-from nnpassport.alignment.byaxes import anchor_of
-from nnpassport.alignment.channels import channels_of
-from nnpassport.alignment.null import (
-    AlignedVerdict,
-    Read,
-    ShapedVerdict,
-    Unrelated,
-    aligned_verdict,
-    anchored_by_shape,
-    anchored_verdict,
-    mixtures,
-    verdict_by_shape,
-)
-from nnpassport.alignment.rate import MIXTURES
+from nnpassport.alignment.null import AlignedVerdict as ByLayers
+from nnpassport.alignment.null import Unrelated
 from nnpassport.catalog import scheme_named
-from nnpassport.claims.facts import check_config
-from nnpassport.claims.standing import Standing
 from nnpassport.data.images import Normalisation
+from nnpassport.embedding.aligning import AlignedVerdict, as_models
 from nnpassport.embedding.answering import by_labels
 from nnpassport.embedding.axes import axes_of, noise_for
 from nnpassport.embedding.checkpoint import Loaded, load_model, load_suspect, own_config
+from nnpassport.embedding.network.channels import channels_of, network_of, with_arrays
 from nnpassport.embedding.network.outputs import Example, logits_of
 from nnpassport.embedding.network.tensors import (
     ArraysOf,
-    Weights,
+    TensorsOf,
     as_array,
     as_tensors,
-    read_weights,
     tensors_digest,
 )
 from nnpassport.embedding.schemes.deepmarks import Trace, trace
-from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig, other_classes
 from nnpassport.files.disk import brief
 from nnpassport.files.suspect import Suspect
-from nnpassport.files.weights import within
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
+from nnpassport.files.weights import read_arrays
+from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
-from nnpassport.verification import candidates
-from nnpassport.verification.anchor import ANCHOR, anchor_in, require_alignable, require_anchor
+from nnpassport.verification.aligned import (
+    check_committed,
+    given,
+    over_axes,
+    verify_by_layers,
+    with_files,
+)
+from nnpassport.verification.anchor import anchor_in, require_anchor
 from nnpassport.verification.relabelling import best_map, corrected, log10_injections
-from nnpassport.verification.verdicts import Options, Trial, under_claim, weights_of, without
+from nnpassport.verification.verdicts import (
+    Options,
+    Trial,
+    by_layers,
+    under_claim,
+    weights_of,
+    without,
+)
 
 
 def verify_model(
@@ -109,7 +105,7 @@ def trace_file(suspect: Suspect | Path, key: Key) -> Trace:
 
 
 def verify_aligned(
-    weights: Mapping[str, Tensor],
+    weights: Mapping[str, Any],
     key: Key,
     reference: nn.Module,
     *,
@@ -138,45 +134,27 @@ def verify_aligned(
         if scheme.triggers:
             why = "is in the answers, which moved channels do not change"
         raise UnsuitableModelError(f"a mark of {scheme.name} {why}; verify it without alignment")
-    others = None if unrelated is None else unrelated._replace(networks=list(unrelated.networks))
+    anchored, arrays = key.context.anchor is not None, dict(ArraysOf(weights))
+    if anchored:
+        require_anchor(tensors_digest(reference.state_dict()), key)
 
-    def read(tensors: Mapping[str, Tensor]) -> Verdict:
-        return scheme.verify(tensors, key, log10_alpha=log10_alpha)
+    def read(found: Mapping[str, Array]) -> Verdict:
+        return scheme.verify(TensorsOf(found), key, log10_alpha=log10_alpha)
 
-    ways = _ways(scheme, key, read, weights, reference, others)
-    inputs = None if key.context.anchor is None else example
-    if inputs is not None and not _is_known(reference):
-        return AlignedVerdict(_over_axes(weights, key, reference, inputs, log10_alpha), None)
-    found = _over_layers(ways, weights)
-    if inputs is not None and not found.verdict.marked:
-        # What its layers alone do not show: kernels that are turned, blocks that were put in.
-        with suppress(UnsuitableModelError):
-            again = _over_axes(weights, key, reference, inputs, log10_alpha)
-            return AlignedVerdict(again, None) if again.marked else found
-    return found
+    if anchored and example is not None and not _is_known(reference):
+        axes, state = axes_of(reference, example), dict(ArraysOf(reference.state_dict()))
+        origin = "its trace shows, proved by reordering"
+        return AlignedVerdict(over_axes(read, arrays, key, state, axes, origin), None)
 
+    def forms() -> Mapping[str, Array]:
+        return {name: as_array(form) for name, form in scheme.forms(key).items()}
 
-def _over_layers(ways: "_Ways", weights: Mapping[str, Tensor]) -> AlignedVerdict:
-    """Aligned by the names of layers that are known, or else by their shapes."""
-    named = None
-    try:
-        named = ways.by_name()
-    except UnsuitableModelError as error:
-        refused = error
-    else:
-        reason = "aligned by the tensors' names"
-        paid = named.verdict.paid(LOG10_BY_NAME, reason, of=TENSORS)
-        named = named._replace(verdict=paid)
-        if named.verdict.marked:
-            return named
-    try:
-        shaped = ways.by_shape()
-    except UnsuitableModelError as error:
-        if named is not None:
-            return named
-        raise UnsuitableModelError(f"{refused}; by shape: {error}") from None
-    paid = _shaped(shaped, weights)
-    return AlignedVerdict(paid, None) if named is None or paid.marked else named
+    if unrelated is not None:
+        networks = [dict(ArraysOf(each)) for each in unrelated.networks]
+        unrelated = unrelated._replace(networks=networks)
+    found = verify_by_layers(read, arrays, key, network_of(reference), forms, unrelated)
+    aligned = None if found.aligned is None else as_models(found.aligned, reference)
+    return AlignedVerdict(found.verdict, aligned)
 
 
 def _is_known(reference: nn.Module) -> bool:
@@ -184,100 +162,6 @@ def _is_known(reference: nn.Module) -> bool:
         return bool(channels_of(reference))
     except UnsuitableModelError:
         return False
-
-
-def _over_axes(
-    weights: Mapping[str, Tensor],
-    key: Key,
-    anchor: nn.Module,
-    example: Example,
-    log10_alpha: float,
-) -> Verdict:
-    """V on the suspect aligned over the axes of the anchor, which are traced for it."""
-
-    def read(arrays: Mapping[str, Array]) -> Verdict:
-        reader = READERS[key.context.scheme]
-        return verdict_on(reader({**own, **arrays}, key), key, log10_alpha=log10_alpha)
-
-    state = {name: as_array(tensor) for name, tensor in anchor.state_dict().items()}
-    own = {name: state[name] for name in _scales(key) if name in state}
-    found = axes_of(anchor, example)
-    verdict = verify_anchored(read, dict(ArraysOf(weights)), anchor_of(found, state, key))
-    traits = f"over {len(found.axes)} axes that its trace shows, proved by reordering"
-    return verdict.remarked(traits)
-
-
-class _Ways(NamedTuple):
-    """How a suspect is aligned: its tensors known by their names, or by their shapes."""
-
-    by_name: Callable[[], AlignedVerdict]
-    by_shape: Callable[[], ShapedVerdict]
-
-
-def _ways(
-    scheme: Scheme,
-    key: Key,
-    read: Read,
-    weights: Mapping[str, Tensor],
-    reference: nn.Module,
-    unrelated: Unrelated | None,
-) -> _Ways:
-    """To the key's anchor, exactly; to a released network blind, beside a null.
-
-    Raises:
-        UnsuitableModelError: the key has passports of channels and this is not its anchor.
-    """
-    if key.context.anchor is None:
-        require_alignable(key)
-        forms = scheme.forms(key)
-        null = unrelated or of_its_own(weights, reference)
-        return _Ways(
-            lambda: aligned_verdict(read, weights, reference, forms, null),
-            lambda: verdict_by_shape(read, weights, reference, forms, unrelated, _seeded(weights)),
-        )
-    require_anchor(tensors_digest(reference.state_dict()), key)
-    own = {name: tensor for name, tensor in reference.state_dict().items() if name in _scales(key)}
-    return _Ways(
-        lambda: anchored_verdict(read, weights, reference, _stranger(weights, reference)),
-        # Filters have the anchor's signs there, so its own scales are what they are read with.
-        lambda: anchored_by_shape(
-            lambda found: read({**own, **found}), weights, reference, _seeded(weights)
-        ),
-    )
-
-
-def _scales(key: Key) -> set[str]:
-    """Names of the norms' scales that bits are read together with."""
-    forms = (layer.channels for layer in key.context.layers)
-    return {f"{form.norm}.weight" for form in forms if form is not None}
-
-
-def _stranger(weights: Mapping[str, Tensor], anchor: nn.Module) -> Mapping[str, Tensor]:
-    return next(iter(of_its_own(weights, anchor).networks))
-
-
-def _shaped(found: ShapedVerdict, weights: Mapping[str, Tensor]) -> Verdict:
-    """The verdict by shape, once every choice of tensors is paid for."""
-    reason = f"aligned by the tensors' shapes, of 10^{found.log10_choices:.1f} choices"
-    log10_choices = LOG10_BY_SHAPE + found.log10_choices
-    paid = found.verdict.paid(log10_choices, reason, of=TENSORS)
-    facts = candidates.by_shape(found.taken, weights, found.log10_choices)
-    return replace(paid, candidates=facts)
-
-
-def given(unrelated: Mapping[str, Weights]) -> Unrelated:
-    """These networks, as the null."""
-    origin = f"{len(unrelated)} unrelated networks that were given"
-    return Unrelated([each.tensors for each in unrelated.values()], origin)
-
-
-def of_its_own(weights: Mapping[str, Tensor], reference: nn.Module) -> Unrelated:
-    """Mixtures of the filters of the network with these weights, always the same, as the null."""
-    layers = [p.layer for axis in channels_of(reference) for p in axis.producers]
-    there = [name for name in layers if weights.get(f"{name}.weight", torch.empty(0)).dim() > 1]
-    rng = _seeded(weights)
-    origin = f"{MIXTURES} mixtures of the suspect's own filters"
-    return Unrelated(mixtures(weights, there, rng, MIXTURES), origin)
 
 
 def config_of(suspect: Suspect | Path, options: Options) -> ModelConfig:
@@ -311,11 +195,20 @@ def aligned(suspect: Suspect, key: Key, options: Options, trial: Trial | None) -
 
 
 def with_aligned_fidelity(
-    verdict: Verdict, suspect: Suspect, key: Key, trial: Trial, options: Options
+    verdict: Verdict,
+    suspect: Suspect,
+    key: Key,
+    trial: Trial,
+    options: Options,
+    layers: ByLayers | None,
 ) -> Verdict:
-    """A verdict on arrays that were aligned, and F of the network aligned by its layers."""
+    """A verdict on arrays that were aligned, and F of the network aligned by its `layers`."""
     try:
-        _, network = _aligned(suspect, key, options)
+        layers = layers or by_layers(suspect, key, options)
+        if layers is None:
+            _, network = _aligned(suspect, key, options)
+        else:
+            network = _built(layers, key, options)
     except UnsuitableModelError as error:
         return verdict.remarked(f"F was not measured: {error}")
     if network is None:
@@ -324,37 +217,49 @@ def with_aligned_fidelity(
 
 
 def _aligned(suspect: Suspect, key: Key, options: Options) -> tuple[Verdict, Loaded | None]:
-    """The verdict, the aligned network if there is one, and the config of the reference."""
+    """The verdict, and the aligned network if there is one."""
     assert options.alignment is not None  # noqa: S101 - the caller has looked
-    weights = as_tensors(suspect.arrays).under(weights_of(key))
-    anchored, folder = key.context.anchor is not None, options.alignment.reference
-    folder = anchor_in(folder) if anchored else folder
-    reference = load_model(folder, trusted_factory=options.trusted_factory)
-    if not anchored:
-        _check_committed(folder, options.standing)
-    unrelated = {str(path): read_weights(path) for path in options.alignment.unrelated}
+    weights = suspect.arrays.under(weights_of(key))
+    reference = _owners(key, options)
+    if key.context.anchor is None:
+        check_committed(options.alignment.reference, options.standing)
+    unrelated = {str(path): read_arrays(path) for path in options.alignment.unrelated}
     found = verify_aligned(
-        weights.tensors,
+        weights.arrays,
         key,
         reference.model,
         log10_alpha=options.threshold,
-        unrelated=given(unrelated) if unrelated else None,
+        unrelated=given(unrelated),
         example=noise_for(reference.config),
     )
-    what = ANCHOR if anchored else "reference"
-    digests = {**weights.digests, **within(what, reference.digests)}
-    for name, each in unrelated.items():
-        digests |= within(name, each.digests)
     verdict = without(weights.left_out, found.verdict)
-    if options.standing is None and not anchored:
-        verdict = verdict.remarked(
-            "that the network it was aligned to is older than the suspect is your word"
-        )
-    verdict = replace(verdict, digests=digests)
+    files = weights.digests, reference.digests, unrelated
+    verdict = with_files(verdict, key, *files, options.standing)
+    return verdict, None if found.aligned is None else _as_owners(
+        found.aligned.model, reference, options
+    )
+
+
+def _built(found: ByLayers, key: Key, options: Options) -> Loaded | None:
+    """The network that was aligned by its layers, if it was."""
     if found.aligned is None:
-        return verdict, None
+        return None
+    reference = _owners(key, options)
+    return _as_owners(with_arrays(reference.model, found.aligned.network), reference, options)
+
+
+def _owners(key: Key, options: Options) -> Loaded:
+    """What is aligned to."""
+    assert options.alignment is not None  # noqa: S101 - the caller has looked
+    folder = options.alignment.reference
+    folder = folder if key.context.anchor is None else anchor_in(folder)
+    return load_model(folder, trusted_factory=options.trusted_factory)
+
+
+def _as_owners(model: nn.Module, reference: Loaded, options: Options) -> Loaded:
+    """A network with what is known of the owner's."""
     config = reference.config if options.facts is None else options.facts.put_into(reference.config)
-    return verdict, Loaded(found.aligned.model, config, reference.digests)
+    return Loaded(model.eval(), config, reference.digests)
 
 
 def _answered(suspect: Suspect, key: Key, options: Options) -> Verdict:
@@ -411,23 +316,6 @@ def _in_the_best_order(answers: Tensor, key: Key, log10_alpha: float, ways: int)
 def _weight(verdict: Verdict) -> float:
     """What the best of several readings is the least of; without p-values the first is."""
     return 0.0 if verdict.log10_p_value is None else verdict.log10_p_value
-
-
-def _check_committed(reference: Path, standing: Standing | None) -> None:
-    """Under a claim, only the network that it commits to may be aligned to."""
-    claim = None if standing is None else standing.claim
-    if claim is None:
-        return
-    if claim.reference != tensors_digest(read_weights(reference).tensors):
-        raise UnsuitableModelError(
-            "the network to align to is not the one that the claim commits to; needed: the folder "
-            "that `claim new --reference` was given, or no claim"
-        )
-    check_config(reference, claim.network)
-
-
-def _seeded(weights: Mapping[str, Tensor]) -> torch.Generator:
-    return torch.Generator().manual_seed(int(tensors_digest(weights)[:15], 16))
 
 
 def with_fidelity(

@@ -89,20 +89,6 @@ def log10_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float
     return log_binomial_tail(matches, trials, chance) / math.log(10)
 
 
-def log10_corrected(log10_p: float, log10_choices: float) -> float:
-    """Union bound: log₁₀ of the p-value of the best of 10^`log10_choices` tries, at most 0.
-
-    Raises:
-        ValueError: a p-value above 1 or fewer choices than one.
-    """
-    if not (log10_p <= 0 <= log10_choices):
-        raise ValueError(
-            f"got log10_p = {log10_p} and log10_choices = {log10_choices}; needed: a p-value of at "
-            "most 1 (log10 ≤ 0) and at least one choice (log10 ≥ 0)"
-        )
-    return min(0.0, log10_p + log10_choices)
-
-
 def matches_needed(trials: int, log10_alpha: float, chance: float = 0.5) -> int:
     """Smallest number of matches whose tail is at most α.
 

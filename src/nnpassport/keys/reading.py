@@ -524,6 +524,28 @@ def _widened(rows: Array) -> Iterator[Read]:
         yield rows[at : at + count].astype(np.float64)
 
 
+# What alignment must not see
+
+
+def forms_of(key: Key) -> dict[str, NDArray[np.floating[Any]]]:
+    """By layer, what V multiplies a flattened filter with to read bits (forms columns).
+
+    For passports m(P_γ), one for each group. Greedy residuals drop numbers of a row, so what is
+    read is not linear in the filter; without that it would be the sums over the stretches that a
+    row takes of one. What is left for alignment to lean on is what its null is measured for.
+    """
+    reader, layers = READERS[key.context.scheme], key.context.layers
+    if reader is read_passports:
+        passports = ((each, key.passport_array(each.name)) for each in layers)
+        return {e.name: mean_patch(p, e.weight, e.geometry)[0] for e, p in passports}
+    if reader is read_residuals:
+        (layer,) = layers
+        columns, numbers = math.prod(layer.weight[1:]), math.prod(layer.weight)
+        stretch = np.arange(columns) // (numbers // layer.length)
+        return {layer.name: np.eye(int(stretch[-1]) + 1)[stretch].T}
+    return {layer.name: key.projection_array(layer.name) for layer in layers}
+
+
 # Answers to triggers
 
 

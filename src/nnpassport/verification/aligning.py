@@ -23,7 +23,8 @@ from nnpassport.keys.chance import LOG10_BY_NAME, TENSORS
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import UnsuitableModelError, Verdict
-from nnpassport.verification.anchor import ANCHOR, anchor_in
+from nnpassport.verification.aligned import with_files
+from nnpassport.verification.anchor import anchor_in
 
 
 def committed_claim(key: Key, standing: Standing | None) -> Claim | None:
@@ -89,13 +90,5 @@ def aligned_by_axes(
         verdict = verify_by_axes(read, suspect.arrays, reference, others)
         verdict = verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
     verdict = verdict.remarked("over the claim's axes")
-    what = ANCHOR if anchored else "reference"
-    digests = {**suspect.digests, **_named(what, weights.digests)}
-    digests[f"{what}/{AXES_FILE}"] = str(claim.axes)
-    for name, each in unrelated.items():
-        digests |= _named(name, each.digests)
-    return replace(verdict, digests=digests)
-
-
-def _named(folder: str, digests: Mapping[str, str]) -> dict[str, str]:
-    return {f"{folder}/{name}": digest for name, digest in digests.items()}
+    owners = {**weights.digests, AXES_FILE: str(claim.axes)}
+    return with_files(verdict, key, suspect.digests, owners, unrelated, claim)

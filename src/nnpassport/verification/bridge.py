@@ -11,8 +11,8 @@ MEASURED = "nnpassport.embedding.measured"
 ANSWERING = "nnpassport.embedding.answering"
 """Where V is of a mark in ordinary answers."""
 
-RELATIONS = "nnpassport.verification.relations"
-"""Where networks are compared by what they compute."""
+WORK = "nnpassport.embedding.work"
+"""Where it is measured what a part of a network does."""
 
 
 def running(where: str, purpose: str) -> Any:

@@ -53,9 +53,10 @@ from nnpassport.scheme import (
 )
 from nnpassport.verification.aligning import read_committed
 from nnpassport.verification.anchor import ANCHOR, anchor_in, require_anchor
-from nnpassport.verification.bridge import MEASURED, RELATIONS, running
+from nnpassport.verification.bridge import MEASURED, running
 from nnpassport.verification.compare import compare
 from nnpassport.verification.lineage import open_network
+from nnpassport.verification.relations import relations_of
 from nnpassport.verification.trained import trained_by
 from nnpassport.verification.verdicts import (
     Alignment,
@@ -210,7 +211,8 @@ def hear(
         for name, exhibit in exhibits.items()
         if exhibit.reference is not None and claimants[name].dates_a_network
     }
-    for name, facts in _compared(suspect, dated, claimants, bench).items():
+    found_of = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
+    for name, facts in found_of.items():
         claimants[name] = replace(
             claimants[name],
             related=facts.related,
@@ -269,32 +271,6 @@ def _with_diary(claimant: Claimant, exhibit: Exhibit, suspect: Suspect, bench: B
         between, note = None, f"its diary could not be checked: {_said(error)}"
     notes = (*claimant.notes, f"{claimant.name}: {note}")
     return replace(claimant, trained=between, notes=notes)
-
-
-def _compared(
-    suspect: Suspect, dated: Mapping[str, Path], claimants: Mapping[str, Claimant], bench: Bench
-) -> Mapping[str, Any]:
-    """How the suspect and the dated networks were made from each other, as `relations` finds it.
-
-    Without PyTorch a single dated claimant has what his aligned reading says. More than one cannot
-    be told apart by that.
-
-    Raises:
-        UnsuitableModelError: it is needed, and PyTorch is not installed.
-    """
-    if not dated:
-        return {}
-    try:
-        relations_of = running(f"{RELATIONS}:relations_of", "to compare several dated networks")
-    except UnsuitableModelError:
-        parties = {each.party for each in claimants.values() if each.refused is None}
-        if len(parties) > 1 or bench.images:
-            raise
-        return {}
-    found: Mapping[str, Any] = relations_of(
-        suspect, dated, unrelated=bench.unrelated, images=bench.images
-    )
-    return found
 
 
 def networks(suspect: Suspect | Path, folders: Sequence[Path]) -> list[ModelConfig]:

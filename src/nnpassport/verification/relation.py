@@ -1,32 +1,21 @@
-"""Was one network made from another, and does what was taken do anything there?
+"""Was one network made from another, and which of its channels are the other's?
 
 That all channels of A are found in B says that B *holds* A, not that B is A: anybody can put the
 channels of a network of his own beside another's, and let them be heard next to nothing. So what
-a part of B does is measured by running B: with nothing but the part, and without it.
-
-*Carries*: what the part alone explains of the variance of B's outputs, on B's own scale. A part
-that says the right thing in a whisper carries little. *Changes*: the share of B's answers that are
-others once nobody hears the part any more. A part and its mirror image that cancel would change
-much and carry nothing.
-
-Both depend on what B is run on. On images of its task it does what it is for. On noise a network
-may do anything, whatever its part in the answers that matter is, because whoever puts one in can
-make it speak on noise and be silent on images; no ruling rests on that.
+a part of B does is measured by running B: see `embedding.work`.
 """
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import NamedTuple
 
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
 
-from nnpassport.alignment.channels import Channels, channels_of, spread_over, width
-from nnpassport.alignment.names import Aligned, Places, align
+from nnpassport.alignment.channels import Channels, Network, width
+from nnpassport.alignment.names import Aligned, Places, align_to, prepared
 from nnpassport.alignment.null import Unrelated
 from nnpassport.alignment.rate import RELATED, likeness
-from nnpassport.claims.rules import Work
+from nnpassport.files.arrays import Array
 from nnpassport.scheme import UnsuitableModelError
 
 _ABOVE = 0.25
@@ -46,6 +35,9 @@ Below `RELATED`: what was made from a network and then pushed away from it is no
 networks of their own starts are at 0.
 """
 
+Part = tuple[Channels, NDArray[np.bool_]]
+"""An axis, and which of its channels are meant."""
+
 
 class Relation(NamedTuple):
     """How much of one network another is made of.
@@ -57,8 +49,8 @@ class Relation(NamedTuple):
     """
 
     likeness: float
-    whole: nn.Module
-    parts: Sequence[tuple[Channels, Bool[Tensor, " channels"]]]
+    whole: Network
+    parts: Sequence[Part]
 
     @property
     def related(self) -> bool:
@@ -71,8 +63,7 @@ class Relation(NamedTuple):
         return self.likeness >= AKIN
 
 
-@torch.no_grad()
-def relation(weights: Mapping[str, Tensor], reference: nn.Module, unrelated: Unrelated) -> Relation:
+def relation(weights: Mapping[str, Array], reference: Network, unrelated: Unrelated) -> Relation:
     """How much of the network with these weights was made from `reference`.
 
     Whole filters are compared: no bit is read here, so nothing has to be projected out.
@@ -80,11 +71,11 @@ def relation(weights: Mapping[str, Tensor], reference: nn.Module, unrelated: Unr
     Raises:
         UnsuitableModelError: the two cannot be compared, or no unrelated network can.
     """
-    aligned = align(weights, reference, {})
-    others = []
+    ready, others = prepared(reference, {}), []
+    aligned = align_to(ready, weights)
     for each in unrelated.networks:
         try:
-            others.append(align(each, reference, {}).cosines)
+            others.append(align_to(ready, each).cosines)
         except UnsuitableModelError:
             continue
     if not others:
@@ -96,54 +87,18 @@ def relation(weights: Mapping[str, Tensor], reference: nn.Module, unrelated: Unr
     return Relation(likeness(aligned.cosines, others), aligned.whole, _parts(aligned, best))
 
 
-@torch.no_grad()
-def work_of(found: Relation, images: Float[Tensor, "images ..."]) -> Work | None:
-    """What the part that was taken does in the network, on these inputs as it takes them.
-
-    None where the network says nothing finite, or the same of all of them.
-    """
-    whole = found.whole(images).double()
-    only = _heard(found, keep=True)(images).double()
-    without = _heard(found, keep=False)(images).double()
-    if not all(each.isfinite().all() for each in (whole, only, without)):
-        return None
-    variance = (whole - whole.mean(0)).square().sum()
-    if variance == 0:
-        return None
-    missed = ((whole - whole.mean(0)) - (only - only.mean(0))).square().sum()
-    changed = whole.argmax(1) != without.argmax(1)
-    carries = float((1 - missed / variance).clamp(0, 1))
-    return Work(carries, float(changed.double().mean()), len(images))
-
-
-def _heard(found: Relation, *, keep: bool) -> nn.Module:
-    """The network, in which nobody hears the other channels, or else those of the part."""
-    model = deepcopy(found.whole)
-    for axis, part in found.parts:
-        silent = ~part if keep else part
-        for name in axis.consumers:
-            weight = model.get_submodule(name).get_parameter("weight")
-            columns = spread_over(silent.nonzero().flatten(), weight.shape[1] // len(part))
-            weight[:, columns] = 0
-    return model
-
-
-def _parts(
-    aligned: Aligned, best: Mapping[str, float]
-) -> list[tuple[Channels, Bool[Tensor, " channels"]]]:
+def _parts(aligned: Aligned, best: Mapping[str, float]) -> list[Part]:
     """By axis, the channels of the whole network that were made from the reference's."""
     found = []
-    for axis, places in zip(channels_of(aligned.whole), aligned.places, strict=True):
+    for axis, places in zip(aligned.whole.axes, aligned.places, strict=True):
         strangers = sum(best[each.layer] for each in axis.producers) / len(axis.producers)
-        found.append((axis, _part(aligned.whole, axis, places, strangers)))
+        found.append((axis, _part(width(aligned.whole, axis), places, strangers)))
     return found
 
 
-def _part(
-    whole: nn.Module, axis: Channels, places: Places, strangers: float
-) -> Bool[Tensor, " channels"]:
+def _part(channels: int, places: Places, strangers: float) -> NDArray[np.bool_]:
     enough = strangers + _ABOVE * (1 - strangers)
     matched = (places.source >= 0) & (places.cosine >= enough)
-    part = torch.zeros(width(whole, axis), dtype=torch.bool)
+    part = np.zeros(channels, bool)
     part[places.source[matched]] = True
     return part | (places.nearest >= max(enough, _NEAR_TWIN))

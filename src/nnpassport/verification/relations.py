@@ -1,41 +1,32 @@
 """Which networks that claimants committed to the suspect was made from, and which from each other.
 
-`hearing` asks this about files; `evidence.relation` measures. Only networks under claims that are
+`hearing` asks this about files; `relation` measures. Only networks under claims that are
 proved to be older than the suspect are looked at: another can be made to fit.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
-import torch
-from torch import Tensor
-
-from nnpassport.alignment.null import Unrelated
-from nnpassport.alignment.unfold import state_from
+from nnpassport.alignment.channels import Network
+from nnpassport.alignment.folders import Known, network_in
+from nnpassport.alignment.null import Unrelated, of_its_own
+from nnpassport.alignment.unfold import frame, state_from
 from nnpassport.claims.rules import Work
-from nnpassport.data.images import ImageSet, Normalisation
-from nnpassport.embedding.checkpoint import Loaded, load_model
-from nnpassport.embedding.measured import given, of_its_own
-from nnpassport.embedding.network.tensors import as_tensors, read_weights
-from nnpassport.embedding.train.fidelity import accuracy
+from nnpassport.files.arrays import Array
 from nnpassport.files.config import CONFIG_FILE, ModelConfig, read_config
 from nnpassport.files.disk import brief
 from nnpassport.files.onnx import ONNX
 from nnpassport.files.suspect import Suspect
-from nnpassport.files.weights import without_prefixes
-from nnpassport.scheme import OwnershipError
-from nnpassport.verification.relation import Relation, relation, work_of
+from nnpassport.files.weights import read_arrays, without_prefixes
+from nnpassport.scheme import OwnershipError, UnsuitableModelError
+from nnpassport.verification.aligned import given
+from nnpassport.verification.bridge import WORK, running
+from nnpassport.verification.relation import Relation, relation
 
-IMAGES = 512
-"""How many images a suspect is run on, at most."""
-
-NOISE = 128
-"""On how much noise, where there are no images."""
-
-_BETTER_THAN_CHANCE = 2.0
-"""Times the rate of chance that a suspect has to reach on images to be at home on them."""
+if TYPE_CHECKING:
+    from nnpassport.data.images import ImageSet
 
 
 @final
@@ -54,32 +45,33 @@ def relations_of(
     references: Mapping[str, Path],
     *,
     unrelated: tuple[Path, ...] = (),
-    images: ImageSet | Mapping[tuple[int, int, int], ImageSet] | None = None,
+    images: "ImageSet | Mapping[tuple[int, int, int], ImageSet] | None" = None,
 ) -> dict[str, Related]:
     """How the suspect and these networks of claimants, by their names, were made from each other.
 
     `images` are the judge's, or those by the size (channels height width) that a network takes.
     A comparison that cannot be made leaves nothing known, and says so in the notes.
     """
-    strangers = {str(path): read_weights(path) for path in unrelated}
-    null = given(strangers) if strangers else None
-    loaded: dict[str, Loaded] = {}
-    weights: dict[str, Mapping[str, Tensor]] = {}
+    if not references:
+        return {}
+    null = given({str(path): read_arrays(path) for path in unrelated})
+    loaded: dict[str, Known] = {}
     found: dict[str, Related] = {}
     for name, path in references.items():
         try:
-            loaded[name], weights[name] = load_model(path), read_weights(path).tensors
+            loaded[name] = _known(path)
         except Exception as error:  # what a claimant hands in stops no other
             found[name] = Related(notes=(f"its network cannot be compared: {_said(error)}",))
     configs = [*(each.config for each in loaded.values()), *_config_of(suspect.path)]
-    tensors = as_tensors(suspect.arrays).tensors
-    onnx = suspect.path.suffix.lower() == ONNX
+    arrays, onnx = suspect.arrays.arrays, suspect.path.suffix.lower() == ONNX
     for name, one in loaded.items():
         akin = {
-            other: _akin(theirs, one, null) for other, theirs in weights.items() if other != name
+            other: _akin(theirs.network.arrays, one.network, null)
+            for other, theirs in loaded.items()
+            if other != name
         }
         try:
-            relates = _compared(tensors, one, null, onnx=onnx)
+            relates = _compared(arrays, one.network, null, onnx=onnx)
         except Exception as error:  # as above
             note = f"whether the suspect was made from its network is not known: {_said(error)}"
             found[name] = Related(akin=akin, notes=(note,))
@@ -88,80 +80,55 @@ def relations_of(
         notes: tuple[str, ...] = ()
         own = _of_size(images, one.config)
         if relates.related and (own is not None or len(loaded) > 1):
-            work, notes = _measured(relates, own, one.config, configs)
+            work, notes = _measured(relates, references[name], own, configs)
         found[name] = Related(relates.related, akin, work, notes)
     return found
 
 
+def _known(folder: Path) -> Known:
+    found = network_in(folder)
+    if found is None:
+        raise UnsuitableModelError(
+            f"it is {read_config(folder).architecture!r:.100}, and which of its layers share "
+            "channels is not known; needed: one of the package's own architectures"
+        )
+    return found
+
+
 def _of_size(
-    images: ImageSet | Mapping[tuple[int, int, int], ImageSet] | None, config: ModelConfig
-) -> ImageSet | None:
+    images: "ImageSet | Mapping[tuple[int, int, int], ImageSet] | None", config: ModelConfig
+) -> "ImageSet | None":
     """The judge's images as this network takes them, if there are any."""
     return images.get(config.input_size) if isinstance(images, Mapping) else images
 
 
 def _compared(
-    tensors: Mapping[str, Tensor], one: Loaded, null: Unrelated | None, *, onnx: bool = False
+    arrays: Mapping[str, Array], one: Network, null: Unrelated | None, *, onnx: bool = False
 ) -> Relation:
-    tensors = _under_names_of(tensors, one)
-    tensors = state_from(tensors, one.model) if onnx else tensors
-    return relation(tensors, one.model, null or of_its_own(tensors, one.model))
+    names = without_prefixes(arrays, {n for n, each in one.arrays.items() if each.ndim > 1})
+    arrays = {new: arrays[old] for new, old in names.items()}
+    arrays = state_from(arrays, frame(one)) if onnx else arrays
+    return relation(arrays, one, null or of_its_own(arrays, one))
 
 
-def _akin(tensors: Mapping[str, Tensor], one: Loaded, null: Unrelated | None) -> bool:
+def _akin(arrays: Mapping[str, Array], one: Network, null: Unrelated | None) -> bool:
     """Whether two claimants' networks are known to have anything to do with each other."""
     try:
-        return _compared(tensors, one, null).akin
+        return _compared(arrays, one, null).akin
     except Exception:  # whichever of the two it is due to
         return False
 
 
-_Measured = tuple[Work | None, tuple[str, ...]]
-
-
 def _measured(
-    found: Relation, images: ImageSet | None, own: ModelConfig, configs: list[ModelConfig]
-) -> _Measured:
-    """What a part does on images, or without any on noise, in words."""
+    found: Relation, owners: Path, images: "ImageSet | None", configs: list[ModelConfig]
+) -> tuple[Work | None, tuple[str, ...]]:
+    """What a part does, which takes a network that runs."""
     try:
-        return (None, _on_noise(found, own)) if images is None else _work(found, images, configs)
+        measure = running(f"{WORK}:measured", "to see what a part does")
+        said: tuple[Work | None, tuple[str, ...]] = measure(found, owners, images, configs)
+        return said
     except Exception as error:  # what a claimant hands in stops no other
         return None, (f"what its part does could not be measured: {_said(error)}",)
-
-
-def _work(found: Relation, images: ImageSet, configs: list[ModelConfig]) -> _Measured:
-    """What the part does, on images as the suspect answers them best."""
-    count = min(IMAGES, len(images.images))
-    some = images.subset(torch.linspace(0, len(images.images) - 1, count).long())
-    ways = [Normalisation(*way) for way in dict.fromkeys((e.mean, e.std) for e in configs)]
-    reached = [accuracy(found.whole, some, each) for each in ways]
-    best = max(range(len(ways)), key=reached.__getitem__)
-    if reached[best] <= _BETTER_THAN_CHANCE / max(2, len(images.classes)):
-        return None, (
-            f"the suspect answers {100 * reached[best]:.0f} % of the images rightly, which is "
-            "chance, so they do not show what any part of it does",
-        )
-    return work_of(found, ways[best](some.images)), ()
-
-
-def _on_noise(found: Relation, config: ModelConfig) -> tuple[str, ...]:
-    """What the part does on noise, for people: a part can be made to speak on noise alone."""
-    noise = torch.randn(NOISE, *config.input_size, generator=torch.Generator().manual_seed(0))
-    work = work_of(found, noise)
-    if work is None:
-        return ()
-    return (
-        f"on noise its part explains {100 * work.carries:.0f} % of what the suspect answers, and "
-        f"{100 * work.changes:.0f} % of the answers are others without it; the ruling does not "
-        "rest on this, because a part can be made to speak on noise alone",
-    )
-
-
-def _under_names_of(tensors: Mapping[str, Tensor], one: Loaded) -> Mapping[str, Tensor]:
-    """The same tensors, without the prefixes that wrappers for training put before every name."""
-    wanted = {name for name, values in one.model.state_dict().items() if values.dim() > 1}
-    names = without_prefixes(tensors, wanted)
-    return {new: tensors[old] for new, old in names.items()}
 
 
 def _config_of(suspect: Path) -> list[ModelConfig]:

@@ -13,8 +13,8 @@ Four things have to hold, and each is against a diary that somebody makes up:
   what is beyond its base counts, and of a training from a seed only what is beyond that start.
 
 Whether the suspect was made from a checkpoint is read over the table of axes that the claim commits
-to, where there is one: for any architecture, and no network runs. Without one PyTorch compares
-networks of the package's own architectures.
+to, where there is one: for any architecture. Without one networks of the package's own
+architectures are compared. None runs.
 
 A line bent from an old network of one's own to another's passes the second. It dates nothing
 earlier all the same: what it has from before is not what the suspect was made from.
@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from cryptography import x509
@@ -40,9 +40,9 @@ from nnpassport.files.suspect import Suspect
 from nnpassport.scheme import NoTimestampError
 from nnpassport.verification.aligning import read_committed
 from nnpassport.verification.alike import aligned_reading
-from nnpassport.verification.bridge import RELATIONS, running
 from nnpassport.verification.continuity import continuity, kept_entries, spaced
 from nnpassport.verification.lineage import open_network
+from nnpassport.verification.relations import relations_of
 
 _MOST_DATED = 256  # of more checkpoints, so many from the first to the last
 
@@ -82,7 +82,7 @@ def trained_by(
     `traced` is the folder of the network whose table of axes the claim commits to, if it does.
 
     Raises:
-        OwnershipError: the diary or a checkpoint cannot be read, or PyTorch is not installed.
+        OwnershipError: the diary or a checkpoint cannot be read.
     """
     found = _checked(folder, claim, roots)
     end = None if claim.reference is None else found.naming(claim.reference)
@@ -96,7 +96,7 @@ def trained_by(
         return _nothing(fault)
     axes = None if traced is None or claim.axes is None else read_committed(traced, claim)[0]
     strangers = (*unrelated, kept_in(folder, kept[0].number))
-    made_from = _by_running if axes is None else partial(_by_axes, axes)
+    made_from = _by_filters if axes is None else partial(_by_axes, axes)
     return _first(partial(made_from, Suspect.of(suspect), strangers), folder, dated)
 
 
@@ -135,10 +135,9 @@ def _first(
     )
 
 
-def _by_running(suspect: Suspect, strangers: tuple[Path, ...], at: Path) -> tuple[bool, str]:
-    """Whether the suspect was made from the checkpoint, by its filters; PyTorch is needed."""
-    relations_of = running(f"{RELATIONS}:relations_of", "to compare a diary with the suspect")
-    facts: Any = relations_of(suspect, {"diary": at}, unrelated=strangers)["diary"]
+def _by_filters(suspect: Suspect, strangers: tuple[Path, ...], at: Path) -> tuple[bool, str]:
+    """Whether the suspect was made from the checkpoint, by its filters."""
+    facts = relations_of(suspect, {"diary": at}, unrelated=strangers)["diary"]
     return bool(facts.related), f": {facts.notes[0]}" if facts.notes else ""
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
+from nnpassport.alignment.folders import network_in
+from nnpassport.alignment.null import AlignedVerdict
 from nnpassport.catalog import entry_named
 from nnpassport.claims.claim import MILLION, Claim
 from nnpassport.claims.facts import Facts
@@ -20,7 +22,14 @@ from nnpassport.files.weights import Arrays, read_arrays, within, without_prefix
 from nnpassport.keys.adapters import added
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import READERS, check_host, is_adapter, read_product, verdict_on
+from nnpassport.keys.reading import (
+    READERS,
+    check_host,
+    forms_of,
+    is_adapter,
+    read_product,
+    verdict_on,
+)
 from nnpassport.lazy import load
 from nnpassport.scheme import (
     OtherAnchorError,
@@ -29,7 +38,14 @@ from nnpassport.scheme import (
     Verdict,
 )
 from nnpassport.verification import candidates
+from nnpassport.verification.aligned import (
+    check_committed,
+    given,
+    verify_by_layers,
+    with_files,
+)
 from nnpassport.verification.aligning import aligned_by_axes, committed_claim
+from nnpassport.verification.anchor import anchor_in
 from nnpassport.verification.bridge import ANSWERING, MEASURED, running
 from nnpassport.verification.folding import folded_layers, refuse_folded
 
@@ -174,20 +190,57 @@ def _as_given(suspect: Suspect, key: Key, trial: Trial | None, options: Options)
 def _aligned(
     suspect: Suspect, key: Key, trial: Trial | None, options: Options, alignment: Alignment
 ) -> Verdict:
-    """By the axes that a claim commits to, of arrays alone; or as a traced network."""
-    found: Verdict
+    """By the axes that a claim commits to, or by the layers of a network whose channels are known.
+
+    Any other network is one that runs, and its axes are traced.
+    """
     claim = committed_claim(key, options.standing)
-    if claim is None:
+    layers = by_layers(suspect, key, options) if claim is None else None
+    if claim is not None:
+        found = _over_axes(suspect, key, options, alignment, claim)
+    elif layers is not None:
+        found = layers.verdict
+    else:
         purpose = (
             "alignment to a network whose axes no claim commits to (`claim axes`, then `claim new`)"
         )
-        found = running(f"{MEASURED}:aligned", purpose)(suspect, key, options, trial)
-        return found
-    found = _over_axes(suspect, key, options, alignment, claim)
+        run: Verdict = running(f"{MEASURED}:aligned", purpose)(suspect, key, options, trial)
+        return run
     if trial is not None:
         measure = running(f"{MEASURED}:with_aligned_fidelity", "F")
-        found = measure(found, suspect, key, trial, options)
+        found = measure(found, suspect, key, trial, options, layers)
     return found
+
+
+def by_layers(suspect: Suspect, key: Key, options: Options) -> AlignedVerdict | None:
+    """V aligned by layers to a network whose channels are known; None where they are not.
+
+    Raises:
+        OwnershipError: it could not be checked; which kind says why.
+    """
+    alignment = options.alignment
+    if alignment is None or key.context.scheme not in READERS:
+        return None
+    anchored, folder = key.context.anchor is not None, alignment.reference
+    folder = anchor_in(folder) if anchored else folder
+    owners = network_in(folder)
+    if owners is None:
+        return None
+    weights = suspect.arrays.under(weights_of(key))
+    if not anchored:
+        check_committed(folder, options.standing)
+    unrelated = {str(path): read_arrays(path) for path in alignment.unrelated}
+
+    def read(arrays: Mapping[str, Array]) -> Verdict:
+        return _read(arrays, key, options.threshold)
+
+    def forms() -> Mapping[str, Array]:
+        return forms_of(key)
+
+    found = verify_by_layers(read, weights.arrays, key, owners.network, forms, given(unrelated))
+    verdict = without(weights.left_out, found.verdict)
+    verdict = with_files(verdict, key, weights.digests, owners.digests, unrelated, options.standing)
+    return found._replace(verdict=verdict)
 
 
 def _over_axes(

@@ -34,15 +34,6 @@ def read_weights(path: Path) -> Weights:
     return as_tensors(weights.read_arrays(path))
 
 
-def read_suspect(path: Path) -> Weights:
-    """What `files.weights.read_suspect` reads, as tensors.
-
-    Raises:
-        UnreadableModelError: missing, corrupt, too large, hostile, or nothing of it can be used.
-    """
-    return as_tensors(weights.read_suspect(path))
-
-
 def as_tensors(found: weights.Arrays) -> Weights:
     """The same numbers as tensors, in the same memory."""
     tensors = {name: as_tensor(array) for name, array in found.arrays.items()}

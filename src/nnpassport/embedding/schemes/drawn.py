@@ -11,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnpassport.embedding.network.outputs import Example
-from nnpassport.embedding.network.survey import choose, survey
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
 
@@ -123,13 +121,6 @@ def layer_inputs(
             module.training = mode
         plain.load_state_dict(state)
     return {name: _positions_last(inputs[name], modules[name]) for name in layers}
-
-
-def layers_of(
-    model: nn.Module, example: Example, patterns: Sequence[str] | None = None
-) -> list[str]:
-    """Names of the layers that `patterns` choose; see `survey.choose`."""
-    return [site.name for site in choose(model, survey(model, example), patterns)]
 
 
 def _note(name: str, inputs: dict[str, Tensor]) -> Callable[..., None]:

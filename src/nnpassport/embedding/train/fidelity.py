@@ -14,7 +14,6 @@ from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.train.team import at_work
 from nnpassport.scheme import Batch
 
-Predict = Callable[[Tensor], Tensor]
 _ELSEWHERE: ContextVar[torch.device | None] = ContextVar("_ELSEWHERE", default=None)
 
 

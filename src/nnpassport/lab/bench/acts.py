@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from nnpassport.alignment.names import align
 from nnpassport.attacks.ambiguity import solve_passport
+from nnpassport.embedding.aligning import align
 from nnpassport.embedding.network import surgery
 from nnpassport.embedding.network.equations import filters, mean_patch, read_bits
 from nnpassport.embedding.schemes.passport import V1, V2, draw_by_layer
