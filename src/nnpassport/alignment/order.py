@@ -20,15 +20,10 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from nnpassport.alignment.axes import Axes, Place
+from nnpassport.keys.validity import FEWEST_UNITS, MOST_UNITS
 from nnpassport.scheme import MiscountedError
 
 Matrix = NDArray[np.float64]
-MOST_UNITS = 512
-"""Units of an axis that are matched, at most; of a longer one as many are drawn by lot."""
-
-FEWEST_UNITS = 12
-"""An axis of fewer says too little: even if all stay in order, p is not below 1/11!."""
-
 _MOST_NUMBERS = 8192
 """Of a row, at most so many numbers are compared, drawn by lot."""
 
