@@ -247,6 +247,7 @@ def sketch_of(
 
 
 def _whole(rows: NDArray[np.float64]) -> NDArray[np.int8]:
+    rows = np.nan_to_num(rows)
     largest = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-300)
     return np.rint(rows / largest * LARGEST).astype(np.int8)
 

@@ -449,7 +449,8 @@ def _anchor_in(folder: Path, key: Key) -> tuple[Path | None, str | None]:
         note = "the key names no anchor, so what was handed in as one is not used"
         return None, note if path.exists() else None
     if not path.exists():
-        return None, "the network before the mark is not there, so nothing can be aligned to it"
+        missing = "the network before the mark is not there, so nothing can be aligned to it"
+        return None, missing if can_be_aligned(key) else None
     if arrays_digest(read_arrays(path).arrays) != key.context.anchor:
         return None, "the network handed in as anchor is not the key's, so it is not used"
     return path, None

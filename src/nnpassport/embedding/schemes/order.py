@@ -19,7 +19,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nnpassport.alignment.reorder import reordered
-from nnpassport.data.images import Normalisation
+from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.axes import axes_of
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 from nnpassport.embedding.network.tensors import as_array, as_tensor, tensors_digest
@@ -70,24 +70,38 @@ class Order(Mark):
                 or `layers` or a text were given.
         """
         mark.check_nothing_chosen(self.name, layers, text)
+        return self._bound(
+            os.urandom(32) if seed is None else seed, mark.new_nonce(seed), owner, model, example
+        )
+
+    def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
+        """The key bound to `model`, the network that is to be put into order; all else drawn anew.
+
+        Raises:
+            UnsuitableModelError: as `draw_key`.
+        """
+        mark.check_scheme(self.name, key)
+        if tensors_digest(model.state_dict()) == key.context.anchor:
+            return key
+        example = normalise(data.sample(2, seed=0).images)
+        return self._bound(key.seed, key.context.nonce, key.context.owner, model, example)
+
+    def _bound(
+        self, seed: bytes, nonce: bytes, owner: str, model: nn.Module, example: Example
+    ) -> Key:
         axes = axes_of(deepcopy(model).eval(), example)
-        arrays = {name: as_array(each) for name, each in model.state_dict().items()}
-        anchor, nonce = tensors_digest(model.state_dict()), mark.new_nonce(seed)
+        state = model.state_dict()
+        arrays, anchor = {n: as_array(each) for n, each in state.items()}, tensors_digest(state)
         chosen = chosen_axes(axes, arrays)
         if not chosen:
             raise _too_few("no axis with enough units")
         sketch = sketch_of(axes, chosen, arrays, anchor=anchor, nonce=nonce)
         form = OrderForm(axes.digest, sketch_digest(sketch), chosen)
         context = Context(self.name, owner, (), None, nonce, anchor=anchor, order=form)
-        key = Key(
-            os.urandom(32) if seed is None else seed,
-            context,
-            table=np.frombuffer(axes.to_bytes(), np.uint8),
-            sketch=sketch,
-        )
-        if (best := log10_at_best(key.context)) > LOG10_ALPHA_UNCOMMITTED:
-            raise _too_few(f"{key.context.bits} units, which reach 10^{best:.1f} at best")
-        return key
+        table = np.frombuffer(axes.to_bytes(), np.uint8)
+        if (best := log10_at_best(context)) > LOG10_ALPHA_UNCOMMITTED:
+            raise _too_few(f"{context.bits} units, which reach 10^{best:.1f} at best")
+        return Key(seed, context, table=table, sketch=sketch)
 
     def carriers(
         self, model: nn.Module, example: Example, layers: Sequence[str] | None
