@@ -44,6 +44,8 @@ CORRECTED = -3.0
 """log₁₀ of the least p of a scheme, multiplied by how many there were (Bonferroni), at least."""
 
 ANCHOR = "ab" * 32
+SOUND = 2
+"""So many tables of axes are such as a trace may find."""
 SIZE = (1, 5, 5)
 CLASSES = 10
 PICTURES = {"zhang-content", "zhang-noise", "guo", "deepsigns", "deepsigns-blackbox"}
@@ -139,7 +141,7 @@ def genuine(scheme: str) -> tuple[bytes, ...]:
         made = [Context(scheme, "Eve", (), shape, bytes(16), answers=form) for form in forms]
         return tuple(context.encode() for context in made)
     if scheme == "order":
-        chosen = [chosen_axes(table, _arrays()) for table in tables()]
+        chosen = [chosen_axes(table, _arrays()) for table in tables()[:SOUND]]
         forms = [OrderForm(f"{n:064x}", "0" * 64, axes) for n, axes in enumerate(chosen)]
         made = [Context(scheme, "Eve", (), None, bytes(16), None, ANCHOR, order=f) for f in forms]
         return tuple(context.encode() for context in made)
@@ -175,6 +177,7 @@ def tables() -> tuple[Axes, ...]:
     backwards = (Place("fc.weight", 1), Place("e.weight", 0))
     of_places = (
         ((16, stream), (16, first), (12, across), (40, wide)),
+        ((40, wide), (12, across), (16, stream)),
         ((40, wide), (16, twice), (16, stream)),
         ((16, again), (16, stream), (12, across), (16, backwards)),
         ((16, first), (16, first), (16, again)),
@@ -306,7 +309,9 @@ def _spoil_answers(rng: Random, document: dict) -> None:
 def _spoil_order(rng: Random, document: dict) -> None:
     axes = document["order"]["axes"]
     axis = rng.choice(axes) if axes else None
-    match rng.randrange(8):
+    match rng.randrange(9):
+        case 8:
+            document["order"]["table"] = f"{rng.randrange(len(tables())):064x}"
         case 0:
             rng.shuffle(axes)
         case 1 if axes:
