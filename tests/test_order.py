@@ -21,7 +21,10 @@ from nnpassport.alignment.order import log10_fixed_points
 from nnpassport.alignment.reorder import reordered
 from nnpassport.catalog import with_settings
 from nnpassport.embedding.checkpoint import load_model, save_model
+from nnpassport.embedding.schemes.channels import ANY
+from nnpassport.embedding.schemes.graft import graft
 from nnpassport.embedding.schemes.order import ORDER
+from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
@@ -372,6 +375,24 @@ def test_a_network_with_too_few_units_is_refused():
         ORDER.draw_key(nn.Linear(8, 4), torch.randn(2, 8))
     with pytest.raises(UnsuitableModelError, match="neither layers nor a text"):
         ORDER.draw_key(convolutional(), torch.randn(4, 1, 4, 4), text="mine")
+
+
+def test_an_order_and_then_a_passport_are_both_read_as_they_stand():
+    """In this sequence: who orders what has a passport moves its channels and has to align it."""
+    model, images = small_alexnet().eval(), torch.randn(64, 1, 32, 32)
+    ordering = ORDER.draw_key(model, images[:2], seed=bytes(32))
+    ORDER.insert(model, ordering, images[:2])
+    layers = ["features.8", "features.11"]
+    passport = V2.draw_key(model, images[:2], seed=bytes(32), layers=layers, seen=images)
+    V2.insert(model, passport, images[:2])
+    graft(model, images, limit=ANY)
+    released = V2.released(model).eval()
+    assert V2.verify(released.state_dict(), passport).match_rate == 1
+    assert ORDER.verify(released.state_dict(), ordering).match_rate > 0.95
+    later = ORDER.draw_key(released, images[:2], seed=b"1" * 32)
+    ORDER.insert(released, later, images[:2])
+    assert V2.verify(released.state_dict(), passport).match_rate < 0.8
+    assert not ORDER.verify(released.state_dict(), ordering).marked
 
 
 def test_nothing_is_aligned_for_a_key_of_an_order(tmp_path, key):
