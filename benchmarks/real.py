@@ -348,7 +348,7 @@ def _tuning_said(e: Mapping[str, Any]) -> str:
     return (
         f"{e['network']}, all of it tuned to {e['classes']} classes of Caltech-101 at "
         f"{e['size']} pixels, {e['steps']} steps of {e['batch']} images at a rate of {e['rate']:g} "
-        f"(in the last twenty {percent(e['right_at_last'], 0)} % were right): {tuned}. Then "
+        f"(in the last twenty {in_percent(e['right_at_last'], 0)} % were right): {tuned}. Then "
         f"{100 * e['pruned']:g} % of each marked layer pruned: {pruned}. "
         "`python benchmarks/real.py run EfficientNet-Lite0 tuning`, one run."
     )

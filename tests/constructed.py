@@ -15,6 +15,7 @@ from nnpassport.embedding.network.models import build
 from nnpassport.embedding.network.outputs import call
 from nnpassport.embedding.schemes.deepmarks import DEEPMARKS, words_of
 from nnpassport.embedding.schemes.deepsigns import DEEPSIGNS, GROUP
+from nnpassport.embedding.schemes.order import Order
 from nnpassport.embedding.schemes.passport import V2, Passport
 from nnpassport.embedding.schemes.residuals import GREEDY_RESIDUALS, residuals
 from nnpassport.embedding.schemes.uchida import UCHIDA, UCHIDA_MSE, read_out
@@ -42,13 +43,16 @@ def reader(model, data, normalise):
 
 def marked(scheme, model, key, data, normalise):
     """A released copy of the network that carries `key` and knows the classes of `data`."""
-    model, inputs = deepcopy(model), normalise(data.images)
+    plain, model, inputs = model, deepcopy(model), normalise(data.images)
     settle(model, inputs)
     if isinstance(scheme, Passport) and not scheme.encoded:
         return with_passports(scheme, model, key, data, normalise)
     if isinstance(scheme, Passport):
         scheme.embed(model, key, data, Recipe(epochs=0), normalise=normalise, trained=True)
         model = scheme.released(model)
+    elif isinstance(scheme, Order):
+        model = deepcopy(plain)
+        scheme.insert(model, key, inputs[:2])
     elif key.context.layers:
         WRITTEN[scheme.name](model, key, inputs, normalise)
     asked = [(Branch.PUBLIC, inputs, data.labels)]

@@ -9,13 +9,16 @@ import functools
 import hashlib
 import json
 import math
+from dataclasses import replace
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
+from nnpassport.alignment.axes import Axes, Axis, Place
 from nnpassport.catalog import ADAPTERS, CATALOG, scheme_named
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding.network.equations import Geometry, filters, geometry_of
@@ -24,10 +27,12 @@ from nnpassport.keys.context import (
     AnswersForm,
     Context,
     LayerShape,
+    OrderForm,
     TriggerShape,
     canonical_json,
 )
-from nnpassport.keys.key import Key
+from nnpassport.keys.key import Key, sketch_digest
+from nnpassport.keys.ordered import chosen_axes, sketch_of
 from nnpassport.scheme import OwnershipError
 
 SCHEMES = (*CATALOG, *ADAPTERS)
@@ -38,6 +43,9 @@ ALLOWED = -12.0
 CORRECTED = -3.0
 """log₁₀ of the least p of a scheme, multiplied by how many there were (Bonferroni), at least."""
 
+ANCHOR = "ab" * 32
+SOUND = 2
+"""So many tables of axes are such as a trace may find."""
 SIZE = (1, 5, 5)
 CLASSES = 10
 PICTURES = {"zhang-content", "zhang-noise", "guo", "deepsigns", "deepsigns-blackbox"}
@@ -132,6 +140,11 @@ def genuine(scheme: str) -> tuple[bytes, ...]:
         forms = [AnswersForm(kind, 64, 400) for kind in KINDS if kind != "counts"]  # of texts
         made = [Context(scheme, "Eve", (), shape, bytes(16), answers=form) for form in forms]
         return tuple(context.encode() for context in made)
+    if scheme == "order":
+        chosen = [chosen_axes(table, _arrays()) for table in tables()[:SOUND]]
+        forms = [OrderForm(f"{n:064x}", "0" * 64, axes) for n, axes in enumerate(chosen)]
+        made = [Context(scheme, "Eve", (), None, bytes(16), None, ANCHOR, order=f) for f in forms]
+        return tuple(context.encode() for context in made)
     if scheme in CATALOG and not scheme_named(scheme).parts - {"triggers"} and _answers(scheme):
         layered: list[tuple[LayerShape, ...]] = [()]
     elif scheme == "lora":
@@ -150,6 +163,34 @@ def genuine(scheme: str) -> tuple[bytes, ...]:
     triggered = scheme == "passport-v3" or _answers(scheme) or scheme == "deepsigns"
     triggers = TriggerShape(count, CLASSES, SIZE) if triggered else None
     return tuple(Context(scheme, "Eve", each, triggers, bytes(16)).encode() for each in layered)
+
+
+@functools.cache
+def tables() -> tuple[Axes, ...]:
+    """Tables of axes of such networks: sound ones, and such as a forger would write."""
+    stream = (Place("c.weight", 0), Place("c.bias", 0), Place("fc.weight", 1))
+    first = (Place("a.weight", 0), Place("e.weight", 1))
+    across = (Place("b.weight", 0), Place("c.weight", 1))
+    wide = (Place("one.weight", 0), Place("one.bias", 0))
+    twice = (Place("e.weight", 0), Place("e.weight", 1), Place("a.weight", 0))
+    again = (Place("a.weight", 0), Place("c.weight", 0))
+    backwards = (Place("fc.weight", 1), Place("e.weight", 0))
+    of_places = (
+        ((16, stream), (16, first), (12, across), (40, wide)),
+        ((40, wide), (12, across), (16, stream)),
+        ((40, wide), (16, twice), (16, stream)),
+        ((16, again), (16, stream), (12, across), (16, backwards)),
+        ((16, first), (16, first), (16, again)),
+    )
+    return tuple(
+        Axes(tuple(Axis(size, "permute", (), p) for size, p in axes), {}, {}, {}, {})
+        for axes in of_places
+    )
+
+
+@functools.cache
+def _arrays() -> dict[str, np.ndarray]:
+    return {name: each.numpy() for name, each in networks()[0].state_dict().items()}
 
 
 def _answers(scheme: str) -> bool:
@@ -186,6 +227,9 @@ def _spoil(rng: Random, document: dict) -> None:
     layers = document["layers"]
     if document.get("answers") and rng.random() < 0.5:
         _spoil_answers(rng, document)
+        return
+    if document.get("order") and rng.random() < 0.9:
+        _spoil_order(rng, document)
         return
     what = rng.random()
     if what < 0.1:
@@ -262,6 +306,34 @@ def _spoil_answers(rng: Random, document: dict) -> None:
             document["answers"] = rng.choice([None, {}, []])
 
 
+def _spoil_order(rng: Random, document: dict) -> None:
+    axes = document["order"]["axes"]
+    axis = rng.choice(axes) if axes else None
+    match rng.randrange(9):
+        case 8:
+            document["order"]["table"] = f"{rng.randrange(len(tables())):064x}"
+        case 0:
+            rng.shuffle(axes)
+        case 1 if axes:
+            axes.remove(axis)
+        case 2 if axes:
+            axes.insert(rng.randrange(len(axes) + 1), json.loads(json.dumps(axis)))
+        case 3 if axes:
+            axis["number"] = rng.choice([-1, 0, 1, 2, 3, 4, 9_999, 2**31])
+        case 4 if axes:
+            axis["units"] = rng.choice([0, 1, 11, 12, 15, 16, 40, 512, 513, 2**31])
+        case 5 if axes:
+            name = rng.choice([*_arrays()])
+            shape = [*_arrays()[name].shape]
+            axis["tensors"].insert(rng.randrange(len(axis["tensors"]) + 1), [name, shape])
+        case 6 if axes and axis["tensors"]:
+            shape = rng.choice(axis["tensors"])[1]
+            if shape:
+                shape[rng.randrange(len(shape))] = rng.choice([0, 1, 12, 16, 2**24, 2**40])
+        case _:
+            document["anchor"] = rng.choice([None, ANCHOR, "0" * 63, rng.randbytes(32).hex()])
+
+
 class Found(NamedTuple):
     """The least log₁₀ p of a key, and of how many readings."""
 
@@ -316,6 +388,8 @@ def _answered(scheme, key, number):
 
 def _key(context: Context, digest: bytes) -> Key:
     """A key of the context, its pictures such as a forger would take: all alike, or noise."""
+    if context.order is not None:
+        return _ordered(context, digest)
     shape = context.triggers
     if shape is None or shape.count * math.prod(shape.size) > _MOST:
         return Key(digest, context)
@@ -334,3 +408,31 @@ def _key(context: Context, digest: bytes) -> Key:
         first = torch.randint(shape.classes, (shape.count, 1), generator=rng)
         choices = torch.cat([first, (first + 1) % shape.classes], dim=1)
     return Key(digest, context, trigger_images=images, trigger_choices=choices)
+
+
+def _ordered(context: Context, digest: bytes) -> Key:
+    """A key with a forger's table and sketch: of the suspect itself, sorted, alike, or noise."""
+    table = tables()[int(context.order.table, 16) % len(tables())]
+    content = np.frombuffer(table.to_bytes(), np.uint8)
+    rng = np.random.default_rng(list(digest[:8]))
+    suspect = {n: e.float().numpy() for n, e in _state(digest[0] % len(networks())).items()}
+    made = {}
+    for axis in context.order.axes:
+        try:
+            (sketch,) = sketch_of(
+                table, (axis,), suspect, anchor=context.anchor, nonce=context.nonce
+            ).values()
+        except Exception:  # his table has no such axis: V refuses the key
+            sketch = np.zeros((axis.units, 1), np.int8)
+        match digest[2] % 4:
+            case 0:
+                sketch = sketch[np.argsort(-sketch.astype(int).sum(1))]
+            case 1:
+                sketch = np.broadcast_to(sketch[:1], sketch.shape).copy()
+            case 2:
+                sketch = rng.integers(-127, 128, sketch.shape).astype(np.int8)
+        made[str(axis.number)] = sketch
+    form = context.order._replace(
+        table=hashlib.sha256(content.tobytes()).hexdigest(), sketch=sketch_digest(made)
+    )
+    return Key(digest, replace(context, order=form), table=content, sketch=made)

@@ -144,6 +144,17 @@ def test_units_that_are_all_alike_are_matched_by_lot():
     assert max(found) <= 7
 
 
+def test_equal_units_are_matched_by_lot_also_with_ones_that_somebody_has_sorted():
+    """Solvers go through rows in order: the first of equal ones got the best column, and so on."""
+    rng = np.random.default_rng(0)
+    for side in (1, -1):
+        sorted_by_likeness = np.tile(np.arange(32.0)[::side], (32, 1))
+        for similarity in (sorted_by_likeness, sorted_by_likeness.T):
+            found = [fixed_points(similarity, rng) for _ in range(100)]
+            assert max(found) <= 7
+            assert np.mean(found) == pytest.approx(1, abs=0.5)
+
+
 def test_matched_units_of_independent_networks_have_the_law():
     """1,000 pairs that share what a task gives: all rows have one pattern, none has its own."""
     rng = np.random.default_rng(1)

@@ -366,9 +366,34 @@ def test_of_a_mark_of_answers_one_reading_is_all_there_is():
     """It is never read aligned, so what is not there as it stands is absent."""
     answers = replace(
         claimant("b", HAVINGS[0]),
-        answers_only=True,
+        only_as_it_stands=True,
         elsewhere={"a": {AS_IT_STANDS: found(False)}},
     )
     assert rule([claimant("a", Has("none", "none", "stands")), answers]).owner == "a"
-    weights = replace(answers, answers_only=False)
+    weights = replace(answers, only_as_it_stands=False)
     assert rule([claimant("a", Has("none", "none", "stands")), weights]).owner is None
+
+
+def test_who_proves_an_order_alone_is_no_owner_over_a_dated_network_that_lost_its_mark():
+    """An order costs nothing and takes another's away; a passport does not."""
+    victim = replace(claimant("a", Has("first", "in the suspect", "absent")), readings={})
+    thief = claimant("b", Has("second", "in the suspect", "stands"))
+    undated = claimant("b", Has("none", "none", "stands"))
+    assert rule([victim, thief]).owner == "b"  # a mark is what is asked for
+    for one in (thief, undated):
+        assert owner(rule([victim, replace(one, by_order=True)])) == "undecided"
+    assert owner(rule([replace(thief, by_order=True)])) == "b"
+
+
+def test_nothing_that_is_cheap_takes_an_order_s_owner_his_ruling():
+    """Another's network has to be dated, in the suspect, and there before his."""
+    mine = replace(claimant("a", Has("first", "in the suspect", "not looked for")), by_order=True)
+    for date, network in product(DATES, NETWORKS):
+        other = replace(claimant("b", Has(date, network, "absent")), readings={})
+        before = network == "in the suspect" and date in {"diary", "first"}  # or the same moment
+        wanted = "undecided" if before else "a"
+        assert owner(rule([mine, other])) == wanted, (date, network)
+    same = replace(
+        claimant("b", Has("first", "in the suspect", "absent")), readings={}, owner_key="k"
+    )
+    assert owner(rule([replace(mine, owner_key="k"), same])) == "a"

@@ -104,6 +104,11 @@ CATALOG: Mapping[str, Entry] = {
         "ours",
         "how answers to ordinary images lean; copies trained on answers carry it",
     ),
+    "order": Entry(
+        f"{_IN}.order:ORDER",
+        "ours",
+        "hidden units in an order of the key's, free of cost; permuting erases it",
+    ),
 }
 
 ADAPTERS: Mapping[str, Entry] = {

@@ -28,6 +28,7 @@ from constructed import small_alexnet  # noqa: E402
 from rfc3161_client import HashAlgorithm, TimestampRequestBuilder  # noqa: E402
 
 import nnpassport  # noqa: E402
+from nnpassport.alignment.axes import Axes, Axis, Place  # noqa: E402
 from nnpassport.claims.claim import claim_of, sign_claim, sign_statement  # noqa: E402
 from nnpassport.claims.claimfile import read_signed, write_signed  # noqa: E402
 from nnpassport.claims.diary import DIARY_FILE, STAMPS_FILE, begin, stated  # noqa: E402
@@ -36,18 +37,22 @@ from nnpassport.data.images import Normalisation, read_images  # noqa: E402
 from nnpassport.embedding.checkpoint import save_model  # noqa: E402
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest  # noqa: E402
 from nnpassport.embedding.train.keeping import Diary, Pace  # noqa: E402
+from nnpassport.files.arrays import arrays_digest  # noqa: E402
 from nnpassport.files.config import ModelConfig  # noqa: E402
 from nnpassport.keys.answers import coins_of  # noqa: E402
 from nnpassport.keys.context import (  # noqa: E402
     AnswersForm,
     Context,
     LayerShape,
+    OrderForm,
     TriggerShape,
     base64_text,
     canonical_json,
 )
 from nnpassport.keys.geometry import Geometry  # noqa: E402
-from nnpassport.keys.key import Key  # noqa: E402
+from nnpassport.keys.key import Key, sketch_digest  # noqa: E402
+from nnpassport.keys.order import own_orders  # noqa: E402
+from nnpassport.keys.ordered import chosen_axes, sketch_of  # noqa: E402
 from nnpassport.verification.hearing import disclose  # noqa: E402
 
 SEED = hashlib.sha256(b"the seed of the claims").digest()
@@ -69,6 +74,7 @@ def main():
     channels("channels")
     channels("directions")
     answers()
+    order()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -94,6 +100,9 @@ def given(path):
             derived.update(array.tobytes())
     if key.context.answers is not None:
         derived.update(coins_of(key).signs.tobytes())
+    if key.context.order is not None:
+        for _, units in sorted(own_orders(key).items()):
+            derived.update(units.astype("<i8").tobytes())
     return {"fingerprint": key.fingerprint, "derived": derived.hexdigest()}
 
 
@@ -228,6 +237,23 @@ def answers():
     inputs, said = numbers.astype(np.uint8).reshape(24, 3, 8, 8), np.arange(24 * 5) % 17 * 20 - 160
     baseline = said.astype(np.int16).reshape(24, 5)
     keep(Key(SEED, context, trigger_images=inputs, baseline=baseline), "key-v1-answers.key")
+
+
+def order():
+    """A key of a mark in the order of hidden units: a table of axes, and a sketch of the anchor."""
+    numbers = np.arange(40 * 30) * 7919 % 256 - 128
+    arrays = {
+        "0.weight": numbers[: 32 * 20].reshape(32, 20).astype(np.float32),
+        "2.weight": numbers[: 16 * 32].reshape(16, 32).astype(np.float32) ** 3,
+    }
+    places = (Place("0.weight", 0), Place("2.weight", 1))
+    axes = Axes((Axis(32, "permute", ("relu",), places),), {}, {}, {}, {})
+    anchor, chosen = arrays_digest(arrays), chosen_axes(axes, arrays)
+    sketch = sketch_of(axes, chosen, arrays, anchor=anchor, nonce=NONCE)
+    form = OrderForm(axes.digest, sketch_digest(sketch), chosen)
+    context = Context("order", "Zoë", (), None, NONCE, anchor=anchor, order=form)
+    table = np.frombuffer(axes.to_bytes(), np.uint8)
+    keep(Key(SEED, context, table=table, sketch=sketch), "key-v1-order.key")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nnpassport.alignment.order import FEWEST_UNITS, Order, order_of, unit_rows
+from nnpassport.alignment.order import Order, order_of, unit_rows
 from nnpassport.files.arrays import Array, Described, is_floating
+from nnpassport.keys.validity import FEWEST_UNITS
 
 Matrix = NDArray[np.float64]
 Tensors = Mapping[str, Array]

@@ -20,15 +20,10 @@ from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from nnpassport.alignment.axes import Axes, Place
+from nnpassport.keys.validity import FEWEST_UNITS, MOST_UNITS
 from nnpassport.scheme import MiscountedError
 
 Matrix = NDArray[np.float64]
-MOST_UNITS = 512
-"""Units of an axis that are matched, at most; of a longer one as many are drawn by lot."""
-
-FEWEST_UNITS = 12
-"""An axis of fewer says too little: even if all stay in order, p is not below 1/11!."""
-
 _MOST_NUMBERS = 8192
 """Of a row, at most so many numbers are compared, drawn by lot."""
 
@@ -90,15 +85,24 @@ def _log_law(size: int) -> Matrix:
 
 
 def fixed_points(similarity: Matrix, rng: np.random.Generator) -> int:
-    """How many diagonal places the best assignment of rows to columns has.
+    """How many diagonal places the best assignment of rows to columns has."""
+    return int((assigned(similarity, rng) == np.arange(len(similarity))).sum())
 
-    Columns are put into an order by lot first: equal ones would else be matched in their own.
+
+def assigned(similarity: Matrix, rng: np.random.Generator) -> NDArray[np.int64]:
+    """By row, the column that it has in the best assignment; between equal ones a lot decides.
+
+    Rows and columns are put into orders by lot first. Whoever solves for an assignment goes through
+    them one by one: of rows that are equal the first would get the best column, the next the second
+    best, and columns that somebody has sorted would be matched in their own order.
     """
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
 
-    order = rng.permutation(len(similarity))
-    chosen = linear_sum_assignment(similarity[:, order], maximize=True)[1]
-    return int((order[chosen] == np.arange(len(order))).sum())
+    rows, columns = rng.permutation(len(similarity)), rng.permutation(similarity.shape[1])
+    found = np.empty(len(rows), np.int64)
+    chosen = linear_sum_assignment(similarity[np.ix_(rows, columns)], maximize=True)[1]
+    found[rows] = columns[chosen]
+    return found
 
 
 def order_of(

@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes
-from nnpassport.alignment.order import FEWEST_UNITS
 from nnpassport.files.arrays import Array
+from nnpassport.keys.validity import FEWEST_UNITS
 
 Orders = Mapping[int, NDArray[np.int64]]
 """By number of the axis, which unit comes where."""

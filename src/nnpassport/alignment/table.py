@@ -52,6 +52,22 @@ def check_table(axes: Axes, shapes: Shapes) -> None:
     if work > MOST_WORK:
         raise _refused(f"its axes take {work:.0e} operations to solve; needed: {MOST_WORK:.0e}")
     for number, axis in enumerate((*axes.axes, *axes.pairs)):
+        most = LONGEST_OF_KIND.get(axis.kind, LONGEST)
+        if axis.size > most:
+            raise _refused(
+                f"axis {number} of kind {axis.kind} has {axis.size} indices; needed: at most {most}"
+            )
+    check_places(axes, shapes)
+    _check_vectors(axes, shapes)
+
+
+def check_places(axes: Axes, shapes: Shapes) -> None:
+    """Refuse a table with a place that is not in tensors of these shapes, or two that clash.
+
+    Raises:
+        UnreadableModelError: naming the first thing that does not fit.
+    """
+    for number, axis in enumerate((*axes.axes, *axes.pairs)):
         paired = number < len(axes.axes) or sides_of(axis) is not None
         fault = _axis_fault(axis, shapes) if paired else "is no pairs of two sides"
         if fault is not None:
@@ -59,7 +75,6 @@ def check_table(axes: Axes, shapes: Shapes) -> None:
     for place, numbers in _by_dimension(axes):
         if (fault := _shared_fault(axes, numbers, place, shapes)) is not None:
             raise _refused(f"dimension {place[1]} of {place[0]!r:.100} {fault}")
-    _check_vectors(axes, shapes)
 
 
 def _check_vectors(axes: Axes, shapes: Shapes) -> None:
@@ -94,9 +109,6 @@ def sides_of(axis: Axis) -> tuple[list[tuple[Place, Place]], list[tuple[Place, P
 
 def _axis_fault(axis: Axis, shapes: Shapes) -> str | None:
     """What is wrong with an axis on its own."""
-    most = LONGEST_OF_KIND.get(axis.kind, LONGEST)
-    if axis.size > most:
-        return f"of kind {axis.kind} has {axis.size} indices; needed: at most {most}"
     if not axis.places:
         return "is nowhere"
     for place in axis.places:

@@ -16,6 +16,10 @@ where several marks are there, order decides, by two kinds of evidence:
    channels of a network of his own beside another's. Images tell whose part does the work; without
    them, or if both do, it is *shared*.
 
+An *order of hidden units* is a mark of its own kind: to put one on costs nothing, and takes every
+other away. So who proves nothing else is no owner where another's dated network, whose mark he may
+have taken away, is in the suspect and he has none that was there before it: undecided.
+
 A *diary of training* dates networks too: not one that was claimed, but those on the way to it. Of
 its checkpoints the first counts that a timestamp proves older than the suspect, and that the
 suspect was made from by more than the diary's own beginning explains. So who was slow to claim what
@@ -106,7 +110,9 @@ class Claimant:
         owner_key: the public key that signed the claim: claimants with one key are one party.
         readings: verdicts on the suspect, by how it was read; p-values for all claimants together.
         elsewhere: by another claimant's name, verdicts on the network that *he* committed to.
-        answers_only: whether his scheme reads nothing but answers, which alignment leaves alone.
+        only_as_it_stands: whether his mark is never read aligned: one of answers, or an order.
+        by_order: whether his mark is an order of hidden units: whoever has the network puts it on
+            at no cost, and takes every earlier one away.
         related: whether the suspect was made from the network that he committed to; None is what
             his aligned reading says.
         akin: by another claimant's name, whether one of their two networks was made from the other.
@@ -127,7 +133,8 @@ class Claimant:
     owner_key: str | None = None
     readings: Mapping[str, Verdict] = field(default_factory=dict)
     elsewhere: Mapping[str, Mapping[str, Verdict]] = field(default_factory=dict)
-    answers_only: bool = False
+    only_as_it_stands: bool = False
+    by_order: bool = False
     related: bool | None = None
     akin: Mapping[str, bool] = field(default_factory=dict)
     work: Work | None = None
@@ -196,7 +203,7 @@ class Claimant:
     def absent_from(self, other: "Claimant") -> bool:
         """Whether his mark was looked for in the other's network, and no reading finds it."""
         found = self.elsewhere.get(other.name, {})
-        ways = {AS_IT_STANDS} if self.answers_only else {AS_IT_STANDS, ALIGNED}
+        ways = {AS_IT_STANDS} if self.only_as_it_stands else {AS_IT_STANDS, ALIGNED}
         return ways <= found.keys() and not any(each.marked for each in found.values())
 
     def akin_to(self, other: "Claimant") -> bool:
@@ -258,11 +265,8 @@ def rule(claimants: Sequence[Claimant]) -> Ruling:
             )
             return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
         return Ruling(Outcome.NOBODY, None, (*reasons, "no claim is proved"))
-    if len({each.party for each in proved}) == 1:
-        names = _list([each.name for each in proved])
-        same = "" if len(proved) == 1 else ", all signed with one key,"
-        reasons.append(f"{names}{same} alone proves a claim")
-        return _owner(proved[0], reasons)
+    if (settled := _without_order(claimants, proved, reasons)) is not None:
+        return settled
     firsts = []
     for one in proved:
         orders = [(_order(one, other), other) for other in proved if other.party != one.party]
@@ -287,6 +291,44 @@ def rule(claimants: Sequence[Claimant]) -> Ruling:
     names = _list([each.name for each in proved])
     reasons.append(f"{names} all prove a mark, and nothing shows whose was first")
     return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
+
+
+def _without_order(
+    claimants: Sequence[Claimant], proved: Sequence[Claimant], reasons: list[str]
+) -> Ruling | None:
+    """Where nobody has to be first: an order may have taken a mark away, or one party is alone."""
+    names = _list([each.name for each in proved])
+    if before := _displaced(claimants, proved):
+        reasons.append(
+            f"{names} proves an order of hidden units and no other mark; whoever has a network can "
+            "put one on it and take another's away, and the suspect was made from a network of "
+            f"{_list([each.name for each in before])} that is dated, and not later"
+        )
+        return Ruling(Outcome.UNDECIDED, None, tuple(reasons))
+    if len({each.party for each in proved}) == 1:
+        same = "" if len(proved) == 1 else ", all signed with one key,"
+        reasons.append(f"{names}{same} alone proves a claim")
+        return _owner(proved[0], reasons)
+    return None
+
+
+def _displaced(claimants: Sequence[Claimant], proved: Sequence[Claimant]) -> list[Claimant]:
+    """Who proves no mark, where those who do have nothing but an order, and was not after them.
+
+    His network is dated, the suspect was made from it, and theirs is not dated before it.
+    """
+    if not all(each.by_order for each in proved):
+        return []
+    parties = {each.party for each in proved}
+    earliest = min((each.network_span[1] for each in proved if each.network_span), default=None)
+    found = []
+    for each in claimants:
+        if each in proved or each.refused is not None or each.party in parties:
+            continue
+        span = each.network_span
+        if span is not None and (earliest is None or earliest >= span[0]):
+            found.append(each)
+    return found
 
 
 def _owner(one: Claimant, reasons: Sequence[str]) -> Ruling:

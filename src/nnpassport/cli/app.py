@@ -195,9 +195,12 @@ def key_new(
     save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
     bits, pictures = drawn.context.bits, drawn.context.triggers
     what = [f"{len(drawn.context.layers)} layers, {bits} bits"] if bits else []
+    if drawn.context.order is not None:
+        what = [f"{len(drawn.context.order.axes)} axes, {bits} units whose order is read"]
     what += [f"{pictures.count} pictures"] if pictures is not None else []
     errors.print(f"{out}: {'; '.join(what)}")
-    weakest = log10_binomial_tail(bits, bits, 0.5) if bits and drawn.derived else -math.inf
+    counts = bool(bits) and drawn.derived and drawn.context.order is None
+    weakest = log10_binomial_tail(bits, bits, 0.5) if counts else -math.inf
     if weakest > LOG10_ALPHA_UNCOMMITTED:
         errors.print("note:", style="yellow", end=" ")
         errors.print(
@@ -230,6 +233,8 @@ def key_show(
 
     key = key_from(path, passphrase)
     layers = [f"{layer.name} {list(layer.weight)}" for layer in key.context.layers]
+    order = key.context.order
+    axes = None if order is None else [f"axis {a.number}: {a.units} units" for a in order.axes]
     facts = {
         "scheme": key.context.scheme,
         "owner": key.context.owner,
@@ -238,6 +243,7 @@ def key_show(
         "anchor": key.context.anchor or ("none yet" if needs_anchor(key) else None),
         "fingerprint": key.fingerprint,
         "layers": layers,
+        **({} if axes is None else {"axes": axes}),
     }
     there = {name: each for name, each in facts.items() if each is not None}
     rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in there.items()]

@@ -18,6 +18,7 @@ from nnpassport.catalog import scheme_named, settings_of
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
 from nnpassport.embedding import anchoring
+from nnpassport.embedding.axes import noise_for
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.measured import verify_model
 from nnpassport.embedding.network import surgery
@@ -28,6 +29,7 @@ from nnpassport.embedding.schemes.drawn import (
     shuffled_passports,
     with_passports,
 )
+from nnpassport.embedding.schemes.order import Order
 from nnpassport.embedding.schemes.passport import GRAFTED_ON, Passport
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.triggered import with_published_triggers
@@ -122,6 +124,13 @@ def draw_key(
             passports=None if chosen.encoded else passports or "channel",
             seen=watched,
         )
+    elif isinstance(chosen, Order):
+        if trained is None:
+            raise UnsuitableModelError(
+                f"a key of {chosen.name} is drawn for one network as it is, and no weights were "
+                "given; needed: --model FOLDER, the network that is trained already"
+            )
+        key = chosen.draw_key(model, noise_for(config), owner=owner, layers=layers, text=text)
     else:
         key = chosen.draw_key(model, example, owner=owner, layers=layers, text=text)
     return with_classes(key, config.classes)
@@ -439,12 +448,13 @@ def _check_takes_images(model: nn.Module, config: ModelConfig) -> None:
 
 
 def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:
-    grafts = trained and isinstance(scheme, Passport)
+    grafts = trained and isinstance(scheme, Passport | Order)
     if recipe.epochs == 0 and (not grafts or scheme.triggers):
         raise BadRecipeError(
             f"the recipe has no epochs, and {scheme.name} puts in by training "
             f"{'its triggers' if grafts else 'its mark'}; needed: at least one epoch, or a key of "
-            "passport-v1 or passport-v2 and a trained network to start from, which are grafted"
+            "passport-v1, passport-v2 or order and a trained network to start from, which needs no "
+            "training"
         )
 
 

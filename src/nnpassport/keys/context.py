@@ -28,6 +28,8 @@ _MAX_NAME = 1_000
 _MAX_JSON = 2**24
 _MAX_COMMAS = 2**20
 _MAX_GAIN = 2**48
+_MOST_NUMBERED = 10_000  # axes of a table
+_MOST_DIMENSIONS = 8
 _DIGEST = re.compile("[0-9a-f]{64}")
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
@@ -106,6 +108,39 @@ class AnswersForm(NamedTuple):
     strength: int
 
 
+class OrderedAxis(NamedTuple):
+    """An axis whose order is read.
+
+    Attributes:
+        number: which axis of the table.
+        units: how many of its units are looked at.
+        tensors: those that its units are told by, with their shapes.
+    """
+
+    number: int
+    units: int
+    tensors: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class OrderForm(NamedTuple):
+    """A mark in the order of hidden units: that of the anchor's, permuted (`keys.ordered`).
+
+    Attributes:
+        table: SHA-256 of the anchor's table of axes, all of which are permuted.
+        sketch: SHA-256 of what the key keeps of the anchor's units.
+        axes: those whose order is read, each given the orders of those before.
+    """
+
+    table: str
+    sketch: str
+    axes: tuple[OrderedAxis, ...]
+
+    @property
+    def units(self) -> list[int]:
+        """How many units of each axis are looked at."""
+        return [axis.units for axis in self.axes]
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -123,6 +158,7 @@ class Context:
         anchor: SHA-256 (hex, as `arrays_digest`) of the network before the mark, which suspects are
             aligned to; None where there is none. As with names, choosing another is drawing seeds.
         answers: form of a mark in answers to ordinary inputs; None where there is none.
+        order: form of a mark in the order of hidden units; None where there is none.
     """
 
     scheme: str
@@ -133,6 +169,7 @@ class Context:
     classes: tuple[str, ...] | None = None
     anchor: str | None = None
     answers: AnswersForm | None = None
+    order: OrderForm | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.scheme, "scheme")
@@ -154,12 +191,15 @@ class Context:
             _require(bool(digest), "an anchor that is no digest", "64 lower-case hex digits")
         if self.answers is not None:
             _check_answers(self.answers)
+        if self.order is not None:
+            _check_order(self.order)
         validity.check(self)
 
     @property
     def bits(self) -> int:
-        """Signature bits of all layers together, and the coins of a mark in answers."""
+        """Signature bits of all layers, the coins of a mark in answers, the units of an order."""
         coins = 0 if self.answers is None else self.answers.coins
+        coins += 0 if self.order is None else sum(self.order.units)
         return coins + sum(layer.length for layer in self.layers)
 
     def layer(self, name: str) -> LayerShape:
@@ -188,7 +228,8 @@ class Context:
         layers = [_fields_of(layer) for layer in self.layers]
         # Absent, not null: contexts without names or an anchor encode as ever.
         answers = None if self.answers is None else self.answers._asdict()
-        given = {"classes": self.classes, "anchor": self.anchor, "answers": answers}
+        order = None if self.order is None else _order_fields(self.order)
+        given = {"classes": self.classes, "anchor": self.anchor, "answers": answers, "order": order}
         return canonical_json(
             {
                 **{name: value for name, value in given.items() if value is not None},
@@ -220,6 +261,7 @@ class Context:
                 classes=_tuples(document.get("classes")),
                 anchor=document.get("anchor"),
                 answers=_answers_from(document.get("answers")),
+                order=_order_from(document.get("order")),
             )
             canonical = context.encode() == data
         except UnreadableKeyError:
@@ -335,6 +377,17 @@ def _triggers_from(fields: Any) -> TriggerShape | None:
 
 def _answers_from(fields: Any) -> AnswersForm | None:
     return None if fields is None else AnswersForm(**fields)
+
+
+def _order_fields(form: OrderForm) -> dict[str, Any]:
+    return {**form._asdict(), "axes": [axis._asdict() for axis in form.axes]}
+
+
+def _order_from(fields: Any) -> OrderForm | None:
+    if fields is None:
+        return None
+    axes = tuple(OrderedAxis(**{k: _tuples(v) for k, v in each.items()}) for each in fields["axes"])
+    return OrderForm(**{**fields, "axes": axes})
 
 
 def _tuples(value: Any) -> Any:
@@ -495,6 +548,57 @@ def _check_answers(form: AnswersForm) -> None:
         type(strength) is int and 1 <= strength <= validity.MAX_STRENGTH,
         f"a strength of {strength!r:.40} thousandths",
         f"1 to {validity.MAX_STRENGTH}",
+    )
+
+
+def _check_order(form: OrderForm) -> None:
+    for what, digest in (("a table", form.table), ("a sketch", form.sketch)):
+        _require(
+            isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None,
+            f"{what} that is no digest",
+            "64 lower-case hex digits",
+        )
+    _require(
+        isinstance(form.axes, tuple) and 1 <= len(form.axes) <= validity.MOST_AXES,
+        "no axes whose order is read, or too many",
+        f"1 to {validity.MOST_AXES}",
+    )
+    for axis in form.axes:
+        _check_ordered(axis)
+    numbers, names = {axis.number for axis in form.axes}, _names(form)
+    _require(
+        len(numbers) == len(form.axes) and len(set(names)) == len(names),
+        "an axis, or a tensor, whose order is read twice",
+        "each of them once",
+    )
+
+
+def _names(form: OrderForm) -> list[str]:
+    return [name for axis in form.axes for name, _ in axis.tensors]
+
+
+def _check_ordered(axis: OrderedAxis) -> None:
+    number, units, tensors = axis
+    _require(
+        type(number) is int
+        and 0 <= number < _MOST_NUMBERED
+        and type(units) is int
+        and validity.FEWEST_UNITS <= units <= validity.MOST_UNITS,
+        f"axis {number!r:.20} of {units!r:.20} units",
+        f"one of the first {_MOST_NUMBERED}, of {validity.FEWEST_UNITS} to {validity.MOST_UNITS}",
+    )
+    valid = isinstance(tensors, tuple) and 1 <= len(tensors) <= validity.MOST_TENSORS
+    for each in tensors if valid else ():
+        valid = valid and isinstance(each, tuple) and len(each) == 2
+        if valid:
+            _check_name(each[0], "name of a tensor")
+            valid = isinstance(each[1], tuple) and 2 <= len(each[1]) <= _MOST_DIMENSIONS
+            valid = valid and all(_is_count(side, 1) for side in each[1])
+            valid = valid and math.prod(each[1]) <= validity.MOST_WEIGHT
+    _require(
+        valid,
+        f"axis {number} in {tensors!r:.80}",
+        f"1 to {validity.MOST_TENSORS} names of tensors with their shapes",
     )
 
 

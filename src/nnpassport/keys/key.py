@@ -25,6 +25,7 @@ from nnpassport.keys.derive import (
     triggers_of,
     whitened_signs,
 )
+from nnpassport.keys.ordered import check_form, check_sketch, table_in
 from nnpassport.keys.pictures import abstract_images
 from nnpassport.scheme import UnreadableKeyError
 
@@ -67,6 +68,9 @@ class Key:
             choices) int64, distinct in each row; None for all classes.
         baseline: what the network before a mark in answers says of the inputs above, (count
             classes) int16, centred log-probabilities in units of 1/64; all else is bound to it.
+        table: the anchor's table of axes, its bytes as uint8, for a mark in the order of units.
+        sketch: what of the anchor's units tells them apart, by axis' number, each (units numbers)
+            int8. As with metrics, table and sketch are in the context by their digests.
         metrics: what layers were seen to receive, by layer, each (rows 1+fan_in) int16; see
             `derive.spread`. It cannot be chosen freely: its digest is in the context, so whoever
             changes it draws every passport and every bit anew.
@@ -83,6 +87,8 @@ class Key:
     trigger_choices: Any = None
     metrics: Mapping[str, Any] | None = None
     baseline: Any = None
+    table: Any = None
+    sketch: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.seed, bytes) or len(self.seed) != SEED_BYTES:
@@ -92,12 +98,12 @@ class Key:
         if self.text is not None:
             check_text(self.text, self.context)
         # Copies, so that a key never changes when the tensors it was made from do.
-        for field in ("passports", "signs", "projections", "metrics"):
+        for field in ("passports", "signs", "projections", "metrics", "sketch"):
             mapping = getattr(self, field)
             if mapping is not None:
                 owned = {n: _own(t, f"{field}/{n}") for n, t in mapping.items()}
                 object.__setattr__(self, field, owned)
-        for field in ("trigger_images", "trigger_labels", "trigger_choices", "baseline"):
+        for field in ("trigger_images", "trigger_labels", "trigger_choices", "baseline", "table"):
             tensor = getattr(self, field)
             if tensor is not None:
                 object.__setattr__(self, field, _own(tensor, field))
@@ -118,6 +124,7 @@ class Key:
         """
         bound = {"trigger_images", "trigger_choices", "baseline"} if self.bound else set()
         bound |= {f"metrics/{name}" for name in self.metrics or {}}
+        bound |= {"table", *(f"sketch/{name}" for name in self.sketch or {})}
         return set(self.explicit_tensors()) <= bound
 
     @property
@@ -162,6 +169,7 @@ class Key:
         tensors |= {f"signs/{name}": t for name, t in (self.signs or {}).items()}
         tensors |= {f"projections/{n}": t for n, t in (self.projections or {}).items()}
         tensors |= {f"metrics/{n}": t for n, t in (self.metrics or {}).items()}
+        tensors |= {f"sketch/{n}": t for n, t in (self.sketch or {}).items()}
         if self.trigger_images is not None:
             tensors["trigger_images"] = self.trigger_images
         if self.trigger_labels is not None:
@@ -170,6 +178,8 @@ class Key:
             tensors["trigger_choices"] = self.trigger_choices
         if self.baseline is not None:
             tensors["baseline"] = self.baseline
+        if self.table is not None:
+            tensors["table"] = self.table
         return tensors
 
     def signs_array(self, name: str) -> NDArray[np.float32]:
@@ -314,6 +324,7 @@ def _check_explicit(key: Key) -> None:
         if not np.isfinite(projection).all():
             raise _bad_key(f"NaN or Inf in the projection of {name!r:.80}", "finite numbers")
     _check_metrics(key)
+    _check_order(key)
     _check_explicit_triggers(key)
 
 
@@ -347,6 +358,28 @@ def _is_metric(metric: NDArray[np.int16]) -> bool:
 def metric_digest(metric: NDArray[np.int16]) -> str:
     """SHA-256, in hexadecimal, of a layer's metric: what a context says of it."""
     return hashlib.sha256(_spelled({"metric": metric})).hexdigest()
+
+
+def _check_order(key: Key) -> None:
+    form, table, sketch = key.context.order, key.table, key.sketch
+    if form is None:
+        if table is not None or sketch is not None:
+            raise _bad_key("a table of axes or a sketch", "a context with orders for them")
+        return
+    if table is None or sketch is None:
+        raise _bad_key("no table of axes or no sketch", "both, for a mark in the order of units")
+    _check_tensor(table, "table", np.uint8, (table.size,))
+    digests = (hashlib.sha256(table.tobytes()).hexdigest(), sketch_digest(sketch))
+    if digests != (form.table, form.sketch):
+        raise _bad_key("another table of axes, or another sketch", "those in its context")
+    axes = table_in(table.tobytes())
+    check_form(form, axes)
+    check_sketch(sketch, form, axes, str(key.context.anchor), key.context.nonce)
+
+
+def sketch_digest(sketch: Mapping[str, NDArray[np.int8]]) -> str:
+    """SHA-256, in hexadecimal, of a sketch: what a context says of it."""
+    return hashlib.sha256(_spelled({f"sketch/{n}": t for n, t in sketch.items()})).hexdigest()
 
 
 def _check_explicit_triggers(key: Key) -> None:

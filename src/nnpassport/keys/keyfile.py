@@ -121,7 +121,7 @@ def _key_from(path: Path, payload: Any) -> Key:
     key, reason = None, "its parts are of the wrong kind"
     try:
         tensors = load_tensors(base64_bytes(payload["tensors"])) if payload["tensors"] else {}
-        kinds = ("passports", "signs", "projections", "metrics")
+        kinds = ("passports", "signs", "projections", "metrics", "sketch")
         groups: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
             group, _, layer = name.partition("/")
@@ -139,6 +139,8 @@ def _key_from(path: Path, payload: Any) -> Key:
             trigger_labels=tensors.get("trigger_labels"),
             trigger_choices=tensors.get("trigger_choices"),
             baseline=tensors.get("baseline"),
+            table=tensors.get("table"),
+            sketch=groups["sketch"] or None,
         )
         if set(payload) != _PARTS or set(key.explicit_tensors()) != set(tensors):
             key, reason = None, "it has parts that are not known here"

@@ -1,20 +1,30 @@
-"""An order of hidden units for each licensee, derived from a key's seed.
+"""Orders of hidden units, derived from a key's seed: one for each licensee, or the key's own mark.
 
     σ = the indices 0 … n−1, sorted by 16 bytes each of
         SHAKE-256(HKDF(seed, salt = SHA-256(context), info = ("order", licensee, bound)))
     bound = SHA-256(LP(network's digest, digest of the table of axes, axis as 8 bytes))
 
-Two equal strings of 16 bytes among n have a chance of n²·2⁻¹²⁹: the order is uniform to that.
+Two equal strings of 16 bytes among n have a chance of n²·2⁻¹²⁹: the order is uniform to that. The
+order that is a key's own mark, of scheme `order`, has the empty name in place of a licensee's; its
+network is the key's anchor.
 """
 
 import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nnpassport.alignment.axes import Axes
+from nnpassport.alignment.order import assigned, log10_fixed_points
+from nnpassport.files.arrays import Array, is_floating
+from nnpassport.keys.context import Context, OrderedAxis, OrderForm
 from nnpassport.keys.derive import length_prefixed, stream
 from nnpassport.keys.key import Key
-from nnpassport.scheme import UnreadableKeyError
+from nnpassport.keys.ordered import likeness, places_under, rows_of, seen, table_in
+from nnpassport.keys.validity import FEWEST_UNITS
+from nnpassport.scheme import UnreadableKeyError, UnreadableModelError, UnsuitableModelError
 
 MAX_LICENSEE = 1_000
 _EACH = 16
@@ -41,8 +51,128 @@ def derive_order(
             f"a licensee called {licensee!a:.80}; needed: a printable name of 1 to {MAX_LICENSEE} "
             "characters"
         )
+    return _derived(key, licensee, network, axes, number, size)
+
+
+def _derived(
+    key: Key, name: str, network: str, axes: str, number: int, size: int
+) -> NDArray[np.int64]:
     parts = (bytes.fromhex(network), bytes.fromhex(axes), number.to_bytes(8, "big"))
     bound = hashlib.sha256(length_prefixed(*parts)).digest()
-    drawn = stream(key.seed, key.context, "order", licensee, bound)(_EACH * size)
+    drawn = stream(key.seed, key.context, "order", name, bound)(_EACH * size)
     words = np.frombuffer(drawn, ">u8").reshape(size, 2)
     return np.lexsort((words[:, 1], words[:, 0])).astype(np.int64)
+
+
+# The order that is a key's own mark
+
+
+class Placed(NamedTuple):
+    """Units in the key's order, of those of each axis; and their tail, log₁₀ of a probability."""
+
+    axes: Mapping[str, tuple[int, int]]
+    log10_tail: float
+
+
+def form_of(context: Context) -> OrderForm:
+    """Which orders a key of scheme `order` has.
+
+    Raises:
+        UnreadableKeyError: it is a key of another scheme.
+    """
+    if context.order is None:
+        raise UnreadableKeyError(
+            f"the key for {context.scheme!r:.80} has no order of units; needed: a key of scheme "
+            "order, from `key new --scheme order`"
+        )
+    return context.order
+
+
+def own_orders(key: Key) -> dict[int, NDArray[np.int64]]:
+    """The order of every axis in the network that carries the key: unit i there is σ(i) before."""
+    form, axes = form_of(key.context), axes_in(key)
+    return {
+        number: _derived(key, "", str(key.context.anchor), form.table, number, axis.size)
+        for number, axis in enumerate(axes.axes)
+        if axis.size >= FEWEST_UNITS
+    }
+
+
+def axes_in(key: Key) -> Axes:
+    """The anchor's table of axes, as the key keeps it."""
+    form_of(key.context)
+    return table_in(key.table.tobytes())
+
+
+def log10_at_best(context: Context) -> float:
+    """The log₁₀ p of a network whose units are all in place."""
+    units = form_of(context).units
+    return log10_fixed_points(sum(units), units)
+
+
+def tensors_read(context: Context) -> set[str]:
+    """Names of the tensors that units are told by; none for other schemes."""
+    if context.order is None:
+        return set()
+    return {name for axis in context.order.axes for name, _ in axis.tensors}
+
+
+def placed(weights: Mapping[str, Array], key: Key) -> Placed:
+    """How many units stand where the key's order has them.
+
+    An axis of which no tensor is there, in its shape, has none: it counts as not in order.
+
+    Raises:
+        UnsuitableModelError: that is so of every axis.
+    """
+    form, axes, orders = form_of(key.context), axes_in(key), own_orders(key)
+    found, read = dict[str, tuple[int, int]](), 0
+    for axis in form.axes:
+        fixed = _in_place(weights, key, axes, axis, orders)
+        read += fixed is not None
+        found[f"axis {axis.number}"] = (fixed or 0, axis.units)
+    if not read:
+        names = ", ".join(name for axis in form.axes[:3] for name, _ in axis.tensors[:2])
+        raise UnsuitableModelError(
+            "the network has no tensor that the key's units are told by, under its name and in its "
+            f"shape; needed: a network with such as {names:.200}"
+        )
+    count = sum(fixed for fixed, _ in found.values())
+    return Placed(found, log10_fixed_points(count, form.units))
+
+
+def _in_place(
+    weights: Mapping[str, Array],
+    key: Key,
+    axes: Axes,
+    axis: OrderedAxis,
+    orders: Mapping[int, NDArray[np.int64]],
+) -> int | None:
+    """Units of one axis that are in place; None if nothing of it can be read.
+
+    Units of the suspect are matched with the sketch's as they stand, without this axis' order. Only
+    then is that order compared with what was found, so it is as likely as any other.
+    """
+    look = seen(axes, axis, anchor=str(key.context.anchor), nonce=key.context.nonce)
+    order, where = orders[axis.number], places_under(axes, orders, axis)
+    there = np.flatnonzero(np.isin(order, look.units))
+    rows = {
+        name: rows_of(axes, axis, name, array, there, look.columns[name], where)
+        for name, shape in axis.tensors
+        if (array := _readable(weights, name, shape)) is not None
+    }
+    if not rows:
+        return None
+    alike = likeness(rows, (key.sketch or {})[str(axis.number)], look)
+    matched = look.units[assigned(alike, np.random.default_rng(0))]
+    return int((matched == order[there]).sum())
+
+
+def _readable(weights: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Array | None:
+    if name not in weights:
+        return None
+    try:
+        array = weights[name]
+    except UnreadableModelError:  # it holds NaN, say
+        return None
+    return array if tuple(array.shape) == shape and is_floating(array) else None

@@ -21,6 +21,7 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_binomial_tail
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.derive import log10_text_choices
 from nnpassport.keys.key import Key
+from nnpassport.keys.order import placed
 from nnpassport.keys.patches import filters, mean_patch, own_shape
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
 from nnpassport.scheme import (
@@ -62,6 +63,8 @@ class Counts(NamedTuple):
         whose: said before all else, if it is not nothing.
         listed: whether the verdict has the counts of each layer.
         some: whether these are only some of the key's bits or labels: those that were answered.
+        log10_tail: log₁₀ of the probability that an independent network matches as well, where the
+            matches are no independent trials of one chance.
     """
 
     what: str
@@ -72,6 +75,7 @@ class Counts(NamedTuple):
     whose: str = ""
     listed: bool = False
     some: bool = False
+    log10_tail: float | None = None
 
 
 Reader = Callable[[Weights, Key], Counts]
@@ -103,7 +107,7 @@ def verdict_on(
         scheme=key.context.scheme,
         bits=bits,
         matches=matches,
-        log10_tail=log10_binomial_tail(matches, bits, counts.chance) if key.derived else None,
+        log10_tail=_tail(counts, matches, bits) if key.derived else None,
         log10_alpha=log10_alpha,
         found=f"{whose}{matches} of {bits} {counts.what} match",
         layers=dict(counts.layers) if counts.listed else {},
@@ -113,6 +117,12 @@ def verdict_on(
         return verdict
     # A text that nobody has committed to is the claimant's choice among all of its length.
     return verdict.paid(log10_text_choices(key.text), of="texts")
+
+
+def _tail(counts: Counts, matches: int, bits: int) -> float:
+    if counts.log10_tail is not None:
+        return counts.log10_tail
+    return log10_binomial_tail(matches, bits, counts.chance)
 
 
 def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
@@ -546,6 +556,16 @@ def forms_of(key: Key) -> dict[str, NDArray[np.floating[Any]]]:
     return {layer.name: key.projection_array(layer.name) for layer in layers}
 
 
+# The order of hidden units
+
+
+def read_order(weights: Weights, key: Key) -> Counts:
+    """Units in place, which are no coins: the tail is that of fixed points of permutations."""
+    found = placed(weights, key)
+    what = f"hidden units' places (chance has {len(found.axes)} right)"
+    return Counts(what, found.axes, listed=True, log10_tail=found.log10_tail)
+
+
 # Answers to triggers
 
 
@@ -597,5 +617,6 @@ READERS: Mapping[str, Reader] = {
     "deepmarks": read_words,
     "greedy-residuals": read_residuals,
     "lora": read_product,
+    "order": read_order,
 }
 """By scheme, for those whose mark is in the weights alone."""

@@ -35,6 +35,17 @@ MAX_STRENGTH = 100_000
 MAX_FEATURES = 512
 """Most numbers that functions are made of, for each input."""
 
+MOST_AXES = 64
+"""Axes whose order is read, at most; the others are permuted all the same."""
+FEWEST_UNITS = 12
+"""An axis of fewer says too little: even if all stay in order, p is not below 1/11!."""
+MOST_UNITS = 512
+"""Units of an axis that are matched, at most; of a longer one as many are drawn."""
+MOST_TENSORS = 8
+"""Tensors that the units of an axis are told by, at most."""
+SKETCHED = 128
+"""Numbers that a key keeps of a unit, about: shared among its axis' tensors."""
+
 MAX_NUMBERS = 2**28
 """Most numbers in all passports, all projections or all trigger images of one key."""
 MAX_BITS = 2**25
@@ -45,7 +56,7 @@ MAX_PRODUCTS = 2**36
 """Most products while all passports slide; `_LAYER_PRODUCTS` is that of one layer."""
 
 _LAYER_PRODUCTS = 2**27
-_WEIGHT = 2**40  # numbers of one layer's weight
+MOST_WEIGHT = 2**40  # numbers of one layer's weight
 _TAIL = 60  # bytes for each trial: `statistics.log_binomial_tail`
 _DRAWN = 7  # bytes for each number drawn: of the stream, the mask, what it keeps, as float32
 _WIDE = 12  # bytes for each number of a passport that slides: as float32 and as float64
@@ -82,7 +93,8 @@ def check(context: "Context") -> None:
     """
     for layer in context.layers:
         numbers = math.prod(layer.weight)
-        _require(numbers <= _WEIGHT, f"a weight of {numbers:.1e} numbers", f"at most {_WEIGHT}")
+        given = f"a weight of {numbers:.1e} numbers"
+        _require(numbers <= MOST_WEIGHT, given, f"at most {MOST_WEIGHT}")
     rule = RULES.get(context.scheme)
     if rule is not None:
         rule(context)
@@ -90,6 +102,8 @@ def check(context: "Context") -> None:
         _no_channels(context)
     if rule is not _coins:
         _require(context.answers is None, "a form of answers", f"none for {context.scheme}")
+    if rule is not _order:
+        _require(context.order is None, "a form of orders", f"none for {context.scheme}")
     _check_costs(context)
 
 
@@ -298,6 +312,17 @@ def _coins(context: "Context") -> None:
     )
 
 
+def _order(context: "Context") -> None:
+    """Units of a network that is there already, and nothing else."""
+    _require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
+    _no_triggers(context)
+    _require(
+        context.order is not None and context.anchor is not None,
+        "no form of orders or no anchor",
+        f"both for {context.scheme}",
+    )
+
+
 def _adapters(context: "Context") -> None:
     """Any layers, a bit and a row of the projection for each channel."""
     _require(bool(context.layers), "no layer", "one or more that an adapter changes")
@@ -329,6 +354,7 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
     "deepsigns-blackbox": _answers,
     "frontier-stitching": _answers,
     "answers": _coins,
+    "order": _order,
     "lora": _adapters,
 }
 """By scheme, what its contexts are."""

@@ -62,8 +62,8 @@ from nnpassport.verification.verdicts import (
     Alignment,
     Options,
     Trial,
+    can_be_aligned,
     declared_trial,
-    reads_weights,
     verify,
 )
 
@@ -206,11 +206,7 @@ def hear(
         claimants[name] = _with_findings(claimants[name], found, elsewhere)
         claimants[name] = _with_diary(claimants[name], exhibit, suspect, bench)
         claimants[name] = _with_lineage(claimants[name], exhibit, suspect)
-    dated = {
-        name: exhibit.reference
-        for name, exhibit in exhibits.items()
-        if exhibit.reference is not None and claimants[name].dates_a_network
-    }
+    dated = _dated(exhibits, claimants)
     found_of = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
     for name, facts in found_of.items():
         claimants[name] = replace(
@@ -223,6 +219,21 @@ def hear(
     everyone = list(claimants.values())
     standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
+
+
+def _dated(exhibits: Mapping[str, Exhibit], claimants: Mapping[str, Claimant]) -> dict[str, Path]:
+    """Dated networks of those who prove a mark; where that is but an order, of the others too."""
+    proving = [each for each in claimants.values() if each.proves]
+    everybody = bool(proving) and all(each.by_order for each in proving)
+    return {
+        name: exhibit.reference
+        for name, exhibit in exhibits.items()
+        if exhibit.reference is not None
+        and (
+            claimants[name].dates_a_network
+            or (everybody and claimants[name].refused is None and claimants[name].older)
+        )
+    }
 
 
 def _traced(exhibit: Exhibit, claim: Claim) -> Path | None:
@@ -412,7 +423,8 @@ def _anchor_in(folder: Path, key: Key) -> tuple[Path | None, str | None]:
         note = "the key names no anchor, so what was handed in as one is not used"
         return None, note if path.exists() else None
     if not path.exists():
-        return None, "the network before the mark is not there, so nothing can be aligned to it"
+        missing = "the network before the mark is not there, so nothing can be aligned to it"
+        return None, missing if can_be_aligned(key) else None
     if arrays_digest(read_arrays(path).arrays) != key.context.anchor:
         return None, "the network handed in as anchor is not the key's, so it is not used"
     return path, None
@@ -433,7 +445,8 @@ def _claimant(name: str, exhibit: Exhibit) -> Claimant:
         refused=None if finding.holds else finding.reason,
         time=exhibit.standing.time,
         between=None if token is None else (token.earliest, token.latest),
-        answers_only=not reads_weights(exhibit.key),
+        only_as_it_stands=not can_be_aligned(exhibit.key),
+        by_order=exhibit.key.context.order is not None,
         older=exhibit.standing.older,
         owner_key=None if finding.claim is None else finding.claim.owner_key,
         notes=tuple(f"{name}: {note}" for note in notes),
@@ -490,7 +503,7 @@ def _readings(
     """A claimant's mark in a network: as it stands, and aligned to his anchor or reference."""
     ways = {AS_IT_STANDS: base}
     own = exhibit.reference if exhibit.key.context.anchor is None else exhibit.anchor
-    if own is not None and reads_weights(exhibit.key):
+    if own is not None and can_be_aligned(exhibit.key):
         ways[ALIGNED] = replace(base, alignment=Alignment(own, unrelated))
     found, folded = _Readings({}, {}), None
     for how, each in ways.items():

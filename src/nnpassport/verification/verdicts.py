@@ -22,6 +22,7 @@ from nnpassport.files.weights import Arrays, read_arrays, within, without_prefix
 from nnpassport.keys.adapters import added
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
+from nnpassport.keys.order import tensors_read
 from nnpassport.keys.reading import (
     READERS,
     check_host,
@@ -54,6 +55,12 @@ if TYPE_CHECKING:
 
 TOLERANCE = 0.03
 """ε_f where none is declared: the paper's for AlexNet."""
+
+ALIGNING_ERASES = (
+    "a key of scheme order is read from the order in which hidden units stand, and alignment puts "
+    "them into another; needed: no network to align to; if somebody has permuted the units, the "
+    "order is gone, and a passport is what can be read aligned"
+)
 
 BASE_DATED_ONLY = (
     "what was added to a base counts only under a claim that is proved older than the suspect: "
@@ -164,6 +171,8 @@ def _verdict(suspect: Suspect, key: Key, trial: Trial | None, options: Options) 
         measure = running(f"{MEASURED}:with_fidelity", "F")
         measured: Verdict = measure(found, suspect, key, trial, options)
         return measured
+    if options.alignment is not None and key.context.order is not None:
+        raise UnsuitableModelError(ALIGNING_ERASES)
     if options.alignment is not None and options.base is None:
         try:
             return _aligned(suspect, key, trial, options, options.alignment)
@@ -364,6 +373,11 @@ def reads_weights(key: Key) -> bool:
     return name in READERS or entry_named(name).scheme.reads_weights
 
 
+def can_be_aligned(key: Key) -> bool:
+    """Whether the mark is read off weights that may be put into another order first."""
+    return reads_weights(key) and key.context.order is None
+
+
 def _in_pairs(key: Key) -> bool:
     """Whether the tensors come in pairs, known by their names."""
     return READERS.get(key.context.scheme) is read_product
@@ -456,5 +470,5 @@ def _added(weights: Arrays, path: Path, key: Key, options: Options) -> Verdict:
 
 
 def weights_of(key: Key) -> set[str]:
-    """The names that the weights of a key's layers have in the owner's network."""
-    return {f"{layer.name}.weight" for layer in key.context.layers}
+    """The names that the tensors which a key is read from have in the owner's network."""
+    return {f"{layer.name}.weight" for layer in key.context.layers} | tensors_read(key.context)

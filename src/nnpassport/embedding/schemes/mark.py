@@ -40,8 +40,7 @@ def new_key(
     Raises:
         BadSignatureError: `text` does not fit the layers.
     """
-    if nonce is None:
-        nonce = os.urandom(16) if seed is None else bytes(16)
+    nonce = new_nonce(seed) if nonce is None else nonce
     context = Context(
         scheme=scheme,
         owner=owner,
@@ -53,6 +52,11 @@ def new_key(
     )
     seed = os.urandom(32) if seed is None else seed
     return Key(seed=seed, context=context, text=text, metrics=metrics or None)
+
+
+def new_nonce(seed: bytes | None) -> bytes:
+    """Of the operating system, unless the seed was given: one seed gives one key."""
+    return os.urandom(16) if seed is None else bytes(16)
 
 
 def check_scheme(scheme: str, key: Key) -> None:
