@@ -147,7 +147,13 @@ def verify_aligned(
     inputs = None if key.context.anchor is None else example
     if inputs is not None and not _is_known(reference):
         return AlignedVerdict(_over_axes(weights, key, reference, inputs, log10_alpha), None)
-    found = _over_layers(ways, weights)
+    try:
+        found = _over_layers(ways, weights)
+    except UnsuitableModelError:
+        if inputs is None:
+            raise
+        # A block that was left out: what is there has no choice of layers that fits together.
+        return AlignedVerdict(_over_axes(weights, key, reference, inputs, log10_alpha), None)
     if inputs is not None and not found.verdict.marked:
         # What its layers alone do not show: kernels that are turned, blocks that were put in.
         with suppress(UnsuitableModelError):
