@@ -33,6 +33,7 @@ from nnpassport.lab.audit import (
     html,
     plan,
     ruling,
+    survival,
 )
 from nnpassport.scheme import (
     BadRecipeError,
@@ -126,6 +127,53 @@ def test_a_key_that_is_bound_to_its_anchor_is_read_by_it(subject, tmp_path, call
     code, _, err = call(*words, "--anchor", tmp_path / "released")
     assert code == 2
     assert "anchor" in err
+
+
+@pytest.fixture(scope="module")
+def blocks(digits):
+    """A narrow ResNet with passports of channels, which its owner keeps the anchor of."""
+    train, test, normalise = digits
+    train, test = train.resized(32).subset(torch.arange(320)), test.resized(32)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        architecture="resnet18",
+        arguments={"classes": 10, "norm": "batch", "width": 0.125, "channels": 1},
+        classes=tuple("0123456789"),
+        input_size=(1, 32, 32),
+        mean=normalise.mean,
+        std=normalise.std,
+    )
+    anchor, inputs = reader(config.build(), train, normalise), normalise(train.images)
+    key = V2.draw_key(anchor, inputs[:2], seed=bytes(32), seen=inputs)
+    model = deepcopy(anchor)
+    V2.insert(model, key, inputs[:2])
+    graft_channels(model, inputs, limit=ANY)
+    owned = Subject(V2.released(model).eval(), config, V2, normalise, key, test)
+    return replace(owned, anchor=anchor, base=anchor)
+
+
+def test_an_audit_of_any_network_says_what_its_mark_survives(blocks, tmp_path):
+    names = ("insert-block", "rename", "merge-base", "drop-block", "free-move", "untie")
+    report = audit(blocks, tmp_path / "audit.json", full=True, only=names)
+    bits = blocks.key.context.bits
+    (renamed,) = entries(report, "rename")
+    assert "t1" in renamed["owner"]["unreadable"]
+    assert renamed["accuracy"] == report["before"]["accuracy"]
+    aligned = [e for e in report["entries"] if "owner_aligned" in e]
+    assert {e["attack"] for e in aligned} == {"insert-block", "rename", "drop-block", "free-move"}
+    assert all(e["owner_aligned"]["matches"] == bits for e in aligned)
+    (impossible,) = entries(report, "untie")
+    assert "shared" in impossible["impossible"]
+    survives, *others = (said.replace("\xa0", " ") for said in survival(report))
+    assert all(name in survives for name in ("insert-block", "rename", "drop-block (block 0"))
+    assert "merge-base (25 % of the other network; 50 % of the other network)" in survives
+    assert "free-move (negate; scale; stretch; reorder; mirror; split)" in survives
+    assert others == [
+        "It is hidden, and the network useful, after merge-base (75 % of the other network)."
+    ]
+    assert all(sentence in html(report) for sentence in survival(report))
+    _, left_out = plan(replace(blocks, anchor=None), full=True)
+    assert all("network before the mark" in left_out[n] for n in ("rename", "drop-block", "graft"))
 
 
 def test_removals_are_measured_by_accuracy_and_mark(report):

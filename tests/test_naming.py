@@ -163,7 +163,7 @@ def test_a_block_that_adds_nothing_hides_no_mark(name):
 def test_a_network_with_a_block_left_out_is_read():
     key, released = marked("GPT-2")
     _, example = anchor("GPT-2")
-    thief = drop_block(released, 1)
+    thief = drop_block(released, example, 1)
     assert logits_of(call(thief, example)).shape == logits_of(call(released, example)).shape
     found = read(arrays(rename(thief.state_dict(), rng(2))), "GPT-2")
     assert matched(found, key) > 0.97
@@ -174,7 +174,7 @@ def test_what_has_no_blocks_is_refused():
     with pytest.raises(UnsuitableModelError, match="no list of blocks alike"):
         insert_block(nn.Linear(3, 3), torch.zeros(2, 3), rng())
     with pytest.raises(UnsuitableModelError, match="no list of blocks alike"):
-        drop_block(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), 0)
+        drop_block(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), torch.zeros(2, 3), 0)
 
 
 def test_what_was_cut_off_matches_no_bit_and_the_rest_is_read():

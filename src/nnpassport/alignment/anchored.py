@@ -172,7 +172,7 @@ def _by_content(
         return None
     _, _, found, way = best
     tensors = found.tensors(turned(anchor.axes, suspect, way), anchor.to.reference)
-    placed = anchor.place(tensors, loose_in(anchor.to))
+    placed = anchor.place(tensors, loose_in(anchor.to) - found.scales.keys())
     verdict = _read(read, tensors, _whole(placed, anchor), anchor).verdict
     return _paid(verdict, found, suspect, anchor, way, tried)
 

@@ -11,7 +11,7 @@ gives back. Nothing here looks at bits: what is found is one reading, however mu
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.canonical import Weights, canonical
+from nnpassport.alignment.mixed import column_scales, own_scales
 from nnpassport.alignment.solve import Aligner, Spot, Unit, Work, assigned, spots_of
 from nnpassport.files.arrays import Array, is_floating
 
@@ -29,6 +30,10 @@ CLEAR = 0.95
 """From here on no other norm's weight is tried in front of a tensor."""
 MOST_PRODUCTS = 2**41
 """Products of all that is compared in one suspect: some ten minutes of one processor."""
+SAME_NORM = 0.97
+"""How near a norm must be to what is left of a layer's scales, to be the one behind it."""
+_TELLING = 32  # numbers of a row, from which on more of them are no better
+_MOST_VECTORS = 64  # of one length, of which any two may be a norm's
 _ROWS = 64  # of a tensor's, that are compared
 _PARTS = (2, 3)  # of which fused projections are made
 _LONGER = 4
@@ -59,6 +64,8 @@ class Naming:
         gains: by the name of a norm's weight of the anchor, the suspect's; "" where it was folded.
         fits: how well each fits, in [0, 1].
         choices: by the anchor's name, among how many it was chosen.
+        scales: by a layer's name, what a batch norm behind it multiplies each channel by, up to one
+            factor for all; of those in front of a bottleneck that may be mixed.
         tried: how many were compared.
     """
 
@@ -66,12 +73,15 @@ class Naming:
     gains: dict[str, str] = field(default_factory=dict)
     fits: dict[str, float] = field(default_factory=dict)
     choices: dict[str, int] = field(default_factory=dict)
+    scales: dict[str, Matrix] = field(default_factory=dict)
     tried: int = 0
 
     def tensors(self, suspect: Mapping[str, Array], reference: Weights) -> Weights:
         """The suspect's tensors under the anchor's names, and the norms' weights."""
         found = {n: shown(suspect, each, reference[n]) for n, each in self.taken.items()}
         vectors = {n: np.asarray(suspect[g], np.float64) for n, g in self.gains.items() if g}
+        for name, scale in self.scales.items():
+            found[name] = _by_row(found[name], scale)
         return {**found, **vectors}
 
 
@@ -160,16 +170,59 @@ class _Search:
             ready = {n: unit for n in sorted(self.waiting) if (unit := self._open(n)) is not None}
             if not ready or self.products > MOST_PRODUCTS:
                 break
-            if not self._take(ready) and not self._settle():
+            taken = any(self._take(part) for part in self._telling_first(ready))
+            if not taken and not self._settle() and not self._settle(unmixed=True):
                 break
         return self.found
 
+    def _telling_first(self, ready: Mapping[str, list[int]]) -> Iterator[dict[str, list[int]]]:
+        """Tensors by how many numbers a row has: a kernel of one channel says little."""
+        said = {}
+        for name, left in ready.items():
+            rows = max((self.to.axes.axes[number].size for number in left), default=1)
+            said[name] = min(_TELLING, self.to.reference[name].size // rows)
+        for size in sorted(set(said.values()), reverse=True):
+            yield {name: ready[name] for name in ready if said[name] == size}
+
+    def _norms_of(self, name: str, size: int) -> Iterator[Matrix]:
+        """What a batch norm made of two of the suspect's vectors multiplies by; first, none."""
+        yield np.ones(size)
+        norm = self.to.axes.batch_norms.get(name)
+        names = self.vectors.get(size, [])
+        if norm is None or len(names) > _MOST_VECTORS:
+            return
+        vectors = [np.asarray(self.suspect[each], np.float64) for each in names]
+        for variance in vectors:
+            scale = 1 / np.sqrt(np.abs(variance) + max(norm.epsilon, 1e-12))
+            if np.isfinite(scale).all():
+                yield from (scale * weight for weight in vectors if weight is not variance)
+
     def _open(self, name: str) -> list[int] | None:
-        """Numbers of the axes of a tensor that are not in place, if they are of one unit."""
+        """Numbers of the axes of a tensor that are not in place, if they are of one unit.
+
+        Or of two, of which one is a bottleneck that is written by a layer that is known.
+        """
         left = self.to.on[name] - self.work.settled
         if not left or all(self.to.axes.axes[number].kind == "inner" for number in left):
             return sorted(left)
-        return sorted(left) if any(left <= set(u.numbers) for u in self.to.units) else None
+        one = any(left <= set(u.numbers) for u in self.to.units)
+        return sorted(left) if one or self._bottleneck(name, left) is not None else None
+
+    def _bottleneck(self, name: str, left: Collection[int]) -> tuple[Spot, Spot] | None:
+        """Where a tensor reads a bottleneck that may be mixed, and a layer's that writes it.
+
+        Of that layer all is known but the norm behind it; of the tensor perhaps no order of rows.
+        """
+        units = [unit for unit in self.to.units if set(unit.numbers) & set(left)]
+        mixed = next((unit for unit in units if unit.kind == "invertible"), None)
+        if len(units) > 2 or mixed is None or name not in self.work.loose:
+            return None
+        if not set(left) <= {number for unit in units for number in unit.numbers}:
+            return None
+        usable = self.to.usable(mixed, self.work)
+        writers = [s for s in usable if not s.reads and s.tensor in self.work.loose]
+        reader = next((s for s in mixed.spots if s.tensor == name and s.reads), None)
+        return None if reader is None or not writers else (reader, writers[0])
 
     def _take(self, ready: Mapping[str, list[int]]) -> bool:
         """Take what fits, of tensors of one shape together; whether anything did."""
@@ -218,10 +271,24 @@ class _Search:
     ) -> bool:
         """Whether a fit is far above what a tensor of the same numbers in no order gives."""
         fit = float(fits[column])
+        if len(free) == 1 and self._is_square(name, ready[name]):
+            return True  # the only one of its shape; what reads it says whether it was
         gains = self._gains(name)
         stranger = self._fit(name, free[column], ready[name], gains, mixed=True)[0]
         enough = FITS_MARKED if name in self.to.marked else FITS
         return fit - stranger >= enough * (1 - stranger)
+
+    def _is_square(self, name: str, left: Collection[int]) -> bool:
+        """Whether a layer writes a bottleneck that may be mixed, in no fewer rows than columns."""
+        if name not in self.work.loose or len(left) != 1:
+            return False
+        unit = next((u for u in self.to.units if set(left) <= set(u.numbers)), None)
+        if unit is None or unit.kind != "invertible":
+            return False
+        rows = [
+            s.rows(self.to.reference[name]) for s in unit.spots if s.tensor == name and not s.reads
+        ]
+        return any(len(each) >= each.shape[1] for each in rows)
 
     def _gains(self, name: str) -> list[str]:
         """Norms' weights that may be in front of a reader; "" for none."""
@@ -256,6 +323,10 @@ class _Search:
         return best
 
     def _placed(self, name: str, tensor: Matrix, gain: str) -> Matrix | None:
+        found = self._joined(name, tensor, gain)
+        return None if found is None else self._in_own_scale(name, found)[0]
+
+    def _joined(self, name: str, tensor: Matrix, gain: str) -> Matrix | None:
         before = self.to.axes.reads.get(name, (0, None))[1]
         vectors = {}
         if before is not None and before in self.to.axes.norms:
@@ -272,6 +343,27 @@ class _Search:
             return None
         return found if np.isfinite(found).all() else None
 
+    def _in_own_scale(self, name: str, placed: Matrix) -> tuple[Matrix, Matrix | None]:
+        """A layer that writes a bottleneck whose mixture is known, in its norm's scale; and that.
+
+        Its rows were mixed back as they are, and the norm is in between.
+        """
+        writes = [
+            (unit.last, spot)
+            for unit in self.to.units
+            for spot in unit.spots
+            if unit.last in self.work.mixed and spot.tensor == name and not spot.reads
+        ]
+        theirs = self.to.reference[name]
+        settled = self.to.on[name] <= self.work.settled and placed.shape == theirs.shape
+        if not writes or name not in self.work.loose or not settled:
+            return placed, None
+        number, spot = writes[0]
+        back = self.work.mixed[number]
+        rows = np.asarray(np.linalg.solve(back, spot.rows(placed)), np.float64)
+        scale = own_scales(back, rows, spot.rows(theirs))
+        return spot.with_rows(placed, back @ (scale[:, None] * rows)), scale
+
     def _alone(self, name: str, mine: Matrix, left: list[int]) -> float:
         """The mean cosine once the axes that are left are solved by this tensor alone."""
         theirs = self.to.reference[name]
@@ -280,12 +372,24 @@ class _Search:
             return _by_rows(mine, theirs, loose=loose) if mine.shape == theirs.shape else 0.0
         if all(self.to.axes.axes[number].kind == "inner" for number in left):
             return self._by_heads(name, mine, theirs, left)
+        if (between := self._bottleneck(name, left)) is not None:
+            return self._through(between, mine)[1] if mine.shape == theirs.shape else 0.0
         unit = next(u for u in self.to.units if set(left) <= set(u.numbers))
         spot = next(each for each in unit.spots if each.tensor == name)
         if unit.kind == "permute":
             either = loose or unit.either_sign or unit.normed
             return _matched(spot, mine, theirs, signed=not either)
         return _turned(unit, spot, mine, theirs) if mine.shape == theirs.shape else 0.0
+
+    def _through(self, between: tuple[Spot, Spot], mine: Matrix) -> tuple[Matrix, float]:
+        """What a bottleneck's writer is multiplied by in its norm, and how well its reader fits."""
+        reader, writer = between
+        rows = writer.rows(self.work.weights[writer.tensor])
+        known = writer.rows(self.to.reference[writer.tensor])
+        mixed = rows @ np.linalg.pinv(known, rcond=1e-9)
+        there = reader.rows(self.to.reference[reader.tensor])
+        wanted = np.asarray(np.linalg.lstsq(mixed.T, there, rcond=1e-9)[0], np.float64)
+        return column_scales(reader.rows(mine).T, wanted.T)
 
     def _by_heads(self, name: str, mine: Matrix, theirs: Matrix, left: list[int]) -> float:
         """How much the spaces have in common that the rows of matched heads span."""
@@ -308,13 +412,37 @@ class _Search:
         if before is not None and before in self.to.axes.norms:
             self.found.gains.setdefault(before, chosen)
         self.found.taken[name], self.found.fits[name] = candidate, fit
-        placed = self._placed(name, shown(self.suspect, candidate, self.to.reference[name]), chosen)
-        if placed is not None:
-            self.work.weights[name] = placed
+        between = self._bottleneck(name, self.to.on[name] - self.work.settled)
+        placed = self._joined(name, shown(self.suspect, candidate, self.to.reference[name]), chosen)
+        if placed is None:
+            self.waiting.discard(name)
+            return
+        if between is not None:
+            self._set_scale(between[1].tensor, self._through(between, placed)[0])
+        placed, scale = self._in_own_scale(name, placed)
+        self.work.weights[name] = placed
+        if scale is not None:
+            self.found.scales[name] = scale
+            self.work.loose -= {name}
         self.waiting.discard(name)
 
-    def _settle(self) -> bool:
-        """Bring into place one after the other what can be told by now; whether anything was."""
+    def _set_scale(self, writer: str, scale: Matrix) -> None:
+        """From now on what the norm behind a layer multiplies by is known.
+
+        That is what two of the suspect's vectors make, if they make nearly the same.
+        """
+        found = max(self._norms_of(writer, len(scale)), key=lambda each: abs(_cosine(each, scale)))
+        if abs(_cosine(found, scale)) > SAME_NORM:
+            scale = found
+        self.work.weights[writer] = _by_row(self.work.weights[writer], scale)
+        self.work.loose -= {writer}
+        self.found.scales[writer] = scale
+
+    def _settle(self, *, unmixed: bool = False) -> bool:
+        """Bring into place one after the other what can be told by now; whether anything was.
+
+        Bottlenecks of which no norm is known wait for a reader; `unmixed` takes them as they are.
+        """
         settled = False
         while True:
             units = [
@@ -322,11 +450,15 @@ class _Search:
                 for unit in self.to.units
                 if not set(unit.numbers) <= self.work.settled
                 and (spots := self.to.usable(unit, self.work))
+                and (unmixed or not self._waits(unit, spots))
             ]
             if not units:
                 return settled
             self.to.solve(max(units, key=lambda pair: pair[0])[1], self.work)
             settled = True
+
+    def _waits(self, unit: Unit, spots: Sequence[Spot]) -> bool:
+        return unit.kind == "invertible" and all(s.tensor in self.work.loose for s in spots)
 
 
 def loose_in(aligner: Aligner) -> frozenset[str]:
@@ -360,6 +492,10 @@ def _by_rows(mine: Matrix, theirs: Matrix, *, loose: bool) -> float:
     a, b = (each.reshape(len(each), -1) for each in (mine, theirs))
     cosines = (_unit(a) * _unit(b)).sum(1)
     return float((np.abs(cosines) if loose else cosines).mean())
+
+
+def _by_row(tensor: Matrix, scale: Matrix) -> Matrix:
+    return np.asarray(scale.reshape(-1, *[1] * (tensor.ndim - 1)) * tensor, np.float64)
 
 
 def _cosine(mine: Matrix, theirs: Matrix) -> float:

@@ -11,7 +11,7 @@ network is aligned to decides what a match is worth.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -32,6 +32,7 @@ _TINY = 1e-300
 _STILL = 1e-6
 """How far a rotation or mixture may be from none, in each number, and nothing has moved."""
 PAIR_ROUNDS = 20
+SCALINGS = 8
 _MARKED = 1e-3
 """What a tensor that may carry the mark counts when rotations are found."""
 
@@ -148,6 +149,7 @@ class Work:
         settled: numbers of the axes that were solved once.
         loose: layers whose rows may be of either sign, as the norm behind them is not known.
         steps: all that was done.
+        mixed: by number of an invertible axis, what was multiplied with all that writes it.
         moved: whether anything was since this was last set to False.
     """
 
@@ -157,6 +159,7 @@ class Work:
     settled: set[int]
     loose: frozenset[str]
     steps: list[_Step]
+    mixed: dict[int, Matrix] = field(default_factory=dict)
     moved: bool = False
 
 
@@ -225,7 +228,11 @@ class Aligner:
 
     def _anchored(self, unit: Unit, work: Work) -> float:
         there = [spot for spot in unit.spots if spot.tensor in work.weights]
-        return len(self.usable(unit, work)) / max(1, len(there))
+        usable = self.usable(unit, work)
+        if unit.kind == "invertible":  # of any scale says nothing, as long as there is another
+            there = [spot for spot in there if spot.tensor not in work.loose] or there
+            usable = [spot for spot in usable if any(spot is each for each in there)]
+        return len(usable) / max(1, len(there))
 
     def _free_directions(self, work: Work, names: Collection[str] | None = None) -> None:
         """Compare marked filters from now on by what no mark moves."""
@@ -249,8 +256,10 @@ class Aligner:
             return
         self._turn(unit, fitting, work)
         marked = [spot for spot in fitting if spot.tensor in self.free]
-        comparable = all(self._alike(spot.tensor, work) for spot in fitting)
-        if 2 * len(marked) >= len(fitting) and comparable and not work.loose:
+        comparable = all(
+            self._alike(spot.tensor, work) and spot.tensor not in work.loose for spot in fitting
+        )
+        if 2 * len(marked) >= len(fitting) and comparable:
             fit = Fit([(spot, spot.reads) for spot in fitting], 1, unit.kind == "orthogonal")
             ((back, there),) = refined(fit, work.weights, self.reference, self.free)
             self._do(unit.spots, self._turning(back, there), work)
@@ -284,8 +293,11 @@ class Aligner:
             back = forward.T
         elif held:
             trust, written = [self._trust(s) for s, _ in held], [not s.reads for s, _ in held]
-            back, forward = _mixture([rows for _, rows in held], written, trust)
+            scaled = [s.reads and s.tensor in work.loose for s, _ in held]
+            back, forward = _in_scale([rows for _, rows in held], written, trust, scaled)
         work.moved |= bool(np.abs(back - np.eye(unit.size)).max() > _STILL) or bool(own)
+        if unit.kind == "invertible":
+            work.mixed[unit.last] = back @ work.mixed.get(unit.last, np.eye(unit.size))
 
         def change(spot: Spot, tensor: Matrix) -> Matrix:
             if tensor.ndim < 2 or tensor.shape[spot.dimension] != _length(spot, self.reference):
@@ -801,6 +813,28 @@ def _procrustes(pairs: Sequence[tuple[Matrix, Matrix]], trust: Sequence[float]) 
         total += weight * mine @ theirs.T / max(length, _TINY)
     u, _, v = np.linalg.svd(total)
     return np.asarray(u @ v)
+
+
+def _in_scale(
+    pairs: Sequence[tuple[Matrix, Matrix]],
+    written: Sequence[bool],
+    trust: Sequence[float],
+    scaled: Sequence[bool],
+) -> tuple[Matrix, Matrix]:
+    """As `_mixture`, where columns of some are of any scale: that is fitted as well, in turns."""
+    sure = [number for number, each in enumerate(scaled) if not each]
+    chosen = sure or range(len(pairs))
+    found = _mixture(
+        [pairs[n] for n in chosen], [written[n] for n in chosen], [trust[n] for n in chosen]
+    )
+    for _ in range(SCALINGS if any(scaled) else 0):
+        there = []
+        for (mine, theirs), each in zip(pairs, scaled, strict=True):
+            placed = found[1].T @ mine
+            power = np.maximum((placed * placed).sum(0), _TINY)
+            there.append((mine * ((placed * theirs).sum(0) / power) if each else mine, theirs))
+        found = _mixture(there, written, trust)
+    return found
 
 
 def _mixture(

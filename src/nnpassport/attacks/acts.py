@@ -7,6 +7,7 @@ import torch
 
 from nnpassport.attacks import (
     ambiguity,
+    blocks,
     forging,
     hashbound,
     informed,
@@ -16,16 +17,18 @@ from nnpassport.attacks import (
 )
 from nnpassport.attacks import substitution as fully_connected
 from nnpassport.attacks.extraction import distil_soft, extract_hard
+from nnpassport.attacks.merging import merge
 from nnpassport.attacks.moves import move
-from nnpassport.attacks.outcome import Attacked, Forged
+from nnpassport.attacks.outcome import Attacked, Forged, stopwatch
 from nnpassport.attacks.passports import draw_seed
 from nnpassport.attacks.projection import project
 from nnpassport.attacks.subject import Subject
-from nnpassport.attacks.table import KINDS, Act
+from nnpassport.attacks.table import KINDS, MOVES, Act
 from nnpassport.attacks.unlabelled import Scouted, scout
 from nnpassport.data.images import ImageSet
+from nnpassport.embedding.axes import tied
 from nnpassport.embedding.schemes.passport import V2, draw_by_layer
-from nnpassport.scheme import BadRecipeError
+from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 _SEEN = 512  # images that a layer's inputs are measured on
 
@@ -156,8 +159,66 @@ def _obfuscated(
 
 def _moved(subject: Subject, _: float) -> Attacked:
     rng = subject.rng("free moves")
-    noise = torch.randn(subject.example.shape, generator=rng)
-    return move(subject.model, noise, rng).attacked
+    return move(subject.model, _noise(subject, rng), rng).attacked
+
+
+def _noise(subject: Subject, rng: torch.Generator) -> torch.Tensor:
+    return torch.randn(subject.example.shape, generator=rng)
+
+
+def _moved_once(subject: Subject, number: float) -> Attacked:
+    if number not in range(len(MOVES)):
+        raise BadRecipeError(
+            f"move {number:g} is unknown; there are 0 to {len(MOVES) - 1}: {', '.join(MOVES)}"
+        )
+    kind = MOVES[int(number)]
+    rng = subject.rng(f"free move {kind}")
+    moved = move(subject.model, _noise(subject, rng), rng, kinds=[kind])
+    if not moved.done[kind]:
+        raise UnsuitableModelError(
+            f"nothing in this network can be moved by {kind!r} without moving its outputs"
+        )
+    return moved.attacked
+
+
+def _inserted(subject: Subject, _: float) -> Attacked:
+    stop, rng = stopwatch("W"), subject.rng("insert-block")
+    return Attacked(blocks.insert_block(subject.model, _noise(subject, rng), rng), stop())
+
+
+def _dropped(subject: Subject, number: float) -> Attacked:
+    stop, rng = stopwatch("W"), subject.rng("drop-block")
+    if number < 0 or number != int(number):
+        raise BadRecipeError(f"block {number:g} cannot be left out; needed: a number from 0 on")
+    return Attacked(blocks.drop_block(subject.model, _noise(subject, rng), int(number)), stop())
+
+
+def _renamed(subject: Subject, _: float) -> Attacked:
+    stop = stopwatch("W")
+    return Attacked(blocks.Renamed(subject.model, subject.rng("rename")), stop())
+
+
+def _untied(subject: Subject, _: float) -> Attacked:
+    if not (names := tied(subject.model)):
+        raise UnsuitableModelError("none of this network's parameters are shared")
+    rng = subject.rng("untie")
+    moved = move(subject.model, _noise(subject, rng), rng, kinds=["rotate", "reorder"])
+    if not sum(moved.done.values()):
+        raise UnsuitableModelError(f"{names[0]} is shared, and nothing moves once it is not")
+    return moved.attacked
+
+
+def _merged(subject: Subject, share: float) -> Attacked:
+    return merge(subject.model, subject.public_base(), share=share)
+
+
+def _merged_with_tuned(subject: Subject, share: float) -> Attacked:
+    stop, base = stopwatch("W, B, D"), subject.public_base()
+    tuned = removal.fine_tune(
+        base, subject.images(), subject.recipe(0.01), normalise=subject.normalise, form="ftal"
+    )
+    merged = merge(subject.model, tuned.model, share=share).model
+    return Attacked(merged, stop(tuned.cost.samples, tuned.cost.epochs))
 
 
 def _forged(attack: Callable[..., Forged]) -> Callable[[Subject, float], Forged]:
@@ -284,6 +345,13 @@ ACTS: Mapping[str, Act] = {
     "split-channels": _obfuscated(obfuscation.split_channels, "share"),
     "combine": _obfuscated(obfuscation.combine),
     "free-moves": _moved,
+    "free-move": _moved_once,
+    "insert-block": _inserted,
+    "rename": _renamed,
+    "untie": _untied,
+    "merge-base": _merged,
+    "merge-tuned": _merged_with_tuned,
+    "drop-block": _dropped,
     "fake1": _forged(ambiguity.random_passport),
     "grind": _ground,
     "solve": _forged(ambiguity.solve_passport),

@@ -14,7 +14,8 @@ class Cost(NamedTuple):
 
     Attributes:
         had: in the letters of the paper's Table 3: W the released weights, D training data, P the
-            genuine passports, S the genuine signature; Q only answers to queries.
+            genuine passports, S the genuine signature; Q only answers to queries; B the public
+            network that this one was made from.
         seconds: wall time of the attack.
         samples: distinct images it was given, labelled or not.
         epochs: passes over them, or over whatever it optimises.

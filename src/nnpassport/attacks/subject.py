@@ -13,7 +13,7 @@ from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.train.loop import Journal, Recipe
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.key import Key
-from nnpassport.scheme import UnreadableDataError, UnreadableKeyError
+from nnpassport.scheme import UnreadableDataError, UnreadableKeyError, UnreadableModelError
 
 UNLABELLED = 1_000
 """Images that a thief looks at who needs no labels."""
@@ -56,6 +56,7 @@ class Subject:
         transfer: another task to fine-tune to, or None.
         anchor: the network before the mark, which suspects are aligned to; of a key that is bound
             to one.
+        base: the public network that this one was made from, or None.
         checkpoints: folder in which attackers who train for long keep checkpoints, and go on from
             them; None keeps none.
     """
@@ -72,6 +73,7 @@ class Subject:
     seed: int = 0
     checkpoints: Path | None = None
     anchor: nn.Module | None = None
+    base: nn.Module | None = None
 
     @property
     def example(self) -> Tensor:
@@ -102,6 +104,19 @@ class Subject:
                 "this attack trains and needs images, and none were given; give some with --train"
             )
         return self.train
+
+    def public_base(self) -> nn.Module:
+        """The public network that this one was made from.
+
+        Raises:
+            UnreadableModelError: none was given.
+        """
+        if self.base is None:
+            raise UnreadableModelError(
+                "this attack merges the network with the one that it was made from, and none was "
+                "given; give it with --base"
+            )
+        return self.base
 
     def unlabelled(self) -> Tensor:
         """At most a thousand of the attacker's images, as the network takes them.

@@ -34,9 +34,9 @@ class Attack(NamedTuple):
         strength: what the strength is, in words; "" where there is none.
         quick: strengths of a quick audit.
         full: strengths of a full one.
-        needs: what a subject must have beside the network: "key", "train", "transfer".
+        needs: what a subject must have beside the network: "key", "train", "transfer", "base".
         other_task: whether the network has another task afterwards.
-        turns: whether it negates or moves channels, so that the mark is read aligned as well.
+        turns: whether it negates or moves channels or layers, so that the mark is read aligned too.
         informed: whether it looks where a mark of weights must lie, at inputs without labels.
         marks: the schemes it applies to, by the part they share; "" is all of them.
     """
@@ -59,6 +59,11 @@ SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FLIPS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 KINDS = ("float16", "bfloat16", "int8-tensor", "int8-channel", "int4-channel")
 """The grids of `perturbation.KINDS`, in its order."""
+MOVES = (
+    *("negate", "scale", "stretch", "regain", "fix", "balance", "heads", "pairs", "mix", "rotate"),
+    *("reorder", "mirror", "split"),
+)
+"""The kinds of `moves.KINDS`, in its order."""
 KEEPS = (0.97, 0.99, 0.95, 0.9)
 """What informed thieves keep of the network's own answers: three points are lost by default."""
 FORMS = ("ftll", "ftal", "rtll", "rtal")
@@ -201,6 +206,32 @@ ATTACKS: Mapping[str, Attack] = {
         act("distil-unrelated"),
         needs=_needs("transfer"),
     ),
+    "merge-base": Attack(
+        REMOVAL,
+        "average with the public network that this one was made from",
+        act("merge-base"),
+        "share of the other network",
+        (0.5,),
+        (0.25, 0.5, 0.75),
+        needs=_needs("base"),
+    ),
+    "merge-tuned": Attack(
+        REMOVAL,
+        "average with a fine-tuning of that network",
+        act("merge-tuned"),
+        "share of the other network",
+        full=(0.25, 0.5, 0.75),
+        needs=_needs("base", "train"),
+    ),
+    "drop-block": Attack(
+        REMOVAL,
+        "leave out one of the blocks that a network can run without",
+        act("drop-block"),
+        "block",
+        ONCE,
+        (0.0, 1.0, 2.0),
+        turns=True,
+    ),
     # Thieves who know where a mark of weights must lie; they have images and need no labels.
     "shave": _informed(
         "shave", "subtract singular components one by one where answers hardly feel it"
@@ -268,6 +299,30 @@ ATTACKS: Mapping[str, Attack] = {
         OBFUSCATION,
         "every free move along the axes of any network: also rotated streams, mixed heads, twins",
         act("free-moves"),
+    ),
+    "free-move": Attack(
+        OBFUSCATION,
+        f"one kind of free move alone: 0 to {len(MOVES) - 1} are {', '.join(MOVES)}",
+        act("free-move"),
+        "kind",
+        full=tuple(map(float, range(len(MOVES)))),
+    ),
+    "insert-block": Attack(
+        OBFUSCATION,
+        "put a block of random numbers in front that adds nothing",
+        act("insert-block"),
+        quick=ONCE,
+    ),
+    "rename": Attack(
+        OBFUSCATION,
+        "give all tensors names that say nothing, in an order by lot",
+        act("rename"),
+        quick=ONCE,
+    ),
+    "untie": Attack(
+        OBFUSCATION,
+        "give shared parameters a tensor each, and move these apart",
+        act("untie"),
     ),
     # Keys.
     "fake1": Attack(
@@ -398,5 +453,10 @@ def why_not(attack: Attack, subject: "Subject") -> str | None:
 
 def lacking(attack: Attack, subject: "Subject") -> list[str]:
     """What the attack needs and the subject does not have."""
-    there = {"key": subject.key, "train": subject.train, "transfer": subject.transfer}
+    there = {
+        "key": subject.key,
+        "train": subject.train,
+        "transfer": subject.transfer,
+        "base": subject.base,
+    }
     return sorted(name for name in attack.needs if there[name] is None)

@@ -1,6 +1,6 @@
 """The commands `attack` and `audit`: from files to a subject, and its results back to files."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -59,6 +59,20 @@ class Attackers:
             "--transfer-test", help="Test images of that task (default: a tenth of --transfer)."
         ),
     ] = None
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Model folder of the public network that this one was made from, for attacks that "
+            "merge the two (default: with --anchor, the network before the mark)."
+        ),
+    ] = None
+    anchor: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder from `embed`, with the network before the mark in `anchor/`. "
+            "Networks whose channels were moved are aligned to it."
+        ),
+    ] = None
     epochs: Annotated[
         int, typer.Option("--epochs", help="Passes over the images when attackers train.")
     ] = 10
@@ -86,6 +100,10 @@ class Attackers:
         secret = None if self.key is None else key_from(self.key, self.passphrase)
         scheme = self.scheme if secret is None else secret.context.scheme
         other = self._other_task(loaded.config)
+        anchor = None if self.anchor is None else _anchor_of(secret, self.anchor, self.factory)
+        base = anchor
+        if self.base is not None:
+            base = load_model(self.base, trusted_factory=self.factory).model
         return Subject(
             model=loaded.model,
             config=loaded.config,
@@ -97,6 +115,8 @@ class Attackers:
             transfer=other,
             budget=Budget(self.epochs, self.batch, self.precision),
             seed=self.seed,
+            anchor=anchor,
+            base=base,
         )
 
     def _other_task(self, config: Any) -> Any:
@@ -152,13 +172,6 @@ def audit(
     data: Images,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")],
     split: Split = None,
-    anchor: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder from `embed`, with the network before the mark in `anchor/`. "
-            "Networks whose channels were moved are aligned to it."
-        ),
-    ] = None,
     full: Annotated[
         bool,
         typer.Option(
@@ -177,14 +190,12 @@ def audit(
     from nnpassport.lab import audit as auditing
 
     subject = attackers.subject(model, data, split)
-    if anchor is not None:
-        subject = replace(subject, anchor=_anchor_of(subject.key, anchor, attackers.factory))
     with progress_bar("audit") as show:
         report = auditing.audit_to(
             out, subject, full=full, only=only or (), resume=resume, show=show
         )
-    ruling = auditing.ruling(report)
-    print_result(report, as_json, lambda: typer.echo(ruling), ensure_ascii=False)
+    told = "\n".join([auditing.ruling(report), *auditing.survival(report)])
+    print_result(report, as_json, lambda: typer.echo(told), ensure_ascii=False)
     if not as_json:
         errors.print(f"Every attack, with pictures: {out / 'audit.html'}")
 

@@ -28,13 +28,27 @@ def axes_of(model: nn.Module, example: Example) -> Axes:
 
 
 def untied(model: nn.Module) -> nn.Module:
-    """The network with a parameter of its own under each name, in place."""
+    """The network with a module and a parameter of its own under each name, in place."""
     seen = set[int]()
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) in seen:
-            put_tensor(model, name, parameter.detach().clone())
-        seen.add(id(parameter))
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in seen and any(True for _ in module.parameters()):
+            home, _, own = name.rpartition(".")
+            model.get_submodule(home)._modules[own] = deepcopy(module)
+        seen.add(id(module))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in tied(model):
+        put_tensor(model, name, parameters[name].detach().clone())
     return model
+
+
+def tied(model: nn.Module) -> list[str]:
+    """Names of parameters that are under another name too, but for the first of each."""
+    seen, found = set[int](), []
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            found.append(name)
+        seen.add(id(parameter))
+    return found
 
 
 def put_tensor(model: nn.Module, name: str, value: Tensor) -> None:

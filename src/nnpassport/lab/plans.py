@@ -259,6 +259,11 @@ LEADERBOARD = dataclasses.replace(
         **dict.fromkeys(("distil", "extract", "distil-unrelated"), _COPIES),
         **dict.fromkeys(("ftll", "rtll", "rtal", "flip", "permute", "rescale"), _SAVED),
         **dict.fromkeys(("fake3", "substitute-ierb", "substitute-cerb"), _SAVED),
+        **dict.fromkeys(("merge-base", "merge-tuned"), "its attackers have no public network"),
+        **dict.fromkeys(
+            ("insert-block", "drop-block", "untie"), "AlexNet has no blocks and shares nothing"
+        ),
+        "free-move": "`free-moves` makes all of them",
         **dict.fromkeys(
             ("transfer-rtal", "transfer-rtll"),
             "ends on another task, so that what is kept of the accuracy cannot be compared",

@@ -56,12 +56,24 @@ def verify_by_layers(
     Raises:
         UnsuitableModelError: the two cannot be aligned, or this is not the key's anchor.
     """
-    found = _by_layers(_ways(read, weights, key, reference, forms, unrelated), weights)
-    if key.context.anchor is not None and not found.verdict.marked:
+
+    def along_axes() -> Verdict:
+        table, told = table_of(reference), "its layers show"
+        return over_axes(read, weights, key, reference.arrays, table, told)
+
+    anchored = key.context.anchor is not None
+    try:
+        found = _by_layers(_ways(read, weights, key, reference, forms, unrelated), weights)
+    except UnsuitableModelError:
+        if not anchored:
+            raise
+        # A block that was left out: what is there has no choice of layers that fits together.
+        return AlignedVerdict(along_axes(), None)
+    if anchored and not found.verdict.marked:
         # What its layers alone do not show: kernels that are turned, blocks that were put in.
         with suppress(UnsuitableModelError):
-            axes = table_of(reference)
-            again = over_axes(read, weights, key, reference.arrays, axes, "its layers show")
+            reason = "aligned over axes, after its layers alone did not show the mark"
+            again = along_axes().paid(LOG10_BY_SHAPE, reason, of=TENSORS)
             return AlignedVerdict(again, None) if again.marked else found
     return found
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nnpassport.alignment.reorder import reordered
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.axes import axes_of
+from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 from nnpassport.embedding.network.tensors import as_array, as_tensor, tensors_digest
 from nnpassport.embedding.schemes import mark
@@ -109,7 +110,7 @@ class Order(Mark):
         """No layers: units of the whole network."""
         return Carriers()
 
-    def insert(self, model: nn.Module, key: Key, example: Example) -> None:
+    def insert(self, model: nn.Module, key: Key, example: Example) -> Inserted:
         """Put the key's anchor into its order, in place; leave a network that has the order.
 
         Raises:
@@ -123,10 +124,11 @@ class Order(Mark):
                     "the network is neither the one that the key was drawn for nor in its order; "
                     "needed: the very weights that `key new --model FOLDER` was given, or a new key"
                 )
-            return
+            return Inserted(model)
         arrays = {name: as_array(each) for name, each in state.items()}
         moved = reordered(axes_in(key), arrays, own_orders(key))
         model.load_state_dict({name: as_tensor(each) for name, each in moved.items()})
+        return Inserted(model)
 
     def objective(
         self,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nnpassport.attacks.subject import Budget, Subject, Transfer
     from nnpassport.attacks.table import ATTACKS, Attack, Family
     from nnpassport.lab.audit.files import attack_once, audit_to
-    from nnpassport.lab.audit.page import html, ruling, words
+    from nnpassport.lab.audit.page import html, ruling, survival, words
     from nnpassport.lab.audit.run import attack_named, attempt, audit, before_attacks, plan
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "html",
     "plan",
     "ruling",
+    "survival",
     "words",
 ]
 
@@ -38,6 +39,7 @@ _HOMES = {
     "audit_to": "nnpassport.lab.audit.files",
     "html": "nnpassport.lab.audit.page",
     "ruling": "nnpassport.lab.audit.page",
+    "survival": "nnpassport.lab.audit.page",
     "words": "nnpassport.lab.audit.page",
     "attack_named": "nnpassport.lab.audit.run",
     "attempt": "nnpassport.lab.audit.run",

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from nnpassport.attacks.table import KINDS
+from nnpassport.attacks.table import KINDS, MOVES
 from nnpassport.report.curves import Line, Plot, plot_svg
 from nnpassport.report.page import Panel, Row, page, percent, power_of_ten, svg, unbroken
 
@@ -29,6 +29,7 @@ def html(report: Mapping[str, Any]) -> str:
         "rows": [],
         "report": report,
         "before": _before(report),
+        "survival": survival(report),
         "removals": _grouped(removals, lambda e: _removal_row(report, e)),
         "forgeries": _grouped(forgeries, _forgery_row),
         "charts": charts(report),
@@ -63,6 +64,30 @@ def ruling(report: Mapping[str, Any]) -> str:
             f"{exact} the exact one."
         )
     return " ".join(parts) or "Nothing was attacked."
+
+
+def survival(report: Mapping[str, Any]) -> list[str]:
+    """Which attacks the owner's mark survives, and which not; a sentence for each outcome."""
+    removed = _removed(report)
+    outcomes: dict[str, dict[str, list[str]]] = {
+        "The mark survives": {},
+        "It is hidden, and the network useful, after": {},
+        "It could not be read after": {},
+        "It and the network's use are both gone after": {},
+    }
+    survives, gone, unread, useless = outcomes.values()
+    for entry in report["entries"]:
+        if entry["family"] == "ambiguity" or "impossible" in entry or not _owner(entry):
+            continue
+        one = gone if entry in removed else unread if _unreadable(entry) else None
+        one = (useless if _hidden(entry) else survives) if one is None else one
+        one.setdefault(entry["attack"], []).append(_strength(entry))
+    return [f"{said} {', '.join(map(_after, n.items()))}." for said, n in outcomes.items() if n]
+
+
+def _after(attack: tuple[str, list[str]]) -> str:
+    name, strengths = attack
+    return f"{name} ({'; '.join(strengths)})" if any(strengths) else name
 
 
 def words(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -256,8 +281,10 @@ def _strength(entry: Entry) -> str:
     strength, what = entry["strength"], entry["strength_is"]
     if strength is None:
         return ""
-    if what == "grid":
-        return KINDS[int(strength)]
+    if what in {"grid", "kind"}:
+        return {"grid": KINDS, "kind": MOVES}[what][int(strength)]
+    if what == "block":
+        return f"block {strength:g}"
     if what.startswith("share"):
         return f"{percent(strength, 0)} {what.removeprefix('share ')}"
     if what.startswith("number"):

@@ -63,7 +63,7 @@ def plan(
             left_out[name] = "only in a full audit"
         elif reason is not None:
             left_out[name] = reason
-        elif attack.family is Family.OBFUSCATION and _lacks_anchor(subject):
+        elif _is_read_aligned(attack) and _lacks_anchor(subject):
             left_out[name] = "needs the network before the mark, by which such copies are read"
         else:
             chosen += [(name, strength) for strength in strengths]
@@ -71,6 +71,10 @@ def plan(
         reasons = "; ".join(f"{name} {left_out[name]}" for name in only)
         raise BadRecipeError(f"nothing is left to run: {reasons}")
     return chosen, left_out
+
+
+def _is_read_aligned(attack: Attack) -> bool:
+    return attack.family is Family.OBFUSCATION or attack.turns
 
 
 def _lacks_anchor(subject: Subject) -> bool:
@@ -141,7 +145,7 @@ def measured(
         by_answers = ATTACKS[name].marks == "triggers"
         return {**facts, **_forgery(subject, outcome, before["accuracy"], by_answers=by_answers)}
     found = _remains(subject, outcome, other_task=ATTACKS[name].other_task)
-    if ATTACKS[name].family is Family.OBFUSCATION or ATTACKS[name].turns:
+    if _is_read_aligned(ATTACKS[name]):
         found |= _aligned(subject, outcome.model)
     return {**facts, **found}
 
