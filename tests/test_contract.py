@@ -200,13 +200,13 @@ def test_a_key_survives_its_file(owned, tmp_path):
     save_key(owned.key, tmp_path / "key")
     loaded = load_key(tmp_path / "key")
     assert loaded.fingerprint == owned.key.fingerprint
-    assert verdict(owned, loaded).matches == verdict(owned, owned.key).bits
+    assert verdict(owned, loaded).matches == verdict(owned, owned.key).matches
 
 
 def test_a_network_survives_its_file(owned):
     copy = network()
     copy.load_state_dict(owned.model.state_dict())
-    assert verdict(owned, owned.key, copy.eval()).matches == verdict(owned, owned.key).bits
+    assert verdict(owned, owned.key, copy.eval()).matches == verdict(owned, owned.key).matches
 
 
 def test_one_seed_gives_one_key(owned):
@@ -329,7 +329,7 @@ def test_a_folder_is_verified_and_released_whatever_the_scheme(owned, tmp_path):
     trial = verification.Trial(owned.data, target=1.0, tolerance=0.3)
     assert verification.verify(folder, owned.key, trial=trial, options=options).fidelity.passed
     if not owned.scheme.name.startswith("passport"):  # passports are released from their own folder
-        assert ownership.release(folder, owned.key, tmp_path / "released").matches == found.bits
+        assert ownership.release(folder, owned.key, tmp_path / "released").matches == found.matches
 
 
 def test_a_published_trigger_set_is_read_from_a_file(tmp_path):

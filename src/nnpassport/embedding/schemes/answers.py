@@ -56,9 +56,11 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import AnswersForm, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import Counts
+from nnpassport.keys.validity import MAX_COINS
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 
 _SHOWN = 256  # inputs that a network is asked at a time
+_A_CLASS = 64  # functions, unless their number is given
 
 
 @final
@@ -68,7 +70,7 @@ class Answers(Mark):
 
     Attributes:
         name: as in keys and on the command line.
-        coins: how many functions there are, over all classes.
+        coins: how many functions there are, over all classes; None is 64 for each, 4,096 at most.
         strength: ε, of a score whose function has unit variance.
         pictures: ordinary inputs that the key is bound to, at most: those that V shows.
         kind: which functions there are to draw from, of pictures; see `keys.answers.KINDS`.
@@ -80,7 +82,7 @@ class Answers(Mark):
     """
 
     name: str
-    coins: int = 256
+    coins: int | None = None
     strength: float = 0.45
     pictures: int = 2_000
     kind: str = "filters"
@@ -93,9 +95,10 @@ class Answers(Mark):
     parts = frozenset({"answers"})
 
     def __post_init__(self) -> None:
-        if not (self.coins >= 1 and self.pictures >= 8 and 0 < self.strength <= 100):
+        coins = _A_CLASS if self.coins is None else self.coins
+        if not (coins >= 1 and self.pictures >= 8 and 0 < self.strength <= 100):
             raise BadRecipeError(
-                f"{self.coins} coins, {self.pictures} pictures and a strength of {self.strength}; "
+                f"{coins} coins, {self.pictures} pictures and a strength of {self.strength}; "
                 "needed: at least 1 and 8 of them, and a strength above 0 and up to 100"
             )
 
@@ -117,7 +120,9 @@ class Answers(Mark):
         mark.check_nothing_chosen(self.name, layers, text)
         shape = self.carriers(model, example, layers).triggers
         kind = "counts" if shape is not None and shape.size[:2] == (1, 1) else self.kind
-        form = AnswersForm(kind, self.coins, max(1, round(1000 * self.strength)))
+        classes = 1 if shape is None else shape.classes
+        coins = min(MAX_COINS, _A_CLASS * classes) if self.coins is None else self.coins
+        form = AnswersForm(kind, coins, max(1, round(1000 * self.strength)))
         return mark.new_key(self.name, owner=owner, triggers=shape, seed=seed, answers=form)
 
     def carriers(
@@ -439,4 +444,4 @@ class _Presented(nn.Module):
 
 
 ANSWERS = Answers("answers")
-"""256 functions; those that are met decide, each by how far."""
+"""64 functions of each class; those that are met decide, each by how far."""
