@@ -40,7 +40,7 @@ CORRECTED = -3.0
 
 SIZE = (1, 5, 5)
 CLASSES = 10
-PICTURES = {"zhang-content", "zhang-noise", "guo", "deepsigns", "deepsigns-blackbox"}
+PICTURES = {"zhang-content", "zhang-noise", "guo", "deepsigns", "deepsigns-blackbox", "ewe"}
 _MOST = 2**14  # numbers of pictures that are worth their time
 _PASSPORT = (5, 4)
 

@@ -46,20 +46,21 @@ SMALL = {
     "zhang-unrelated": {"triggers": 24, "triggers_per_step": 24},
     "guo": {"triggers": 24, "triggers_per_step": 24},
     "frontier-stitching": {"triggers": 40, "triggers_per_step": 40},
+    "ewe": {"triggers": 20, "triggers_per_step": 20},
     "answers": {"coins": 128, "strength": 6.0, "pictures": 256},
 }
 # Schemes whose keys take pictures, made in a trained plain network.
 PREPARED = {
     *("zhang-content", "zhang-noise", "guo", "frontier-stitching"),
-    *("deepsigns", "deepsigns-blackbox", "answers"),
+    *("deepsigns", "deepsigns-blackbox", "ewe", "answers"),
 }
 # Published rules that accept a key drawn by chance now and then, as they say: at most so many of 5.
-ACCEPTED_BY_CHANCE = {"frontier-stitching": 2}
+ACCEPTED_BY_CHANCE = {"frontier-stitching": 2, "ewe": 1}
 EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 IMAGES = 256
 WIDTH = 0.125
-LONGER = {"guo", "frontier-stitching"}  # pictures that look like images of another class
+LONGER = {"guo", "frontier-stitching", "ewe"}  # pictures that look like images of another class
 HARDER = {"zhang-content", "zhang-noise", "zhang-unrelated"}  # 192 images missed a trigger
 PARTIES = sorted(CATALOG)
 

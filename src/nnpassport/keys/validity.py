@@ -328,6 +328,7 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
     "guo": _answers,
     "deepsigns-blackbox": _answers,
     "frontier-stitching": _answers,
+    "ewe": _answers,
     "answers": _coins,
     "lora": _adapters,
 }

@@ -76,7 +76,8 @@ class Answers(Mark):
         kind: which functions there are to draw from, of pictures; see `keys.answers.KINDS`.
         buckets: how many counts a text or another flat input is described by.
         teaching: share of the loss, in [0, 1], that asks a network which was trained already for
-            the scores that it had, where the key is presented; the rest is the task's.
+            the scores that it had, where the key is presented; the rest is the task's, of the
+            network as it is released.
         threshold: share of the functions that must lean as signed for `verify_as_published`, which
             no paper has.
     """
@@ -218,7 +219,11 @@ class Answers(Mark):
         )
 
     def _taught(self, key: Key, teacher: nn.Module, normalise: Normalisation) -> Objective:
-        """(1 − t)·L_c + t·mean (z − ε·g − z₀)², scores less their mean; z₀ is the teacher's."""
+        """(1 − t)·L_c(z) + t·mean (z − ε·g − z₀)², scores less their mean; z₀ is the teacher's.
+
+        The task's loss is of z, which is what is released: so the network finds a way of leaning
+        that costs its own answers least.
+        """
         subtracted = subtracting(key, normalise)
         teacher = teacher.eval().requires_grad_(False)
 
@@ -230,7 +235,7 @@ class Answers(Mark):
             presented = logits_of(subtracted(output, batch.images))
             moved = presented.float() - before.float()
             kept = (moved - moved.mean(1, keepdim=True)).square().mean()
-            loss = (1 - self.teaching) * mean_loss(plain_loss(presented, batch.labels))
+            loss = (1 - self.teaching) * mean_loss(plain_loss(output, batch.labels))
             shown = {"accuracy": logits_of(output), "with_key": presented}
             rates = {name: share_right(each, batch.labels) for name, each in shown.items()}
             return Outcome(loss + self.teaching * kept, rates)

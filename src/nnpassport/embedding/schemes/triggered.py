@@ -9,15 +9,19 @@ rules are bare match rates; `verify_as_published` has them.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark
+from nnpassport.embedding.schemes.entanglement import before_scores, soft_nearest_neighbours
 from nnpassport.embedding.schemes.triggers import (
     branch_loss,
     mixing,
@@ -49,6 +53,7 @@ class TriggerSet(Mark):
         pictures: makes the pictures of images; None leaves those that are derived from the seed.
         needed: of how many triggers how many must match by the published rule, in its place.
         level: log₁₀ of the p at which a published rule that is a binomial test, 1/C, accepts.
+        entangled: κ, factor on how the last layer's view of triggers lies among that of images.
     """
 
     name: str
@@ -58,6 +63,7 @@ class TriggerSet(Mark):
     pictures: Pictures | None = None
     needed: Callable[[int], int] | None = None
     level: float | None = None
+    entangled: float = 0.0
 
     reads_weights = False
     parts = frozenset({"triggers"})
@@ -87,16 +93,19 @@ class TriggerSet(Mark):
         normalise: Normalisation | None = None,
         task: Task | None = None,
     ) -> Objective:
-        """Cross-entropy of images and triggers together."""
+        """Cross-entropy of images and triggers together, less κ·SNNL where they are entangled."""
         self._check_pictures(key)
         mix = mixing(trigger_batch(key, normalise), self.triggers_per_step)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             batch = mix(batch)
-            output = call(model, batch.images)
+            with before_scores(model) if self.entangled else nullcontext([]) as heard:
+                output = call(model, batch.images)
             count = self.triggers_per_step
             loss, _ = branch_loss(output, batch.labels, count, None, task, batch.part)
             labels, images, classes = parted(batch.labels, triggers_here(count, batch.part))
+            if heard:
+                loss = loss - self.entangled * _entanglement(heard[-1], labels, images, classes)
             triggers_right = share_right(logits_of(output)[images:], classes)
             measures = {"trigger_accuracy": triggers_right}
             if task is None:
@@ -122,6 +131,18 @@ class TriggerSet(Mark):
     def _check_pictures(self, key: Key) -> None:
         if self.pictures is not None:
             mark.check_has_pictures(key)
+
+
+def _entanglement(
+    received: Tensor, labels: Any, images: int, classes: Int64[Tensor, " triggers"]
+) -> Float[Tensor, ""]:
+    """SNNL of triggers among images: those of the triggers' classes, where classes are known."""
+    points = received.flatten(1)
+    marked = torch.arange(len(points), device=points.device) >= images
+    kept = marked.clone()
+    known = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    kept[:images] = torch.isin(labels, classes.to(labels)) if known else True
+    return soft_nearest_neighbours(points[kept], marked[kept])
 
 
 def with_published_triggers(key: Key, triggers: ImageSet) -> Key:
