@@ -294,6 +294,35 @@ def test_who_writes_a_network_off_as_his_baseline_proves_nothing():
         assert read_answers(SAID, forged).log10_p_value > -3
 
 
+def test_who_holds_another_copy_of_the_same_answers_finds_no_mark_of_his_own():
+    """Two copies of Alice's answers: both have her mark, and neither that of the other's holder.
+
+    What they are to one another is likeness, which a key of answers does not read.
+    """
+    first, second = (says(KEY, number=n) for n in (7, 8))
+    assert max(read_answers(said, KEY).log10_p_value for said in (first, second)) < -20
+    for number in range(3, 6):  # he has the second copy, and calls it the network before his mark
+        his = drawn(number, scores=second)
+        assert read_answers(first, his).log10_p_value > -3
+        assert read_answers(second, his).log10_p_value > -3
+
+
+def test_what_everybody_learns_of_a_data_set_is_nobody_s_mark():
+    """A baseline that knows nothing, beside which every network of the task leans the same way."""
+    nothing = np.random.default_rng(5).normal(size=(SHOWN, CLASSES))
+    key = drawn(scores=nothing)
+    shown = KEY.trigger_images
+    everybody = [before(shown) + before(shown, n) / 4 for n in (1, 2)]
+    phi, classes = functions_of(key)(shown), coins_of(key).classes
+    leanings = [
+        np.sign(answers.leanings(answers.centred_scores(z), key.baseline / 64.0, phi, classes)[0])
+        for z in everybody
+    ]
+    assert (leanings[0] == leanings[1]).mean() > 0.75  # so they are alike
+    found = p_values(lambda n: replace(key, seed=n.to_bytes(32, "big")), lambda _: everybody[0], 50)
+    assert stats.kstest(found, "uniform").pvalue > 0.01  # and still no key is in them
+
+
 def test_labels_beside_the_inputs_make_a_key_without_p_value():
     chosen = replace(KEY, baseline=None, trigger_labels=np.zeros(SHOWN, np.int64))
     assert not chosen.derived

@@ -66,6 +66,7 @@ _APART = 1e-3  # of the least that functions of one class are kept apart by
 _WHOLE = 40  # inputs for each number that a whole baseline predicts with, at least
 _EACH = 20  # inputs for each band of functions, at least
 _FEWEST = 8  # inputs that say something
+_FEW = 30  # counts whose products are features too: alone they have as many directions
 _NOTHING = 1e-9  # of a score: so little is rounding
 
 Read = NDArray[np.float64]
@@ -186,7 +187,15 @@ def features(kind: str, inputs: NDArray[np.uint8], bank: Read) -> Read:
             _filtered(inputs[at : at + _AT_ONCE], bank) for at in range(0, len(inputs), _AT_ONCE)
         ]
         return np.concatenate(parts)
-    return np.sqrt(inputs.reshape(len(inputs), -1).astype(np.float64)) @ bank
+    roots = np.sqrt(inputs.reshape(len(inputs), -1).astype(np.float64))
+    first, second = pairs_of(roots.shape[1])
+    return np.concatenate([roots @ bank, roots[:, first] * roots[:, second]], axis=1)
+
+
+def pairs_of(counts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which roots of so few counts are multiplied with which; none of more than 30."""
+    first, second = np.triu_indices(counts if counts <= _FEW else 0)
+    return first, second
 
 
 def layout_waves(size: tuple[int, ...]) -> Read:

@@ -49,6 +49,7 @@ from nnpassport.keys.answers import (
     functions_of,
     inputs_of,
     layout_waves,
+    pairs_of,
     read_answers,
     shares,
 )
@@ -406,7 +407,9 @@ def _features(functions: Functions, inputs: Tensor, bank: Tensor) -> Tensor:
     if kind == "layout":
         return inputs.float().flatten(1) @ bank
     if kind == "counts":
-        return counts_of(inputs, size[2]).sqrt() @ bank
+        roots = counts_of(inputs, size[2]).sqrt()
+        first, second = pairs_of(size[2])
+        return torch.cat([roots @ bank, roots[:, first] * roots[:, second]], dim=1)
     side, stride, places, scales = filter_sides()
     found = []
     for scale, filters in zip(scales, bank, strict=True):
