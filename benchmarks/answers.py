@@ -112,8 +112,15 @@ class Bench:
         self.normalise = Normalisation.measured(self.mine)
 
     def recipe(self, epochs: int, rate: float = 0.1) -> Recipe:
-        """So many epochs of one-cycle."""
-        return Recipe(epochs=epochs, batch=128, rate=rate, schedule="one-cycle", seed=self.seed)
+        """So many epochs of one-cycle, without crops: four of 16 pixels are much of a picture."""
+        return Recipe(
+            epochs=epochs,
+            batch=128,
+            rate=rate,
+            schedule="one-cycle",
+            seed=self.seed,
+            augment=self.plan.size >= 32,
+        )
 
     def kept(self, name: str, made: nn.Module, train: Callable[[nn.Module], Any]) -> nn.Module:
         """The network of this name, trained unless it was before."""

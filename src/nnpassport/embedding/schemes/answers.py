@@ -85,7 +85,7 @@ class Answers(Mark):
 
     name: str
     coins: int | None = None
-    strength: float = 0.45
+    strength: float = 0.5
     pictures: int = 2_000
     kind: str = "filters"
     buckets: int = 256
