@@ -2,9 +2,10 @@
 
 python benchmarks/answers.py --data FOLDER writes results/answers.json, results/answers.md and its
 picture. FOLDER has CIFAR-10 as Parquet (cifar10-train*.parquet, cifar10-test*.parquet). As it
-stands it is sized for one slow processor: pictures of 16 pixels, small networks, few epochs. On an
-accelerator, --size 32 --width 64 --train 25000 --epochs 30 --marking 15 --seeds 3 is the full one,
-with a convolutional network in place of AlexNet and ResNet-18.
+stands it is sized for a few minutes of one slow processor: pictures of 16 pixels, small networks,
+few epochs. On an accelerator, --size 32 --width 64 --train 25000 --epochs 30 --marking 15
+--copying 30 --seeds 3 is the full one, with a convolutional network in place of AlexNet and
+ResNet-18. Rows are written as they come.
 --work FOLDER keeps trained networks, so that a run that was interrupted goes on.
 """
 
@@ -27,16 +28,21 @@ from torch.nn import functional as F
 
 from nnpassport.attacks.perturbation import quantise
 from nnpassport.data.images import Normalisation, read_images
-from nnpassport.embedding.schemes.answers import ANSWERS, scores_of, scores_of_key
+from nnpassport.embedding.schemes.answers import ANSWERS, scores_of
+from nnpassport.embedding.schemes.pictures import shuffled
 from nnpassport.embedding.train.loop import Outcome, Recipe, classification, fit
 from nnpassport.files.disk import write_atomically
-from nnpassport.keys.answers import Functions, features, functions_of, kept_of, read_answers
+from nnpassport.keys.answers import features, functions_of, read_answers
 from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.keys.key import Key
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.report.page import as_text, styled
 
 ROOT = Path(__file__).parent.parent
-COUNTS = (100, 300, 1_000, 3_000)
+COUNTS = (300, 1_000, 3_000)
+RUNS = (("filters", 0.8, True), ("filters", 0.5, False), ("filters", 0.3, False))
+"""Kinds of functions, ε, and whether copies and thieves are run or the network alone."""
+TRUE = (0.5, 0.8)  # shares of true labels that a copy is trained on beside answers
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class Plan:
 
     size: int = 16
     width: int = 16
-    train: int = 8_000
-    pictures: int = 3_000
+    train: int = 10_000
+    pictures: int = 10_000
     epochs: int = 8
     marking: int = 4
-    copying: int = 10
-    coins: int = 256
+    copying: int = 7
+    coins: int = 640
     seeds: int = 1
 
 
@@ -82,6 +88,13 @@ def another(width: int, seed: int) -> nn.Module:
     )
 
 
+def kept_key(key: Key, path: Path) -> Key:
+    """The key of an earlier run that was interrupted, or this one."""
+    if not path.exists():
+        save_key(key, path)
+    return load_key(path)
+
+
 class Bench:
     """Data of a seed, networks that are trained once, and rows of what was read."""
 
@@ -98,9 +111,16 @@ class Bench:
         self.test = both[1]
         self.normalise = Normalisation.measured(self.mine)
 
-    def recipe(self, epochs: int, rate: float = 0.05) -> Recipe:
-        """So many epochs of one-cycle."""
-        return Recipe(epochs=epochs, batch=64, rate=rate, schedule="one-cycle", seed=self.seed)
+    def recipe(self, epochs: int, rate: float = 0.1) -> Recipe:
+        """So many epochs of one-cycle, without crops: four of 16 pixels are much of a picture."""
+        return Recipe(
+            epochs=epochs,
+            batch=128,
+            rate=rate,
+            schedule="one-cycle",
+            seed=self.seed,
+            augment=self.plan.size >= 32,
+        )
 
     def kept(self, name: str, made: nn.Module, train: Callable[[nn.Module], Any]) -> nn.Module:
         """The network of this name, trained unless it was before."""
@@ -158,7 +178,19 @@ class Bench:
         return scores_of(model, self.test.images, self.normalise)
 
 
-def row(name: str, key: Key, functions: Functions, said: Tensor, right: float) -> dict[str, Any]:
+class Known:
+    """The key's functions of the inputs that it is bound to, computed once."""
+
+    def __init__(self, key: Key) -> None:
+        self.functions = functions_of(key)
+        self._phi = self.functions(np.asarray(key.trigger_images))
+
+    def __call__(self, inputs: np.ndarray) -> np.ndarray:
+        """φ of the first inputs."""
+        return self._phi[: len(inputs)]
+
+
+def row(name: str, key: Key, functions: Known, said: Tensor, right: float) -> dict[str, Any]:
     """What was read of scores (pictures classes), and by labels alone."""
     found: dict[str, Any] = {"name": name, "accuracy": right}
     for what, answers in (("scores", said), ("labels", said.argmax(1))):
@@ -171,6 +203,14 @@ def row(name: str, key: Key, functions: Functions, said: Tensor, right: float) -
         found[f"{what} counted"] = log10_binomial_tail(verdict.matches, verdict.bits)
     print(json.dumps(found), flush=True)
     return found
+
+
+def adversarial(model: nn.Module, batch: Any) -> Outcome:
+    """Cross-entropy of images after one step of 8 / 255 that raises it (of a deviation of ¼)."""
+    images = batch.images.detach().requires_grad_()
+    (uphill,) = torch.autograd.grad(F.cross_entropy(model(images), batch.labels), [images])
+    moved = images.detach() + 4 * 8 / 255 * uphill.sign()
+    return Outcome(F.cross_entropy(model(moved), batch.labels), {})
 
 
 def dressed(said: Tensor, honest: Tensor, rng: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -204,16 +244,27 @@ def shaved(known: np.ndarray, said: Tensor, labels: Tensor, test: np.ndarray, l2
     return shown @ weight.detach()
 
 
-def rows_of(bench: Bench, kind: str, strength: float, *, all_of_them: bool) -> list[dict[str, Any]]:
-    """Everything that is read with one key."""
+def rows_of(
+    bench: Bench, kind: str, strength: float, *, all_of_them: bool
+) -> Iterator[dict[str, Any]]:
+    """Everything that is read with one key, as it comes."""
+    for found in _rows_of(bench, kind, strength, all_of_them=all_of_them):
+        yield {"seed": bench.seed, "kind": kind, "strength": strength, **found}
+
+
+def _rows_of(
+    bench: Bench, kind: str, strength: float, *, all_of_them: bool
+) -> Iterator[dict[str, Any]]:
     plan, plain = bench.plan, bench.plain()
     scheme = replace(
         ANSWERS, kind=kind, strength=strength, pictures=plan.pictures, coins=plan.coins
     )
     seed = bytes([bench.seed + 1] * 32)
     key = scheme.draw_key(plain, torch.zeros(2, 3, plan.size, plan.size), seed=seed)
+    order = shuffled(key, bench.test)[: plan.pictures]  # before the key is bound to them
     key = scheme.prepared(key, plain, bench.test, bench.normalise)
-    functions, how = functions_of(key), bench.recipe(plan.marking)
+    key = kept_key(key, bench.work / f"{kind}-{strength}-{bench.seed}.key")
+    functions, how = Known(key), bench.recipe(plan.marking, 0.05)
     named = f"{kind}-{strength}"
 
     def mark(model: nn.Module) -> None:
@@ -225,22 +276,21 @@ def rows_of(bench: Bench, kind: str, strength: float, *, all_of_them: bool) -> l
         deepcopy(plain),
         lambda n: fit(n, classification, bench.mine, how, normalise=bench.normalise),
     )
-    rows = []
 
-    def add(name: str, model: nn.Module) -> None:
-        said = scores_of_key(model, key, bench.normalise)
-        rows.append(row(name, key, functions, said, bench.accuracy(bench.asked(model))))
+    def read(name: str, model: nn.Module) -> dict[str, Any]:
+        whole = bench.asked(model)
+        return row(name, key, functions, whole[order], bench.accuracy(whole))
 
-    add("the network before the mark", plain)
-    add("that one, trained as long without a mark", more)
-    add("marked", marked)
-    rows[-1]["with the key"] = scheme.fidelity(marked, key, bench.test, bench.normalise)
+    yield read("the network before the mark", plain)
+    yield read("that one, trained as long without a mark", more)
+    presented = scheme.fidelity(marked, key, bench.test, bench.normalise)
+    yield {**read("marked", marked), "with the key": presented}
     if not all_of_them:
-        return [{"kind": kind, "strength": strength, **each} for each in rows]
-    add("marked, int8", quantise(marked, kind="int8-channel").model)
+        return
+    yield read("marked, int8", quantise(marked, kind="int8-channel").model)
     few = bench.theirs.at_most(1_000, seed=1)
     gently = bench.recipe(plan.marking, 0.01)
-    add(
+    yield read(
         "marked, tuned on 1,000 true labels of others",
         bench.kept(
             f"tuned-{named}",
@@ -248,61 +298,63 @@ def rows_of(bench: Bench, kind: str, strength: float, *, all_of_them: bool) -> l
             lambda n: fit(n, classification, few, gently, normalise=bench.normalise),
         ),
     )
+    yield read(
+        "marked, tuned on adversarial examples of these 1,000",
+        bench.kept(
+            f"adversarial-{named}",
+            deepcopy(marked),
+            lambda n: fit(n, adversarial, few, gently, normalise=bench.normalise),
+        ),
+    )
     asked = scores_of(marked, bench.theirs.images, bench.normalise)
     true = bench.theirs.labels
     by_labels = bench.copied(f"labels-{named}", asked.argmax(1))
-    add("copy by labels", by_labels)
-    add("copy by scores", bench.copied(f"scores-{named}", None, asked))
-    half = torch.rand(len(true), generator=torch.Generator().manual_seed(3)) < 0.5
-    add(
-        "copy by labels, half of them true ones",
-        bench.copied(f"half-{named}", torch.where(half, true, asked.argmax(1))),
-    )
+    yield read("copy by labels", by_labels)
+    yield read("copy by scores", bench.copied(f"scores-{named}", None, asked))
+    drawn = torch.rand(len(true), generator=torch.Generator().manual_seed(3))
+    for share in TRUE:
+        mixed = torch.where(drawn < share, true, asked.argmax(1))
+        copy = bench.copied(f"true-{share}-{named}", mixed)
+        yield read(f"copy by labels, {share:.0%} of them true ones", copy)
     again = scores_of(by_labels, bench.theirs.images, bench.normalise).argmax(1)
-    add("copy by labels of the copy by labels", bench.copied(f"twice-{named}", again, seed=51))
+    yield read(
+        "copy by labels of the copy by labels", bench.copied(f"twice-{named}", again, seed=51)
+    )
     stranger = bench.copied("stranger", None)
-    add("a stranger's, trained on true labels", stranger)
-    said = scores_of_key(marked, key, bench.normalise)
-    honest = scores_of_key(stranger, key, bench.normalise)
-    whole, theirs = bench.asked(marked), bench.asked(stranger)
-    rng, other = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    pairs = zip(dressed(said, honest, rng), dressed(whole, theirs, other), strict=True)
-    for (name, answers), (_, everything) in pairs:
-        rows.append(row(name, key, functions, answers, bench.accuracy(everything)))
-    rows += nulled(bench, key, functions, marked, asked)
-    return [{"kind": kind, "strength": strength, **each} for each in rows]
+    yield read("a stranger's, trained on true labels", stranger)
+    rng = torch.Generator().manual_seed(5)
+    for name, answers in dressed(bench.asked(marked), bench.asked(stranger), rng):
+        yield row(name, key, functions, answers[order], bench.accuracy(answers))
+    yield from nulled(bench, key, functions, asked, bench.asked(marked), order)
 
 
 def nulled(
-    bench: Bench, key: Key, functions: Functions, marked: nn.Module, asked: Tensor
-) -> list[dict[str, Any]]:
+    bench: Bench, key: Key, functions: Known, asked: Tensor, whole: Tensor, order: Tensor
+) -> Iterator[dict[str, Any]]:
     """A thief who has read this: he fits a correction in the space of functions, with labels.
 
     Of a secret bank he has none, and draws one of his own.
     """
-    kind, rows = functions.form.kind, []
-    own = functions.bank
+    plan, kind = bench.plan, functions.functions.form.kind
+    own = functions.functions.bank
     if kind == "filters":
         stolen = replace(key, seed=bytes([99] * 32))
         own = functions_of(stolen).bank
-    theirs = features(kind, bench.theirs.images.numpy(), own)
-    pictures = features(kind, np.asarray(key.trigger_images), own)
+    known = bench.theirs.subset(torch.arange(min(3_000, len(bench.theirs))))
+    theirs = features(kind, known.images.numpy(), own)
     test = features(kind, bench.test.images.numpy(), own)
-    few = np.linalg.eigh(np.cov(theirs.T))[1][:, -kept_of(10) :]  # where functions are
+    few = np.linalg.eigh(np.cov(theirs.T))[1][:, -(plan.coins // 10) :]  # where functions are
     spaces = {
-        "all features": (theirs, pictures, test),
-        f"the widest {few.shape[1]}": (theirs @ few, pictures @ few, test @ few),
+        "all features": (theirs, test),
+        f"the widest {few.shape[1]}": (theirs @ few, test @ few),
     }
-    said = scores_of_key(marked, key, bench.normalise)
-    whole = bench.asked(marked)
-    for (space, (mine, shown, all_of_it)), count, l2 in itertools.product(
-        spaces.items(), (300, 1_000, 3_000, len(bench.theirs)), (1e-2, 1e-3)
+    for (space, (mine, shown)), count, l2 in itertools.product(
+        spaces.items(), (300, 1_000, len(known)), (1e-2, 1e-3)
     ):
-        given = (mine[:count], asked[:count], bench.theirs.labels[:count])
-        right = bench.accuracy(whole - shaved(*given, all_of_it, l2))
+        given = (mine[:count], asked[:count], known.labels[:count])
+        left = whole - shaved(*given, shown, l2)
         name = f"nulled with {count:,} labels in {space}, ridge {l2}"
-        rows.append(row(name, key, functions, said - shaved(*given, shown, l2), right))
-    return rows
+        yield row(name, key, functions, left[order], bench.accuracy(left))
 
 
 HEAD = """# A mark in ordinary answers
@@ -387,19 +439,13 @@ def main() -> None:
         facts = json.loads(path.read_text())
     else:
         plan = Plan(**{name: getattr(given, name) for name in asdict(Plan())})
-        rows = []
+        facts = {"plan": asdict(plan), "torch": torch.__version__, "rows": []}
         for seed in range(plan.seeds):
             bench = Bench(plan, given.data, given.work, seed)
-            for kind, strength, whole in (
-                ("filters", 1.0, True),
-                ("layout", 1.0, True),
-                ("filters", 0.5, False),
-                ("layout", 0.5, False),
-            ):
-                found = rows_of(bench, kind, strength, all_of_them=whole)
-                rows += [{"seed": seed, **each} for each in found]
-        facts = {"plan": asdict(plan), "torch": torch.__version__, "rows": rows}
-        write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+            for kind, strength, whole in RUNS:
+                for found in rows_of(bench, kind, strength, all_of_them=whole):
+                    facts["rows"].append(found)
+                    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
     write_atomically(given.out / "answers.md", rendered(facts).encode())
     drawn(facts, given.out / "answers.svg")
 

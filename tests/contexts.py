@@ -48,7 +48,7 @@ SOUND = 2
 """So many tables of axes are such as a trace may find."""
 SIZE = (1, 5, 5)
 CLASSES = 10
-PICTURES = {"zhang-content", "zhang-noise", "guo", "deepsigns", "deepsigns-blackbox"}
+PICTURES = {"zhang-content", "zhang-noise", "guo", "deepsigns", "deepsigns-blackbox", "ewe"}
 _MOST = 2**14  # numbers of pictures that are worth their time
 _PASSPORT = (5, 4)
 

@@ -336,7 +336,7 @@ def test_the_catalog_names_schemes_by_their_own_names():
         assert entry.scheme.name == name
         assert entry.scheme is entry.scheme
         assert callable(entry.published_key) or entry.published_key is None
-    assert [n for n, e in CATALOG.items() if e.published_key] == ["frontier-stitching"]
+    assert [n for n, e in CATALOG.items() if e.published_key] == ["frontier-stitching", "ewe"]
 
 
 def test_a_row_may_hold_a_scheme_as_well_as_its_place():

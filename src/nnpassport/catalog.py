@@ -99,6 +99,12 @@ CATALOG: Mapping[str, Entry] = {
         "adversarial images, on sides that the key decides",
         f"{_IN}.frontier:with_true_classes",
     ),
+    "ewe": Entry(
+        f"{_IN}.ewe:EWE",
+        "Jia21",
+        "stamped images among those of a class; as published, one guess among all classes",
+        f"{_IN}.ewe:as_jia",
+    ),
     "answers": Entry(
         f"{_IN}.answers:ANSWERS",
         "ours",

@@ -49,9 +49,10 @@ RESOLUTION = 64
 """What a typical |T_i| weighs, as a whole number; four times that is the most."""
 CLIPPED = 3.0
 """Standard deviations beyond which a function is cut off."""
-SPACE, LEAST_KEPT, MOST_KEPT = 160, 16, 64
-"""Of the directions in which features vary, functions are made of the widest: so many over all
-classes, and of each class no fewer and no more than these. Copies learn the widest ones best."""
+BAND = 16
+"""Functions of a class are made of the widest directions in which features vary, one of each: the
+first sixteen functions of the widest sixteen directions, and so on. Directions that natural
+networks disagree about are so kept apart from those about which they do not."""
 NO_ANSWER = -1
 """In place of a class where there is no answer."""
 
@@ -60,10 +61,12 @@ _BANK, _SIDE, _STRIDE, _SCALES, _PLACES = 32, 5, 2, (1, 2), 2  # of `filters`
 _LARGEST = 1e6  # score that is told from a larger one
 _ROUNDED = 1.5  # what rounded probabilities may sum to
 _AT_ONCE = 256  # inputs whose patches are there at a time
-_RIDGE = 0.01
-_APART = 0.05  # of the least that functions of one class are kept apart by
+_VARIES = 1e-6  # of the widest direction's variance, or it is none
+_APART = 1e-3  # of the least that functions of one class are kept apart by
 _WHOLE = 40  # inputs for each number that a whole baseline predicts with, at least
+_EACH = 20  # inputs for each band of functions, at least
 _FEWEST = 8  # inputs that say something
+_FEW = 30  # counts whose products are features too: alone they have as many directions
 _NOTHING = 1e-9  # of a score: so little is rounding
 
 Read = NDArray[np.float64]
@@ -146,13 +149,14 @@ def functions_of(key: Key) -> Functions:
     bank = _bank(form.kind, shape.size, stream(key.seed, key.context, "answer-bank"))
     found = features(form.kind, inputs, bank)
     mean = found.mean(0)
-    spread = widest(found - mean, kept_of(shape.classes))
-    drawn = np.frombuffer(draw(form.coins * spread.shape[1]), np.int8).astype(np.float64) + 0.5
-    matrix = spread @ drawn.reshape(form.coins, -1).T
-    classes = coins_of(key).classes
+    centred, classes = found - mean, coins_of(key).classes
+    bands = widest(centred, -(-form.coins // shape.classes))
+    matrix = np.zeros((found.shape[1], form.coins))
     for each in range(min(shape.classes, form.coins)):
-        own = classes == each
-        matrix[:, own] = _apart(found - mean, matrix[:, own])
+        for at, own in enumerate(_parts_of(np.flatnonzero(classes == each))):
+            numbers = np.frombuffer(draw(len(own) * found.shape[1]), np.int8) + 0.5
+            columns = bands[at % len(bands)] @ numbers.reshape(len(own), -1).T
+            matrix[:, own] = _apart(centred, columns)
     return Functions(form, shape.size, bank, mean, matrix)
 
 
@@ -183,7 +187,15 @@ def features(kind: str, inputs: NDArray[np.uint8], bank: Read) -> Read:
             _filtered(inputs[at : at + _AT_ONCE], bank) for at in range(0, len(inputs), _AT_ONCE)
         ]
         return np.concatenate(parts)
-    return np.sqrt(inputs.reshape(len(inputs), -1).astype(np.float64)) @ bank
+    roots = np.sqrt(inputs.reshape(len(inputs), -1).astype(np.float64))
+    first, second = pairs_of(roots.shape[1])
+    return np.concatenate([roots @ bank, roots[:, first] * roots[:, second]], axis=1)
+
+
+def pairs_of(counts: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which roots of so few counts are multiplied with which; none of more than 30."""
+    first, second = np.triu_indices(counts if counts <= _FEW else 0)
+    return first, second
 
 
 def layout_waves(size: tuple[int, ...]) -> Read:
@@ -257,19 +269,21 @@ def _flat(inputs: NDArray[np.uint8]) -> Read:
     return inputs.reshape(len(inputs), -1) / 255.0
 
 
-def kept_of(classes: int) -> int:
-    """How many of the widest directions functions are made of."""
-    return min(MOST_KEPT, max(LEAST_KEPT, SPACE // classes))
+def widest(centred: Read, most: int) -> list[Read]:
+    """C^-½ on each band of the `most` widest directions of the features' second moments C.
+
+    Each is (features features), and does not depend on how directions within a band are told apart.
+    """
+    values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    vary = int((values > _VARIES * max(float(values[0]), 1e-12)).sum())
+    kept = max(1, min(most, vary, len(centred) // 4))
+    scaled = vectors / np.sqrt(np.maximum(values, 1e-12))
+    return [scaled[:, part] @ vectors[:, part].T for part in _parts_of(np.arange(kept))]
 
 
-def widest(centred: Read, most: int) -> Read:
-    """C^-½ on the `most` widest directions of second moments C of features (features features)."""
-    moments = centred.T @ centred / len(centred)
-    values, vectors = np.linalg.eigh(moments)
-    kept = max(1, min(most, len(values), len(centred) // 4))
-    values, vectors = values[-kept:], vectors[:, -kept:]
-    floor = _RIDGE * max(float(values.mean()), 1e-12)
-    return np.asarray((vectors / np.sqrt(np.maximum(values, 0) + floor)) @ vectors.T)
+def _parts_of(numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    return [numbers[at : at + BAND] for at in range(0, len(numbers), BAND)]
 
 
 def _apart(centred: Read, columns: Read) -> Read:
@@ -394,7 +408,9 @@ def leanings(said: Said, baseline: Read, functions: Read, classes: NDArray[np.in
     """T_i of answers (inputs classes), NaN rows left out, of φ (inputs coins) of these classes.
 
     Both are taken less what the baseline (inputs classes) says of them, by least squares: T is then
-    how answers lean beyond it. Nothing here depends on a sign.
+    how answers lean beyond it. What it says is also what its probabilities owe to each band of
+    functions, since another network of the same task leans there more, or less, than it does.
+    Nothing here depends on a sign.
     """
     there = ~np.isnan(said.scores).any(1)
     answered = int(there.sum())
@@ -407,12 +423,27 @@ def leanings(said: Said, baseline: Read, functions: Read, classes: NDArray[np.in
     for each in range(min(answers.shape[1], len(classes))):
         own = np.flatnonzero(classes == each)
         beside = parts if whole else tuple(part[:, [each]] for part in parts)
+        owed = _owed(phi[:, own], parts[1][:, each])
+        if answered >= _EACH * owed.shape[1]:
+            beside = (*beside, owed)
         known = np.linalg.qr(np.concatenate([np.ones((answered, 1)), *beside], axis=1))[0]
         left = answers[:, each] - known @ (known.T @ answers[:, each])
         size = float(np.sqrt(np.square(left).mean()))
         if size > _NOTHING:
             numbers[own] = (phi[:, own] - known @ (known.T @ phi[:, own])).T @ left / size
     return Leanings(numbers, answered)
+
+
+def _owed(phi: Read, chances: Read) -> Read:
+    """Of probabilities (inputs), what each band of φ (inputs coins) explains (inputs bands)."""
+    centred, beyond = phi - phi.mean(0), chances - chances.mean()
+    found = [centred[:, part] @ (centred[:, part].T @ beyond) for part in _parts_of(_all(phi))]
+    table = np.stack(found, axis=1)
+    return np.asarray(table / np.maximum(table.std(0), 1e-12))
+
+
+def _all(phi: Read) -> NDArray[np.int64]:
+    return np.arange(phi.shape[1])
 
 
 def weights_of(numbers: Read) -> list[int]:

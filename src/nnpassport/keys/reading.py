@@ -606,7 +606,7 @@ def read_answers(answers: NDArray[np.int64], key: Key) -> Counts:
 ANSWERED = frozenset(
     {
         *("passport-v3", "adi", "zhang-content", "zhang-noise", "zhang-unrelated", "guo"),
-        *("deepsigns-blackbox", "frontier-stitching"),
+        *("deepsigns-blackbox", "frontier-stitching", "ewe"),
     }
 )
 """Schemes whose pictures have labels: whoever answers can be asked about them."""

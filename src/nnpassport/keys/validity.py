@@ -353,6 +353,7 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
     "guo": _answers,
     "deepsigns-blackbox": _answers,
     "frontier-stitching": _answers,
+    "ewe": _answers,
     "answers": _coins,
     "order": _order,
     "lora": _adapters,

@@ -49,6 +49,7 @@ from nnpassport.keys.answers import (
     functions_of,
     inputs_of,
     layout_waves,
+    pairs_of,
     read_answers,
     shares,
 )
@@ -56,9 +57,11 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import AnswersForm, TriggerShape
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import Counts
+from nnpassport.keys.validity import MAX_COINS
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 
 _SHOWN = 256  # inputs that a network is asked at a time
+_A_CLASS = 64  # functions, unless their number is given
 
 
 @final
@@ -68,20 +71,21 @@ class Answers(Mark):
 
     Attributes:
         name: as in keys and on the command line.
-        coins: how many functions there are, over all classes.
+        coins: how many functions there are, over all classes; None is 64 for each, 4,096 at most.
         strength: ε, of a score whose function has unit variance.
         pictures: ordinary inputs that the key is bound to, at most: those that V shows.
         kind: which functions there are to draw from, of pictures; see `keys.answers.KINDS`.
         buckets: how many counts a text or another flat input is described by.
         teaching: share of the loss, in [0, 1], that asks a network which was trained already for
-            the scores that it had, where the key is presented; the rest is the task's.
+            the scores that it had, where the key is presented; the rest is the task's, of the
+            network as it is released.
         threshold: share of the functions that must lean as signed for `verify_as_published`, which
             no paper has.
     """
 
     name: str
-    coins: int = 256
-    strength: float = 0.45
+    coins: int | None = None
+    strength: float = 0.5
     pictures: int = 2_000
     kind: str = "filters"
     buckets: int = 256
@@ -93,9 +97,10 @@ class Answers(Mark):
     parts = frozenset({"answers"})
 
     def __post_init__(self) -> None:
-        if not (self.coins >= 1 and self.pictures >= 8 and 0 < self.strength <= 100):
+        coins = _A_CLASS if self.coins is None else self.coins
+        if not (coins >= 1 and self.pictures >= 8 and 0 < self.strength <= 100):
             raise BadRecipeError(
-                f"{self.coins} coins, {self.pictures} pictures and a strength of {self.strength}; "
+                f"{coins} coins, {self.pictures} pictures and a strength of {self.strength}; "
                 "needed: at least 1 and 8 of them, and a strength above 0 and up to 100"
             )
 
@@ -117,7 +122,9 @@ class Answers(Mark):
         mark.check_nothing_chosen(self.name, layers, text)
         shape = self.carriers(model, example, layers).triggers
         kind = "counts" if shape is not None and shape.size[:2] == (1, 1) else self.kind
-        form = AnswersForm(kind, self.coins, max(1, round(1000 * self.strength)))
+        classes = 1 if shape is None else shape.classes
+        coins = min(MAX_COINS, _A_CLASS * classes) if self.coins is None else self.coins
+        form = AnswersForm(kind, coins, max(1, round(1000 * self.strength)))
         return mark.new_key(self.name, owner=owner, triggers=shape, seed=seed, answers=form)
 
     def carriers(
@@ -213,7 +220,11 @@ class Answers(Mark):
         )
 
     def _taught(self, key: Key, teacher: nn.Module, normalise: Normalisation) -> Objective:
-        """(1 − t)·L_c + t·mean (z − ε·g − z₀)², scores less their mean; z₀ is the teacher's."""
+        """(1 − t)·L_c(z) + t·mean (z − ε·g − z₀)², scores less their mean; z₀ is the teacher's.
+
+        The task's loss is of z, which is what is released: so the network finds a way of leaning
+        that costs its own answers least.
+        """
         subtracted = subtracting(key, normalise)
         teacher = teacher.eval().requires_grad_(False)
 
@@ -225,7 +236,7 @@ class Answers(Mark):
             presented = logits_of(subtracted(output, batch.images))
             moved = presented.float() - before.float()
             kept = (moved - moved.mean(1, keepdim=True)).square().mean()
-            loss = (1 - self.teaching) * mean_loss(plain_loss(presented, batch.labels))
+            loss = (1 - self.teaching) * mean_loss(plain_loss(output, batch.labels))
             shown = {"accuracy": logits_of(output), "with_key": presented}
             rates = {name: share_right(each, batch.labels) for name, each in shown.items()}
             return Outcome(loss + self.teaching * kept, rates)
@@ -396,7 +407,9 @@ def _features(functions: Functions, inputs: Tensor, bank: Tensor) -> Tensor:
     if kind == "layout":
         return inputs.float().flatten(1) @ bank
     if kind == "counts":
-        return counts_of(inputs, size[2]).sqrt() @ bank
+        roots = counts_of(inputs, size[2]).sqrt()
+        first, second = pairs_of(size[2])
+        return torch.cat([roots @ bank, roots[:, first] * roots[:, second]], dim=1)
     side, stride, places, scales = filter_sides()
     found = []
     for scale, filters in zip(scales, bank, strict=True):
@@ -439,4 +452,4 @@ class _Presented(nn.Module):
 
 
 ANSWERS = Answers("answers")
-"""256 functions; those that are met decide, each by how far."""
+"""64 functions of each class; those that are met decide, each by how far."""

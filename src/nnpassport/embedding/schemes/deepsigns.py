@@ -29,8 +29,7 @@ fixed pictures, and the mean does not depend on how they are batched.
 The paper's black box is in `deepsigns_blackbox`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -48,6 +47,7 @@ from nnpassport.embedding.network.tensors import as_array
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Step
 from nnpassport.embedding.schemes.pictures import generator_of, shuffled
+from nnpassport.embedding.schemes.seen import listening
 from nnpassport.embedding.schemes.triggered import with_pictures
 from nnpassport.embedding.schemes.triggers import (
     mixing,
@@ -155,7 +155,7 @@ class DeepSigns(Mark):
             nonlocal layout
             images = len(tensors_in(batch.images)[0])
             shown = mix(batch._replace(labels=torch.zeros(images)))
-            with _listening(unwrapped(model).get_submodule(layout.layer.name)) as heard:
+            with listening(unwrapped(model).get_submodule(layout.layer.name)) as heard:
                 output = part_of(call(model, shown.images), 0, images)
             features = _activations(heard, layout.layer)[images:]
             layout = layout.to(features.device)
@@ -342,21 +342,6 @@ def _heard(model: nn.Module, example: Example) -> dict[str, Tensor]:
         for module, mode in modes:
             module.training = mode
     return {name: found[0] for name, found in heard.items() if len(found) == 1}
-
-
-@contextmanager
-def _listening(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """What the layer receives meanwhile, with its gradients."""
-    heard: list[Tensor] = []
-
-    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        heard.append(next(iter((*args, *kwargs.values()))))
-
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield heard
-    finally:
-        handle.remove()
 
 
 def _activations(heard: Sequence[Tensor], layer: LayerShape) -> Float[Tensor, "pictures features"]:

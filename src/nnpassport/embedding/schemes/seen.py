@@ -5,7 +5,7 @@ than a patch has numbers: their mean and second moments say all that is asked he
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -218,3 +218,18 @@ def metric_of(seen: Seen, enough: float = ENOUGH) -> NDArray[np.int16] | None:
     base[0, 0] = BASE
     whole = torch.cat([base.to(chosen), chosen])
     return whole.clamp(-(2**15), 2**15 - 1).numpy().astype(np.int16)
+
+
+@contextmanager
+def listening(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """What the layer receives meanwhile, with its gradients."""
+    heard: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        heard.append(next(iter((*args, *kwargs.values()))))
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield heard
+    finally:
+        handle.remove()

@@ -9,16 +9,19 @@ rules are bare match rates; `verify_as_published` has them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Step
+from nnpassport.embedding.schemes.entanglement import before_scores, soft_nearest_neighbours
 from nnpassport.embedding.schemes.triggers import trigger_shape, triggers_here
 from nnpassport.embedding.train.labels import parted, share_right
 from nnpassport.keys.chance import matches_needed
@@ -43,6 +46,7 @@ class TriggerSet(Mark):
         pictures: makes the pictures of images; None leaves those that are derived from the seed.
         needed: of how many triggers how many must match by the published rule, in its place.
         level: log₁₀ of the p at which a published rule that is a binomial test, 1/C, accepts.
+        entangled: κ, factor on how the last layer's view of triggers lies among that of images.
     """
 
     name: str
@@ -52,6 +56,7 @@ class TriggerSet(Mark):
     pictures: Pictures | None = None
     needed: Callable[[int], int] | None = None
     level: float | None = None
+    entangled: float = 0.0
 
     reads_weights = False
     parts = frozenset({"triggers"})
@@ -76,9 +81,20 @@ class TriggerSet(Mark):
     def steps_of(
         self, key: Key, steps: int, normalise: Normalisation | None
     ) -> Callable[[nn.Module, Batch], Step]:
-        """The network, on images and triggers together; nothing says of bits."""
+        """The network, on images and triggers together, less κ·SNNL where they are entangled."""
         self._check_pictures(key)
-        return lambda model, batch: Step(((call(model, batch.images), batch.labels),))
+
+        def run(model: nn.Module, batch: Batch) -> Step:
+            with before_scores(model) if self.entangled else nullcontext([]) as heard:
+                output = call(model, batch.images)
+            branches = ((output, batch.labels),)
+            if not heard:
+                return Step(branches)
+            here = triggers_here(self.shown_at_once, batch.part)
+            tangle = _entanglement(heard[-1], *parted(batch.labels, here))
+            return Step(branches, more=-self.entangled * tangle)
+
+        return run
 
     def rates(
         self, output: Any, labels: Any, part: Part, *, classes: bool
@@ -106,6 +122,18 @@ class TriggerSet(Mark):
     def _check_pictures(self, key: Key) -> None:
         if self.pictures is not None:
             mark.check_has_pictures(key)
+
+
+def _entanglement(
+    received: Tensor, labels: Any, images: int, classes: Int64[Tensor, " triggers"]
+) -> Float[Tensor, ""]:
+    """SNNL of triggers among images: those of the triggers' classes, where classes are known."""
+    points = received.flatten(1)
+    marked = torch.arange(len(points), device=points.device) >= images
+    kept = marked.clone()
+    known = isinstance(labels, Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    kept[:images] = torch.isin(labels, classes.to(labels)) if known else True
+    return soft_nearest_neighbours(points[kept], marked[kept])
 
 
 def with_published_triggers(key: Key, triggers: ImageSet) -> Key:
