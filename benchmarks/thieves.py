@@ -1,7 +1,7 @@
 """Informed thieves on marks of weights, side by side: who keeps his bits, at what accuracy.
 
-    python benchmarks/thieves.py run --data FOLDER    results/thieves.json
-    python benchmarks/thieves.py render               results/thieves.md from it
+    python benchmarks/thieves.py run [NETWORK …] --data FOLDER    results/thieves/NETWORK.json
+    python benchmarks/thieves.py render                           results/thieves.md from them
 
 FOLDER holds cifar10-train-*.parquet and cifar10-test.parquet. One small network is trained, each
 mark goes into it, and each thief works on each: he knows which layers carry it, has 1,000
@@ -10,7 +10,7 @@ unlabelled images, and keeps 97 % of the network's own answers.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from nnpassport.attacks.outcome import Attacked
 from nnpassport.attacks.unlabelled import KEPT, Scouted, scout
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import ImageSet, Normalisation, read_images
-from nnpassport.embedding.network.models import AlexNet
+from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import Passport
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.train.fidelity import accuracy
@@ -38,10 +38,12 @@ from nnpassport.lab.results import Results, read_json
 from nnpassport.lab.tables import table
 from nnpassport.report.provenance import provenance
 
-TRAINED, STOLEN, TESTED, WIDTH = 49_000, 1_000, 5_000, 0.25
-TUNED_ON = 5_000
+STOLEN, TESTED, TUNED_ON, WIDTH = 1_000, 5_000, 5_000, 0.25
+NETWORKS = {"alexnet": 49_000, "resnet18": 20_000}
+"""Architectures, and how many images each is trained on."""
+TITLES = {"alexnet": "AlexNet", "resnet18": "ResNet-18"}
 PLAIN = Recipe(epochs=15, batch=128, rate=0.05, schedule="one-cycle", nesterov=True)
-STORE = Results(RESULTS)
+STORE = Results(RESULTS / "thieves")
 TUNE = Recipe(epochs=2, batch=32, rate=0.01, schedule="one-cycle", nesterov=True)
 GRAFT = Recipe(epochs=0)
 
@@ -91,12 +93,12 @@ class Images(NamedTuple):
     normalise: Normalisation
 
 
-def images(data: Path) -> Images:
-    """The three sets, none with an image of another."""
-    whole = read_images(str(data / "cifar10-train-*.parquet")).sample(TRAINED + STOLEN, seed=0)
-    train = whole.subset(torch.arange(TRAINED))
+def images(data: Path, count: int) -> Images:
+    """The three sets, `count` to train on, none with an image of another."""
+    whole = read_images(str(data / "cifar10-train-*.parquet")).sample(count + STOLEN, seed=0)
+    train = whole.subset(torch.arange(count))
     normalise = Normalisation.measured(train)
-    thief = normalise(whole.subset(torch.arange(TRAINED, TRAINED + STOLEN)).images)
+    thief = normalise(whole.subset(torch.arange(count, count + STOLEN)).images)
     test = read_images(data / "cifar10-test.parquet").sample(TESTED, seed=0)
     return Images(train, thief, test, normalise)
 
@@ -118,15 +120,21 @@ def marked(plain: nn.Module, mark: Mark, given: Images) -> tuple[Scheme, Key, nn
     return scheme, key, scheme.released(model).eval()
 
 
-def run(data: Path) -> None:
-    """Every thief on every mark."""
-    origin, given = provenance(), images(data)
+def run(networks: Sequence[str], data: Path) -> None:
+    """Every thief on every mark in these networks, but for those that have their JSON."""
+    for network in networks:
+        if not STORE.has(network):
+            _run(network, data)
+
+
+def _run(network: str, data: Path) -> None:
+    origin, given = provenance(), images(data, NETWORKS[network])
     torch.manual_seed(0)
-    plain = AlexNet(10, norm="batch", width=WIDTH)
+    plain = build(network, classes=10, norm="batch", width=WIDTH)
     fit(plain, classification, given.train, PLAIN, normalise=given.normalise)
     settings = {
         "epochs": PLAIN.epochs,
-        "trained": TRAINED,
+        "trained": NETWORKS[network],
         "tuned_on": TUNED_ON,
         "stolen": STOLEN,
         "tested": TESTED,
@@ -147,7 +155,7 @@ def run(data: Path) -> None:
             entries.append({"mark": name, "thief": thief, **facts, "seconds": seconds})
             print(json.dumps(entries[-1]), flush=True)
         found = {"settings": settings, "plain_accuracy": before, "entries": entries}
-        STORE.keep("thieves", found, origin)
+        STORE.keep(network, found, origin)
 
 
 def _facts(scheme: Scheme, key: Key, model: nn.Module, given: Images) -> dict[str, Any]:
@@ -156,26 +164,38 @@ def _facts(scheme: Scheme, key: Key, model: nn.Module, given: Images) -> dict[st
 
 
 def render() -> str:
-    """A row for each mark, a column for each thief."""
-    whole = read_json(STORE.path("thieves"))
-    made, plain = whole["settings"], 100 * whole["plain_accuracy"]
-    entries = {mark: [e for e in whole["entries"] if e["mark"] == mark] for mark in MARKS}
-    rows = [_row(mark, {e["thief"]: e for e in some}) for mark, some in entries.items()]
+    """A table for each network: a row for each mark, a column for each thief."""
     lines = [
         "# Informed thieves, side by side",
         "",
-        "Rendered by `python benchmarks/thieves.py render` from `results/thieves.json`. One "
-        f"AlexNet of a quarter's width, {made['epochs']} epochs of {made['trained']:,} images of "
-        f"CIFAR-10 ({plain:.1f} % of {made['tested']:,} test images); each mark goes into it, "
-        f"passports by a graft, the others by two epochs of {made['tuned_on']:,} images more. Each "
-        f"thief knows which layers carry the mark, has {made['stolen']:,} unlabelled images and "
-        f"does the most that keeps {100 * made['kept']:g} % of the network's own answers. In a "
-        "cell: bits left, p, and the points of accuracy that the theft cost (a standard error of "
-        f"about {50 / made['tested'] ** 0.5:.1f}). **Bold**: the mark is gone, p > 10⁻⁹. One run "
-        "each.",
+        "Rendered by `python benchmarks/thieves.py render` from `results/thieves/*.json`. Each mark "
+        "goes into a network that is trained, passports by a graft, the others by two epochs more. "
+        "Each thief knows which layers carry the mark, has unlabelled images and does the most "
+        "that keeps a share of the network's own answers. In a cell: bits left, p, and the points "
+        "of accuracy that the theft cost. **Bold**: the mark is gone, p > 10⁻⁹. One run each.",
         "",
     ]
-    return "\n".join([*lines, *table(("mark", "bits", "accuracy, %", *THIEVES), rows), ""])
+    for network in NETWORKS:
+        lines += [f"## {TITLES[network]}", "", *_table(network), ""]
+    return "\n".join(lines)
+
+
+def _table(network: str) -> list[str]:
+    if not STORE.has(network):
+        return ["Not run."]
+    whole = read_json(STORE.path(network))
+    made, plain = whole["settings"], 100 * whole["plain_accuracy"]
+    entries = {mark: [e for e in whole["entries"] if e["mark"] == mark] for mark in MARKS}
+    rows = [_row(mark, {e["thief"]: e for e in some}) for mark, some in entries.items()]
+    return [
+        f"A quarter of its width, {made['epochs']} epochs of {made['trained']:,} images of CIFAR-10 "
+        f"({plain:.1f} % of {made['tested']:,} test images; a standard error of a difference is "
+        f"about {50 / made['tested'] ** 0.5:.1f} points); other marks learnt from "
+        f"{made['tuned_on']:,} of the images; thieves have {made['stolen']:,} and keep "
+        f"{100 * made['kept']:g} % of the answers.",
+        "",
+        *table(("mark", "bits", "accuracy, %", *THIEVES), rows),
+    ]
 
 
 def _row(mark: str, found: Mapping[str | None, Any]) -> list[str]:
@@ -200,5 +220,8 @@ if __name__ == "__main__":
         __doc__,
         lambda: {RESULTS / "thieves.md": render()},
         run,
-        {"--data": {"type": Path, "required": True}},
+        {
+            "networks": {"nargs": "*", "choices": [*NETWORKS], "default": [*NETWORKS]},
+            "--data": {"type": Path, "required": True},
+        },
     )
