@@ -168,8 +168,8 @@ def render() -> str:
     lines = [
         "# Informed thieves, side by side",
         "",
-        "Rendered by `python benchmarks/thieves.py render` from `results/thieves/*.json`. Each mark "
-        "goes into a network that is trained, passports by a graft, the others by two epochs more. "
+        "Rendered by `python benchmarks/thieves.py render` from `results/thieves/*.json`. Each "
+        "mark goes into a network that is trained, passports by a graft, the others by two epochs more. "
         "Each thief knows which layers carry the mark, has unlabelled images and does the most "
         "that keeps a share of the network's own answers. In a cell: bits left, p, and the points "
         "of accuracy that the theft cost. **Bold**: the mark is gone, p > 10⁻⁹. One run each.",
@@ -188,8 +188,8 @@ def _table(network: str) -> list[str]:
     entries = {mark: [e for e in whole["entries"] if e["mark"] == mark] for mark in MARKS}
     rows = [_row(mark, {e["thief"]: e for e in some}) for mark, some in entries.items()]
     return [
-        f"A quarter of its width, {made['epochs']} epochs of {made['trained']:,} images of CIFAR-10 "
-        f"({plain:.1f} % of {made['tested']:,} test images; a standard error of a difference is "
+        f"A quarter of its width, {made['epochs']} epochs of {made['trained']:,} images of "
+        f"CIFAR-10 ({plain:.1f} % of {made['tested']:,} test images; a standard error of a difference is "
         f"about {50 / made['tested'] ** 0.5:.1f} points); other marks learnt from "
         f"{made['tuned_on']:,} of the images; thieves have {made['stolen']:,} and keep "
         f"{100 * made['kept']:g} % of the answers.",
