@@ -780,9 +780,10 @@ def test_a_released_network_can_be_marked_again_and_a_marked_one_cannot(owned, d
 def test_in_a_short_training_each_trigger_is_shown_often_enough_to_be_learnt(steps, shown):
     key = V3.draw_key(network("batch"), torch.zeros(2, 1, 16, 16), seed=SEED)
     for scheme in (V3, ADI):
-        taken = scheme.training_of(key, steps)
+        taken = scheme.training_of(key, steps, 64)
         assert taken.shown_at_once == shown
         assert steps * taken.shown_at_once >= 25 * key.context.triggers.count
-        assert replace(scheme, triggers_per_step=3).training_of(key, steps).shown_at_once == 3
-    assert V2.training_of(key, steps).shown_at_once == 0
+        assert replace(scheme, triggers_per_step=3).training_of(key, steps, 64).shown_at_once == 3
+    assert V2.training_of(key, steps, 64).shown_at_once == 0
+    assert V3.training_of(key, 10, 64).shown_at_once == 32  # half as many as images
     assert V3.shown_at_once == 2  # in a loop of one's own, whose length nobody knows

@@ -115,7 +115,8 @@ class Mark(Protocol):
         threshold: share of the bits that must match by the published rule.
         triggers: size of the trigger set; 0 is none.
         triggers_per_step: trigger images that each training step mixes into its batch. None is
-            `USUAL`, or in a short training as many as show each trigger `TAUGHT` times.
+            `USUAL`, or in a short training as many as show each trigger `TAUGHT` times, but no more
+            than half as many as there are images.
         trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
         teaching: for a trained network, the share in [0, 1] of the task's loss that imitates what
             the network answered before.
@@ -192,8 +193,8 @@ class Mark(Protocol):
         """
         return
 
-    def training_of(self, key: Key, steps: int) -> "Mark":
-        """The scheme as a network with this key is trained in so many steps.
+    def training_of(self, key: Key, steps: int, batch: int) -> "Mark":
+        """The scheme as a network with this key is trained, in so many steps of so many images.
 
         Raises:
             BadRecipeError: its settings do not go with the key.
@@ -201,7 +202,7 @@ class Mark(Protocol):
         shape = key.context.triggers
         if not self.triggers or self.triggers_per_step is not None or shape is None or not steps:
             return self
-        often = max(USUAL, -(-TAUGHT * shape.count // steps))
+        often = max(USUAL, min(-(-TAUGHT * shape.count // steps), batch // 2))
         return replace(self, triggers_per_step=often)  # type: ignore[type-var]  # all are dataclasses
 
     @property
@@ -401,7 +402,7 @@ class Mark(Protocol):
         """
         data.require_classes(2)  # before anything is touched
         steps = total_steps(data, recipe)
-        scheme = self.training_of(key, steps)
+        scheme = self.training_of(key, steps, recipe.batch)
         example = normalise(data.sample(2, seed=0).images).to(next(model.parameters()))
         teacher = deepcopy(model) if trained and self.teaching else None
         self.insert(model, key, example)

@@ -71,7 +71,7 @@ class Passport(Mark):
         two_branches: train the network to work without its passport too (V2, V3).
         triggers: size of the trigger set; 0 for none (V1, V2).
         triggers_per_step: trigger images that each training step mixes into its batch. None is
-            2, as in the paper's code, or in a short training as many as teach them.
+            2, as in the paper's code, or in a short training as many as teach them; see `Mark`.
         trigger_weight: λ_t of equation 1. None weighs a trigger like any other image of the step.
         sign_weight: λ_r of equation 1.
         margin: γ0 of equation 5, in units of γ.
@@ -238,9 +238,9 @@ class Passport(Mark):
             surgery.remove(model)
             raise
 
-    def training_of(self, key: Key, steps: int) -> "Passport":
+    def training_of(self, key: Key, steps: int, batch: int) -> "Passport":
         """Without the private branch where it ends as the public one does, unless `late` is set."""
-        scheme = cast(Passport, Mark.training_of(self, key, steps))
+        scheme = cast(Passport, Mark.training_of(self, key, steps, batch))
         settles = of_channels(key)
         if self.late is None:
             return replace(scheme, late=1.0 if settles else 0.0)
