@@ -328,6 +328,7 @@ def test_a_batch_norm_of_features_and_vectors_of_any_rank_are_along_the_axis(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # exporters speak of their successors
 @pytest.mark.parametrize("opset", [11, 13, 17, 18, "not optimised"])
 def test_a_resnet_has_all_its_axes_as_every_exporter_writes_it(tmp_path, opset):
     """Twelve: four streams, and one inside each of eight blocks; norms folded in, or not."""
