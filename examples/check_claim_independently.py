@@ -22,9 +22,11 @@ from fractions import Fraction
 import numpy as np
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from safetensors.numpy import load, load_file
+from safetensors.numpy import load
 
-TYPE = b"application/vnd.nnpassport.claim.v1+json"
+PLAIN, STATEMENT = "application/vnd.nnpassport.claim.v1+json", "application/vnd.in-toto+json"
+PREDICATE = "https://nnpassport.example/attestation/claim/v1"
+SCHEMES = ("passport-v1", "passport-v2", "passport-v3", "pan")
 
 
 def require(holds: bool, what: str, code: int = 1) -> None:
@@ -126,23 +128,35 @@ def read_channels(
 
 
 def opened_claim(file: dict, pem: bytes) -> dict:
-    """What the owner signed, once the signature has been checked."""
+    """What the owner signed, once the signature has been checked: a claim, or a statement of it."""
     envelope, owner = file["envelope"], serialization.load_pem_public_key(pem)
     payload = base64.b64decode(envelope["payload"], validate=True)
     (signature,) = envelope["signatures"]
-    spoken = b"DSSEv1 %d %b %d %b" % (len(TYPE), TYPE, len(payload), payload)
+    kind = envelope["payloadType"]
+    require(kind in {PLAIN, STATEMENT}, f"an envelope of kind {kind!a:.80}", 2)
+    spoken = b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload)
     try:
         owner.verify(base64.b64decode(signature["sig"], validate=True), spoken)
     except InvalidSignature:
         require(False, "the signature does not hold")
     raw = serialization.Encoding.Raw, serialization.PublicFormat.Raw
-    claim, public = parsed(payload), owner.public_bytes(*raw).hex()
+    signed, public = parsed(payload), owner.public_bytes(*raw).hex()
+    claim = predicate_of(signed) if kind == STATEMENT else signed
     bound = re.fullmatch(r".* \(ed25519:([0-9a-f]{64})\)", claim["owner"], re.DOTALL)
     names = {claim["owner_key"], signature["keyid"], bound[1] if bound else public}
     require(names == {public}, "another public key is named than the one that signed")
     require(parsed(claim["context"].encode())["owner"] == claim["owner"], "two owners are named")
     print(f"signature: holds, by {claim['owner']!a}, {public}")
     return claim
+
+
+def predicate_of(statement: dict) -> dict:
+    """The claim in an in-toto statement, and which files it is about."""
+    kind = statement["_type"], statement["predicateType"]
+    require(kind == ("https://in-toto.io/Statement/v1", PREDICATE), "another statement", 2)
+    for each in statement["subject"]:
+        print(f"statement: of the file {each['name']!a}, {each['digest']['sha256']}")
+    return statement["predicate"]
 
 
 def matches(suspect: dict, secret: dict, tensors: dict) -> tuple[int, int]:
@@ -174,6 +188,8 @@ def main(claim_path: str, owner_path: str, key_path: str, suspect_path: str) -> 
     claim = opened_claim(file, pathlib.Path(owner_path).read_bytes())
     secret = parsed(pathlib.Path(key_path).read_bytes())["secret"]
     require(isinstance(secret, dict), "a key that is under a passphrase", 2)
+    scheme = parsed(secret["context"].encode())["scheme"]
+    require(scheme in SCHEMES, f"a key of scheme {scheme!a:.80}: here are {', '.join(SCHEMES)}", 2)
     given = base64.b64decode(secret["tensors"]) if secret["tensors"] else None
     tensors = {} if given is None else load(given)
     named = {f"metrics/{e['name']}" for e in parsed(secret["context"].encode())["layers"]}
@@ -186,7 +202,9 @@ def main(claim_path: str, owner_path: str, key_path: str, suspect_path: str) -> 
     fingerprint = hashlib.sha256(said).hexdigest()
     require(fingerprint == claim["fingerprint"], "the key has another fingerprint")
     print(f"key: the one committed to, {fingerprint}")
-    k, n = matches(load_file(suspect_path), secret, tensors)
+    read = pathlib.Path(suspect_path).read_bytes()
+    print(f"suspect: {hashlib.sha256(read).hexdigest()}")
+    k, n = matches(load(read), secret, tensors)
     p = Fraction(sum(math.comb(n, i) for i in range(k, n + 1)), 2**n)
     p = min(Fraction(1), p * 96 ** (len(text) + 1)) if text else p  # of all texts that could be
     print(f"bits: {k} of {n} match")
@@ -196,11 +214,16 @@ def main(claim_path: str, owner_path: str, key_path: str, suspect_path: str) -> 
     print(f"p is {'at most' if p <= alpha else 'above'} α = 10^{math.log10(alpha):.6f}")
     if stamped:
         data = json.dumps(file["envelope"], sort_keys=True, separators=(",", ":")).encode()
+        also = file["timestamp"].get("also", [])
         print("if the suspect is younger than the timestamp, which these check and show:")
-        print(f"  jq -j -r .timestamp.response {claim_path} | base64 -d > response")
+        if also:
+            print(f"(there are {1 + len(also)}, of several authorities: one that holds is enough)")
+        places = [".timestamp.response", *(f".timestamp.also[{n}]" for n in range(len(also)))]
         digest = hashlib.sha256(data).hexdigest()
-        print(f"  openssl ts -verify -digest {digest} -in response -CAfile root.pem")
-        print("  openssl ts -reply -in response -text")
+        for place in places:
+            print(f"  jq -j -r '{place}' {claim_path} | base64 -d > response")
+            print(f"  openssl ts -verify -digest {digest} -in response -CAfile root.pem")
+            print("  openssl ts -reply -in response -text")
     else:
         print("there is no timestamp: nothing proves how old the claim is")
     sys.exit(0 if p <= alpha else 1)

@@ -136,6 +136,20 @@ def test_counts_that_no_matching_gives_are_refused():
             log10_fixed_points(count, sizes)
 
 
+def test_the_tail_of_many_long_axes_is_no_zero():
+    """A transformer's: 37 axes of different sizes, nearly all units or all in place."""
+    sizes, total = [512] * 13 + [64] * 24, 512 * 13 + 64 * 24
+    exact = -sum(math.lgamma(size + 1) for size in sizes) / math.log(10)
+    assert log10_fixed_points(total, sizes) == pytest.approx(exact, rel=1e-12)
+    found = [log10_fixed_points(count, sizes) for count in range(total, total - 40, -1)]
+    assert all(math.isfinite(each) for each in found)
+    assert found == sorted(found)
+    # One axis lacks two: of 512, or of 64, which of them are the two is all there is to choose.
+    ways = 13 * math.comb(512, 2) + 24 * math.comb(64, 2)
+    assert found[2] == pytest.approx(exact + math.log10(1 + ways), abs=1e-6)
+    assert log10_fixed_points(37, sizes) == pytest.approx(math.log10(0.522), abs=0.01)
+
+
 def test_units_that_are_all_alike_are_matched_by_lot():
     """Else zeroed or dead units would all be in their own place."""
     rng = np.random.default_rng(0)

@@ -188,3 +188,175 @@ def test_what_is_no_graph_is_refused(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"\xff" * 50)
     with pytest.raises(UnreadableModelError, match="graph"):
         read_graph(tmp_path / "m.onnx")
+
+
+# What other tools write
+
+
+STEM = [
+    ("Conv", "x a.weight a.bias", "1", {"kernel_shape": [3, 3]}),
+    ("Relu", "1", "2", {}),
+    ("Conv", "2 b.weight", "3", {"kernel_shape": [3, 3]}),
+    ("Add", "3 2", "4", {}),
+]
+BLOCK = {"a.weight": (16, 3, 3, 3), "a.bias": (16,), "b.weight": (16, 16, 3, 3)}
+HEAD = {"c.weight": (10, 16)}
+STREAM = {("a.weight", 0, 1), ("a.bias", 0, 1), ("b.weight", 0, 1), ("b.weight", 1, 1)}
+WHOLE = {(16, frozenset({*STREAM, ("c.weight", 1, 1)}))}
+ENDS = {
+    "pooled and flattened": [
+        ("GlobalAveragePool", "4", "5", {}),
+        ("Flatten", "5", "6", {}),
+    ],
+    "a mean whose axes are an attribute (to opset 17)": [
+        ("ReduceMean", "4", "5", {"axes": [2, 3], "keepdims": 1}),
+        ("Flatten", "5", "6", {}),
+    ],
+    "a mean that drops them": [("ReduceMean", "4", "6", {"axes": [-2, -1], "keepdims": 0})],
+    "a mean whose axes are a tensor (from opset 18)": [
+        ("ReduceMean", "4 places", "5", {}),
+        ("Reshape", "5 two", "6", {}),
+    ],
+    "axes that another node passes on": [
+        ("Reshape", "places one", "p", {}),
+        ("ReduceMean", "4 p", "5", {"keepdims": 0}),
+        ("Concat", "one ten", "q", {"axis": 0}),
+        ("Reshape", "5 q", "6", {}),
+    ],
+    "squeezed": [("GlobalAveragePool", "4", "5", {}), ("Squeeze", "5 places", "6", {})],
+    "channels last and back": [
+        ("Transpose", "4", "t", {"perm": [0, 2, 3, 1]}),
+        ("Relu", "t", "u", {}),
+        ("Transpose", "u", "v", {"perm": [0, 3, 1, 2]}),
+        ("Pad", "v pads", "w", {}),
+        ("GlobalAveragePool", "w", "5", {}),
+        ("Flatten", "5", "6", {}),
+    ],
+    "channels last to the end": [
+        ("Transpose", "4", "t", {"perm": [0, 2, 3, 1]}),
+        ("ReduceMean", "t", "6", {"axes": [1, 2], "keepdims": 0}),
+    ],
+    "with a constant of the activations' kind": [
+        ("CastLike", "ten 4", "l", {}),
+        ("GlobalAveragePool", "4", "5", {}),
+        ("Flatten", "5", "6", {}),
+    ],
+}
+NUMBERS = {"places": [2, 3], "two": [0, -1], "one": [-1], "ten": [10]}
+NUMBERS["pads"] = [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+def with_numbers(shapes, **others):
+    wanted = {**NUMBERS, **others}
+    return {**drawn(shapes), **{n: np.array(each, np.int64) for n, each in wanted.items()}}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_residual_network_has_its_axis_however_its_end_is_written(tmp_path, end):
+    nodes = [*STEM, *ENDS[end], ("Gemm", "6 c.weight", "y", PLAIN)]
+    path = written(tmp_path / "m.onnx", nodes, with_numbers({**BLOCK, **HEAD}))
+    assert found(path) == WHOLE
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        [("ReduceMean", "4", "5", {"axes": [1], "keepdims": 0}), ("Flatten", "5", "6", {})],
+        [("ReduceMean", "4", "5", {"axes": [0, 2, 3]}), ("Flatten", "5", "6", {})],
+        [("ReduceMean", "4 x", "5", {}), ("Flatten", "5", "6", {})],  # nobody knows over what
+        [("ReduceMean", "4", "5", {}), ("Flatten", "5", "6", {})],
+        [("Transpose", "4", "5", {"perm": [0, 2, 1, 3]}), ("Flatten", "5", "6", {})],
+        [("Transpose", "4", "5", {"perm": [1, 0, 2, 3]}), ("Flatten", "5", "6", {})],
+        [("Pad", "4 wide", "5", {}), ("Flatten", "5", "6", {})],
+        [("Pad", "4 x", "5", {}), ("Flatten", "5", "6", {})],
+        [("Squeeze", "4", "5", {}), ("Flatten", "5", "6", {})],
+    ],
+)
+def test_what_mixes_channels_or_may_do_so_is_outside(tmp_path, end):
+    nodes = [*STEM, *end, ("Gemm", "6 c.weight", "y", PLAIN)]
+    tensors = with_numbers({**BLOCK, **HEAD}, wide=[0, 8, 0, 0, 0, 8, 0, 0])
+    assert found(written(tmp_path / "m.onnx", nodes, tensors)) == set()
+
+
+def test_equal_vectors_that_an_exporter_keeps_once_tie_nothing(tmp_path):
+    """Zeros for every bias: PyTorch's exporter passes one of them on by `Identity`."""
+    shapes = {"a.weight": (16, 7), "zeros": (16,), "b.weight": (16, 16), "c.weight": (10, 16)}
+    nodes = [
+        ("Gemm", "x a.weight zeros", "1", PLAIN),
+        ("Relu", "1", "2", {}),
+        ("Identity", "zeros", "same", {}),
+        ("Gemm", "2 b.weight same", "3", PLAIN),
+        ("Add", "3 same", "4", {}),
+        ("Gemm", "4 c.weight", "y", PLAIN),
+    ]
+    first = (16, frozenset({("a.weight", 0, 1), ("zeros", 0, 1), ("b.weight", 1, 1)}))
+    second = (16, frozenset({("b.weight", 0, 1), ("c.weight", 1, 1)}))
+    path = written(tmp_path / "m.onnx", nodes, drawn(shapes))
+    assert found(path) == {first, second}
+    nodes[2] = ("Identity", "b.weight", "same", {})
+    nodes[3:5] = [("Gemm", "2 same", "3", PLAIN), ("Gemm", "3 b.weight", "4", PLAIN)]
+    ((size, places),) = found(written(path, nodes, drawn(shapes)))  # a matrix ties what it serves
+    assert (size, len(places)) == (16, 5)
+
+
+def test_what_onnxruntime_fuses_is_followed(tmp_path):
+    nodes = [
+        ("FusedConv", "x a.weight a.bias", "2", {}),
+        ("FusedConv", "2 b.weight none 2", "4", {}),
+        *ENDS["pooled and flattened"],
+        ("FusedGemm", "6 c.weight", "y", PLAIN),
+    ]
+    shapes = {**BLOCK, **HEAD, "none": (16,)}
+    ((size, places),) = found(written(tmp_path / "m.onnx", nodes, drawn(shapes)))
+    assert size == 16
+    assert places == {*STREAM, ("none", 0, 1), ("c.weight", 1, 1)}
+
+
+def test_a_batch_norm_of_features_and_vectors_of_any_rank_are_along_the_axis(tmp_path):
+    shapes = {"a": (16, 7), "b": (10, 16), **{f"n{n}": (16,) for n in range(4)}}
+    nodes = [
+        ("Gemm", "x a", "1", PLAIN),
+        ("BatchNormalization", "1 n0 n1 n2 n3", "2", {}),
+        ("Gemm", "2 b", "y", PLAIN),
+    ]
+    ((size, places),) = found(written(tmp_path / "m.onnx", nodes, drawn(shapes)))
+    assert (size, len(places)) == (16, 6)
+    line = {"a": (16, 3, 5), "v": (16, 1), "b": (8, 16, 5)}
+    nodes = [("Conv", "x a", "1", {}), ("Mul", "1 v", "2", {}), ("Conv", "2 b", "y", {})]
+    path = written(tmp_path / "m.onnx", nodes, drawn(line))
+    assert found(path) == {(16, frozenset({("a", 0, 1), ("v", 0, 1), ("b", 1, 1)}))}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # exporters speak of their successors
+@pytest.mark.parametrize("opset", [11, 13, 17, 18, "not optimised"])
+def test_a_resnet_has_all_its_axes_as_every_exporter_writes_it(tmp_path, opset):
+    """Twelve: four streams, and one inside each of eight blocks; norms folded in, or not."""
+    import torch
+
+    from nnpassport.embedding.checkpoint import save_model
+    from nnpassport.embedding.network.models import build
+    from nnpassport.embedding.publish.onnx import export_onnx
+    from nnpassport.files.config import ModelConfig
+
+    torch.manual_seed(0)
+    arguments = {"classes": 10, "norm": "batch", "width": 0.25, "channels": 3}
+    model, path = build("resnet18", **arguments), tmp_path / "m.onnx"
+    model.train()(torch.randn(8, 3, 32, 32))
+    model.eval()
+    config = ModelConfig(
+        "resnet18", arguments, tuple("0123456789"), (3, 32, 32), (0.5,) * 3, (1.0,) * 3
+    )
+    save_model(tmp_path / "net", model, config)
+    example = torch.randn(2, 3, 32, 32)
+    if opset == "not optimised":
+        export_onnx(model, example, path)
+    elif opset == 18:
+        torch.onnx.export(model, (example,), str(path), dynamo=True, verbose=False)
+    else:
+        torch.onnx.export(model, (example,), str(path), dynamo=False, opset_version=opset)
+    assert sorted(size for size, _ in found(path)) == [16] * 3 + [32] * 3 + [64] * 3 + [128] * 3
+    related = compare(open_network(path), open_network(tmp_path / "net"))
+    assert related.outcome is Outcome.RELATED
+    assert related.order.how == "axes"
+    assert related.order.log10_p < -1000

@@ -25,9 +25,10 @@ from test_seed import load_example
 from torch import nn
 
 from nnpassport.catalog import CATALOG, scheme_named
-from nnpassport.claims.claim import check_claim
-from nnpassport.claims.claimfile import document_of, read_signed
-from nnpassport.claims.signing import public_hex, sign
+from nnpassport.claims.claim import PAYLOAD_TYPE as CLAIM_TYPE
+from nnpassport.claims.claim import check_claim, claim_of, sign_statement
+from nnpassport.claims.claimfile import document_of, read_signed, write_signed
+from nnpassport.claims.signing import load_signing_key, public_hex, sign
 from nnpassport.claims.timestamp import load_roots
 from nnpassport.cli import app as cli
 from nnpassport.embedding.network.equations import collapsed_affine, mean_patch
@@ -304,7 +305,68 @@ def test_what_it_does_not_read_it_says(tmp_path):
     run_ours(*new, "-o", tmp_path / "claim.json")
     code, said = check(tmp_path)
     assert code == 2
-    assert "NOT CHECKED: bits that a projection reads" in said
+    assert "NOT CHECKED: a key of scheme 'uchida'" in said
+    assert "REFUSED" not in said
+
+
+def test_a_key_of_a_scheme_that_it_does_not_read_is_not_refused(tmp_path):
+    """Its table, sketch, inputs are bound to the seed, and no tensors that were chosen."""
+    shutil.copy(GOLDEN / "key-v1-order.key", tmp_path / "owner.key")
+    (tmp_path / "owner.key").chmod(0o600)
+    save_file(network().state_dict(), tmp_path / "suspect.safetensors")
+    run_ours("claim", "keygen", "-o", tmp_path / "owner.pem")
+    new = ("claim", "new", "--key", tmp_path / "owner.key", "--signing", tmp_path / "owner.pem")
+    run_ours(*new, "-o", tmp_path / "claim.json")
+    code, said = check(tmp_path)
+    assert code == 2
+    assert "NOT CHECKED: a key of scheme 'order'" in said
+
+
+def test_it_reads_a_claim_in_an_in_toto_statement(folder, good):
+    """The form that `claim new --in-toto` writes; its type is signed with it."""
+    key, signing = load_key(folder / "owner.key"), load_signing_key(good / "owner.pem")
+    claim = claim_of(key, signing.public_key(), reference="ab" * 32)
+    digest = hashlib.sha256((folder / "suspect.safetensors").read_bytes()).hexdigest()
+    signed = sign_statement(claim, {"model.safetensors": digest}, signing)
+    write_signed(signed, folder / "claim.json")
+    code, said = check(folder)
+    assert code == 0, said
+    assert found(said) == ours(folder)
+    assert f"statement: of the file 'model.safetensors', {digest}" in said
+    assert f"suspect: {digest}" in said
+    for change in (
+        lambda d: d["envelope"].update(payloadType=CLAIM_TYPE),
+        lambda d: d["envelope"].update(payloadType="text/plain"),
+    ):
+        edit(folder / "claim.json", change)
+        code, said = check_here(folder)
+        assert code != 0
+        assert "bits:" not in said
+
+
+def test_every_form_of_claim_in_the_golden_files_opens(capsys):
+    program = load_example("check_claim_independently")
+    pem = (GOLDEN / "claim-v1-owner.pub.pem").read_bytes()
+    names = ("claim-v1", "claim-v1-in-toto", "claim-v1-two-tokens", "claim-v1-stamped")
+    for name in names:
+        file = json.loads((GOLDEN / f"{name}.json").read_bytes())
+        claim = program.opened_claim(file, pem)
+        assert claim["format"] == "nnpassport-claim"
+    assert "statement: of the file" in capsys.readouterr().out
+
+
+def test_of_several_tokens_it_shows_how_each_is_checked(folder):
+    """Not whether they hold: that is openssl's to say."""
+
+    def change(document):
+        document["timestamp"] = {"response": "AA==", "also": ["AQ==", "Ag=="]}
+
+    edit(folder / "claim.json", change)
+    code, said = check_here(folder)
+    assert code == 0
+    assert "there are 3, of several authorities" in said
+    assert said.count("openssl ts -verify") == 3
+    assert "'.timestamp.also[1]'" in said
 
 
 def test_a_key_that_was_drawn_for_another_public_key_is_refused(good):
@@ -330,7 +392,7 @@ def signed_by_hand(program, key):
         }
     )
     pem, spki = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    envelope = document_of(sign(payload, program.TYPE.decode(), thief))
+    envelope = document_of(sign(payload, program.PLAIN, thief))
     return {"envelope": envelope}, thief.public_key().public_bytes(pem, spki)
 
 
@@ -399,4 +461,6 @@ def test_it_is_short_and_imports_nothing_of_ours():
         elif isinstance(node, ast.ImportFrom):
             modules.add(node.module.split(".")[0])
     assert modules - set(sys.stdlib_module_names) == {"numpy", "safetensors", "cryptography"}
-    assert len(source.splitlines()) <= 210  # a fifth of it passports of channels
+    assert (
+        len(source.splitlines()) <= 235
+    )  # a fifth of it passports of channels, a tenth statements and tokens

@@ -32,7 +32,7 @@ from nnpassport.keys.context import Context, OrderedAxis, OrderForm
 from nnpassport.keys.derive import length_prefixed
 from nnpassport.keys.key import Key, sketch_digest
 from nnpassport.keys.keyfile import load_key, save_key
-from nnpassport.keys.order import own_orders, placed
+from nnpassport.keys.order import own_orders, read_placed
 from nnpassport.keys.ordered import chosen_axes, seen, sketch_of
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import (
@@ -64,7 +64,7 @@ def put_in_order(arrays, key, axes=AXES):
 
 def fixed(arrays, key):
     """Units in place, of all."""
-    return sum(count for count, _ in placed(arrays, key).axes.values())
+    return read_placed(arrays, key).fixed
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_what_a_sketch_has_is_drawn_as_the_specification_says(key):
 def test_units_in_place_are_counted_as_a_brute_force_reading_does(anchor, key):
     """The whole copy is put back, but for the axis itself, and the sketch's numbers compared."""
     copy = shaken(put_in_order(anchor, key), 0.5, seed=3)
-    orders, found = own_orders(key), placed(copy, key).axes
+    orders, found = own_orders(key), read_placed(copy, key).axes
     for axis in key.context.order.axes:
         others = {n: np.argsort(order) for n, order in orders.items() if n != axis.number}
         back, likeness = reordered(AXES, copy, others), 0
@@ -139,7 +139,7 @@ def test_units_in_place_are_counted_as_a_brute_force_reading_does(anchor, key):
 def test_the_owner_s_copy_is_found_whatever_is_done_to_its_numbers(released, key):
     total = FIRST + SECOND
     assert fixed(released, key) == total
-    assert placed(released, key).log10_tail == log10_fixed_points(total, [FIRST, SECOND])
+    assert read_placed(released, key).log10_tail == log10_fixed_points(total, [FIRST, SECOND])
     assert fixed(shaken(released, 0.5), key) > 0.8 * total
     rounded = {n: np.rint(4 * each / each.std()) for n, each in released.items()}
     assert fixed({n: each.astype(np.float32) for n, each in rounded.items()}, key) == total
@@ -182,12 +182,12 @@ def test_what_is_missing_counts_as_out_of_place(released, key):
     (told_by,) = {n for axis in key.context.order.axes for n, _ in axis.tensors} & {"0.weight"}
     spoiled = {**released, told_by: np.full_like(released[told_by], np.nan)}
     for there in (without(told_by), {**released, told_by: released[told_by].T}, spoiled):
-        found = placed(there, key)
+        found = read_placed(there, key)
         assert found.axes["axis 1"] == (SECOND, SECOND)
         assert found.axes["axis 0"][0] <= 5
         assert found.log10_tail > log10_fixed_points(SECOND + 6, [FIRST, SECOND])
-    with pytest.raises(UnsuitableModelError, match="no tensor that the key's units are told by"):
-        placed({"x": released["0.weight"]}, key)
+    with pytest.raises(UnsuitableModelError, match="no tensor that units are told by"):
+        read_placed({"x": released["0.weight"]}, key)
 
 
 # What a forger may try
@@ -240,7 +240,7 @@ def test_units_that_are_all_alike_and_a_sorted_sketch_do_not_help(anchor):
     counts = []
     for seed in range(40):
         forged = key_for({**anchor, "0.weight": sorted_rows}, seed=seed)
-        counts.append(placed(alike, forged).axes["axis 0"][0])
+        counts.append(read_placed(alike, forged).axes["axis 0"][0])
     assert max(counts) <= 7
     assert np.mean(counts) == pytest.approx(1, abs=0.6)
 
@@ -326,7 +326,7 @@ def test_a_key_of_any_age_can_be_put_on_anybody_s_network(key):
         theirs = key.sketch[str(axis.number)][:, : len(columns)].astype(np.float64)
         like = linear_sum_assignment(_unit(theirs) @ _unit(rows).T, maximize=True)[1]
         moved[axis.number] = like[orders[axis.number]]
-    assert placed(reordered(AXES, victim, moved), key).log10_tail < -80
+    assert read_placed(reordered(AXES, victim, moved), key).log10_tail < -80
     assert fixed(victim, key) < 12
 
 
@@ -478,6 +478,6 @@ def test_a_key_survives_its_file_and_an_altered_one_is_refused(tmp_path, key):
 
 def test_the_best_that_a_key_can_show_is_enough(key):
     assert log10_fixed_points(16, [16]) == pytest.approx(-math.log10(math.factorial(16)))
-    assert placed(put_in_order(drawn(0), key), key).log10_tail < LOG10_ALPHA_COMMITTED
+    assert read_placed(put_in_order(drawn(0), key), key).log10_tail < LOG10_ALPHA_COMMITTED
     with pytest.raises(BadRecipeError):
         with_settings(ORDER, strength=1)

@@ -64,16 +64,32 @@ def log10_fixed_points(count: int, sizes: Sequence[int]) -> float:
         )
     if count == 0:
         return 0.0
-    # Weighted with e^(θj) the sum is centred on `count`, so that no term there underflows.
-    tilt = np.log(max(count / len(sizes), 1.0))
+    laws = [_log_law(size) for size in sizes]
+    if count == sum(sizes):
+        return float(sum(law[-1] for law in laws) / np.log(10))
+    tilt = _tilt(laws, count)
     total, scale = np.ones(1), 0.0
-    for size in sizes:
-        terms = _log_law(size) + tilt * np.arange(size + 1)
+    for law in laws:
+        terms = law + tilt * np.arange(len(law))
         most = float(logsumexp(terms))
         total, scale = np.convolve(total, np.exp(terms - most)), scale + most
     with np.errstate(divide="ignore"):
         logs = np.log(total[count:]) - tilt * np.arange(count, len(total))
     return min(0.0, float((logsumexp(logs) + scale) / np.log(10)))
+
+
+def _tilt(laws: Sequence[Matrix], count: int) -> float:
+    """θ from 0 for which Σ e^(θj)·P[X = j] has its mean at `count`, where no term underflows."""
+    low, high = 0.0, 64.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        mean = 0.0
+        for law in laws:
+            terms = law + middle * np.arange(len(law))
+            weights = np.exp(terms - terms.max())
+            mean += float(weights @ np.arange(len(law)) / weights.sum())
+        low, high = (middle, high) if mean < count else (low, middle)
+    return low
 
 
 def _log_law(size: int) -> Matrix:

@@ -20,16 +20,19 @@ def orderable(axes: Axes) -> dict[int, int]:
 
 def reordered(axes: Axes, arrays: Mapping[str, Array], orders: Orders) -> dict[str, Array]:
     """Copies of the arrays, in which unit i of an axis is what its unit orders[i] was."""
-    found = {name: np.array(each) for name, each in arrays.items()}
+    sources: dict[tuple[str, int], NDArray[np.int64]] = {}
     for number, order in orders.items():
         axis = axes.axes[number]
         for place in axis.places:
-            if place.tensor not in found:
+            if place.tensor not in arrays:
                 continue
-            moved = np.moveaxis(found[place.tensor], place.dimension, 0)
-            at = place.positions(axis.size)
-            if at.max() < len(moved):
-                moved[at.reshape(-1)] = moved[at[order].reshape(-1)]
+            length, at = arrays[place.tensor].shape[place.dimension], place.positions(axis.size)
+            if at.max() < length:
+                source = sources.setdefault((place.tensor, place.dimension), np.arange(length))
+                source[at.reshape(-1)] = source[at[order].reshape(-1)]
+    found = {name: np.array(each) for name, each in arrays.items()}
+    for (name, dimension), source in sources.items():  # once, however many axes are there
+        found[name] = np.take(found[name], source, axis=dimension)
     return found
 
 

@@ -9,6 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, final
 
@@ -31,7 +32,7 @@ _GRAPH = {1: "nodes", 5: "tensors", 12: "outputs"}
 _FUNCTION = {1: "name", 5: "outputs", 7: "nodes"}
 _VALUE = {1: "name"}
 _NODE = {1: "inputs", 2: "outputs", 3: "name", 4: "kind", 5: "attributes", 9: "metadata"}
-_ATTRIBUTE = {1: "name", 3: "integer", 5: "tensor", 6: "graph", 11: "graphs"}
+_ATTRIBUTE = {1: "name", 3: "integer", 5: "tensor", 6: "graph", 8: "integers", 11: "graphs"}
 _PAIR = {1: "key", 2: "value"}
 _TENSOR = {
     1: "dims",
@@ -58,7 +59,10 @@ _TYPES = {
     7: ("<i8", "int64s"),
     9: ("|b1", "int32s"),
 }
-_BFLOAT16 = 16
+_BFLOAT16, _INT64 = 16, 7
+_SETTINGS = {"axes", "keepdims", "pads", "perm", "value_int", "value_ints"}
+_MOVING = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
+_FEW, _FEW_BYTES = 32, 320  # whole numbers, and bytes of them, that are looked at
 _OUTSIDE = 1
 _DEEPEST = 20  # graphs in nodes of graphs
 
@@ -80,6 +84,9 @@ class OnnxNode(NamedTuple):
         groups: of a convolution.
         transposed: whether a product's second matrix is (out in).
         flattens: whether all dimensions but the first become one.
+        numbers: the whole numbers that say what it does with dimensions: axes of a reduction, a
+            permutation, a padding. None where there are none, or where the graph computes them.
+        keeps: whether a reduction keeps its dimensions, with a size of 1.
     """
 
     kind: str
@@ -88,6 +95,8 @@ class OnnxNode(NamedTuple):
     groups: int
     transposed: bool
     flattens: bool
+    numbers: tuple[int, ...] | None = None
+    keeps: bool = True
 
 
 class OnnxGraph(NamedTuple):
@@ -115,6 +124,7 @@ class _Node(NamedTuple):
     scopes: list[str]
     constant: memoryview | None
     inner: "list[_Graph]"
+    settings: dict[str, tuple[int, ...]]
 
 
 class _Graph(NamedTuple):
@@ -189,6 +199,7 @@ def read_graph(path: Path) -> OnnxGraph:
         pairs = {name for name, shape in shapes.items() if shape == (2,)}
         joined = [each for each in whole.nodes if each.kind == "Concat" and len(each.inputs) == 2]
         pairs |= {name for each in joined for name in each.outputs}
+        known = _known_numbers(whole)
     except (ValueError, OverflowError, RuntimeError, MemoryError) as error:
         raise UnreadableModelError(
             f"the graph of {path} cannot be read ({brief(error)}); needed: a complete ONNX file"
@@ -201,6 +212,8 @@ def read_graph(path: Path) -> OnnxGraph:
             each.groups,
             each.transposed,
             each.axis == 1 if each.kind == "Flatten" else set(each.inputs[1:]) <= pairs,
+            _numbers_of(each, known),
+            each.settings.get("keepdims", (1,)) != (0,),
         )
         for each in whole.nodes
     )
@@ -417,6 +430,11 @@ def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
         across=bool(_number(attributes.get("transA", {"integer": []})["integer"])),
         scopes=re.findall(r"'([^']*)'", metadata.get("pkg.torch.onnx.name_scopes", "")),
         constant=None if constant is None else _only(constant["tensor"], None),
+        settings={
+            name: tuple(map(_signed, _listed_in(attribute)))
+            for name, attribute in attributes.items()
+            if name in _SETTINGS
+        },
         inner=[
             _parsed(walk, graph, _GRAPH, depth + 1)
             for attribute in attributes.values()
@@ -427,8 +445,47 @@ def _node(walk: _Walk, message: memoryview, depth: int) -> _Node:
 
 def _axis(attribute: Mapping[str, list[Any]] | None) -> int:
     """Of a node's scales; 1 if it does not say, and counted from the end below zero."""
-    found = 1 if attribute is None else _number(attribute["integer"])
-    return found - 2**64 if found >= 2**63 else found
+    return 1 if attribute is None else _signed(_number(attribute["integer"]))
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _listed_in(attribute: Mapping[str, list[Any]]) -> Iterator[int]:
+    """The number of an attribute, or its list of them."""
+    for value in (*attribute["integer"], *attribute["integers"]):
+        yield from [value] if isinstance(value, int) else _varints(value[:_FEW_BYTES]).tolist()
+
+
+def _known_numbers(graph: _Graph) -> dict[str, tuple[int, ...]]:
+    """Short lists of whole numbers that the graph has as constants, or moves about as they are."""
+    known = {}
+    for name, found in graph.tensors.items():
+        if found["type"] == [_INT64] and math.prod(_dims(found["dims"])) <= _FEW:
+            stored = _Stored(_dims(found["dims"]), _INT64, found)
+            with suppress(ValueError):  # numbers in a file beside it, say
+                known[name] = tuple(_tensor(stored, {}).reshape(-1).tolist())
+    for node in graph.nodes:
+        if not node.outputs:
+            continue
+        settings = node.settings.get("value_ints", node.settings.get("value_int"))
+        if node.kind == "Constant" and settings is not None:
+            known[node.outputs[0]] = settings
+        elif node.kind in _MOVING and node.inputs and node.inputs[0] in known:
+            known[node.outputs[0]] = known[node.inputs[0]]
+        elif node.kind == "Concat" and all(name in known for name in node.inputs):
+            joined = tuple(number for name in node.inputs for number in known[name])
+            known[node.outputs[0]] = joined[:_FEW]
+    return known
+
+
+def _numbers_of(node: _Node, known: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Of a node that reduces, moves or pads dimensions: as an attribute, or as its second input."""
+    for name in ("axes", "perm", "pads"):
+        if name in node.settings:
+            return node.settings[name]
+    return known.get(node.inputs[1]) if len(node.inputs) > 1 else None
 
 
 # Tensors

@@ -11,20 +11,19 @@ network is the key's anchor.
 
 import hashlib
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes
-from nnpassport.alignment.order import assigned, log10_fixed_points
-from nnpassport.files.arrays import Array, is_floating
-from nnpassport.keys.context import Context, OrderedAxis, OrderForm
+from nnpassport.alignment.order import log10_fixed_points
+from nnpassport.files.arrays import Array
+from nnpassport.keys.context import Context, OrderForm
 from nnpassport.keys.derive import length_prefixed, stream
 from nnpassport.keys.key import Key
-from nnpassport.keys.ordered import likeness, places_under, rows_of, seen, table_in
+from nnpassport.keys.ordered import Placed, Reference, placed, seen, table_in
 from nnpassport.keys.validity import FEWEST_UNITS
-from nnpassport.scheme import UnreadableKeyError, UnreadableModelError, UnsuitableModelError
+from nnpassport.scheme import UnreadableKeyError
 
 MAX_LICENSEE = 1_000
 _EACH = 16
@@ -65,13 +64,6 @@ def _derived(
 
 
 # The order that is a key's own mark
-
-
-class Placed(NamedTuple):
-    """Units in the key's order, of those of each axis; and their tail, log₁₀ of a probability."""
-
-    axes: Mapping[str, tuple[int, int]]
-    log10_tail: float
 
 
 def form_of(context: Context) -> OrderForm:
@@ -117,62 +109,14 @@ def tensors_read(context: Context) -> set[str]:
     return {name for axis in context.order.axes for name, _ in axis.tensors}
 
 
-def placed(weights: Mapping[str, Array], key: Key) -> Placed:
-    """How many units stand where the key's order has them.
-
-    An axis of which no tensor is there, in its shape, has none: it counts as not in order.
+def read_placed(weights: Mapping[str, Array], key: Key) -> Placed:
+    """How many units of a network stand where the key's order has them.
 
     Raises:
-        UnsuitableModelError: that is so of every axis.
+        UnsuitableModelError: it has no tensor that they are told by.
     """
-    form, axes, orders = form_of(key.context), axes_in(key), own_orders(key)
-    found, read = dict[str, tuple[int, int]](), 0
-    for axis in form.axes:
-        fixed = _in_place(weights, key, axes, axis, orders)
-        read += fixed is not None
-        found[f"axis {axis.number}"] = (fixed or 0, axis.units)
-    if not read:
-        names = ", ".join(name for axis in form.axes[:3] for name, _ in axis.tensors[:2])
-        raise UnsuitableModelError(
-            "the network has no tensor that the key's units are told by, under its name and in its "
-            f"shape; needed: a network with such as {names:.200}"
-        )
-    count = sum(fixed for fixed, _ in found.values())
-    return Placed(found, log10_fixed_points(count, form.units))
-
-
-def _in_place(
-    weights: Mapping[str, Array],
-    key: Key,
-    axes: Axes,
-    axis: OrderedAxis,
-    orders: Mapping[int, NDArray[np.int64]],
-) -> int | None:
-    """Units of one axis that are in place; None if nothing of it can be read.
-
-    Units of the suspect are matched with the sketch's as they stand, without this axis' order. Only
-    then is that order compared with what was found, so it is as likely as any other.
-    """
-    look = seen(axes, axis, anchor=str(key.context.anchor), nonce=key.context.nonce)
-    order, where = orders[axis.number], places_under(axes, orders, axis)
-    there = np.flatnonzero(np.isin(order, look.units))
-    rows = {
-        name: rows_of(axes, axis, name, array, there, look.columns[name], where)
-        for name, shape in axis.tensors
-        if (array := _readable(weights, name, shape)) is not None
-    }
-    if not rows:
-        return None
-    alike = likeness(rows, (key.sketch or {})[str(axis.number)], look)
-    matched = look.units[assigned(alike, np.random.default_rng(0))]
-    return int((matched == order[there]).sum())
-
-
-def _readable(weights: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Array | None:
-    if name not in weights:
-        return None
-    try:
-        array = weights[name]
-    except UnreadableModelError:  # it holds NaN, say
-        return None
-    return array if tuple(array.shape) == shape and is_floating(array) else None
+    form, axes = form_of(key.context), axes_in(key)
+    anchor, nonce = str(key.context.anchor), key.context.nonce
+    looks = {each.number: seen(axes, each, anchor=anchor, nonce=nonce) for each in form.axes}
+    reference = Reference(axes, form.axes, looks, key.sketch or {})
+    return placed(weights, reference, own_orders(key))

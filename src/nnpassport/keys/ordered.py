@@ -2,9 +2,10 @@
 
 The key has the anchor's table of axes, and of some units of some axes a *sketch*: a few numbers of
 each, as whole numbers. Both are in the context by their digests, so whoever changes either draws
-every order anew. A sketch says which unit of a suspect is most like which of the anchor; how the
-units were permuted follows from the seed (`keys.order`). So nothing here knows an order, and what
-is compared with it depends on the suspect, on the sketch and on orders of *other* axes alone.
+every order anew. A licensee's copy is read in the same way, against a sketch of the original. A
+sketch says which unit of a suspect is most like which of the anchor; how units were permuted
+follows from the seed (`keys.order`). What is compared with an order depends on the suspect, on the
+sketch and on orders of *other* axes alone.
 """
 
 import hashlib
@@ -17,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes, Axis
-from nnpassport.alignment.order import counted_axes, unit_rows
+from nnpassport.alignment.order import assigned, counted_axes, log10_fixed_points, unit_rows
 from nnpassport.alignment.table import MAX_AXES_BYTES, check_places
 from nnpassport.files.arrays import Array, is_floating
-from nnpassport.keys.context import OrderedAxis, OrderForm
+from nnpassport.keys.context import NONCE_BYTES, OrderedAxis, OrderForm
 from nnpassport.keys.derive import length_prefixed
 from nnpassport.keys.validity import MOST_AXES, MOST_TENSORS, MOST_UNITS, SKETCHED
-from nnpassport.scheme import UnreadableKeyError, UnreadableModelError
+from nnpassport.scheme import UnreadableKeyError, UnreadableModelError, UnsuitableModelError
 
 LARGEST = 127
 """What the largest number of a unit in one tensor becomes in its sketch."""
@@ -57,6 +58,39 @@ class Seen(NamedTuple):
 
     units: NDArray[np.int64]
     columns: Mapping[str, NDArray[np.int64]]
+
+
+class Reference(NamedTuple):
+    """What a suspect's units are told by.
+
+    Attributes:
+        axes: the table of the network that is put into order.
+        chosen: those of its axes that are read.
+        looks: which of their numbers.
+        sketch: by axis' number, those numbers in that network.
+    """
+
+    axes: Axes
+    chosen: tuple[OrderedAxis, ...]
+    looks: Mapping[int, Seen]
+    sketch: Mapping[str, NDArray[np.int8]]
+
+
+class Placed(NamedTuple):
+    """Units in place, of those of each axis; and their tail, log₁₀ of a probability."""
+
+    axes: Mapping[str, tuple[int, int]]
+    log10_tail: float
+
+    @property
+    def fixed(self) -> int:
+        """Units in place."""
+        return sum(fixed for fixed, _ in self.axes.values())
+
+    @property
+    def units(self) -> int:
+        """Units that were looked at."""
+        return sum(units for _, units in self.axes.values())
 
 
 def chosen_axes(axes: Axes, arrays: Mapping[str, Array]) -> tuple[OrderedAxis, ...]:
@@ -287,3 +321,72 @@ def likeness(
         if name in rows:
             total += unit_rows(rows[name]) @ unit_rows(part.astype(np.float64)).T
     return np.nan_to_num(total)
+
+
+def reference_of(axes: Axes, arrays: Mapping[str, Array], *, anchor: str) -> Reference:
+    """A network at hand as what suspects' units are told by; `anchor` is its digest."""
+    chosen, nonce = chosen_axes(axes, arrays), bytes(NONCE_BYTES)
+    looks = {each.number: seen(axes, each, anchor=anchor, nonce=nonce) for each in chosen}
+    sketch = sketch_of(axes, chosen, arrays, anchor=anchor, nonce=nonce)
+    return Reference(axes, chosen, looks, sketch)
+
+
+def placed(
+    weights: Mapping[str, Array], reference: Reference, orders: Mapping[int, NDArray[np.int64]]
+) -> Placed:
+    """How many units stand where these orders have them.
+
+    An axis of which no tensor is there, in its shape, has none: it counts as not in order.
+
+    Raises:
+        UnsuitableModelError: that is so of every axis.
+    """
+    found, read = dict[str, tuple[int, int]](), 0
+    for axis in reference.chosen:
+        fixed = _in_place(weights, reference, axis, orders)
+        read += fixed is not None
+        found[f"axis {axis.number}"] = (fixed or 0, axis.units)
+    if not read:
+        names = ", ".join(n for axis in reference.chosen[:3] for n, _ in axis.tensors[:2])
+        raise UnsuitableModelError(
+            "the network has no tensor that units are told by, of the original's names and shapes; "
+            f"needed: a copy of that network, with such as {names:.200}"
+        )
+    units = [axis.units for axis in reference.chosen]
+    return Placed(found, log10_fixed_points(sum(fixed for fixed, _ in found.values()), units))
+
+
+def _in_place(
+    weights: Mapping[str, Array],
+    reference: Reference,
+    axis: OrderedAxis,
+    orders: Mapping[int, NDArray[np.int64]],
+) -> int | None:
+    """Units of one axis that are in place; None if nothing of it can be read.
+
+    Units of the suspect are matched with the sketch's as they stand, without this axis' order. Only
+    then is that order compared with what was found, so it is as likely as any other.
+    """
+    look, order = reference.looks[axis.number], orders[axis.number]
+    where = places_under(reference.axes, orders, axis)
+    there = np.flatnonzero(np.isin(order, look.units))
+    rows = {
+        name: rows_of(reference.axes, axis, name, array, there, look.columns[name], where)
+        for name, shape in axis.tensors
+        if (array := _readable(weights, name, shape)) is not None
+    }
+    if not rows:
+        return None
+    alike = likeness(rows, reference.sketch[str(axis.number)], look)
+    matched = look.units[assigned(alike, np.random.default_rng(0))]
+    return int((matched == order[there]).sum())
+
+
+def _readable(weights: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Array | None:
+    if name not in weights:
+        return None
+    try:
+        array = weights[name]
+    except UnreadableModelError:  # it holds NaN, say
+        return None
+    return array if tuple(array.shape) == shape and is_floating(array) else None

@@ -21,7 +21,7 @@ from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_binomial_tail
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.derive import log10_text_choices
 from nnpassport.keys.key import Key
-from nnpassport.keys.order import placed
+from nnpassport.keys.order import read_placed
 from nnpassport.keys.patches import filters, mean_patch, own_shape
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
 from nnpassport.scheme import (
@@ -561,7 +561,7 @@ def forms_of(key: Key) -> dict[str, NDArray[np.floating[Any]]]:
 
 def read_order(weights: Weights, key: Key) -> Counts:
     """Units in place, which are no coins: the tail is that of fixed points of permutations."""
-    found = placed(weights, key)
+    found = read_placed(weights, key)
     what = f"hidden units' places (chance has {len(found.axes)} right)"
     return Counts(what, found.axes, listed=True, log10_tail=found.log10_tail)
 

@@ -7,7 +7,6 @@ assumption about how anybody trained: the order was drawn by lot, by the owner, 
 else was there. Every name that is tried is paid for.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,10 +26,10 @@ from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.order import derive_order
+from nnpassport.keys.ordered import Reference, placed, reference_of
 from nnpassport.keys.reading import READERS, verdict_on
 from nnpassport.scheme import OwnershipError, UnsuitableModelError, Verdict
-from nnpassport.verification.inorder import by_table
-from nnpassport.verification.lineage import Network, open_network
+from nnpassport.verification.lineage import open_network
 
 MOST_LICENSEES = 10_000
 
@@ -41,12 +40,14 @@ class Original(NamedTuple):
     Attributes:
         digest: of its arrays (`arrays_digest`).
         table: digest of its axes.
+        reference: what units of a copy are told by.
     """
 
     arrays: Mapping[str, Array]
     axes: Axes
     digest: str
     table: str
+    reference: Reference
 
     def orders(self, key: Key, licensee: str) -> dict[int, NDArray[np.int64]]:
         """The order of each axis in the copy of one licensee."""
@@ -128,12 +129,20 @@ def original_of(arrays: Mapping[str, Array], axes: Axes | None) -> Original:
         UnsuitableModelError: there is no axis whose order says anything.
     """
     if axes is None or not orderable(axes):
-        raise UnsuitableModelError(
-            "the network has no axis whose units can be put into another order; needed: a table of "
-            "axes, from `claim axes`, with one that is long enough"
-        )
+        raise _no_axis()
     check_table(axes, {name: each.shape for name, each in arrays.items()})
-    return Original(arrays, axes, arrays_digest(arrays), axes.digest)
+    digest = arrays_digest(arrays)
+    reference = reference_of(axes, arrays, anchor=digest)
+    if not reference.chosen:
+        raise _no_axis()
+    return Original(arrays, axes, digest, axes.digest, reference)
+
+
+def _no_axis() -> UnsuitableModelError:
+    return UnsuitableModelError(
+        "the network has no axis whose units can be put into another order; needed: a table of "
+        "axes, from `claim axes`, with one that is long enough"
+    )
 
 
 def trace_order(
@@ -168,26 +177,11 @@ def trace_arrays(
         raise UnsuitableModelError(
             f"{len(names)} licensees were given; needed: 1 to {MOST_LICENSEES}, all who got a copy"
         )
-    fitting = {
-        name: each
-        for name, each in suspect.items()
-        if name in original.arrays and each.shape == original.arrays[name].shape
-    }
-    ours = Network("original", original.arrays, {}, original.axes)
-    lots = hashlib.sha256(f"{arrays_digest(fitting)}{original.digest}".encode()).digest()
-    rng = np.random.default_rng(int.from_bytes(lots[:8], "big"))
     found = []
     for name in names:
-        undone = restored_order(original.axes, fitting, original.orders(key, name))
-        read = by_table(Network(name, undone, {}), ours, original.axes, rng)
-        if read.log10_p is None:
-            raise UnsuitableModelError(
-                "the suspect has no tensor of the original's names and shapes, so no order can be "
-                "read; needed: a copy of that network"
-            )
-        fixed, units = (sum(getattr(o, what) for o in read.orders) for what in ("fixed", "units"))
-        paid = min(0.0, read.log10_p + math.log10(len(names)))
-        found.append(Found(name, fixed, units, len(read.orders), paid))
+        read = placed(suspect, original.reference, original.orders(key, name))
+        paid = min(0.0, read.log10_tail + math.log10(len(names)))
+        found.append(Found(name, read.fixed, read.units, len(read.axes), paid))
     found.sort(key=lambda each: each.log10_p)
     leak = Leak(tuple(found), log10_alpha, None)
     if not leak.named:
