@@ -198,9 +198,7 @@ def _paid(
     """The verdict once all choices are paid for, and which tensors were read."""
     read = {name: found.taken[name] for name in anchor.layers if name in found.taken}
     log10_choices = math.log10(ways) + sum(math.log10(found.choices[name]) for name in read)
-    shown = ", ".join(
-        f"{each.name[:60]!r} for {name}" for name, each in list(read.items())[:_NAMED]
-    )
+    shown = ", ".join(f"{each.said} for {name}" for name, each in list(read.items())[:_NAMED])
     missing = len(anchor.layers) - len(read)
     reason = (
         f"read from the tensors that fit best under any name, {shown}"
@@ -210,11 +208,13 @@ def _paid(
         + (f"; its kernels were {way.inverse.name}" if way != AS_IT_IS else "")
     )
     paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
-    taken = {name: each.name for name, each in read.items()}
+    taken = {name: " and ".join(each.names) for name, each in read.items()}
     unread = sorted(
         n
         for n, t in suspect.items()
-        if is_floating(t) and t.ndim > 1 and n not in {e.name for e in found.taken.values()}
+        if is_floating(t)
+        and t.ndim > 1
+        and n not in {each for e in found.taken.values() for each in e.names}
     )
     candidates = {
         "read": "by shape",
