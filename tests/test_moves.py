@@ -249,12 +249,12 @@ def test_the_page_of_figures_is_what_they_render_to_and_strangers_are_coins():
     spec = spec_from_file_location("moves", ROOT / "benchmarks" / "moves.py")
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    found, published = (
+    found, published, fresh = (
         json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("moves", "moves-published")
+        for name in ("moves", "moves-published", "moves-fresh")
     )
     page = (ROOT / "results" / "moves.md").read_text(encoding="utf-8")
-    assert script.page(found, published) == page
+    assert script.page(found, published, fresh) == page
     for name, row in published.items():  # with their authors' weights: hundreds of bits each
         assert row["after"]["every free move"] >= 0.99 * row["bits"] > 900, name
     assert set(found) == set(zoo.ZOO)
