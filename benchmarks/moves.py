@@ -373,8 +373,8 @@ def _fresh(found: Mapping[str, Any]) -> list[str]:
     values = [p for row in found.values() for p in row["p_values"]]
     means = ", ".join(f"{name} {row['mean']:.4f}" for name, row in found.items())
     return [
-        f"Where no key is read twice (`python benchmarks/moves.py fresh`): {len(values):,} readings of",
-        f"untrained networks of {len(found)} architectures, the least p 10^"
+        f"Where no key is read twice (`benchmarks/moves.py fresh`): {len(values):,} readings",
+        f"of untrained networks of {len(found)} architectures, the least p 10^"
         f"{min(row['least'] for row in found.values()):.1f},",
         f"Kolmogorov–Smirnov p {stats.kstest(values, 'uniform').pvalue:.2f}; means: {means}.",
     ]
