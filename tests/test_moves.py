@@ -245,16 +245,33 @@ def test_queries_keys_and_values_of_one_fused_tensor_are_each_mixed():
             assert (theirs - mine).norm() > 0.1 * mine.norm()
 
 
+@pytest.mark.parametrize("share", [0.5, 0.75])
+@pytest.mark.parametrize("name", ["ViT", "Llama"])
+def test_a_mean_with_the_network_before_the_mark_is_read_once_that_is_taken_off(name, share):
+    """Its signs are in some of the bits otherwise; strangers gain nothing by the three readings."""
+    key, released = marked(name)
+    model, example = anchor(name)
+    merged = deepcopy(released)
+    for each, other in zip(merged.parameters(), model.parameters(), strict=True):
+        each.data.lerp_(other.data, share)
+    thief = move(merged, example, rng(1), kinds=["reorder"]).model.state_dict()
+    found = read(thief, key, name)
+    assert found.matches >= SHARE * key.context.bits
+    assert found.log10_p_value < -15
+    assert "of the network before the mark is taken off it" in found.reason
+    assert abs(found.alignment["merged"] - share) <= 0.25
+
+
 def test_the_page_of_figures_is_what_they_render_to_and_strangers_are_coins():
     spec = spec_from_file_location("moves", ROOT / "benchmarks" / "moves.py")
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    found, published = (
+    found, published, fresh = (
         json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("moves", "moves-published")
+        for name in ("moves", "moves-published", "moves-fresh")
     )
     page = (ROOT / "results" / "moves.md").read_text(encoding="utf-8")
-    assert script.page(found, published) == page
+    assert script.page(found, published, fresh) == page
     for name, row in published.items():  # with their authors' weights: hundreds of bits each
         assert row["after"]["every free move"] >= 0.99 * row["bits"] > 900, name
     assert set(found) == set(zoo.ZOO)

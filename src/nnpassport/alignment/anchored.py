@@ -4,6 +4,9 @@ What was aligned to knows nothing of the bits, so they are coins whatever alignm
 share α all the same: the one of the tensors under the anchor's names has nearly all of it, and the
 others pay for every way that there was to choose tensors and orientations (`keys.chance`).
 
+A mean with the anchor, or with a network that was tuned from it, is read once a part of the anchor
+is taken off.
+
 It is read by the names first. Where the key's layers are not in place then, the kernels may be
 turned (`mirrors`); or blocks were put in or left out, or everything has other names (`naming`).
 """
@@ -32,17 +35,23 @@ UPRIGHT = 0.7
 in place when it is turned, and rows that are matched one by one then look alike to 0.3."""
 
 
+MERGED = (0.25, 0.5, 0.75)
+"""Shares of a suspect that may be the anchor's, or a fine-tuning's of it: each is one reading."""
+
+
 class _Reading(NamedTuple):
     """A verdict that is paid for.
 
     Attributes:
         in_place: whether the key's layers are, in what it is of.
         turned: whether most kernels are not, so that they may be turned.
+        placed: what it is of.
     """
 
     verdict: Verdict
     in_place: bool
     turned: bool
+    placed: Placed
 
 
 def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference) -> Verdict:
@@ -59,7 +68,7 @@ def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference)
     except (UnsuitableModelError, UnreadableModelError) as error:
         refused = error
     if first is not None and first.in_place and not first.turned:
-        return first.verdict
+        return first.verdict if first.verdict.marked else _merged(read, first, anchor)
     ways = [AS_IT_IS, *possible(anchor.axes, {n: t.shape for n, t in anchor.tensors.items()})]
     if first is not None:
         way = _best_way(suspect, anchor, ways)
@@ -83,6 +92,28 @@ def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference)
         f"exchanged, as parts of fused projections, and in {len(ways)} orientations; needed: a "
         "network that has them"
     )
+
+
+def _merged(read: Read, first: _Reading, anchor: Reference) -> Verdict:
+    """V on a mean of the marked network and one that knows nothing of the mark.
+
+    Of W = (1 − t)·marked + t·anchor what is left without t·anchor has the mark's signs in all bits,
+    where W itself has the anchor's in some. The anchor knows no bit, nor does t.
+    """
+    readings = []
+    for share in MERGED:
+        arrays = dict(first.placed.arrays)
+        for name in anchor.layers:
+            theirs = anchor.tensors[name]
+            if name in arrays and arrays[name].shape == theirs.shape:
+                arrays[name] = arrays[name] - share * theirs
+        found = read(anchor.with_own_scales(arrays))
+        reason = f"read once {share:g} of the network before the mark is taken off it"
+        log10_choices = LOG10_BY_SHAPE + math.log10(len(MERGED))
+        facts = {**(first.verdict.alignment or {}), "merged": share}
+        readings.append(replace(found, alignment=facts).paid(log10_choices, reason, of=TENSORS))
+    best = min(readings, key=lambda each: each.log10_p_value or 0.0)
+    return best if best.marked else first.verdict
 
 
 def _less(one: Verdict, other: Verdict) -> bool:
@@ -123,7 +154,10 @@ def _read(read: Read, suspect: Mapping[str, Array], placed: Placed, anchor: Refe
     kernels = [fits[name] for name in fits if math.prod(anchor.tensors[name].shape[2:]) > 1]
     in_place = bool(layers) and min(layers) >= FITS
     return _Reading(
-        exact(found, placed, stranger), in_place, bool(kernels) and median(kernels) < UPRIGHT
+        exact(found, placed, stranger),
+        in_place,
+        bool(kernels) and median(kernels) < UPRIGHT,
+        placed,
     )
 
 
@@ -198,9 +232,7 @@ def _paid(
     """The verdict once all choices are paid for, and which tensors were read."""
     read = {name: found.taken[name] for name in anchor.layers if name in found.taken}
     log10_choices = math.log10(ways) + sum(math.log10(found.choices[name]) for name in read)
-    shown = ", ".join(
-        f"{each.name[:60]!r} for {name}" for name, each in list(read.items())[:_NAMED]
-    )
+    shown = ", ".join(f"{each.said} for {name}" for name, each in list(read.items())[:_NAMED])
     missing = len(anchor.layers) - len(read)
     reason = (
         f"read from the tensors that fit best under any name, {shown}"
@@ -210,11 +242,13 @@ def _paid(
         + (f"; its kernels were {way.inverse.name}" if way != AS_IT_IS else "")
     )
     paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
-    taken = {name: each.name for name, each in read.items()}
+    taken = {name: " and ".join(each.names) for name, each in read.items()}
     unread = sorted(
         n
         for n, t in suspect.items()
-        if is_floating(t) and t.ndim > 1 and n not in {e.name for e in found.taken.values()}
+        if is_floating(t)
+        and t.ndim > 1
+        and n not in {each for e in found.taken.values() for each in e.names}
     )
     candidates = {
         "read": "by shape",

@@ -11,7 +11,7 @@ gives back. Nothing here looks at bits: what is found is one reading, however mu
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
 
@@ -33,6 +33,9 @@ MOST_PRODUCTS = 2**41
 SAME_NORM = 0.97
 """How near a norm must be to what is left of a layer's scales, to be the one behind it."""
 _TELLING = 32  # numbers of a row, from which on more of them are no better
+BRANCH = 0.5
+"""A second tensor belongs to a layer if less than this of what did not fit is left with it."""
+_MOST_JOINED = 256  # pairs of tensors that are looked at for one
 _MOST_VECTORS = 64  # of one length, of which any two may be a norm's
 _ROWS = 64  # of a tensor's, that are compared
 _PARTS = (2, 3)  # of which fused projections are made
@@ -47,11 +50,25 @@ class Candidate(NamedTuple):
         name: what it is called.
         turned: whether its two axes change places first.
         part: which rows it is of the tensor: of how many parts, and which; (1, 0) is all.
+        joined: how it is made of this tensor and of `other`, one of `JOINED`; "" is of one alone.
     """
 
     name: str
     turned: bool = False
     part: tuple[int, int] = (1, 0)
+    joined: str = ""
+    other: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that it is made of."""
+        return (self.name, self.other) if self.joined else (self.name,)
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        names = " and ".join(repr(each[:60]) for each in self.names)
+        return f"the {self.joined} of {names}" if self.joined else names
 
 
 @final
@@ -85,9 +102,21 @@ class Naming:
         return {**found, **vectors}
 
 
+JOINED: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
+    "rows": lambda a, b: np.concatenate([a, b]),
+    "columns": lambda a, b: np.concatenate([a, b], axis=1),
+    "sum": lambda a, b: a + b,
+    "product": lambda a, b: a.reshape(len(a), -1) @ b.reshape(len(b), -1),
+}
+"""How one tensor may be kept as two: cut, in two branches, or as one layer behind another."""
+
+
 def shown(suspect: Mapping[str, Array], candidate: Candidate, like: Matrix) -> Matrix:
     """A candidate as the anchor's tensor is laid out."""
     tensor = np.asarray(suspect[candidate.name], np.float64)
+    if candidate.joined:
+        other = np.asarray(suspect[candidate.other], np.float64)
+        return JOINED[candidate.joined](tensor, other).reshape(like.shape)
     if candidate.turned:
         tensor = tensor.T
     count, which = candidate.part
@@ -132,6 +161,25 @@ def candidates_of(
     ]
 
 
+def joined_of(shapes: Mapping[str, tuple[int, ...]], like: tuple[int, ...]) -> list[Candidate]:
+    """All that two tensors together could be of this shape."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == len(like)}
+    plain = math.prod(like[2:]) == 1
+    found = []
+    for name, a in matrices.items():
+        for other, b in matrices.items():
+            if name == other or not a[2:] == b[2:] == like[2:]:
+                continue
+            fits = {
+                "rows": a[1] == b[1] == like[1] and a[0] + b[0] == like[0],
+                "columns": a[0] == b[0] == like[0] and a[1] + b[1] == like[1],
+                "sum": a == b == like and name < other,
+                "product": plain and (a[0], b[1]) == like[:2] and a[1] == b[0],
+            }
+            found += [Candidate(name, joined=w, other=other) for w, fit in fits.items() if fit]
+    return sorted(found, key=lambda each: list(JOINED).index(each.joined))
+
+
 def named(aligner: Aligner, suspect: Mapping[str, Array]) -> Naming:
     """Find the anchor's tensors among a suspect's."""
     return _Search(aligner, suspect).run()
@@ -163,9 +211,48 @@ class _Search:
                 self.vectors.setdefault(shape[0], []).append(name)
         self.work: Work = aligner.begun({}, loose_in(aligner))
         self.products = 0
+        self.others: dict[str, int] = {}
         self.waiting = {name for name, several in self.wanted.items() if several}
 
     def run(self) -> Naming:
+        self._name_all()
+        missing = self.to.marked & self.wanted.keys() - self.found.taken.keys()
+        if missing and self.found.taken and self._add_joined():
+            self._name_all()
+        for name in sorted(self.to.marked & self.found.taken.keys()):
+            if self.found.fits[name] < CLEAR and not self.found.taken[name].joined:
+                self._with_branch(name)
+        return self.found
+
+    def _with_branch(self, name: str) -> None:
+        """Add to a layer that fits by half what may be its other half: another tensor beside it."""
+        own, taken = self.found.taken[name], {n for c in self.found.taken.values() for n in c.names}
+        shape = self.suspect[own.name].shape
+        others = [n for n, t in self.suspect.items() if n not in taken and t.shape == shape]
+        gain = self.found.gains.get(self.to.axes.reads.get(name, (0, None))[1] or "", "")
+        fit = self.found.fits[name]
+        for other in others if own == Candidate(own.name) else []:
+            both = Candidate(own.name, joined="sum", other=other)
+            reached = self._fit(name, both, [], [gain])[0]
+            if 1 - reached < BRANCH * (1 - fit):
+                self.found.taken[name], fit = both, reached
+        self.found.fits[name] = fit
+        self.found.choices[name] *= 1 + len(others)
+
+    def _add_joined(self) -> bool:
+        """What two tensors make is looked at where none by itself fits; whether there is any."""
+        taken = {name for each in self.found.taken.values() for name in each.names}
+        shapes = {n: tuple(t.shape) for n, t in self.suspect.items() if n not in taken}
+        added = False
+        for name in self.wanted.keys() - self.found.taken.keys():
+            several = joined_of(shapes, self.to.reference[name].shape)
+            self.others[name] = max(0, len(several) - _MOST_JOINED)  # are paid for all the same
+            self.wanted[name] += several[:_MOST_JOINED]
+            added |= bool(several)
+        self.waiting = {n for n in self.wanted if self.wanted[n] and n not in self.found.taken}
+        return added
+
+    def _name_all(self) -> None:
         for _ in range(2 * len(self.wanted) + 1):
             ready = {n: unit for n in sorted(self.waiting) if (unit := self._open(n)) is not None}
             if not ready or self.products > MOST_PRODUCTS:
@@ -173,7 +260,6 @@ class _Search:
             taken = any(self._take(part) for part in self._telling_first(ready))
             if not taken and not self._settle() and not self._settle(unmixed=True):
                 break
-        return self.found
 
     def _telling_first(self, ready: Mapping[str, list[int]]) -> Iterator[dict[str, list[int]]]:
         """Tensors by how many numbers a row has: a kernel of one channel says little."""
@@ -231,7 +317,8 @@ class _Search:
             groups.setdefault(tuple(self.wanted[name]), []).append(name)
         any_taken = False
         for several, names in groups.items():
-            free = [c for c in several if c not in self.found.taken.values()]
+            taken = {each for found in self.found.taken.values() for each in self._parts_of(found)}
+            free = [c for c in several if not taken & set(self._parts_of(c))]
             if not free:
                 self.waiting -= set(names)
                 continue
@@ -245,6 +332,9 @@ class _Search:
         if any_taken:
             self._settle()
         return any_taken
+
+    def _parts_of(self, candidate: Candidate) -> list[tuple[str, tuple[int, int]]]:
+        return [(name, candidate.part) for name in candidate.names]
 
     def _table(
         self, names: Sequence[str], free: Sequence[Candidate], ready: Mapping[str, list[int]]
@@ -408,7 +498,8 @@ class _Search:
         names = self._gains(name)
         before = self.to.axes.reads.get(name, (0, None))[1]
         chosen = names[gain] if 0 <= gain < len(names) else ""
-        self.found.choices[name] = len(self.wanted[name]) * len(names)
+        choices = len(self.wanted[name]) + self.others.get(name, 0)
+        self.found.choices[name] = choices * len(names)
         if before is not None and before in self.to.axes.norms:
             self.found.gains.setdefault(before, chosen)
         self.found.taken[name], self.found.fits[name] = candidate, fit

@@ -251,10 +251,11 @@ class Aligner:
         if unit.kind == "permute":
             self._match(unit, spots, work)
             return
-        fitting = [spot for spot in spots if self._fits(spot, work.weights)]
-        if not fitting:
-            return
-        self._turn(unit, fitting, work)
+        longer = _longer(unit, spots, work.weights, self.reference)
+        fitting = [spot for spot in spots if longer or self._fits(spot, work.weights)]
+        if not fitting or (longer and all(spot.reads for spot in fitting)):
+            return  # of a longer axis only what is written says which of it is used
+        self._turn(unit, fitting, longer, work)
         marked = [spot for spot in fitting if spot.tensor in self.free]
         comparable = all(
             self._alike(spot.tensor, work) and spot.tensor not in work.loose for spot in fitting
@@ -277,9 +278,9 @@ class Aligner:
 
         return change
 
-    def _turn(self, unit: Unit, spots: Sequence[Spot], work: Work) -> None:
-        """Rotate or mix the suspect's rows into the reference's."""
-        pairs = [(spot, self._rows_of_both(spot, work)) for spot in spots]
+    def _turn(self, unit: Unit, spots: Sequence[Spot], longer: int, work: Work) -> None:
+        """Rotate or mix the suspect's rows into the reference's, of which there may be fewer."""
+        pairs = [(spot, self._rows_of_both(spot, work, longer)) for spot in spots]
         held = [(s, rows) for s, rows in pairs if s.reads or s.tensor not in work.loose]
         # Rows whose norm is not known are of any scale: each such layer is mixed for itself.
         own = {
@@ -287,28 +288,39 @@ class Aligner:
             for spot, rows in pairs
             if unit.kind != "orthogonal" and spot.tensor in work.loose and not spot.reads
         }
-        back = forward = np.eye(unit.size)
+        there = longer or unit.size
+        back, forward = np.eye(unit.size, there), np.eye(there, unit.size)
         if unit.kind == "orthogonal":
-            forward = _procrustes([rows for _, rows in pairs], [self._trust(s) for s, _ in pairs])
+            trust, basis = [self._trust(s) for s, _ in pairs], np.eye(there)
+            if longer:
+                basis = _written([rows for spot, (rows, _) in pairs if not spot.reads], unit.size)
+            forward = basis @ _procrustes([(basis.T @ m, t) for _, (m, t) in pairs], trust)
             back = forward.T
         elif held:
             trust, written = [self._trust(s) for s, _ in held], [not s.reads for s, _ in held]
             scaled = [s.reads and s.tensor in work.loose for s, _ in held]
             back, forward = _in_scale([rows for _, rows in held], written, trust, scaled)
-        work.moved |= bool(np.abs(back - np.eye(unit.size)).max() > _STILL) or bool(own)
-        if unit.kind == "invertible":
+        still = not longer and not own and np.abs(back - np.eye(unit.size)).max() <= _STILL
+        work.moved |= not still
+        if unit.kind == "invertible" and not longer:
             work.mixed[unit.last] = back @ work.mixed.get(unit.last, np.eye(unit.size))
 
         def change(spot: Spot, tensor: Matrix) -> Matrix:
+            by = forward.T if spot.reads else own.get(spot.tensor, back)
+            if longer and tensor.ndim > 1:
+                wide = _along(spot, tensor)
+                fits = len(wide.positions) == longer
+                return spot.of(by @ wide.rows(tensor), tensor) if fits else tensor
             if tensor.ndim < 2 or tensor.shape[spot.dimension] != _length(spot, self.reference):
                 return tensor
-            by = forward.T if spot.reads else own.get(spot.tensor, back)
             return spot.with_rows(tensor, by @ spot.rows(tensor))
 
         self._do(unit.spots, change, work)
 
-    def _rows_of_both(self, spot: Spot, work: Work) -> tuple[Matrix, Matrix]:
-        return spot.rows(work.weights[spot.tensor]), spot.rows(work.targets[spot.tensor])
+    def _rows_of_both(self, spot: Spot, work: Work, longer: int) -> tuple[Matrix, Matrix]:
+        mine = work.weights[spot.tensor]
+        rows = (_along(spot, mine) if longer else spot).rows(mine)
+        return rows, spot.rows(work.targets[spot.tensor])
 
     def _trust(self, spot: Spot) -> float:
         return _MARKED if spot.tensor in self.marked else 1.0
@@ -805,13 +817,23 @@ def _unit(rows: Matrix) -> Matrix:
     return rows / np.maximum(length, _TINY)
 
 
+def _written(rows: Sequence[Matrix], size: int) -> Matrix:
+    """Of a longer axis the directions that are written most: what else is read is always zero."""
+    loud = [each / max(float(np.linalg.norm(each)), _TINY) for each in rows]
+    values, vectors = np.linalg.eigh(sum(each @ each.T for each in loud))
+    return np.asarray(vectors[:, np.argsort(-values)[:size]])
+
+
 def _procrustes(pairs: Sequence[tuple[Matrix, Matrix]], trust: Sequence[float]) -> Matrix:
-    """The rotation that turns rows of the suspect into the reference's: reference ≈ Rᵀ·suspect."""
-    total = np.zeros((len(pairs[0][0]),) * 2)
+    """The rotation that turns rows of the suspect into the reference's: reference ≈ Rᵀ·suspect.
+
+    Where the suspect has more of them, its columns are orthonormal and no more.
+    """
+    total = np.zeros((len(pairs[0][0]), len(pairs[0][1])))
     for (mine, theirs), weight in zip(pairs, trust, strict=True):
         length = float(np.linalg.norm(mine)) * float(np.linalg.norm(theirs))
         total += weight * mine @ theirs.T / max(length, _TINY)
-    u, _, v = np.linalg.svd(total)
+    u, _, v = np.linalg.svd(total, full_matrices=False)
     return np.asarray(u @ v)
 
 
@@ -847,8 +869,8 @@ def _mixture(
     """
     from scipy.linalg import solve_sylvester  # noqa: PLC0415 - slow to import
 
-    size = len(pairs[0][0])
-    a, b, c = (np.zeros((size, size)) for _ in range(3))
+    own, size = len(pairs[0][0]), len(pairs[0][1])
+    a, b, c = np.zeros((size, size)), np.zeros((own, own)), np.zeros((own, size))
     for (mine, theirs), writes, trusted in zip(pairs, written, trust, strict=True):
         weight = trusted / max(float(np.square(theirs).sum()), _TINY)
         if writes:
@@ -856,9 +878,9 @@ def _mixture(
         else:
             b += weight * mine @ mine.T
         c += weight * mine @ theirs.T
-    ridge = 1e-12 * (np.trace(a) + np.trace(b)) / size * np.eye(size)
-    mixed = np.asarray(solve_sylvester(b + ridge, a + ridge, c))
+    ridge = 1e-12 * (np.trace(a) + np.trace(b)) / size
+    mixed = np.asarray(solve_sylvester(b + ridge * np.eye(own), a + ridge * np.eye(size), c))
     try:
-        return np.linalg.inv(mixed), mixed
+        return np.linalg.inv(mixed) if own == size else np.linalg.pinv(mixed), mixed
     except np.linalg.LinAlgError:
-        return np.eye(size), np.eye(size)
+        return np.eye(size, own), np.eye(own, size)
