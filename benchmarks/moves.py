@@ -127,7 +127,7 @@ def measured(name: str) -> dict[str, Any]:
 
 def run_fresh(names: Sequence[str]) -> None:
     """Read keys, no one twice, on untrained strangers; other networks stay as they are."""
-    found = json.loads(FRESH.read_text()) if FRESH.exists() else {}
+    found = read_json(FRESH) if FRESH.exists() else {}
     for name in names:
         network = zoo.ZOO[name]
         anchor, *others = (unsettled(network, seed) for seed in range(STRANGERS + 1))
@@ -137,7 +137,7 @@ def run_fresh(names: Sequence[str]) -> None:
         to = anchor_of(axes, arrays(anchor.state_dict()), key)
         owned = Owned(anchor, released, key, to)
         found[name] = {**read_strangers(others, example, owned), **provenance()}
-        write_atomically(FRESH, json.dumps(found, indent=1).encode() + b"\n")
+        write_json(FRESH, found)
         print(name, found[name]["mean"], found[name]["least"], flush=True)
 
 

@@ -77,6 +77,7 @@ PAGES = {
     "results/scratch.md": lambda: script("scratch").render(script("scratch").load()),
     "docs/scaling.md": lambda: script("scaling").render(script("scaling").load()),
     "results/alignment.md": lambda: script("alignment_tables").render(),
+    "results/answers.md": lambda: script("answers").rendered(loaded("answers")),
     "results/attacks-alexnet.md": lambda: script("attacks").render(),
     "results/bench-quick.md": lambda: bench.render(loaded("bench-quick")),
     "results/cheaper.md": lambda: script("cheaper").render(
@@ -89,7 +90,9 @@ PAGES = {
     "results/fuzz.md": lambda: script("fuzz").render(loaded("fuzz")),
     "results/large_alignment.md": lambda: script("large_alignment").page(loaded("large_alignment")),
     "results/licensees.md": lambda: script("licensees").render(),
-    "results/moves.md": lambda: script("moves").page(loaded("moves"), loaded("moves-published")),
+    "results/moves.md": lambda: script("moves").page(
+        *map(loaded, ("moves", "moves-published", "moves-fresh"))
+    ),
     "results/real.md": lambda: script("real").render(),
     "results/streaming.md": lambda: script("streaming").render(loaded("streaming")),
     "results/thieves.md": lambda: script("thieves").render(),
@@ -124,3 +127,20 @@ def test_no_result_is_orphaned():
     opened = {path for name in PAGES for path in rendered(name)[1]}
     known = {str(path.resolve()) for path in RESULTS.rglob("*.json")}
     assert not known - opened
+
+
+def test_answers_that_nobody_marked_are_coins_and_the_page_says_what_was_reached():
+    facts = loaded("answers")
+    rows, most = facts["rows"], facts["plan"]["pictures"]
+    numbers = ("scores 300", f"scores {most}", "labels 1000", f"labels {most}")
+    honest = [*script("answers").BEFORE, "a stranger's, trained on true labels"]
+    unmarked = [row[n] for row in rows if row["name"] in honest for n in numbers]
+    assert len(unmarked) >= 12
+    assert min(unmarked) > -3
+    marked = script("answers").row_of(facts, "marked", 0.8)
+    aims = {aim: (came, word) for strength, aim, came, word in script("answers").aims(facts)[:6]}
+    came, word = aims["marked, scores of 1,000 images: at most 10^-30"]
+    assert (came, word) == (f"{marked['scores 1000']:.1f}", "reached")
+    for came, word in aims.values():
+        assert word in {"reached", "**not reached**"}
+        assert f"| {came} | {word} |" in rendered("results/answers.md")[0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, final
 
+from nnpassport.lab.demo.copied import Copied
 from nnpassport.report.page import percent, small, unbroken
 from nnpassport.scheme import Fidelity, Verdict
 
@@ -26,6 +27,7 @@ class DemoResult:
         unrelated: the owner's key against the unrelated network.
         random_keys: a rival's random keys against the released network, bits only.
         forged_accuracies: of the released network with the passports of those keys.
+        copied: what a network answers that was trained on another's answers alone.
         seconds: wall time by stage.
         provenance: commit, versions and device.
     """
@@ -40,6 +42,7 @@ class DemoResult:
     unrelated: Verdict
     random_keys: tuple[Verdict, ...]
     forged_accuracies: tuple[float, ...]
+    copied: Copied
     seconds: Mapping[str, float]
     provenance: Mapping[str, Any]
 
@@ -91,6 +94,10 @@ class DemoResult:
                 "mean_accuracy": fmean(self.forged_accuracies),
                 "best_accuracy": max(self.forged_accuracies),
                 "accuracies": list(self.forged_accuracies),
+            },
+            "copied": {
+                name: each.as_dict() if isinstance(each, Verdict) else each
+                for name, each in self.copied._asdict().items()
             },
             "seconds": dict(self.seconds),
             "provenance": dict(self.provenance),
@@ -159,7 +166,19 @@ def table(result: DemoResult) -> list[tuple[str, str, str]]:
             "a network that was never marked is "
             f"{'' if result.unrelated.accepted else 'not '}claimed by mistake",
         ),
+        _copied(result.copied),
     ]
+
+
+def _copied(found: Copied) -> tuple[str, str, str]:
+    return (
+        "A copy trained on answers alone, asked digits",
+        f"{p_value(found.by_copy)}",
+        f"another network and architecture, {percent(found.copy)} right; its scores of the "
+        f"{found.asked} test images lean as {OWNER} signed. Her own small network has "
+        f"{p_value(found.by_network)} at {percent(found.marked)}, before the mark "
+        f"{percent(found.plain)}; a stranger's has {p_value(found.by_stranger)}",
+    )
 
 
 def _difference(reached: float, other: float) -> str:

@@ -16,6 +16,7 @@ STAGES = (
     "try random keys",
     "check an unrelated network",
     "present forged passports",
+    "ask a copy of the answers",
     "draw the pictures",
 )
 
