@@ -96,7 +96,7 @@ def bind(
             "or --resume if this run was interrupted"
         )
     if not there:
-        model = _network(config, recipe, initial)
+        model = beginning(config, recipe, initial)
         if initial is None:
             own = replace(journal, folder=None if journal.folder is None else path / "training")
             together().from_leader(lambda: _make_private(path))  # checkpoints are near the anchor
@@ -140,7 +140,7 @@ def start(
         )
     if not there:
         partly = is_trained_in_part(config)
-        keep(folder, _network(config, Recipe(), initial), config, partly=partly)
+        keep(folder, beginning(config, Recipe(), initial), config, partly=partly)
     return initial
 
 
@@ -177,9 +177,10 @@ def _make_private(folder: Path) -> None:
         folder.chmod(0o700)  # whatever was there
 
 
-def _network(
+def beginning(
     config: ModelConfig, recipe: Recipe, weights: Mapping[str, Tensor] | None
 ) -> nn.Module:
+    """The network that a training begins with: these weights, or drawn by the recipe's seed."""
     torch.manual_seed(recipe.seed)
     model = config.build(trusted_factory=config.architecture)
     if weights is not None:

@@ -218,7 +218,7 @@ def train(
     journal: Journal | None = None,
 ) -> ModelConfig:
     """Train a plain network, without a mark, into `folder`; return its config with metrics."""
-    model = _initial(config, recipe, initial)
+    model = anchoring.beginning(config, recipe, initial)
     journal = _telling(journal, config, sets, initial)
     evaluate = plain_evaluation(sets.validation, sets.normalise)
     fit(
@@ -271,7 +271,7 @@ def embed(
             scheme = anchoring.gently(scheme)
         kept = _described(config, sets, {}, config.notes)
         initial = anchoring.start(Path(folder), kept, key, initial)
-    model = _initial(config, recipe, initial)
+    model = anchoring.beginning(config, recipe, initial)
     scheme.embed(
         model,
         key,
@@ -407,16 +407,6 @@ def _enter_result(journal: Journal | None, model: nn.Module) -> None:
     diary = None if journal is None else journal.diary
     if isinstance(diary, Diary) and together().leads:
         diary.enter_result(model.state_dict())
-
-
-def _initial(
-    config: ModelConfig, recipe: Recipe, weights: Mapping[str, Tensor] | None
-) -> nn.Module:
-    torch.manual_seed(recipe.seed)
-    model = config.build(trusted_factory=config.architecture)
-    if weights is not None:
-        model.load_state_dict(weights)
-    return model
 
 
 def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:
