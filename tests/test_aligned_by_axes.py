@@ -190,12 +190,12 @@ def test_judge_reads_and_aligns_where_torch_is_not_installed(house):
         assert (matches >= 0.99 * bits) == (suspect != "strange")
 
 
-def test_without_a_committed_table_alignment_needs_torch_and_says_so(house):
-    words = ["verify", "turned", "--key", "alice.key", "--align", "net"]
+def test_without_a_committed_table_layers_that_are_known_are_aligned_without_torch(house):
+    words = ["verify", "turned", "--key", "alice.key", "--align", "net", "--json"]
     done = in_a_process(WITHOUT_TORCH + RUN, words, house[0])
-    assert done.returncode == 2
-    assert "needs PyTorch" in done.stderr
-    assert "claim axes" in " ".join(done.stderr.split())
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["matches"] == facts["bits"]
 
 
 # Hostile tables

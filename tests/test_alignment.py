@@ -335,6 +335,7 @@ def test_a_folder_says_which_layers_share_channels(architecture, tmp_path):
         ("features.1.bias", lambda t: t.long()),
         ("features.0.weight", lambda t: t.flatten(1)),
         ("classifier.bias", lambda t: t[None]),
+        ("features.0.weight", lambda t: t[:0]),
     ],
 )
 def test_a_folder_of_another_network_is_refused(tmp_path, name, change):

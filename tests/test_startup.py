@@ -234,6 +234,7 @@ def test_what_needs_torch_says_so_where_it_is_not_installed(suspects):
     )
     assert done.returncode == 2
     assert "needs PyTorch" in done.stderr
+    assert "claim axes" in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
 
 

@@ -83,7 +83,7 @@ def _network(config: ModelConfig, tensors: Mapping[str, Array]) -> Network | str
         axes = chain(layers, {n: after for n in layers if (after := _after(n)) in norms})
     else:
         axes = residual(layers, lambda name: name if name in norms else None)
-    fault = _strange(tensors, axes, norm) or _misshapen(tensors) or mismatch(tensors, axes)
+    fault = _strange(tensors, axes, norm) or _misshapen(tensors, norm) or mismatch(tensors, axes)
     if fault is not None:
         return fault
     arrays = {n: t.astype(np.float32) if is_floating(t) else t for n, t in tensors.items()}
@@ -105,12 +105,14 @@ def _strange(tensors: Mapping[str, Array], axes: Sequence[Channels], norm: str) 
     return f"{len(strange)} missing or unexpected: {', '.join(n[:100] for n in strange[:5])}"
 
 
-def _misshapen(tensors: Mapping[str, Array]) -> str | None:
+def _misshapen(tensors: Mapping[str, Array], norm: str) -> str | None:
     """Which tensor is of no kind that a layer or norm has, if one is not."""
     for name, each in tensors.items():
         counter = name.endswith("num_batches_tracked")
         axes = (2, 4) if name.endswith(".weight") and each.ndim > 1 else (0 if counter else 1,)
-        if each.ndim not in axes or is_floating(each) == counter:
+        grouped = name.endswith(".weight") and each.ndim == 1 and norm == "group"
+        odd = grouped and each.size % _PER_GROUP
+        if each.ndim not in axes or is_floating(each) == counter or not each.size or odd:
             return f"{name} is {each.shape} {each.dtype}"
     return None
 

@@ -125,6 +125,7 @@ def new(
     )
     from nnpassport.claims import signing as signatures
     from nnpassport.claims.claimfile import write_signed
+    from nnpassport.files.weights import digest_of
     from nnpassport.verification.anchor import needs_anchor
 
     authorities = _authorities(authority, authority_root)
@@ -144,7 +145,7 @@ def new(
     made = claim.claim_of(
         secret,
         owner.public_key(),
-        reference=None if reference is None else _digest_of(reference),
+        reference=None if reference is None else digest_of(reference),
         log10_alpha=alpha,
         fidelity=declared,
         date=date,
@@ -321,13 +322,6 @@ def _checked(anchor: Path, key: Any, public: list[Path]) -> Path:
     weights = read_anchor(anchor, key)
     require_secret(weights.arrays, {str(path): read_arrays(path).arrays for path in public})
     return anchor_in(anchor)
-
-
-def _digest_of(reference: Path) -> str:
-    from nnpassport.files.arrays import arrays_digest
-    from nnpassport.files.weights import read_arrays
-
-    return arrays_digest(read_arrays(reference).arrays)
 
 
 def _files_of(reference: Path) -> dict[str, str]:

@@ -66,10 +66,11 @@ def add(
     """Add an entry about the state of a training, from a loop that is not ours."""
     from nnpassport.claims import diary
     from nnpassport.claims.entries import Facts
+    from nnpassport.files.weights import digest_of
 
     if keep and checkpoint is None:
         raise typer.BadParameter("--keep keeps --checkpoint; give it, or leave --keep out")
-    named = None if checkpoint is None else _digest_of(checkpoint)
+    named = None if checkpoint is None else digest_of(checkpoint)
     told = None if configuration is None else _configured(folder, configuration)
     facts = Facts(step, named, None, told, data, _metrics(metric or []), note)
     line = diary.add(folder, _signing_key(signing), facts)
@@ -118,6 +119,7 @@ def verify(
     from nnpassport.claims import diary
     from nnpassport.claims.signing import load_public_key
     from nnpassport.claims.timestamp import load_roots
+    from nnpassport.files.weights import digest_of
     from nnpassport.verification.continuity import continuity
 
     roots = None if root is None else [each for path in root for each in load_roots(path)]
@@ -129,7 +131,7 @@ def verify(
         facts["continuity"] = kept.as_dict()
         holds = holds and kept.continued is not False
     if network is not None:
-        entry = found.naming(_digest_of(network))
+        entry = found.naming(digest_of(network))
         token = None if entry is None else found.dated(entry.number)
         facts["network"] = {
             "entry": None if entry is None else entry.number,
@@ -214,13 +216,6 @@ def _signing_key(path: Path) -> Any:
     from nnpassport.claims.signing import load_signing_key
 
     return load_signing_key(path, passphrase=passphrase_of_signing(False, new=False))
-
-
-def _digest_of(path: Path) -> str:
-    from nnpassport.files.arrays import arrays_digest
-    from nnpassport.files.weights import read_arrays
-
-    return arrays_digest(read_arrays(path).arrays)
 
 
 def _configured(folder: Path, path: Path) -> str:

@@ -108,7 +108,7 @@ def bind(
             "or --resume if this run was interrupted"
         )
     if not there:
-        model = _network(config, recipe, initial)
+        model = beginning(config, recipe, initial)
         if initial is None:
             own = replace(journal, folder=None if journal.folder is None else path / "training")
             together().from_leader(lambda: _make_private(path))  # checkpoints are near the anchor
@@ -152,7 +152,7 @@ def start(
         )
     if not there:
         partly = is_trained_in_part(config)
-        keep(folder, _network(config, Recipe(), initial), config, partly=partly)
+        keep(folder, beginning(config, Recipe(), initial), config, partly=partly)
     return initial
 
 
@@ -189,11 +189,33 @@ def _make_private(folder: Path) -> None:
         folder.chmod(0o700)  # whatever was there
 
 
-def _network(
+def beginning(
     config: ModelConfig, recipe: Recipe, weights: Mapping[str, Tensor] | None
 ) -> nn.Module:
+    """The network that a training begins with: these weights, or drawn by the recipe's seed.
+
+    Raises:
+        UnsuitableModelError: images of the size in `config` do not fit it.
+    """
     torch.manual_seed(recipe.seed)
     model = config.build(trusted_factory=config.architecture)
     if weights is not None:
         model.load_state_dict(weights)
+    _check_takes_images(model, config)
     return model
+
+
+@torch.no_grad()
+def _check_takes_images(model: nn.Module, config: ModelConfig) -> None:
+    channels, height, width = config.input_size
+    training = model.training
+    try:
+        model.eval()(torch.zeros(2, *config.input_size))
+    except RuntimeError as error:  # torch's own, for shapes that do not meet
+        raise UnsuitableModelError(
+            f"{config.architecture} does not take images of {height} by {width} pixels and "
+            f"{channels} channel{'s'[: channels != 1]} ({error!s:.100}); needed: --size 32 for "
+            "AlexNet without other settings, or a network for any size, such as --model resnet18"
+        ) from error
+    finally:
+        model.train(training)

@@ -227,7 +227,7 @@ def train(
     journal: Journal | None = None,
 ) -> ModelConfig:
     """Train a plain network, without a mark, into `folder`; return its config with metrics."""
-    model = _initial(config, recipe, initial)
+    model = anchoring.beginning(config, recipe, initial)
     journal = _telling(journal, config, sets, initial)
     evaluate = plain_evaluation(sets.validation, sets.normalise)
     fit(
@@ -280,7 +280,7 @@ def embed(
             scheme = anchoring.gently(scheme)
         kept = _described(config, sets, {}, config.notes)
         initial = anchoring.start(Path(folder), kept, key, initial)
-    model = _initial(config, recipe, initial)
+    model = anchoring.beginning(config, recipe, initial)
     scheme.embed(
         model,
         key,
@@ -326,7 +326,6 @@ def bind_key(
         return key
     scheme = scheme_named(key.context.scheme)
     _check_learns(scheme, recipe, trained=initial is not None)
-    _initial(config, recipe, initial)
     return anchoring.bind(
         Path(folder),
         _described(config, sets, {}, {}),
@@ -417,34 +416,6 @@ def _enter_result(journal: Journal | None, model: nn.Module) -> None:
     diary = None if journal is None else journal.diary
     if isinstance(diary, Diary) and together().leads:
         diary.enter_result(model.state_dict())
-
-
-def _initial(
-    config: ModelConfig, recipe: Recipe, weights: Mapping[str, Tensor] | None
-) -> nn.Module:
-    torch.manual_seed(recipe.seed)
-    model = config.build(trusted_factory=config.architecture)
-    if weights is not None:
-        model.load_state_dict(weights)
-    _check_takes_images(model, config)
-    return model
-
-
-@torch.no_grad()
-def _check_takes_images(model: nn.Module, config: ModelConfig) -> None:
-    """Refuse a network that images of this size do not fit, before a training begins with them."""
-    channels, height, width = config.input_size
-    training = model.training
-    try:
-        model.eval()(torch.zeros(2, *config.input_size))
-    except RuntimeError as error:  # torch's own, for shapes that do not meet
-        raise UnsuitableModelError(
-            f"{config.architecture} does not take images of {height} by {width} pixels and "
-            f"{channels} channel{'s'[: channels != 1]} ({error!s:.100}); needed: --size 32 for "
-            "AlexNet without other settings, or a network for any size, such as --model resnet18"
-        ) from error
-    finally:
-        model.train(training)
 
 
 def _check_learns(scheme: Scheme, recipe: Recipe, *, trained: bool) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnpassport.files.arrays import Array
-from nnpassport.files.disk import brief, read_once
+from nnpassport.files.disk import brief, read_once, without_duplicates
 from nnpassport.scheme import UnreadableModelError
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -42,7 +42,7 @@ def with_signed_scale(
         return dict(tensors), {}
     data = read_once(path, MAX_CONFIG_BYTES)
     try:
-        usual, patterns = _alphas(json.loads(data, object_pairs_hook=_without_duplicates))
+        usual, patterns = _alphas(json.loads(data, object_pairs_hook=without_duplicates))
     except (ValueError, RecursionError) as error:
         raise UnreadableModelError(
             f"{path} is not the config of a LoRA adapter ({brief(error)}); needed: the file that "
@@ -83,10 +83,3 @@ def _ends_in(layer: str, name: str) -> bool:
     alike = all(wanted in {".", letter} for wanted, letter in zip(name, end, strict=False))
     before = layer[: -len(name)]
     return len(end) == len(name) and alike and (not before or before.endswith("."))
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a field is given twice")
-    return values

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final, get_origin, get_type_hints
 
-from nnpassport.files.disk import brief, is_text, read_once
+from nnpassport.files.disk import brief, is_text, read_once, without_duplicates
 from nnpassport.lazy import load
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 
@@ -157,7 +157,7 @@ def read_config_file(path: Path) -> ConfigFile:
     data = read_once(path, MAX_CONFIG_BYTES)
     try:
         values = json.loads(
-            data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates
+            data.decode(), parse_constant=_refuse_constant, object_pairs_hook=without_duplicates
         )
         named = isinstance(values, dict) and _WEIGHTS_DIGEST in values
         weights = values.pop(_WEIGHTS_DIGEST) if named else None
@@ -211,13 +211,6 @@ def _is_simple(values: Mapping[str, object]) -> bool:
 
 def _refuse_constant(constant: str) -> float:
     raise ValueError(f"{constant} is not JSON")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a field is given twice")
-    return values
 
 
 def _config_from(values: object) -> ModelConfig:

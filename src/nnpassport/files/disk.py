@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from nnpassport.scheme import OwnershipError, UnreadableModelError, UnwritableOutputError
 
@@ -100,6 +100,18 @@ def is_in_hub_cache(path: Path) -> bool:
         each.parent.name == "snapshots" and target.is_relative_to(each.parent.parent / "blobs")
         for each in (folder, *folder.parents)
     )
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`.
+
+    Raises:
+        ValueError: a field is given twice.
+    """
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a field is given twice")
+    return values
 
 
 def is_text(value: object) -> bool:

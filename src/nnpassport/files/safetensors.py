@@ -23,7 +23,14 @@ from typing import Any, NamedTuple, Self, final
 import numpy as np
 
 from nnpassport.files.arrays import BFLOAT16, DTYPES, Array, Described, finite_fault
-from nnpassport.files.disk import brief, is_text, read_once, reading, refuse_leaving
+from nnpassport.files.disk import (
+    brief,
+    is_text,
+    read_once,
+    reading,
+    refuse_leaving,
+    without_duplicates,
+)
 from nnpassport.scheme import UnreadableModelError
 
 SUFFIX = ".safetensors"
@@ -435,16 +442,9 @@ def _parsed(data: bytes) -> dict[str, Any]:
     if not data.startswith(b"{") or data.count(b",") > _MOST_COMMAS:
         raise ValueError(f"it is not a JSON object of at most {_MOST_COMMAS} values")
     document: dict[str, Any] = json.loads(
-        data.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_refused
+        data.decode("utf-8"), object_pairs_hook=without_duplicates, parse_constant=_refused
     )
     return document
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a name is given twice")
-    return values
 
 
 def _refused(constant: str) -> Any:

@@ -13,7 +13,14 @@ from types import MappingProxyType
 from typing import Generic, NamedTuple, TypeVar
 
 from nnpassport.files.adapter import ADAPTER_FILES, with_signed_scale
-from nnpassport.files.arrays import MAX_MODEL_BYTES, Array, defect, fault_of, too_large
+from nnpassport.files.arrays import (
+    MAX_MODEL_BYTES,
+    Array,
+    arrays_digest,
+    defect,
+    fault_of,
+    too_large,
+)
 from nnpassport.files.disk import read_once, reading, refuse_leaving
 from nnpassport.files.gguf import read_gguf
 from nnpassport.files.kinds import Kind, kind_of
@@ -171,6 +178,15 @@ def _read_bins(index: Path) -> Arrays:
         if name not in arrays and name not in left_out:
             left_out[name] = f"{name[:100]!r} is not in {shard}, where {index.name} has it"
     return Arrays(arrays, digests, left_out)
+
+
+def digest_of(path: Path) -> str:
+    """What claims and keys name a network by, in hexadecimal.
+
+    Raises:
+        UnreadableModelError: as `read_arrays`.
+    """
+    return arrays_digest(read_arrays(path).arrays)
 
 
 def read_suspect(path: Path, entry: str | None = None) -> Arrays:

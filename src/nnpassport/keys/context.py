@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from nnpassport.keys import validity
 from nnpassport.keys.geometry import Geometry
-from nnpassport.keys.validity import MAX_NUMBERS, positions
+from nnpassport.keys.validity import MAX_NUMBERS, positions, require
 from nnpassport.scheme import UnreadableKeyError
 
 NONCE_BYTES = 16
@@ -175,20 +175,20 @@ class Context:
         _check_name(self.scheme, "scheme")
         _check_name(self.owner, "owner")
         nonce = isinstance(self.nonce, bytes) and len(self.nonce) == NONCE_BYTES
-        _require(nonce, "a nonce of another size", f"{NONCE_BYTES} bytes")
+        require(nonce, "a nonce of another size", f"{NONCE_BYTES} bytes")
         count = len(self.layers)
-        _require(count <= MAX_LAYERS, f"{count} layers", f"at most {MAX_LAYERS}")
+        require(count <= MAX_LAYERS, f"{count} layers", f"at most {MAX_LAYERS}")
         for layer in self.layers:
             _check_layer(layer)
         distinct = len({layer.name for layer in self.layers})
-        _require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
+        require(distinct == count, f"{count - distinct} repeated layer names", "distinct ones")
         if self.triggers is not None:
             _check_triggers(self.triggers)
         if self.classes is not None:
             _check_classes(self.classes, self.triggers)
         if self.anchor is not None:
             digest = isinstance(self.anchor, str) and _DIGEST.fullmatch(self.anchor)
-            _require(bool(digest), "an anchor that is no digest", "64 lower-case hex digits")
+            require(bool(digest), "an anchor that is no digest", "64 lower-case hex digits")
         if self.answers is not None:
             _check_answers(self.answers)
         if self.order is not None:
@@ -341,7 +341,7 @@ def check_member(context: Context, layer: LayerShape) -> None:
         UnreadableKeyError: naming the layer.
     """
     given = f"no layer {layer.name!r:.80} of this shape"
-    _require(layer in context.layers, given, "the layer that bits or passports are derived for")
+    require(layer in context.layers, given, "the layer that bits or passports are derived for")
 
 
 def _fields_of(layer: LayerShape) -> dict[str, Any]:
@@ -394,17 +394,10 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _require(holds: bool, given: str, needed: str) -> None:
-    if not holds:
-        raise UnreadableKeyError(
-            f"the key's context has {given}, but needs {needed}; draw a new key for this model"
-        )
-
-
 def _check_name(value: Any, what: str) -> None:
     text = isinstance(value, str) and 1 <= len(value) <= _MAX_NAME
     whole = text and not any("\ud800" <= letter <= "\udfff" for letter in value)
-    _require(whole, f"an unusable {what}", f"1 to {_MAX_NAME} characters of Unicode text")
+    require(whole, f"an unusable {what}", f"1 to {_MAX_NAME} characters of Unicode text")
 
 
 def _check_layer(layer: LayerShape) -> None:
@@ -417,20 +410,20 @@ def _check_layer(layer: LayerShape) -> None:
         lengths,
     ):
         valid = isinstance(sizes, tuple) and all(_is_count(size, 1) for size in sizes)
-        _require(valid, f"{where} shape {sizes!r:.80}", f"integers from 1 to {_MAX_AXIS}")
-    _require(
+        require(valid, f"{where} shape {sizes!r:.80}", f"integers from 1 to {_MAX_AXIS}")
+    require(
         _is_padding(geometry.padding) and geometry.padding_mode in _PADDING_MODES,
         f"{where} padding {geometry.padding!r:.80} ({geometry.padding_mode!r:.20})",
         f"pairs of integers from 0 and a mode of {', '.join(_PADDING_MODES)}",
     )
-    _require(
+    require(
         type(geometry.transposed) is bool and _is_output_padding(geometry),
         f"{where} output padding {geometry.output_padding!r:.80}",
         "a number from 0 below the stride or the dilation for each axis of a transposed layer",
     )
     if channels is not None:
         _check_channels(layer)
-    _require(
+    require(
         _ranks_agree(layer) and (channels is not None or positions(layer) is not None),
         f"{where} weight {weight!r:.80} and passport {passport!r:.80}",
         "a passport (in, *space) that the layer can be applied to",
@@ -445,22 +438,22 @@ def _check_channels(layer: LayerShape) -> None:
     if norm != "":
         _check_name(norm, "name of a norm")
     filters = (weight[1] * geometry.groups, *(weight[2:] or (1,)))
-    _require(
+    require(
         passport == filters, f"{where} a passport {passport!r:.80} a channel", f"{filters!r:.80}"
     )
-    _require(
+    require(
         isinstance(gains, tuple)
         and len(gains) == 2
         and all(type(gain) is int and 1 <= gain <= _MAX_GAIN for gain in gains),
         f"{where} gains {gains!r:.80}",
         f"two integers from 1 to {_MAX_GAIN}",
     )
-    _require(
+    require(
         isinstance(metric, str) and re.fullmatch("([0-9a-f]{64})?", metric) is not None,
         f"{where} the digest {metric!r:.80}",
         "SHA-256 in hexadecimal, or nothing",
     )
-    _require(
+    require(
         carriers is None or _is_bitmap(carriers, weight[0]),
         f"{where} {carriers!r:.40} for its {weight[0]} channels",
         "a bit for each, one of them set and one not, in hexadecimal",
@@ -521,7 +514,7 @@ def _is_output_padding(geometry: Geometry) -> bool:
 def _check_triggers(triggers: TriggerShape) -> None:
     count, classes, size = triggers
     valid = isinstance(size, tuple) and len(size) == 3
-    _require(
+    require(
         valid
         and all(_is_count(number, 1) for number in (count, *size))
         and _is_count(classes, 2)
@@ -534,17 +527,17 @@ def _check_triggers(triggers: TriggerShape) -> None:
 def _check_answers(form: AnswersForm) -> None:
     kind, coins, strength = form
     known = validity.FUNCTIONS
-    _require(
+    require(
         isinstance(kind, str) and kind in known,
         f"functions of kind {kind!r:.40}",
         f"one of: {', '.join(known)}",
     )
-    _require(
+    require(
         type(coins) is int and 1 <= coins <= validity.MAX_COINS,
         f"{coins!r:.40} coins",
         f"1 to {validity.MAX_COINS} of them",
     )
-    _require(
+    require(
         type(strength) is int and 1 <= strength <= validity.MAX_STRENGTH,
         f"a strength of {strength!r:.40} thousandths",
         f"1 to {validity.MAX_STRENGTH}",
@@ -604,11 +597,11 @@ def _check_ordered(axis: OrderedAxis) -> None:
 
 def _check_classes(classes: Any, triggers: TriggerShape | None) -> None:
     count = 0 if triggers is None else triggers.classes
-    _require(
+    require(
         isinstance(classes, tuple) and len(classes) == count,
         f"names of {len(classes) if isinstance(classes, tuple) else 'no'} classes",
         f"one for each of the {count} that its triggers have",
     )
     for name in classes:
         _check_name(name, "class name")
-    _require(len(set(classes)) == count, "class names that repeat", "distinct ones")
+    require(len(set(classes)) == count, "class names that repeat", "distinct ones")

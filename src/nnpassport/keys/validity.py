@@ -94,16 +94,16 @@ def check(context: "Context") -> None:
     for layer in context.layers:
         numbers = math.prod(layer.weight)
         given = f"a weight of {numbers:.1e} numbers"
-        _require(numbers <= MOST_WEIGHT, given, f"at most {MOST_WEIGHT}")
+        require(numbers <= MOST_WEIGHT, given, f"at most {MOST_WEIGHT}")
     rule = RULES.get(context.scheme)
     if rule is not None:
         rule(context)
     if rule is not _passports:
         _no_channels(context)
     if rule is not _coins:
-        _require(context.answers is None, "a form of answers", f"none for {context.scheme}")
+        require(context.answers is None, "a form of answers", f"none for {context.scheme}")
     if rule is not _order:
-        _require(context.order is None, "a form of orders", f"none for {context.scheme}")
+        require(context.order is None, "a form of orders", f"none for {context.scheme}")
     _check_costs(context)
 
 
@@ -122,7 +122,7 @@ def _check_costs(context: "Context") -> None:
         ("pictures of {} bytes", (_pictures_bytes(context), MAX_BYTES)),
     ):
         number, limit = most
-        _require(number <= limit, given.format(number), f"at most {limit}")
+        require(number <= limit, given.format(number), f"at most {limit}")
 
 
 def cost_of(layer: "LayerShape") -> Cost:
@@ -217,7 +217,7 @@ def _passports(context: "Context") -> None:
     Either every channel has a passport of its own, or every layer has one, as in the paper.
     """
     forms = {layer.channels is not None for layer in context.layers}
-    _require(
+    require(
         len(forms) < 2, "passports of channels and of layers", "those of channels, or of layers"
     )
     _one_each(context)
@@ -229,9 +229,9 @@ def _layer_passports(context: "Context") -> None:
 
 
 def _one_each(context: "Context") -> None:
-    _require(bool(context.layers), "no layer", "one or more that carry a passport")
+    require(bool(context.layers), "no layer", "one or more that carry a passport")
     for layer in context.layers:
-        _require(
+        require(
             layer.bits is None,
             f"{layer.bits} bits for layer {layer.name!r:.80}",
             f"no number of them: {context.scheme} reads one for each of its channels",
@@ -242,7 +242,7 @@ def _projection(context: "Context") -> None:
     """One layer whose mean filter is read through a projection, with a number for each bit."""
     layer = _read_as_it_is(context)
     fan_in = math.prod(layer.passport)
-    _require(
+    require(
         layer.length <= fan_in,
         f"{layer.length} bits for filters of {fan_in} numbers",
         "no more bits than a filter has numbers",
@@ -253,7 +253,7 @@ def _words(context: "Context") -> None:
     """The same, and the bits are whole codewords."""
     _projection(context)
     repeats, rest = divmod(context.bits, USERS)
-    _require(
+    require(
         rest == 0 and repeats >= LEAST_REPEATS,
         f"{context.bits} bits for codewords of {USERS}",
         f"a multiple, and at least {LEAST_REPEATS} of them",
@@ -264,7 +264,7 @@ def _rows(context: "Context") -> None:
     """One layer whose weight is cut into a row for each bit."""
     layer = _read_as_it_is(context)
     numbers = math.prod(layer.weight)
-    _require(
+    require(
         numbers >= LEAST_ROW * layer.length,
         f"{layer.length} bits for a weight of {numbers} numbers",
         f"{LEAST_ROW} numbers for each bit",
@@ -276,36 +276,36 @@ def _activations(context: "Context") -> None:
     layer, triggers = _one_layer(context), context.triggers
     groups, rest = (0, 0) if triggers is None else divmod(triggers.count, GROUP)
     bits = layer.bits or 0
-    _require(
+    require(
         groups > 0 and rest == 0 and bits > 0 and bits % groups == 0,
         f"{bits} bits for {'no' if triggers is None else triggers.count} pictures",
         f"groups of {GROUP} pictures, and as many bits for each",
     )
     fits = layer.geometry.axes > 0 or layer.passport == (layer.weight[1], 1)
-    _require(fits, f"what layer {layer.name!r:.80} receives as {layer.passport!r:.80}", "(in, 1)")
+    require(fits, f"what layer {layer.name!r:.80} receives as {layer.passport!r:.80}", "(in, 1)")
 
 
 def _answers(context: "Context") -> None:
     """Pictures and no layer."""
-    _require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
-    _require(context.triggers is not None, "no triggers", f"pictures for {context.scheme}")
+    require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
+    require(context.triggers is not None, "no triggers", f"pictures for {context.scheme}")
 
 
 def _coins(context: "Context") -> None:
     """Ordinary inputs, and a sign for each function; no layer."""
-    _require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
+    require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
     triggers, form = context.triggers, context.answers
     if triggers is None or form is None:
-        _require(False, "no inputs or no functions", f"both for {context.scheme}")
+        require(False, "no inputs or no functions", f"both for {context.scheme}")
         return
     flat = triggers.size[:2] == (1, 1)
-    _require(
+    require(
         (form.kind == "counts") == flat,
         f"functions of kind {form.kind!r} of inputs of {triggers.size!r:.80}",
         "counts of (1, 1, how many), or another kind of pictures",
     )
     numbers = triggers.count * (triggers.classes + MAX_FEATURES + form.coins)
-    _require(
+    require(
         numbers <= MAX_NUMBERS,
         f"{triggers.count} inputs in {triggers.classes} classes for {form.coins} coins",
         f"at most {MAX_NUMBERS} numbers that are made of them",
@@ -314,9 +314,9 @@ def _coins(context: "Context") -> None:
 
 def _order(context: "Context") -> None:
     """Units of a network that is there already, and nothing else."""
-    _require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
+    require(not context.layers, f"{len(context.layers)} layers", f"none for {context.scheme}")
     _no_triggers(context)
-    _require(
+    require(
         context.order is not None and context.anchor is not None,
         "no form of orders or no anchor",
         f"both for {context.scheme}",
@@ -325,10 +325,10 @@ def _order(context: "Context") -> None:
 
 def _adapters(context: "Context") -> None:
     """Any layers, a bit and a row of the projection for each channel."""
-    _require(bool(context.layers), "no layer", "one or more that an adapter changes")
+    require(bool(context.layers), "no layer", "one or more that an adapter changes")
     _no_triggers(context)
     for layer in context.layers:
-        _require(
+        require(
             layer.bits == layer.weight[0],
             f"{layer.bits} bits for the {layer.weight[0]} channels of layer {layer.name!r:.80}",
             "one for each",
@@ -363,13 +363,13 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
 
 def _one_layer(context: "Context") -> "LayerShape":
     count = len(context.layers)
-    _require(count == 1, f"{count} layers", f"the one that {context.scheme} reads")
+    require(count == 1, f"{count} layers", f"the one that {context.scheme} reads")
     return context.layers[0]
 
 
 def _no_channels(context: "Context") -> None:
     for layer in context.layers:
-        _require(
+        require(
             layer.channels is None,
             f"a passport for each channel of layer {layer.name!r:.80}",
             f"none: {context.scheme} has no such passports",
@@ -377,14 +377,14 @@ def _no_channels(context: "Context") -> None:
 
 
 def _no_triggers(context: "Context") -> None:
-    _require(context.triggers is None, "triggers", f"none for {context.scheme}")
+    require(context.triggers is None, "triggers", f"none for {context.scheme}")
 
 
 def _read_as_it_is(context: "Context") -> "LayerShape":
     """The one layer, whose filters are read without sliding, so many bits of it."""
     layer = _one_layer(context)
     _no_triggers(context)
-    _require(layer.bits is not None, "no number of bits", f"that of {context.scheme}")
+    require(layer.bits is not None, "no number of bits", f"that of {context.scheme}")
     _check_not_sliding(layer)
     return layer
 
@@ -401,7 +401,7 @@ def _check_not_sliding(layer: "LayerShape") -> None:
         output_padding=(0,) * axes if layer.geometry.transposed else (),
     )
     read = layer.weight[1:] if axes else (layer.weight[1], 1)
-    _require(
+    require(
         layer.geometry == plain and layer.passport == read,
         f"layer {layer.name!r:.80} with filters of {layer.weight[1:]!r:.80} read as "
         f"{layer.passport!r:.80}, sliding",
@@ -409,7 +409,12 @@ def _check_not_sliding(layer: "LayerShape") -> None:
     )
 
 
-def _require(holds: bool, given: str, needed: str) -> None:
+def require(holds: bool, given: str, needed: str) -> None:
+    """Refuse a context.
+
+    Raises:
+        UnreadableKeyError: what is needed does not hold.
+    """
     if not holds:
         raise UnreadableKeyError(
             f"the key's context has {given}, but needs {needed}; draw a new key for this model"

@@ -32,7 +32,7 @@ from nnpassport.claims.claim import Claim
 from nnpassport.claims.facts import check_config
 from nnpassport.claims.standing import Standing
 from nnpassport.files.arrays import Array, arrays_digest
-from nnpassport.files.weights import Arrays, read_arrays, within
+from nnpassport.files.weights import Arrays, digest_of, within
 from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError, Verdict
@@ -143,7 +143,7 @@ def check_committed(reference: Path, standing: Standing | None) -> None:
     claim = None if standing is None else standing.claim
     if claim is None:
         return
-    if claim.reference != arrays_digest(read_arrays(reference).arrays):
+    if claim.reference != digest_of(reference):
         raise UnsuitableModelError(
             "the network to align to is not the one that the claim commits to; needed: the folder "
             "that `claim new --reference` was given, or no claim"

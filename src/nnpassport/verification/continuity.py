@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, final
 from nnpassport.alignment.table import AXES_FILE
 from nnpassport.claims.diary import kept_in
 from nnpassport.claims.entries import Entry
-from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.disk import refuse_leaving
-from nnpassport.files.weights import read_arrays
+from nnpassport.files.weights import digest_of
 from nnpassport.scheme import OwnershipError
 from nnpassport.verification.alike import mixture_of
 from nnpassport.verification.compare import compare
@@ -96,7 +95,7 @@ def is_named(folder: Path, entry: Entry) -> str | None:
     path = kept_in(folder, entry.number)
     try:
         refuse_leaving(folder, path)
-        same = arrays_digest(read_arrays(path).arrays) == entry.facts.checkpoint
+        same = digest_of(path) == entry.facts.checkpoint
     except OwnershipError as error:
         return f"entry {entry.number}: {error}"
     return None if same else f"entry {entry.number}: its checkpoint is not the one it names"

@@ -38,7 +38,7 @@ from nnpassport.files.disk import (
     writing,
 )
 from nnpassport.files.suspect import Suspect
-from nnpassport.files.weights import read_arrays
+from nnpassport.files.weights import digest_of, read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
@@ -344,7 +344,7 @@ def disclose(
         files |= _files_of(reference, REFERENCE, standing.claim, standing.claim.reference)
     if anchor is not None:
         at = anchor_in(anchor)
-        require_anchor(arrays_digest(read_arrays(at).arrays), key)
+        require_anchor(digest_of(at), key)
         files |= _files_of(at, ANCHOR, standing.claim, key.context.anchor)
     if diary is not None:
         held = check_chain(diary, public_from_hex(standing.claim.owner_key))
@@ -404,7 +404,7 @@ def _reference_in(folder: Path, standing: Standing) -> tuple[Path | None, str | 
         return None, note if path.exists() else None
     if not path.exists():
         return None, "the network that the claim commits to is not there"
-    if arrays_digest(read_arrays(path).arrays) != committed:
+    if digest_of(path) != committed:
         note = "the reference network is not the one that the claim commits to, so it is not used"
         return None, note
     try:
@@ -425,7 +425,7 @@ def _anchor_in(folder: Path, key: Key) -> tuple[Path | None, str | None]:
     if not path.exists():
         missing = "the network before the mark is not there, so nothing can be aligned to it"
         return None, missing if can_be_aligned(key) else None
-    if arrays_digest(read_arrays(path).arrays) != key.context.anchor:
+    if digest_of(path) != key.context.anchor:
         return None, "the network handed in as anchor is not the key's, so it is not used"
     return path, None
 
