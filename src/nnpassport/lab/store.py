@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any, final
 
 from nnpassport.lab.cells import Cell
-from nnpassport.lab.results import read_json, write_json
-from nnpassport.report.provenance import provenance
+from nnpassport.lab.results import Results
 from nnpassport.scheme import UnreadableDataError
 
 FORMAT = "nnpassport-cell"
@@ -31,9 +30,13 @@ class Store:
     networks: Path
     data: Path | None
 
+    def of(self, cell: Cell) -> Results:
+        """The results of the cell's plan."""
+        return Results(self.results / cell.plan.name)
+
     def path(self, cell: Cell) -> Path:
         """The cell's file."""
-        return self.results / cell.plan.name / f"{cell.name}.json"
+        return self.of(cell).path(cell.name)
 
     def folder(self, cell: Cell) -> Path:
         """Where the network of this cell is, or will be."""
@@ -45,7 +48,7 @@ class Store:
 
     def done(self, cell: Cell) -> bool:
         """Whether the cell was run."""
-        return self.path(cell).exists()
+        return self.of(cell).has(cell.name)
 
     def ready(self, cell: Cell) -> bool:
         """Whether the network of this cell is there, trained to its end and released."""
@@ -59,20 +62,19 @@ class Store:
         Raises:
             UnreadableDataError: the file is no result, or one of other inputs.
         """
-        path = self.path(cell)
-        if not path.exists():
+        entry = self.of(cell).read(cell.name)
+        if entry is None:
             return None
-        entry = read_json(path)
         if entry.get("format") != FORMAT or entry.get("inputs") != cell.inputs:
             raise UnreadableDataError(
-                f"{path} is not the result of this cell: format or inputs are others; remove it, "
-                "and it will be run again"
+                f"{self.path(cell)} is not the result of this cell: format or inputs are others; "
+                "remove it, and it will be run again"
             )
         return entry
 
     def keep(self, cell: Cell, result: Mapping[str, Any], begun: float) -> dict[str, Any]:
         """Write the cell's file; `begun` is the `time.monotonic()` at which it was begun."""
-        entry = {
+        facts = {
             "format": FORMAT,
             "version": VERSION,
             "cell": cell.slug,
@@ -80,7 +82,5 @@ class Store:
             "inputs": cell.inputs,
             "result": dict(result),
             "seconds": round(time.monotonic() - begun, 1),
-            "provenance": provenance(),
         }
-        write_json(self.path(cell), entry)
-        return entry
+        return self.of(cell).keep(cell.name, facts)

@@ -1,10 +1,9 @@
 """The page of the reproduction: every table and figure of every plan that was run."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nnpassport.attacks.table import ATTACKS
 from nnpassport.embedding.train.loop import Recipe
@@ -12,6 +11,7 @@ from nnpassport.files.disk import write_atomically
 from nnpassport.lab.findings import NOT_RUN, Entry, Findings, seconds
 from nnpassport.lab.paper import costs, figures, tables
 from nnpassport.lab.plans import Plan
+from nnpassport.lab.results import read_json
 from nnpassport.scheme import UnreadableDataError
 
 TITLES: Mapping[str, str] = {
@@ -128,7 +128,7 @@ def _figure(findings: Findings, name: str, pictures: dict[str, bytes]) -> list[s
 
 def _table4(results: Path, prose: Mapping[str, str]) -> list[str]:
     path = results / costs.NAME
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    known = read_json(path) if path.exists() else None
     made = []
     if known is not None:
         source, batches = known["provenance"], known["numbers"]
@@ -275,9 +275,9 @@ def _seeds(results: Path, plan: Plan) -> tuple[int, ...]:
     found = set(plan.seeds)
     for path in (results / plan.name).glob("*.json"):
         try:
-            inputs: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+            inputs = read_json(path)["inputs"]
             found.add(inputs.get("network", inputs)["seed"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise UnreadableDataError(
                 f"{path} is no result of a run ({error!r}); remove it, and it will be run again"
             ) from error
