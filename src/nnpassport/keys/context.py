@@ -546,12 +546,12 @@ def _check_answers(form: AnswersForm) -> None:
 
 def _check_order(form: OrderForm) -> None:
     for what, digest in (("a table", form.table), ("a sketch", form.sketch)):
-        _require(
+        require(
             isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None,
             f"{what} that is no digest",
             "64 lower-case hex digits",
         )
-    _require(
+    require(
         isinstance(form.axes, tuple) and 1 <= len(form.axes) <= validity.MOST_AXES,
         "no axes whose order is read, or too many",
         f"1 to {validity.MOST_AXES}",
@@ -559,7 +559,7 @@ def _check_order(form: OrderForm) -> None:
     for axis in form.axes:
         _check_ordered(axis)
     numbers, names = {axis.number for axis in form.axes}, _names(form)
-    _require(
+    require(
         len(numbers) == len(form.axes) and len(set(names)) == len(names),
         "an axis, or a tensor, whose order is read twice",
         "each of them once",
@@ -572,7 +572,7 @@ def _names(form: OrderForm) -> list[str]:
 
 def _check_ordered(axis: OrderedAxis) -> None:
     number, units, tensors = axis
-    _require(
+    require(
         type(number) is int
         and 0 <= number < _MOST_NUMBERED
         and type(units) is int
@@ -588,7 +588,7 @@ def _check_ordered(axis: OrderedAxis) -> None:
             valid = isinstance(each[1], tuple) and 2 <= len(each[1]) <= _MOST_DIMENSIONS
             valid = valid and all(_is_count(side, 1) for side in each[1])
             valid = valid and math.prod(each[1]) <= validity.MOST_WEIGHT
-    _require(
+    require(
         valid,
         f"axis {number} in {tensors!r:.80}",
         f"1 to {validity.MOST_TENSORS} names of tensors with their shapes",
