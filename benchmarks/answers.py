@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -493,14 +494,19 @@ def drawn(facts: dict[str, Any], path: Path) -> None:
         for colour, (name, label) in enumerate(shown.items()):
             found = [e for e in facts["rows"] if e["name"] == name and e["kind"] == kind]
             for what, style in (("scores", "-"), ("labels", "--")) if found else ():
-                values = [found[-1][f"{what} {count}"] for count in counts]
+                values = [found[0][f"{what} {count}"] for count in counts]
                 axes.plot(counts, values, style, color=f"C{colour}", label=f"{label}, {what}")
         axes.set_xscale("log")
+        axes.set_xticks(counts, [f"{count:,}" for count in counts])
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel("ordinary images asked")
         axes.set_ylabel("log₁₀ p")
         axes.axhline(-9, color="grey", linewidth=0.8)
         axes.set_yscale("symlog", linthresh=10)
-        axes.legend(fontsize=8)
+        axes.set_yticks([0, -5, -10, -30, -100], ["0", "−5", "−10", "−30", "−100"])
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_ylim(-200, 1)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=4)
         buffer = io.BytesIO()
         as_text(figure).savefig(buffer, format="svg", metadata={"Date": None})
     write_atomically(path, buffer.getvalue())
