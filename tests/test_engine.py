@@ -187,6 +187,6 @@ def test_a_step_is_equation_1():
     for branch in (Branch.PUBLIC, Branch.PRIVATE):
         inserted.run(branch)
         expected = expected + F.cross_entropy(model(shown.images), shown.labels)
-        triggers = model(normalise(pictures[: scheme.triggers_per_step]))
-        expected = expected + 0.5 * F.cross_entropy(triggers, marks[: scheme.triggers_per_step])
+        triggers = model(normalise(pictures[: scheme.shown_at_once]))
+        expected = expected + 0.5 * F.cross_entropy(triggers, marks[: scheme.shown_at_once])
     torch.testing.assert_close(loss, expected)

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
 
 from nnpassport.alignment.axes import Axes, Place
 from nnpassport.keys.validity import FEWEST_UNITS, MOST_UNITS
@@ -57,6 +56,8 @@ def log10_fixed_points(count: int, sizes: Sequence[int]) -> float:
     Raises:
         MiscountedError: not 0 to Σ sizes, or no axis at all.
     """
+    from scipy.special import logsumexp  # noqa: PLC0415 - slow to import
+
     if not sizes or min(sizes) < 1 or not 0 <= count <= sum(sizes):
         raise MiscountedError(
             f"got {count} fixed points on axes of {list(sizes)!r:.80} units; needed: at least one "
@@ -94,6 +95,8 @@ def _tilt(laws: Sequence[Matrix], count: int) -> float:
 
 def _log_law(size: int) -> Matrix:
     """Log P[X = j] for j = 0 … size."""
+    from scipy.special import gammaln  # noqa: PLC0415 - slow to import
+
     signs = np.where(np.arange(size + 1) % 2, -1.0, 1.0)
     without = np.cumsum(signs * np.exp(-gammaln(np.arange(size + 1) + 1)))  # D_m / m!
     with np.errstate(divide="ignore"):

@@ -35,7 +35,7 @@ from nnpassport.files.arrays import Array, arrays_digest
 from nnpassport.files.weights import Arrays, digest_of, within
 from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
 from nnpassport.keys.key import Key
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import OtherAnchorError, UnsuitableModelError, Verdict
 from nnpassport.verification import candidates
 from nnpassport.verification.anchor import ANCHOR, require_alignable, require_anchor
 
@@ -64,6 +64,8 @@ def verify_by_layers(
     anchored = key.context.anchor is not None
     try:
         found = _by_layers(_ways(read, weights, key, reference, forms, unrelated), weights)
+    except OtherAnchorError:
+        raise
     except UnsuitableModelError:
         if not anchored:
             raise
