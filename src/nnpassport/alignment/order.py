@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
 
 from nnpassport.alignment.axes import Axes, Place
 from nnpassport.keys.validity import FEWEST_UNITS, MOST_UNITS
@@ -64,6 +63,8 @@ def log10_fixed_points(count: int, sizes: Sequence[int]) -> float:
         )
     if count == 0:
         return 0.0
+    from scipy.special import logsumexp  # noqa: PLC0415 - slow to import
+
     laws = [_log_law(size) for size in sizes]
     if count == sum(sizes):
         return float(sum(law[-1] for law in laws) / np.log(10))
@@ -94,6 +95,8 @@ def _tilt(laws: Sequence[Matrix], count: int) -> float:
 
 def _log_law(size: int) -> Matrix:
     """Log P[X = j] for j = 0 … size."""
+    from scipy.special import gammaln  # noqa: PLC0415 - slow to import
+
     signs = np.where(np.arange(size + 1) % 2, -1.0, 1.0)
     without = np.cumsum(signs * np.exp(-gammaln(np.arange(size + 1) + 1)))  # D_m / m!
     with np.errstate(divide="ignore"):
