@@ -38,6 +38,7 @@ from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.layers import Branch
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.publish.onnx import export_onnx
+from nnpassport.embedding.schemes.order import ORDER
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.embedding.train.loop import Recipe
@@ -832,3 +833,21 @@ def test_verify_under_a_claim_of_another_key_is_refused(court, world, call):
     code, out, _ = call(*words, "--claim", court.folder / "bob.claim.json", "--json")
     assert code == 1
     assert "does not hold" in json.loads(out)["reason"]
+
+
+@pytest.mark.parametrize("marked_too", [True, False])
+def test_a_copy_in_an_order_of_a_thief_s_own_is_not_his(court, world, authority, marked_too):
+    """Alice's passport is read aligned; where hers is not there, it is undecided and not Bob's."""
+    stolen, example = deepcopy(world.alice), torch.randn(2, 1, 32, 32, generator=rng())
+    order = ORDER.draw_key(stolen, example, owner="Bob", seed=bytes([9] * 32))
+    ORDER.insert(stolen, order, example)
+    alice = world.alice_key if marked_too else replace(world.alice_key, seed=bytes([8] * 32))
+    court.suspect(stolen).claim("alice", alice, reference=world.alice, authority=authority)
+    court.claim("bob", order, reference=stolen)
+    heard = court.hear(roots=[authority.root], appeared=LATER)
+    assert accepted(heard, "bob") == {AS_IT_STANDS: True}
+    if marked_too:
+        assert (heard.ruling.outcome, heard.ruling.owner) == (Outcome.OWNER, "alice")
+    else:
+        assert heard.ruling.outcome is Outcome.UNDECIDED
+        assert "take another's away" in heard.ruling.reasons[-1]

@@ -65,6 +65,7 @@ def log10_fixed_points(count: int, sizes: Sequence[int]) -> float:
         )
     if count == 0:
         return 0.0
+
     laws = [_log_law(size) for size in sizes]
     if count == sum(sizes):
         return float(sum(law[-1] for law in laws) / np.log(10))

@@ -254,6 +254,11 @@ _AMBIGUITIES = (
     "*Published* is the rule of the scheme's own paper and the accuracy with the key presented; "
     "*exact* is a derived key's p-value at the same α."
 )
+_ERASED = (
+    "An order of hidden units (`order`) needs no run to be last: any permutation of the units, "
+    "which costs nothing and moves no answer, takes it away, and no alignment brings it back "
+    "(`results/licensees.md` has what it withstands). It stands beside the others."
+)
 _ORDER = (
     "In order of how many attacks removed the mark, then of the accuracy lost; where fewer were "
     "run, less is known. *Forged* and *strangers* count what the rule of the scheme's own paper "
@@ -280,6 +285,7 @@ def _story(plan: Plan, board: Board) -> list[str]:
         "",
         _ORDER,
         "",
+        *([_ERASED, ""] if "order" not in {line.scheme for line in board.lines} else []),
         *table(RANKED, [[place, f"**{mark}**", *rest] for place, mark, *rest in ranking(board)]),
     ]
 
