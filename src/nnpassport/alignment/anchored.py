@@ -112,8 +112,7 @@ def _merged(read: Read, first: _Reading, anchor: Reference) -> Verdict:
         log10_choices = LOG10_BY_SHAPE + math.log10(len(MERGED))
         facts = {**(first.verdict.alignment or {}), "merged": share}
         readings.append(replace(found, alignment=facts).paid(log10_choices, reason, of=TENSORS))
-    best = min(readings, key=lambda each: each.log10_p_value or 0.0)
-    return best if best.marked else first.verdict
+    return min((first.verdict, *readings), key=lambda each: each.log10_p_value or 0.0)
 
 
 def _less(one: Verdict, other: Verdict) -> bool:
