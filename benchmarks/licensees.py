@@ -319,9 +319,8 @@ def cosine(one, other):
 
 
 def render():
-    """Write results/licensees.md from the JSON."""
-    path = RESULTS / "licensees.md"
-    write_atomically(path, page(json.loads((RESULTS / "licensees.json").read_text())).encode())
+    """The page, from the JSON."""
+    return page(json.loads((RESULTS / "licensees.json").read_text()))
 
 
 def page(known):
@@ -452,7 +451,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["run", "exact", "large", "render"])
     torch.set_num_threads(1)
-    {"run": run, "exact": exact, "large": large, "render": render}[parser.parse_args().what]()
+    parts = {"run": run, "exact": exact, "large": large}
+    parts.get(parser.parse_args().what, lambda: None)()
+    write_atomically(RESULTS / "licensees.md", render().encode())
 
 
 if __name__ == "__main__":
