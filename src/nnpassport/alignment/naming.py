@@ -11,6 +11,7 @@ gives back. Nothing here looks at bits: what is found is one reading, however mu
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, final
@@ -161,14 +162,20 @@ def candidates_of(
     ]
 
 
-def joined_of(shapes: Mapping[str, tuple[int, ...]], like: tuple[int, ...]) -> list[Candidate]:
-    """All that two tensors together could be of this shape."""
+def joined_of(
+    shapes: Mapping[str, tuple[int, ...]], like: tuple[int, ...], more: Collection[tuple[int, ...]]
+) -> list[Candidate]:
+    """All that two tensors together could be of this shape.
+
+    One of them at least is of a shape of which there are `more` than the anchor has: whoever keeps
+    a tensor as two adds one.
+    """
     matrices = {name: shape for name, shape in shapes.items() if len(shape) == len(like)}
     plain = math.prod(like[2:]) == 1
     found = []
     for name, a in matrices.items():
         for other, b in matrices.items():
-            if name == other or not a[2:] == b[2:] == like[2:]:
+            if name == other or not a[2:] == b[2:] == like[2:] or not {a, b} & set(more):
                 continue
             fits = {
                 "rows": a[1] == b[1] == like[1] and a[0] + b[0] == like[0],
@@ -228,10 +235,12 @@ class _Search:
         """Add to a layer that fits by half what may be its other half: another tensor beside it."""
         own, taken = self.found.taken[name], {n for c in self.found.taken.values() for n in c.names}
         shape = self.suspect[own.name].shape
-        others = [n for n, t in self.suspect.items() if n not in taken and t.shape == shape]
+        whole = own == Candidate(own.name) and shape == self.to.reference[name].shape
+        free = {n: each for n, each in self.suspect.items() if n not in taken}
+        others = [n for n, each in free.items() if whole and each.shape == shape]
         gain = self.found.gains.get(self.to.axes.reads.get(name, (0, None))[1] or "", "")
         fit = self.found.fits[name]
-        for other in others if own == Candidate(own.name) else []:
+        for other in others:
             both = Candidate(own.name, joined="sum", other=other)
             reached = self._fit(name, both, [], [gain])[0]
             if 1 - reached < BRANCH * (1 - fit):
@@ -242,10 +251,14 @@ class _Search:
     def _add_joined(self) -> bool:
         """What two tensors make is looked at where none by itself fits; whether there is any."""
         taken = {name for each in self.found.taken.values() for name in each.names}
-        shapes = {n: tuple(t.shape) for n, t in self.suspect.items() if n not in taken}
+        every = {n: tuple(t.shape) for n, t in self.suspect.items()}
+        shapes = {n: shape for n, shape in every.items() if n not in taken}
+        there = Counter(every.values())
+        there.subtract(tuple(each.shape) for each in self.to.reference.values())
+        more = {shape for shape, count in there.items() if count > 0}
         added = False
         for name in self.wanted.keys() - self.found.taken.keys():
-            several = joined_of(shapes, self.to.reference[name].shape)
+            several = joined_of(shapes, self.to.reference[name].shape, more)
             self.others[name] = max(0, len(several) - _MOST_JOINED)  # are paid for all the same
             self.wanted[name] += several[:_MOST_JOINED]
             added |= bool(several)
