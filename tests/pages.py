@@ -30,7 +30,10 @@ def make_pages(folder: Path) -> dict[str, Path]:
     try:
         _verdicts()
         _dispute()
-        _called("audit demo/released --key demo/alice.key --data digits --limit 20 -o audit")
+        _called(
+            "audit demo/released --key demo/alice.key --anchor demo/owner --data digits --limit 20 "
+            "-o audit"
+        )
         _leaderboard()
         if "compare" in COMMANDS:
             _called("attack ftal demo/released --train digits --data digits --split test -o tuned")
