@@ -173,7 +173,8 @@ def test_an_audit_of_any_network_says_what_its_mark_survives(blocks, tmp_path):
     ]
     assert all(sentence in html(report) for sentence in survival(report))
     _, left_out = plan(replace(blocks, anchor=None), full=True)
-    assert all("network before the mark" in left_out[n] for n in ("rename", "drop-block", "graft"))
+    for name in ("rename", "drop-block"):
+        assert "network before the mark" in left_out[name], (name, left_out[name])
 
 
 def test_removals_are_measured_by_accuracy_and_mark(report):

@@ -65,11 +65,12 @@ def test_the_owner_is_accepted_and_a_fresh_key_is_not(name, tmp_path, monkeypatc
 def test_the_guide_s_commands_do_what_they_say(tmp_path, call, monkeypatch):
     """Two trainings of a few epochs: ten seconds."""
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.S)
-    lines = block.replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines]
-    assert [words[1] for words in commands] == ["train", "key", "embed", "verify"]
-    done = [call(*words[1:]) for words in commands]
+    ordered, block = (
+        [shlex.split(line, comments=True) for line in each.replace("\\\n", " ").splitlines()]
+        for each in re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.S)
+    )
+    assert [words[1] for words in block] == ["train", "key", "embed", "verify"]
+    done = [call(*words[1:]) for words in block]
     assert [code for code, _, _ in done] == [0] * 4, done
     plain, _, marked, verdict = (printed for _, printed, _ in done)
     assert re.search(r"sign_match\s+100.00", marked)
@@ -82,6 +83,9 @@ def test_the_guide_s_commands_do_what_they_say(tmp_path, call, monkeypatch):
     key = nnpassport.load_key(tmp_path / "alice.key")
     stranger = nnpassport.verify(tmp_path / "marked", replace(key, seed=bytes(range(32))))
     assert not stranger.accepted
+    *made, told = (call(*words[1:]) for words in ordered)
+    assert [code for code, _, _ in (*made, told)] == [0] * 3
+    assert told[1].startswith("ACCEPTED")
 
 
 def test_the_guide_names_every_example():

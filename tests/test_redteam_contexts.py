@@ -399,7 +399,6 @@ MEASURED = [
 MEASURING = """
 import os, resource, sys
 import torch
-from constructed import small_alexnet
 from nnpassport.catalog import scheme_named
 from nnpassport.keys.context import Context
 from nnpassport.keys.key import Key
