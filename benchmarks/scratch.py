@@ -157,7 +157,7 @@ def render(entries: list[dict[str, Any]]) -> str:
             "Rendered by `python benchmarks/scratch.py render` from `results/scratch/*.json`.",
             "AlexNet of 0.1875 (digits) and 0.25 (CIFAR-10) times its width, a fresh key for each "
             "network. V1, V2 and V3 have",
-            "a passport for each channel unless it says otherwise; V2 and V3 with those do not "
+            "a passport for each channel unless it says otherwise, and with those they do not "
             "train the private branch but make it",
             "compute what the public one does at the end. Accuracy is the released network's on "
             "test images, and with the key",
