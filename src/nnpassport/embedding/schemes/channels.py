@@ -3,9 +3,9 @@
     γ_o = c·b_o·⟨W_o, m_γ,o⟩,   β_o = c′·b_o·⟨W_o, m_β,o⟩,   m = Σ_k s_k·⟨u_k, z⟩·u_k
 
 u_k are the directions in which what the layer's kernel meets varies most, and s_k rise with the
-variance up to an end (`seen.metric_of`); z is drawn from the seed for each channel. One passport for a whole layer
-makes the mark one singular vector of its weight, which anybody finds and subtracts. Here each
-filter moves along a direction of its own.
+variance up to an end (`seen.metric_of`); z is drawn from the seed for each channel. One passport
+for a whole layer makes the mark one singular vector of its weight, which anybody finds and
+subtracts. Here each filter moves along a direction of its own.
 """
 
 import math
