@@ -5,7 +5,7 @@ import re
 import pytest
 
 from nnpassport.cli import app as cli
-from nnpassport.cli.terminal import DOORS, errors, heeded, print_error, tell
+from nnpassport.cli.terminal import DOORS, errors, heeded, print_error, print_table, tell
 from nnpassport.scheme import UnreadableKeyError, UnreadableModelError
 
 
@@ -27,6 +27,23 @@ def test_without_a_command_it_says_who_it_is_for_and_what_to_type_next(call, mon
         assert command.split()[1] in commands
     assert "nnpassport demo" in out
     assert all(len(line) <= 80 for line in out.splitlines())
+
+
+LONG = "alexnet-cifar10-passport-v2-group-0-transfer-caltech101"
+
+
+def test_in_a_pipe_no_line_is_broken_and_a_name_can_be_searched_for(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(("run", "state"), [(LONG, "to run" * 10)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == [LONG, "to", *["runto"] * 9, "run"]
+    assert max(map(len, lines)) < 2 * len(LONG) + 10  # and none is padded
+
+
+def test_a_line_is_as_wide_as_was_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    print_table(("run", "state"), [(LONG, "to run")])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 40
 
 
 def test_an_error_has_three_lines_what_why_and_what_would_work(call, tmp_path):

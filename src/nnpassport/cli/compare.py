@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nnpassport.cli.options import AsJson, Report
-from nnpassport.cli.terminal import paged, print_result, print_table, shown
+from nnpassport.cli.terminal import output, paged, print_result, print_table, shown
 
 
 def compare(
@@ -72,8 +71,8 @@ def print_comparison(facts: Any) -> None:
     """Print what two networks have in common, and what it does not say."""
     from nnpassport.report.comparison import SAID, summary
 
-    plain = Console(highlight=False)
-    Console().print(shown(SAID[facts["outcome"]].upper(), "bold"))
+    plain = output()
+    plain.print(shown(SAID[facts["outcome"]].upper(), "bold"))
     print_table(("what", "found", "by chance, or unrelated"), summary(facts))
     for number, reason in enumerate(facts["reasons"], 1):
         plain.print(shown(f"{number}. {reason}"))

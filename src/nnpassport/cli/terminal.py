@@ -5,6 +5,7 @@
 
 import inspect
 import json
+import os
 import platform
 import sys
 import time
@@ -41,6 +42,17 @@ errors = Console(stderr=True, highlight=False, markup=False)
 
 complaints = Console(stderr=True, highlight=False, markup=False)
 """Why something could not be done; never silent."""
+
+_UNBROKEN = 10_000
+
+
+def output() -> Console:
+    """Stdout. In a file or a pipe, where nobody has set COLUMNS, no line is broken."""
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _UNBROKEN
+    return console
+
 
 DOORS = (
     (
@@ -130,7 +142,7 @@ def _memory() -> str:
 
 def print_doors() -> None:
     """Who the program is for, and the next command for each."""
-    out = Console(highlight=False, markup=False)
+    out = output()
     out.print(f"nnpassport {__version__}: prove that a neural network is yours.\n")
     for who, command, tells in DOORS:
         out.print(who, style="bold")
@@ -246,7 +258,7 @@ def print_metrics(out: Path, metrics: Any, as_json: bool) -> None:
 
 def print_verdict(verdict: Verdict) -> None:
     """Print a verdict and all that it rests on, for people."""
-    Console().print("ACCEPTED" if verdict.accepted else "REFUSED", style="bold")
+    output().print("ACCEPTED" if verdict.accepted else "REFUSED", style="bold")
     p = "none" if verdict.log10_p_value is None else f"10^{verdict.log10_p_value:.1f}"
     rows = [
         ("scheme", verdict.scheme),
@@ -283,7 +295,7 @@ def print_ruling(facts: Any) -> None:
     said = f"OWNER: {owner}" if owner else ruling.upper()
     if owners and not owner:
         said = f"SHARED: {', '.join(owners)}, a part each"
-    Console().print(shown(said, "bold"))
+    output().print(shown(said, "bold"))
     rows = []
     for each in facts["claimants"]:
         for how, found in each["readings"].items():
@@ -296,7 +308,7 @@ def print_ruling(facts: Any) -> None:
             rows.append((each["name"], "", "", "", why))
     print_table(("claimant", "read", "matches", "p-value", ""), rows)
     for number, reason in enumerate(facts["reasons"], 1):
-        Console(highlight=False).print(shown(f"{number}. {reason}"))
+        output().print(shown(f"{number}. {reason}"))
 
 
 def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -306,7 +318,7 @@ def print_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         table.add_column(shown(title), overflow="fold")
     for row in rows:
         table.add_row(*map(shown, row))
-    Console(highlight=False).print(table)
+    output().print(table)
 
 
 def shown(text: str, style: str = "") -> Text:
