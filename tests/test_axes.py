@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nnpassport.alignment.axes import Axes, Place
 from nnpassport.alignment.canonical import canonical
 from nnpassport.alignment.solve import aligner
+from nnpassport.attacks.moves import move
 from nnpassport.embedding.network import factors
 from nnpassport.embedding.network.outputs import call, logits_of
 from nnpassport.embedding.network.prove import TOLERANCE, prove, reordered, try_all
@@ -207,6 +208,76 @@ def test_group_norm_leaves_groups_and_their_insides():
     assert (np.sort(read.positions(inside.size), axis=1) == np.sort(expected, axis=1)).all()
 
 
+def layer(inputs, outputs, size, groups=1, norm=nn.BatchNorm2d):
+    convolution = nn.Conv2d(inputs, outputs, size, groups=groups, padding=size // 2, bias=False)
+    return [convolution, norm(outputs), nn.ReLU()]
+
+
+def four_groups(channels):
+    return nn.GroupNorm(4, channels)
+
+
+class Shuffle(nn.Module):
+    """As between the layers of a ShuffleNet: channel j of each of four groups, side by side."""
+
+    def forward(self, x):
+        return x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
+
+
+IN_GROUPS = {
+    "as in ResNeXt": lambda: [*layer(24, 32, 1), *layer(32, 32, 3, 4)],
+    "more outputs than inputs": lambda: [*layer(24, 16, 1), *layer(16, 32, 3, 4)],
+    "several filters of a channel": lambda: [*layer(24, 48, 3, 24), *layer(48, 32, 1)],
+    "two in a row": lambda: [*layer(24, 32, 3, 4), *layer(32, 32, 3, 4)],
+    "shuffled": lambda: [*layer(24, 32, 1, 4), Shuffle(), *layer(32, 32, 3, 32)],
+    "with its norm's groups": lambda: [
+        *layer(24, 32, 1, 1, four_groups),
+        *layer(32, 32, 3, 4, four_groups),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", sorted(IN_GROUPS))
+def test_the_inside_of_each_group_of_a_convolution_is_put_back(name):
+    """In each group another order: a thief's move that costs nothing and changes no output."""
+    torch.manual_seed(0)
+    head = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * 32, 10)]
+    model = nn.Sequential(*layer(3, 24, 3), *IN_GROUPS[name](), *head).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    example = torch.randn(2, 3, 8, 8)
+    axes = found_in(model, example)
+    to = aligner(axes, arrays(model.state_dict()))
+    rng = torch.Generator().manual_seed(1)
+    moved = move(model, example, rng, kinds=["reorder", "groups"])
+    assert moved.done["groups"] > 0
+    assert moved.undone["groups"] == 0
+    assert moved.error < 1e-12
+    before = distances(arrays(moved.model.state_dict()), to.reference)
+    assert max(before.values()) > 0.5
+    after = distances(to.align(arrays(moved.model.state_dict())).weights, to.reference)
+    assert max(after.values()) < 1e-6
+
+
+def test_a_group_of_a_convolution_is_no_group_of_another():
+    """Eight groups behind four: what is free in each of four is not taken to be so in each of two.
+
+    Such orders inside are a known gap; what is moved must still be what the network bears.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *layer(3, 24, 3),
+        *layer(24, 32, 3, 4),
+        *layer(32, 32, 3, 8),
+        nn.Flatten(),
+        nn.Linear(2048, 5),
+    ).eval()
+    moved = move(model, torch.randn(2, 3, 8, 8), torch.Generator().manual_seed(1))
+    assert moved.done["groups"] > 0
+    assert moved.undone["groups"] == 0
+
+
 class Sorted(nn.Module):
     def __init__(self):
         super().__init__()
@@ -280,6 +351,7 @@ EXPECTED = {
     "Swin": 13,
     "MobileNetV2": 25,
     "EfficientNet": 10,
+    "RegNet": 15,
     "GPT-2": 13,
     "Llama": 13,
     "BERT": 13,

@@ -37,6 +37,7 @@ MADE = {
     "Swin": {"regain": 7, "fix": 13, "heads": 6, "reorder": 13, "split": 3},
     "MobileNetV2": {"negate": 52, "scale": 52, "mix": 7, "reorder": 25, "split": 18},
     "EfficientNet": {"negate": 10, "scale": 10, "mix": 3, "reorder": 10, "split": 7},
+    "RegNet": {"negate": 12, "scale": 12, "stretch": 9, "reorder": 15, "split": 6, "groups": 6},
     "GPT-2": {"regain": 7, "fix": 8, "heads": 6, "rotate": 1, "reorder": 13, "split": 3},
     "Llama": {
         "regain": 7,
@@ -60,7 +61,7 @@ SHARE = 0.97
 
 LARGE = {
     name: pytest.param(name, marks=pytest.mark.slow)
-    for name in ("CREPE", "DINOv2", "EfficientNet", "MobileNetV2")
+    for name in ("CREPE", "DINOv2", "EfficientNet", "MobileNetV2", "RegNet")
 }
 WITH_MARKS = [LARGE.get(name, name) for name in sorted(MADE)]
 
@@ -157,7 +158,9 @@ def test_a_mark_that_free_moves_hide_is_found_again_by_the_network_before_it(nam
         assert found.log10_p_value < -15
 
 
-@pytest.mark.parametrize("name", ["ResNet", "GPT-2", LARGE["DINOv2"], LARGE["MobileNetV2"]])
+@pytest.mark.parametrize(
+    "name", ["ResNet", "GPT-2", LARGE["DINOv2"], LARGE["MobileNetV2"], LARGE["RegNet"]]
+)
 def test_a_network_that_nobody_marked_is_a_coin(name):
     key, _ = marked(name)
     _, example = anchor(name)

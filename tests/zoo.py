@@ -377,6 +377,14 @@ ZOO: Mapping[str, Network] = {
         ("efficientnet.encoder.blocks.2.projection", "efficientnet.encoder.top_conv"),
         schemes=BOTH,
     ),
+    "RegNet": Network(
+        "convolutions in groups, squeeze and excite, batch norm",
+        _images("RegNet", embedding_size=16, hidden_sizes=[32, 64], depths=[1, 2], groups_width=8,
+                layer_type="y"),
+        pixels,
+        ("regnet.encoder.stages.1.layers.1.*",),
+        schemes=BOTH,
+    ),
     "GPT-2": Network(
         "decoder, head tied to the embedding",
         _letters("GPT2", "LMHeadModel", n_positions=32, n_embd=32, n_layer=3, n_head=4,

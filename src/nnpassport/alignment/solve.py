@@ -12,6 +12,7 @@ network is aligned to decides what a match is worth.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -51,16 +52,21 @@ class Aligned(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Rows of a tensor along an axis: indices into one dimension (size repeats)."""
+    """Rows of a tensor along an axis: indices into one dimension (size repeats).
+
+    A convolution in `groups` has inputs of its own in each: its rows are by group, and by input of
+    it (`dimension` 1), and there are so many times more of them than the dimension is long.
+    """
 
     tensor: str
     dimension: int
     positions: NDArray[np.int64]
     reads: bool
+    groups: int = 1
 
     def rows(self, tensor: Matrix) -> Matrix:
         """The tensor's rows (size rest), a copy."""
-        moved = np.moveaxis(tensor, self.dimension, 0)
+        moved = self._first(tensor)
         return moved[self.positions.reshape(-1)].reshape(len(self.positions), -1)
 
     def of(self, rows: Matrix, tensor: Matrix) -> Matrix:
@@ -72,20 +78,34 @@ class Spot(NamedTuple):
 
     def with_rows(self, tensor: Matrix, rows: Matrix) -> Matrix:
         """The tensor with such rows in their places, a copy."""
-        found = np.array(tensor)
-        moved = np.moveaxis(found, self.dimension, 0)
-        moved[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *moved.shape[1:])
-        return found
+        found = self._first(np.array(tensor))
+        found[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *found.shape[1:])
+        return self._back(found, tensor.shape)
+
+    def _first(self, tensor: Matrix) -> Matrix:
+        """The tensor with its rows first: a view, but of a convolution in groups a copy."""
+        if self.groups == 1:
+            return np.moveaxis(tensor, self.dimension, 0)
+        parted = tensor.reshape(self.groups, -1, *tensor.shape[1:])
+        return np.moveaxis(parted, 2, 1).reshape(-1, *parted.shape[1:2], *tensor.shape[2:])
+
+    def _back(self, rows: Matrix, shape: tuple[int, ...]) -> Matrix:
+        """What `_first` made rows of, as it was."""
+        if self.groups == 1:
+            return np.moveaxis(rows, 0, self.dimension)
+        parted = rows.reshape(self.groups, shape[1], -1, *shape[2:])
+        return np.moveaxis(parted, 2, 1).reshape(shape)
 
 
 class Unit(NamedTuple):
-    """What is solved at once: an axis, or the groups of a group norm with what is inside them.
+    """What is solved at once: an axis, or groups of a norm or of a convolution with their insides.
 
     Attributes:
         numbers: of its axes; the outer first.
         groups: of how many it is; 1 for an axis.
         either_sign: each row may be negated.
         normed: each group may be negated, together with a group norm behind it.
+        around: where the groups are and their insides are not: the other side of a convolution.
     """
 
     numbers: tuple[int, ...]
@@ -95,6 +115,7 @@ class Unit(NamedTuple):
     either_sign: bool
     normed: bool
     spots: tuple[Spot, ...]
+    around: tuple[Spot, ...] = ()
 
     @property
     def last(self) -> int:
@@ -224,6 +245,7 @@ class Aligner:
             and work.weights[spot.tensor].ndim > 1
             and self.on[spot.tensor] <= mine
             and _like_but_for(spot, work.weights[spot.tensor], self.reference[spot.tensor])
+            and (spot.groups == 1 or self._alike(spot.tensor, work))
         ]
 
     def _anchored(self, unit: Unit, work: Work) -> float:
@@ -362,7 +384,9 @@ class Aligner:
             else:
                 cosines += np.abs(found) if unit.either_sign or loose else found
         signs: Matrix | None = None
-        if not unit.normed or longer:
+        if unit.groups > 1 and not unit.normed:
+            order = _in_groups(cosines, unit.groups)
+        elif not unit.normed or longer:
             order = assigned(cosines)
         else:
             cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
@@ -378,9 +402,7 @@ class Aligner:
                 if len(wide.positions) != longer:
                     return tensor
                 return self._signed(spot, spot.of(wide.rows(tensor)[order], tensor), work)
-            if tensor.ndim != self.reference[spot.tensor].ndim or tensor.shape[
-                spot.dimension
-            ] != _length(spot, self.reference):
+            if not self._as_long(spot, tensor):
                 return tensor
             rows = spot.rows(tensor)[order]
             placed = spot.with_rows(
@@ -389,6 +411,27 @@ class Aligner:
             return self._signed(spot, placed, work)
 
         self._do(unit.spots, change, work)
+        if unit.around:
+            groups = order[:: unit.size // unit.groups] // (unit.size // unit.groups)
+            self._do(unit.around, self._regrouped(groups), work)
+
+    def _as_long(self, spot: Spot, tensor: Matrix) -> bool:
+        """Whether a tensor has as many rows there as the reference's; in groups, in every group."""
+        theirs = self.reference[spot.tensor]
+        if spot.groups > 1:
+            return tensor.shape[:2] == theirs.shape[:2] and tensor.ndim == theirs.ndim
+        there = tensor.ndim == theirs.ndim
+        return there and tensor.shape[spot.dimension] == theirs.shape[spot.dimension]
+
+    def _regrouped(self, order: NDArray[np.int64]) -> Callable[[Spot, Matrix], Matrix]:
+        """Put whole groups into this order."""
+
+        def change(spot: Spot, tensor: Matrix) -> Matrix:
+            if not self._as_long(spot, tensor):
+                return tensor
+            return spot.with_rows(tensor, spot.rows(tensor)[order])
+
+        return change
 
     def _signed(self, spot: Spot, tensor: Matrix, work: Work) -> Matrix:
         """A loose layer's tensor with the signs of rows that fit the reference's."""
@@ -586,12 +629,61 @@ def _units(axes: Axes) -> list[Unit]:
                 pair = Unit((outer, inner), "permute", size, axis.size, False, True, tuple(spots))
                 found.append(pair)
                 paired |= {outer, inner}
+    for unit in grouped(axes):
+        if not paired & {unit.last}:
+            found.append(unit)
+            paired |= set(unit.numbers)
     for number, axis in enumerate(axes.axes):
         if number not in paired and axis.kind != "inner":
             sign, turns = "product" in axis.traits, number in normed
             spots = spots_of(axes, axis)
             found.append(Unit((number,), axis.kind, axis.size, 1, sign, turns, tuple(spots)))
     return found
+
+
+def grouped(axes: Axes) -> list[Unit]:
+    """Both sides of convolutions in groups: in each group another order is as good.
+
+    What is inside a group on one side is reordered there alone, and the groups on both.
+    """
+    found = []
+    for outer, axis in enumerate(axes.axes):
+        if "grouped" not in axis.traits or axis.kind != "permute":
+            continue
+        everywhere = spots_of(axes, axis)
+        sides = {n: _inside_groups(axes, axis, other) for n, other in enumerate(axes.axes)}
+        for number, spots in sides.items():
+            around = tuple(e for e in everywhere if e[:2] not in _with_groups(spots))
+            if spots:
+                size = axis.size * axes.axes[number].size
+                pair = (outer, number)
+                unit = Unit(pair, "permute", size, axis.size, False, False, spots, around)
+                found.append(unit)
+    return found
+
+
+def _with_groups(spots: Sequence[Spot]) -> set[tuple[str, int]]:
+    """Where groups move with rows: of a convolution in groups those of its outputs do."""
+    return {(spot.tensor, 0 if spot.groups > 1 else spot.dimension) for spot in spots}
+
+
+def _inside_groups(axes: Axes, groups: Axis, axis: Axis) -> tuple[Spot, ...]:
+    """Where an axis is inside each of the groups, by group and index; none if elsewhere too."""
+    if axis.kind != "permute" or axis is groups:
+        return ()
+    spots = crossed(axes, groups, axis)
+    met = {(spot.tensor, spot.dimension) for spot in spots}
+    wide = groups.size * axis.size
+    for place in axis.places:
+        if (place.tensor, place.dimension) in met:
+            continue
+        alone = place[1:] == (1, 0, 1, ())  # all inputs of one group
+        outputs = [p for p in groups.places if (p.tensor, p.dimension) == (place.tensor, 0)]
+        blocks = [p.offset == 0 and p.stride == prod(n for n, _ in p.repeats) for p in outputs]
+        if not alone or blocks != [True] or not spots:
+            return ()
+        spots.append(Spot(place.tensor, 1, np.arange(wide)[:, None], True, groups.size))
+    return tuple(spots)
 
 
 def _is_outer(spot: Spot, axis: Axis, other: Axis) -> bool:

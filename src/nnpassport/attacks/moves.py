@@ -17,12 +17,13 @@ an attacker can do without data, training or loss is therefore what is done, wha
     balance    the two factors of a product of hidden units (gated layers), signs too
     mirror     kernels, and the pictures with them: what runs the network has to turn these
     split      hidden units into two that share what one did: the network grows
+    groups     inside each group of a convolution in groups, in an order of its own
 
 Table of these: `docs/attacks.md`. Rounding in the network's own precision is all that is lost.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from torch.func import functional_call
 from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
-from nnpassport.alignment.solve import Spot, attentions, crossed
+from nnpassport.alignment.solve import Spot, Unit, attentions, crossed, grouped
 from nnpassport.alignment.table import sides_of
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
@@ -295,8 +296,13 @@ def _stretch(subject: _Subject) -> Iterator[Act]:
     normed = {weight for weight, _, _ in _normed(subject)}
     statistics = {n for each in axes.batch_norms.values() for n in (each.mean, each.variance)}
     left_alone = normed | {_bias(weight) for weight in normed} | statistics
-    for axis in axes.axes:
-        if not {"rectified"} <= set(axis.traits) or {"layer norm", "bilinear"} & set(axis.traits):
+    in_groups = grouped(axes)
+    for unit in in_groups:
+        if _stretches({trait for number in unit.numbers for trait in axes.axes[number].traits}):
+            yield _stretched_in_groups(unit, left_alone)
+    taken = {number for unit in in_groups for number in unit.numbers}
+    for number, axis in enumerate(axes.axes):
+        if number in taken or not _stretches(set(axis.traits)):
             continue
 
         def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
@@ -309,6 +315,22 @@ def _stretch(subject: _Subject) -> Iterator[Act]:
                     _times_at(state, place, axis.size, factor)
 
         yield do
+
+
+def _stretches(traits: set[str]) -> bool:
+    return "rectified" in traits and not traits & {"layer norm", "bilinear"}
+
+
+def _stretched_in_groups(unit: Unit, left_alone: Collection[str]) -> Act:
+    def do(state: State, rng: torch.Generator) -> None:
+        factor = _factors(unit.size, rng)[:, None]
+        for spot in unit.spots:
+            if spot.reads:
+                _put_spot(state, spot, _rows_of_spot(state, spot) / factor)
+            elif spot.tensor not in left_alone:
+                _put_spot(state, spot, _rows_of_spot(state, spot) * factor)
+
+    return do
 
 
 def _regain(subject: _Subject) -> Iterator[Act]:
@@ -513,6 +535,19 @@ def _split(subject: _Subject) -> Iterator[Act]:
         yield do
 
 
+def _in_groups(subject: _Subject) -> Iterator[Act]:
+    for unit in grouped(subject.axes):
+
+        def do(state: State, rng: torch.Generator, unit: Unit = unit) -> None:
+            inside = unit.size // unit.groups
+            orders = [torch.randperm(inside, generator=rng) for _ in range(unit.groups)]
+            order = torch.cat([number * inside + own for number, own in enumerate(orders)])
+            for spot in unit.spots:
+                _put_spot(state, spot, _rows_of_spot(state, spot)[order])
+
+        yield do
+
+
 def _mirror(_: _Subject) -> Iterator[Act]:
     """Nothing along an axis: `_Subject.mirror` does it, since it changes the pictures as well."""
     yield from ()
@@ -532,8 +567,10 @@ KINDS: Mapping[str, Callable[[_Subject], Iterator[Act]]] = {
     "reorder": _reorder,
     "mirror": _mirror,
     "split": _split,
+    "groups": _in_groups,
 }
-"""All kinds of moves, in the order in which `move` makes them; growing comes last."""
+"""All kinds of moves, in the order in which `move` makes them; they have numbers, so new ones come
+last."""
 
 
 # What they are made of
@@ -667,14 +704,12 @@ def _put(state: State, place: Place, rows: Tensor) -> None:
 
 
 def _rows_of_spot(state: State, spot: Spot) -> Tensor:
-    at = torch.from_numpy(spot.positions)
-    return state[spot.tensor].movedim(spot.dimension, 0)[at.flatten()].reshape(len(at), -1)
+    return torch.from_numpy(spot.rows(state[spot.tensor].numpy()))
 
 
 def _put_spot(state: State, spot: Spot, rows: Tensor) -> None:
-    at = torch.from_numpy(spot.positions).flatten()
-    moved = state[spot.tensor].movedim(spot.dimension, 0)
-    moved[at] = rows.reshape(len(at), *moved.shape[1:])
+    placed = spot.with_rows(state[spot.tensor].numpy(), rows.numpy())
+    state[spot.tensor] = torch.from_numpy(placed)
 
 
 def _signs(count: int, rng: torch.Generator) -> Tensor:
@@ -723,6 +758,8 @@ def _fit(model: nn.Module, state: State) -> None:
             continue
         if isinstance(module, nn.modules.conv._ConvNd):
             if module.groups == module.in_channels > 1:  # depthwise
-                module.groups = module.in_channels = len(weight)
+                each = module.out_channels // module.groups
+                module.groups = module.in_channels = len(weight) // each
+                module.out_channels = len(weight)
         elif isinstance(getattr(module, "nf", None), int):  # Hugging Face's Conv1D
             module.nf = weight.shape[1]
