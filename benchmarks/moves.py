@@ -46,7 +46,9 @@ from nnpassport.embedding.network.outputs import call, logits_of  # noqa: E402
 from nnpassport.embedding.schemes.channels import Limit  # noqa: E402
 from nnpassport.embedding.schemes.graft import graft_channels  # noqa: E402
 from nnpassport.keys.chance import log10_binomial_tail  # noqa: E402
+from nnpassport.keys.counts import Reading  # noqa: E402
 from nnpassport.keys.key import Key  # noqa: E402
+from nnpassport.keys.reading import read_passports  # noqa: E402
 from nnpassport.lab.results import read_json, write_json  # noqa: E402
 from nnpassport.lab.tables import table  # noqa: E402
 from nnpassport.lab.timing import Clock  # noqa: E402
@@ -238,11 +240,8 @@ def marked(network: zoo.Network, anchor: nn.Module) -> tuple[Key, nn.Module, flo
 
 def aligned(model: nn.Module, owned: Owned) -> int:
     """Bits that are found once the suspect is aligned to the network before the mark."""
-
-    def read(found: Mapping[str, Any]) -> Any:
-        tensors = {n: torch.from_numpy(np.array(t)).float() for n, t in found.items()}
-        return V2.verify({**owned.anchor.state_dict(), **tensors}, owned.key)
-
+    before = arrays(owned.anchor.state_dict())
+    read = Reading.by(read_passports, owned.key).through(lambda found: {**before, **found})
     return verify_anchored(read, arrays(model.state_dict()), owned.to).matches
 
 

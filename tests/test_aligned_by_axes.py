@@ -36,8 +36,9 @@ from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.counts import Reading
 from nnpassport.keys.keyfile import save_key
-from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.keys.reading import READERS
 from nnpassport.scheme import UnreadableClaimError, UnreadableModelError, UnsuitableModelError
 from nnpassport.verification.hearing import disclose
 from nnpassport.verification.verdicts import Alignment, Options, verify
@@ -84,11 +85,7 @@ def options(house, folder=None, **changes):
 
 
 def read_with(key):
-    def read(arrays):
-        counts = READERS[key.context.scheme](arrays, key)
-        return verdict_on(counts, key, log10_alpha=LOG10_ALPHA_UNCOMMITTED)
-
-    return read
+    return Reading.by(READERS[key.context.scheme], key, log10_alpha=LOG10_ALPHA_UNCOMMITTED)
 
 
 # A copy and a stranger
@@ -106,7 +103,7 @@ def test_a_turned_copy_is_read_and_a_stranger_is_not(house):
     assert found.matches >= 0.99 * found.bits
     assert found.alignment["related"]
     strange = verify_by_axes(read, read_arrays(folder / "strange").arrays, reference)
-    assert strange.log10_p_value > -3
+    assert read.log10_p(strange) > -3
     assert not strange.alignment["related"]
 
 
@@ -286,7 +283,8 @@ def test_freedom_that_the_network_does_not_have_makes_no_stranger_match(house, k
     strange = read_arrays(folder / "strange").arrays
     log10_p, said = 0.0, "fits noise"
     try:
-        log10_p = verify_by_axes(read_with(key), strange, reference).log10_p_value
+        read = read_with(key)
+        log10_p = read.log10_p(verify_by_axes(read, strange, reference))
     except UnsuitableModelError as error:
         said = str(error)
     assert log10_p > -3
@@ -313,10 +311,13 @@ def test_an_alignment_that_makes_strangers_match_is_refused(house):
 
     def biased(there):
         found = read(there)
-        return replace(found, matches=max(found.matches, int((BLIND + 0.05) * found.bits)))
+        matches = max(found.matches, int((BLIND + 0.05) * found.bits))
+        return found._replace(layers={"all": (matches, found.bits)})
 
     with pytest.raises(UnsuitableModelError, match="fits noise"):
-        verify_by_axes(biased, read_arrays(folder / "strange").arrays, reference)
+        verify_by_axes(
+            replace(read, read=biased), read_arrays(folder / "strange").arrays, reference
+        )
 
 
 @pytest.mark.parametrize("change", ["longer", "shorter", "zero", "huge", "vector"])

@@ -1,6 +1,8 @@
 """Channels put back where the owner's network has them, and what that does to other networks."""
 
+import math
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache, partial
 
 import constructed
@@ -41,9 +43,10 @@ from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.config import ModelConfig, config_bytes
-from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.keys.reading import read_passports, verdict_on
-from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
+from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, TENSORS, log10_binomial_tail
+from nnpassport.keys.counts import Counts, verdict_on
+from nnpassport.keys.reading import read_passports
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 
 SAME_SHAPE = (flip_signs, permute, rescale)
 EVERYTHING = (insert_dummies, split_channels, *SAME_SHAPE)
@@ -452,22 +455,24 @@ def test_the_null_is_drawn_as_pytorch_draws_it():
         torch.testing.assert_close(torch.from_numpy(normals(draws, count)), wanted)
 
 
-def verdict(matches, log10_p):
-    return Verdict("s", 100, matches, log10_p, LOG10_ALPHA_COMMITTED)
-
-
 def test_the_more_cautious_p_value_counts_and_both_readings():
-    analytic = log10_binomial_tail(90, 100)
-    low = with_null(verdict(90, analytic), [40, 48])
-    assert low.log10_p_value == pytest.approx(analytic + torch.tensor(READINGS).log10().item())
-    high = with_null(verdict(90, analytic), [40, 60])
-    assert high.log10_p_value == pytest.approx(
-        log10_binomial_tail(90, 100, 0.6) + torch.tensor(READINGS).log10().item()
-    )
-    assert low.marked
-    assert not with_null(verdict(90, analytic), [89]).marked
-    assert with_null(verdict(90, analytic), [100]).log10_p_value == 0
-    assert with_null(verdict(90, None), [40]).log10_p_value is None
+    counts, paid = Counts("bits", {"a": (90, 100)}), math.log10(READINGS)
+    low = with_null(counts, [40, 48])
+    assert low.tail == pytest.approx(log10_binomial_tail(90, 100))
+    assert low.corrections == {"readings": paid}
+    assert with_null(counts, [40, 60]).tail == pytest.approx(log10_binomial_tail(90, 100, 0.6))
+    assert with_null(counts, [89]).tail + paid > LOG10_ALPHA_COMMITTED
+    assert with_null(counts, [100]).tail == 0
+    assert "unrelated networks reach 0.600" in with_null(counts, [40, 60]).found
+
+
+def test_a_key_that_was_chosen_has_no_p_value_once_aligned_either():
+    model, key = marked()
+    layers = key.context.layers
+    chosen = replace(key, passports={each.name: key.passport_array(each.name) for each in layers})
+    found = verify_aligned(model.state_dict(), chosen, model).verdict
+    assert found.log10_p_value is None
+    assert found.corrections.keys() == {TENSORS}
 
 
 def test_the_same_suspect_gives_the_same_null():

@@ -15,7 +15,8 @@ from nnpassport.embedding.network.layers import Branch
 from nnpassport.embedding.schemes.engine import Carriers, Mark
 from nnpassport.embedding.schemes.protocol import Scheme
 from nnpassport.embedding.schemes.uchida import mean_filter_of
-from nnpassport.keys.reading import Counts, host_filters, matching
+from nnpassport.keys.counts import Counts, matching
+from nnpassport.keys.reading import host_filters
 from nnpassport.scheme import Batch, UnsuitableModelError
 
 MARKS = sorted(name for name in CATALOG if Mark in type(CATALOG[name].scheme).__mro__)

@@ -25,7 +25,8 @@ from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.outputs import call, logits_of
 from nnpassport.embedding.schemes.channels import Limit
 from nnpassport.embedding.schemes.graft import graft_channels
-from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.keys.counts import Reading
+from nnpassport.keys.reading import READERS, read_passports
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 ROOT = Path(__file__).parent.parent
@@ -112,11 +113,8 @@ def read(weights, key, name):
     arrays = {n: t.detach().numpy() for n, t in model.state_dict().items()}
     suspect = {n: t.detach().numpy() for n, t in weights.items()}
 
-    def v(aligned):
-        tensors = {n: torch.from_numpy(np.array(t)).float() for n, t in aligned.items()}
-        return V2.verify({**model.state_dict(), **tensors}, key)
-
-    return verify_anchored(v, suspect, anchor_of(axes(name), arrays, key))
+    v = Reading.by(read_passports, key).through(lambda aligned: {**arrays, **aligned})
+    return v.verdict(verify_anchored(v, suspect, anchor_of(axes(name), arrays, key)))
 
 
 @pytest.mark.parametrize("name", sorted(MADE))
@@ -352,9 +350,7 @@ def test_marks_in_queries_keys_and_values_that_share_heads_are_found_again():
     assert V2.verify(thief, key).matches < 0.7 * key.context.bits
     arrays = {n: t.numpy() for n, t in model.state_dict().items()}
 
-    def v(found):
-        return verdict_on(READERS[key.context.scheme](found, key), key, log10_alpha=-9)
-
+    v = Reading.by(READERS[key.context.scheme], key, log10_alpha=-9)
     suspect = {n: t.numpy() for n, t in thief.items()}
     found = verify_anchored(v, suspect, anchor_of(axes("Llama"), arrays, key))
     assert found.matches >= 0.98 * key.context.bits == 0.98 * 96

@@ -18,7 +18,8 @@ from nnpassport.attacks.blocks import drop_block, insert_block, rename
 from nnpassport.attacks.moves import KINDS, move
 from nnpassport.embedding.network.outputs import call, logits_of
 from nnpassport.keys.chance import LOG10_BY_SHAPE
-from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.keys.counts import Reading
+from nnpassport.keys.reading import READERS
 from nnpassport.scheme import UnsuitableModelError
 
 
@@ -31,10 +32,9 @@ def read(weights, name):
     key, _ = marked(name)
     model, _ = anchor(name)
 
-    def v(found):
-        return verdict_on(READERS[key.context.scheme](found, key), key, log10_alpha=-9)
-
-    return verify_anchored(v, weights, anchor_of(axes(name), arrays(model.state_dict()), key))
+    v = Reading.by(READERS[key.context.scheme], key, log10_alpha=-9)
+    anchored = anchor_of(axes(name), arrays(model.state_dict()), key)
+    return v.verdict(verify_anchored(v, weights, anchored))
 
 
 def renamed(state, seed=0):

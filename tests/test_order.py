@@ -29,12 +29,13 @@ from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED
 from nnpassport.keys.context import Context, OrderedAxis, OrderForm
+from nnpassport.keys.counts import verdict_on
 from nnpassport.keys.derive import length_prefixed
 from nnpassport.keys.key import Key, sketch_digest
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.keys.order import own_orders, read_placed
 from nnpassport.keys.ordered import chosen_axes, seen, sketch_of
-from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.keys.reading import READERS
 from nnpassport.scheme import (
     BadRecipeError,
     OtherAnchorError,

@@ -28,9 +28,9 @@ from nnpassport.embedding.schemes.signature import matching, read_answers
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.keys import validity
 from nnpassport.keys.context import Context, LayerShape, TriggerShape, canonical_json
+from nnpassport.keys.counts import Counts, verdict_on
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
-from nnpassport.keys.reading import Counts, verdict_on
 from nnpassport.keys.validity import MAX_BYTES, RULES, cost_of
 from nnpassport.scheme import (
     BadSignatureError,

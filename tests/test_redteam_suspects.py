@@ -44,9 +44,10 @@ from nnpassport.embedding.schemes.passport import V2
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.weights import read_suspect
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
-from nnpassport.keys.reading import forms_of, read_passports, verdict_on
+from nnpassport.keys.counts import Reading, verdict_on
+from nnpassport.keys.reading import forms_of, read_passports
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
-from nnpassport.verification.candidates import verify_by_shape
+from nnpassport.verification.candidates import read_by_shape
 from nnpassport.verification.hearing import Bench, disclose, hear
 from nnpassport.verification.verdicts import Alignment, Options, Trial, verify
 
@@ -605,11 +606,8 @@ def test_what_is_chosen_by_its_matches_is_paid_for_in_full():
     found, arrays = [], ArraysOf(file)
     for number in range(60):
         key = V2.draw_key(model, EXAMPLE, seed=bytes([100 + number] * 32), passports="derived")
-
-        def read(weights, key=key):
-            return verdict_on(read_passports(weights, key), key, log10_alpha=-9.0)
-
-        found.append(verify_by_shape(read, arrays, arrays, key))
+        read = Reading.by(read_passports, key, log10_alpha=-9.0)
+        found.append(read.verdict(read_by_shape(read, arrays, arrays)))
     raw = torch.tensor([log10_binomial_tail(each.matches, each.bits, 0.5) for each in found])
     paid = torch.tensor([each.log10_p_value for each in found])
     assert (raw < -1.5).float().mean() > 0.9  # what choosing alone would have claimed

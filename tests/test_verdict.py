@@ -1,10 +1,13 @@
 """A verdict's p-value, decision and words follow from its counts and from every choice paid for."""
 
+import ast
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
+import nnpassport
 from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.scheme import Fidelity, Verdict
 
@@ -65,3 +68,27 @@ def test_everything_is_in_its_json():
     ]
     assert told["corrections"] == {"claimants": 1.0}
     assert told["p_value"] == math.pow(10.0, TAIL + 1.0)
+
+
+SET = frozenset(
+    {"log10_tail", "found", "corrections", "remarks", "barred", "needed"}
+    | {"matches", "bits", "candidates", "digests", "fidelity"}
+)
+"""What of a verdict says what it is worth, or on what; other types have no field of these names."""
+
+
+def test_a_verdict_is_made_of_counts_and_nobody_patches_one():
+    """Its own methods apart. Marks in answers have a tail that is no binomial, and one maker."""
+    root = Path(nnpassport.__file__).parent
+    patched, made = [], set()
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            called, where = ast.unparse(node.func), str(path.relative_to(root))
+            if called in {"replace", "dataclasses.replace"} and where != "scheme.py":
+                patched += [where for each in node.keywords if each.arg in SET]
+            if called == "Verdict":
+                made.add(where)
+    assert not patched
+    assert made == {"keys/counts.py", "keys/answers.py"}

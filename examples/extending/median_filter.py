@@ -17,8 +17,9 @@ from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.embedding.schemes.uchida import mean_filter_of
 from nnpassport.files.arrays import Array
+from nnpassport.keys.counts import Counts, counted
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import Counts, counted, host_filters
+from nnpassport.keys.reading import host_filters
 
 
 @final

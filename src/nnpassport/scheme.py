@@ -313,6 +313,30 @@ class Verdict:
         """The verdict with one more remark."""
         return replace(self, remarks=(*self.remarks, *remarks))
 
+    def beside(
+        self,
+        *,
+        digests: Mapping[str, str] | None = None,
+        fidelity: Fidelity | None = None,
+        claim: Mapping[str, Any] | None = None,
+        barred: bool = False,
+    ) -> "Verdict":
+        """The verdict beside what was found out without the bits: F, files, and the claim.
+
+        `digests` are added to those that it has. Nothing lifts a bar.
+        """
+        return replace(
+            self,
+            digests={**self.digests, **(digests or {})},
+            fidelity=fidelity or self.fidelity,
+            claim=claim or self.claim,
+            barred=barred or self.barred,
+        )
+
+    def by_rule(self, needed: int) -> "Verdict":
+        """By a published rule, which knows no p-value, for which so many matches are enough."""
+        return replace(self, needed=needed, barred=False, remarks=())
+
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values, including what follows from the counts."""
         fidelity = None

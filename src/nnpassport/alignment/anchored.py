@@ -13,7 +13,6 @@ turned (`mirrors`); or blocks were put in or left out, or everything has other n
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import median
 from typing import NamedTuple
 
@@ -23,10 +22,11 @@ from nnpassport.alignment.byaxes import Placed, Reference, alike, strangers_of
 from nnpassport.alignment.canonical import Weights
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.naming import FITS, Naming, loose_in, named
-from nnpassport.alignment.rate import Read, exact
+from nnpassport.alignment.rate import exact
 from nnpassport.files.arrays import Array, is_floating
 from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
-from nnpassport.scheme import UnreadableModelError, UnsuitableModelError, Verdict
+from nnpassport.keys.counts import Counts, Reading
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 
 _LISTED = 40
 _NAMED = 3
@@ -39,8 +39,8 @@ MERGED = (0.25, 0.5, 0.75)
 """Shares of a suspect that may be the anchor's, or a fine-tuning's of it: each is one reading."""
 
 
-class _Reading(NamedTuple):
-    """A verdict that is paid for.
+class _Tried(NamedTuple):
+    """Counts that are paid for.
 
     Attributes:
         in_place: whether the key's layers are, in what it is of.
@@ -48,42 +48,45 @@ class _Reading(NamedTuple):
         placed: what it is of.
     """
 
-    verdict: Verdict
+    counts: Counts
     in_place: bool
     turned: bool
     placed: Placed
 
 
-def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference) -> Verdict:
-    """V on the suspect once it is aligned to the network before the mark; its p-value is exact.
+def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Reference) -> Counts:
+    """What the key reads of the suspect once it is aligned to the network before the mark.
+
+    Their p-value is exact.
 
     Raises:
         UnsuitableModelError: nothing of the suspect can be aligned; it says what was looked for.
         UnreadableModelError: what could be cannot be read.
     """
+    read = read.through(anchor.with_own_scales)
     refused: UnsuitableModelError | UnreadableModelError | None = None
-    first: _Reading | None = None
+    first: _Tried | None = None
     try:
         first = _by_name(read, suspect, anchor)
     except (UnsuitableModelError, UnreadableModelError) as error:
         refused = error
     if first is not None and first.in_place and not first.turned:
-        return first.verdict if first.verdict.marked else _merged(read, first, anchor)
+        return first.counts if read.marked(first.counts) else _merged(read, first, anchor)
     ways = [AS_IT_IS, *possible(anchor.axes, {n: t.shape for n, t in anchor.tensors.items()})]
     if first is not None:
         way = _best_way(suspect, anchor, ways)
         if way != AS_IT_IS:
             again = _by_name(read, suspect, anchor, way, len(ways))
-            if _less(again.verdict, first.verdict):
+            if read.log10_p(again.counts) < read.log10_p(first.counts):
                 first = again
-        if first.verdict.marked or first.in_place:
-            return first.verdict
+        if read.marked(first.counts) or first.in_place:
+            return first.counts
     found = _by_content(read, suspect, anchor, ways)
-    if found is not None and (found.marked or first is None):
+    if found is not None and (first is None or read.marked(found)):
         return found
     sought = ", ".join(f"{name} {anchor.tensors[name].shape}" for name in sorted(anchor.layers))
     if first is not None:
-        return first.verdict.remarked(
+        return first.counts.remarked(
             "under other names and in other orientations nothing of it fits better"
         )
     raise UnsuitableModelError(
@@ -94,7 +97,7 @@ def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference)
     )
 
 
-def _merged(read: Read, first: _Reading, anchor: Reference) -> Verdict:
+def _merged(read: Reading, first: _Tried, anchor: Reference) -> Counts:
     """V on a mean of the marked network and one that knows nothing of the mark.
 
     Of W = (1 − t)·marked + t·anchor what is left without t·anchor has the mark's signs in all bits,
@@ -107,44 +110,38 @@ def _merged(read: Read, first: _Reading, anchor: Reference) -> Verdict:
             theirs = anchor.tensors[name]
             if name in arrays and arrays[name].shape == theirs.shape:
                 arrays[name] = arrays[name] - share * theirs
-        found = read(anchor.with_own_scales(arrays))
         reason = f"read once {share:g} of the network before the mark is taken off it"
         log10_choices = LOG10_BY_SHAPE + math.log10(len(MERGED))
-        facts = {**(first.verdict.alignment or {}), "merged": share}
-        readings.append(replace(found, alignment=facts).paid(log10_choices, reason, of=TENSORS))
-    return min((first.verdict, *readings), key=lambda each: each.log10_p_value or 0.0)
-
-
-def _less(one: Verdict, other: Verdict) -> bool:
-    return (one.log10_p_value or 0.0) < (other.log10_p_value or 0.0)
+        found = read(arrays).paid(log10_choices, reason, of=TENSORS)
+        facts = {**(first.counts.alignment or {}), "merged": share}
+        readings.append(found._replace(alignment=facts))
+    return min((first.counts, *readings), key=read.log10_p)
 
 
 def _by_name(
-    read: Read,
+    read: Reading,
     suspect: Mapping[str, Array],
     anchor: Reference,
     way: Orientation = AS_IT_IS,
     ways: int = 1,
-) -> _Reading:
+) -> _Tried:
     """The reading under the anchor's names, of kernels that are turned back."""
     if way != AS_IT_IS:
         suspect = turned(anchor.axes, suspect, way)
     placed = anchor.place(suspect)
     found = _read(read, suspect, placed, anchor)
-    verdict = found.verdict
+    counts = found.counts
     if ways == 1:
-        return found._replace(
-            verdict=verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
-        )
+        paid = counts.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
+        return found._replace(counts=paid)
     reason = f"its kernels were {way.inverse.name}, of {ways} orientations that are paid for"
-    paid = verdict.paid(LOG10_BY_SHAPE + math.log10(ways), reason, of=TENSORS)
+    paid = counts.paid(LOG10_BY_SHAPE + math.log10(ways), reason, of=TENSORS)
     facts = {**(paid.alignment or {}), "orientation": way.inverse.name, "orientations": ways}
-    return found._replace(verdict=replace(paid, alignment=facts))
+    return found._replace(counts=paid._replace(alignment=facts))
 
 
-def _read(read: Read, suspect: Mapping[str, Array], placed: Placed, anchor: Reference) -> _Reading:
+def _read(read: Reading, suspect: Mapping[str, Array], placed: Placed, anchor: Reference) -> _Tried:
     stranger = strangers_of(suspect, anchor).cosines
-    found = read(anchor.with_own_scales(placed.arrays))
     fits = {
         name: (cosine - stranger[name]) / max(1e-9, 1 - stranger[name])
         for name, cosine in placed.cosines.items()
@@ -152,8 +149,8 @@ def _read(read: Read, suspect: Mapping[str, Array], placed: Placed, anchor: Refe
     layers = [fits[name] for name in anchor.layers if name in fits]
     kernels = [fits[name] for name in fits if math.prod(anchor.tensors[name].shape[2:]) > 1]
     in_place = bool(layers) and min(layers) >= FITS
-    return _Reading(
-        exact(found, placed, stranger),
+    return _Tried(
+        exact(read, placed, stranger),
         in_place,
         bool(kernels) and median(kernels) < UPRIGHT,
         placed,
@@ -187,8 +184,8 @@ def _best_way(
 
 
 def _by_content(
-    read: Read, suspect: Mapping[str, Array], anchor: Reference, ways: Sequence[Orientation]
-) -> Verdict | None:
+    read: Reading, suspect: Mapping[str, Array], anchor: Reference, ways: Sequence[Orientation]
+) -> Counts | None:
     """The reading of tensors that fit best under any names; None where none fits a key's layer."""
     best: tuple[int, float, Naming, Orientation] | None = None
     tried = 0
@@ -206,8 +203,8 @@ def _by_content(
     _, _, found, way = best
     tensors = found.tensors(turned(anchor.axes, suspect, way), anchor.to.reference)
     placed = anchor.place(tensors, loose_in(anchor.to) - found.scales.keys())
-    verdict = _read(read, tensors, _whole(placed, anchor), anchor).verdict
-    return _paid(verdict, found, suspect, anchor, way, tried)
+    counts = _read(read, tensors, _whole(placed, anchor), anchor).counts
+    return _paid(counts, found, suspect, anchor, way, tried)
 
 
 def _whole(placed: Placed, anchor: Reference) -> Placed:
@@ -221,14 +218,14 @@ def _whole(placed: Placed, anchor: Reference) -> Placed:
 
 
 def _paid(
-    verdict: Verdict,
+    counts: Counts,
     found: Naming,
     suspect: Mapping[str, Array],
     anchor: Reference,
     way: Orientation,
     ways: int,
-) -> Verdict:
-    """The verdict once all choices are paid for, and which tensors were read."""
+) -> Counts:
+    """The counts once all choices are paid for, and which tensors were read."""
     read = {name: found.taken[name] for name in anchor.layers if name in found.taken}
     log10_choices = math.log10(ways) + sum(math.log10(found.choices[name]) for name in read)
     shown = ", ".join(f"{each.said} for {name}" for name, each in list(read.items())[:_NAMED])
@@ -240,7 +237,7 @@ def _paid(
         + (f"; {missing} of the key's layers are not there" if missing else "")
         + (f"; its kernels were {way.inverse.name}" if way != AS_IT_IS else "")
     )
-    paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
+    paid = counts.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
     taken = {name: " and ".join(each.names) for name, each in read.items()}
     unread = sorted(
         n
@@ -257,4 +254,4 @@ def _paid(
         "unread_count": len(unread),
     }
     facts = {**(paid.alignment or {}), "orientation": way.inverse.name, "orientations": ways}
-    return replace(paid, candidates=candidates, alignment=facts)
+    return paid._replace(candidates=candidates, alignment=facts)

@@ -24,11 +24,12 @@ from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.canonical import Weights, canonical, restored
 from nnpassport.alignment.directions import Free, free_in, spanned
 from nnpassport.alignment.part import needed, only
-from nnpassport.alignment.rate import MIXTURES, Other, Read, against, beside
+from nnpassport.alignment.rate import MIXTURES, Other, against, beside
 from nnpassport.alignment.solve import Aligner, aligner
 from nnpassport.alignment.table import LONGEST, check_table
 from nnpassport.files.arrays import Array, arrays_digest, is_floating
 from nnpassport.keys.chance import log10_binomial_tail
+from nnpassport.keys.counts import Counts, Reading
 from nnpassport.keys.key import Key
 from nnpassport.keys.patches import filters, mean_patch
 from nnpassport.keys.reading import (
@@ -37,7 +38,7 @@ from nnpassport.keys.reading import (
     read_projection,
     read_words,
 )
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import UnsuitableModelError
 
 MOST_TIMES_WIDER = 64
 """A suspect's tensor that is longer than so many times the reference's is left out."""
@@ -208,12 +209,12 @@ def can_read(key: Key) -> bool:
 
 
 def verify_by_axes(
-    read: Read,
+    read: Reading,
     suspect: Mapping[str, Array],
     reference: Reference,
     unrelated: Iterable[Mapping[str, Array]] | None = None,
-) -> Verdict:
-    """V on the suspect once it is aligned, at the rate of networks that are unrelated.
+) -> Counts:
+    """What the key reads of the suspect once it is aligned, at the rate of unrelated networks.
 
     Without `unrelated` these are `MIXTURES` of the suspect's own filters, drawn from its digest.
 
@@ -221,15 +222,15 @@ def verify_by_axes(
         UnsuitableModelError: the suspect cannot be aligned, or alignment is not blind.
     """
     placed = reference.place(suspect)
-    found = read(placed.arrays)
     origin = f"{MIXTURES} mixtures of the suspect's own filters"
     if unrelated is not None:
         unrelated = list(unrelated)
         origin = f"{len(unrelated)} unrelated networks that were given"
     networks = _mixtures(suspect, reference) if unrelated is None else unrelated
     others, skipped = beside(read, networks, reference.place, origin)
-    _require_blind(found, others)
-    return against(found, placed, others, origin, skipped)
+    found = against(read, placed, others, origin, skipped)
+    _require_blind(found.bits, others)
+    return found
 
 
 def strangers_of(suspect: Mapping[str, Array], reference: Reference) -> Placed:
@@ -241,8 +242,8 @@ def strangers_of(suspect: Mapping[str, Array], reference: Reference) -> Placed:
     return reference.place(next(_mixtures(suspect, reference)))
 
 
-def _require_blind(found: Verdict, others: list[Other]) -> None:
-    matches, bits = sum(each.matches for each in others), found.bits * len(others)
+def _require_blind(compared: int, others: list[Other]) -> None:
+    matches, bits = sum(each.matches for each in others), compared * len(others)
     unlikely = log10_binomial_tail(matches, bits, 0.5) < LOG10_NOT_BLIND
     if unlikely and matches / bits > BLIND:
         raise UnsuitableModelError(

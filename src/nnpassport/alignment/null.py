@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.channels import Floats, Network, flat
 from nnpassport.alignment.names import Aligned, Forms, align_to, prepared
-from nnpassport.alignment.rate import MIXTURES, Other, Read, against, beside, exact
+from nnpassport.alignment.rate import MIXTURES, Other, against, beside, exact
 from nnpassport.alignment.shapes import Choice, Placed, Search
 from nnpassport.files.arrays import Array, arrays_digest
-from nnpassport.scheme import Verdict
+from nnpassport.keys.counts import Counts, Reading
 
 Draws = np.random.RandomState
 """Of PyTorch's generator on the processor, which has the same twister: see `normals`."""
@@ -33,36 +33,36 @@ class Unrelated(NamedTuple):
     origin: str
 
 
-class AlignedVerdict(NamedTuple):
-    """The verdict on an aligned network, and that network; None if only its filters were read."""
+class AlignedCounts(NamedTuple):
+    """What an aligned network has, and that network; None if only its filters were read."""
 
-    verdict: Verdict
+    counts: Counts
     aligned: Aligned | None
 
 
-class ShapedVerdict(NamedTuple):
-    """The verdict on tensors that were known by their shapes, which still has to pay for it.
+class ShapedCounts(NamedTuple):
+    """What tensors have that were known by their shapes; it still has to be paid for.
 
     Attributes:
         taken: by layer, the name of the tensor that was read.
         log10_choices: of how many ways to choose them this is one.
     """
 
-    verdict: Verdict
+    counts: Counts
     taken: Mapping[str, str]
     log10_choices: float
 
 
-def aligned_verdict(
-    read: Read,
+def aligned_by_name(
+    read: Reading,
     weights: Mapping[str, Array],
     reference: Network,
     forms: Forms,
     unrelated: Unrelated,
-) -> AlignedVerdict:
-    """V on the suspect with these weights once it is aligned to `reference`.
+) -> AlignedCounts:
+    """What the key reads of these weights once they are aligned to `reference`.
 
-    Its p-value is the more cautious of the analytic one and the one at the rate of the unrelated
+    Their p-value is the more cautious of the analytic one and the one at the rate of the unrelated
     network that matches best, and corrected for the choice between reading with and without.
 
     An unrelated network that cannot be aligned is left out and counted.
@@ -72,15 +72,15 @@ def aligned_verdict(
     """
     ready = prepared(reference, forms)
     aligned = align_to(ready, weights)
-    found, origin = read(aligned.arrays), unrelated.origin
+    origin = unrelated.origin
     others, skipped = beside(read, unrelated.networks, partial(align_to, ready), origin)
-    return AlignedVerdict(against(found, aligned, others, origin, skipped), aligned)
+    return AlignedCounts(against(read, aligned, others, origin, skipped), aligned)
 
 
-def anchored_verdict(
-    read: Read, weights: Mapping[str, Array], anchor: Network, stranger: Mapping[str, Array]
-) -> AlignedVerdict:
-    """V on the suspect with these weights once it is aligned to the network before the mark.
+def anchored_by_name(
+    read: Reading, weights: Mapping[str, Array], anchor: Network, stranger: Mapping[str, Array]
+) -> AlignedCounts:
+    """What the key reads of these weights once they are aligned to the network before the mark.
 
     Nothing is hidden from alignment, and no null is taken: see `rate.exact`. The `stranger` is
     another network's weights, by which likeness is measured.
@@ -90,16 +90,16 @@ def anchored_verdict(
     """
     ready = prepared(anchor, {})
     aligned, other = align_to(ready, weights), align_to(ready, stranger)
-    return AlignedVerdict(exact(read(aligned.arrays), aligned, other.cosines), aligned)
+    return AlignedCounts(exact(read, aligned, other.cosines), aligned)
 
 
 def anchored_by_shape(
-    read: Read, weights: Mapping[str, Array], anchor: Network, draws: Draws
-) -> ShapedVerdict:
-    """V on tensors of the suspect that are the anchor's layers by their shapes (`shapes`).
+    read: Reading, weights: Mapping[str, Array], anchor: Network, draws: Draws
+) -> ShapedCounts:
+    """The same of tensors that are the anchor's layers by their shapes (`shapes`).
 
-    Of the few choices that fit best the one that matches best is taken, and the verdict has still
-    to pay for all. `read` is given filters alone, with the anchor's signs and lengths.
+    Of the few choices that fit best the one that matches best is taken, and all have still to be
+    paid for. `read` is given filters alone, with the anchor's signs and lengths.
 
     Raises:
         UnsuitableModelError: no choice of tensors fits.
@@ -107,22 +107,22 @@ def anchored_by_shape(
     search = Search(weights, anchor, {})
     choice, placed = _best_of(search, read)
     stranger = search.placed(mixed(search.matrices(choice), draws))
-    verdict = exact(read(placed.arrays), placed, stranger.cosines)
-    return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
+    counts = exact(read, placed, stranger.cosines)
+    return ShapedCounts(counts, _taken(choice), search.log10_choices)
 
 
-def verdict_by_shape(
-    read: Read,
+def aligned_by_shape(
+    read: Reading,
     weights: Mapping[str, Array],
     reference: Network,
     forms: Forms,
     unrelated: Unrelated | None,
     draws: Draws,
-) -> ShapedVerdict:
-    """V on tensors of the suspect that are the reference's layers by their shapes (`byshape`).
+) -> ShapedCounts:
+    """What the key reads of tensors that are the reference's layers by their shapes (`shapes`).
 
     Of the few choices that fit best the one that matches best is taken. What is unrelated is as
-    for `aligned_verdict`, and `MIXTURES` of what was chosen in any case.
+    for `aligned_by_name`, and `MIXTURES` of what was chosen in any case.
 
     Raises:
         UnsuitableModelError: no choice of tensors fits, or no unrelated network can be aligned.
@@ -142,11 +142,11 @@ def verdict_by_shape(
     chosen = search.matrices(choice)
     strangers = (mixed(chosen, draws) for _ in range(MIXTURES))
     others += beside(read, strangers, search.placed, origin)[0]
-    verdict = against(read(placed.arrays), placed, others, origin, skipped)
-    return ShapedVerdict(verdict, _taken(choice), search.log10_choices)
+    counts = against(read, placed, others, origin, skipped)
+    return ShapedCounts(counts, _taken(choice), search.log10_choices)
 
 
-def _best_of(search: Search, read: Read) -> tuple[Choice, Placed]:
+def _best_of(search: Search, read: Reading) -> tuple[Choice, Placed]:
     """Of the choices that fit best, the one that matches best."""
     choices: dict[object, Choice] = {}
     for each in search.best():

@@ -8,13 +8,13 @@ at the highest rate that any of them reached, if that is more than ½.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import log10_binomial_tail
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.keys.counts import Counts, Reading
+from nnpassport.scheme import UnsuitableModelError
 
 MIXTURES = 8
 """How many networks are made of the suspect's own filters where no unrelated ones are given."""
@@ -32,10 +32,6 @@ RELATED = 0.5
 
 A network that was trained from the reference's weights stays near 1, one of its own start at 0.
 """
-
-
-Read = Callable[[Mapping[str, Array]], Verdict]
-"""V with one key, on tensors under the names that it knows."""
 
 
 class Matched(Protocol):
@@ -66,7 +62,7 @@ class Other(NamedTuple):
 
 
 def beside(
-    read: Read,
+    read: Reading,
     networks: Iterable[Mapping[str, Array]],
     place: Callable[[Mapping[str, Array]], Matched],
     origin: str,
@@ -92,41 +88,47 @@ def beside(
 
 
 def against(
-    found: Verdict, aligned: Matched, others: Sequence[Other], origin: str, skipped: int
-) -> Verdict:
-    """The verdict, at the rate of the unrelated networks, and all that alignment found."""
+    read: Reading, aligned: Matched, others: Sequence[Other], origin: str, skipped: int
+) -> Counts:
+    """What the key reads, at the rate of the unrelated networks, and all that alignment found."""
+    found = read(aligned.arrays)
     matches = [other.matches for other in others]
-    cautious, log10_p = with_null(found, matches), found.log10_p_value
+    log10_p = read.verdict(found).log10_p_value
     null = {
         "networks": origin,
         "matches": matches,
         "skipped": skipped,
         "log10_p_empirical": None if log10_p is None else _at_rate_of_best(found, log10_p, matches),
+        "bits": found.bits,
+        "log10_p_analytic": log10_p,
     }
     strangers = [other.cosines for other in others]
-    return replace(cautious, alignment=_facts(found, aligned, REFERENCE, strangers, null))
+    cautious = found if log10_p is None else with_null(found, matches)
+    return cautious._replace(alignment=_facts(aligned, REFERENCE, strangers, null))
 
 
-def exact(found: Verdict, aligned: Matched, stranger: Mapping[str, float]) -> Verdict:
-    """The verdict on a network aligned to one that knows nothing of the bits, and what was found.
+def exact(read: Reading, aligned: Matched, stranger: Mapping[str, float]) -> Counts:
+    """What the key reads of a network aligned to one that knows nothing of its bits.
 
     Committed bits are then coins whatever alignment did, so the binomial tail is exact; only that
     there is a reading without alignment too is paid for. The cosines of a `stranger`, by layer, say
     what is alike by chance.
     """
+    found = read(aligned.arrays)
     null = {
         "networks": "none is needed: what it was aligned to knows nothing of the bits",
         "matches": [],
         "skipped": 0,
         "log10_p_empirical": None,
+        "bits": found.bits,
+        "log10_p_analytic": read.verdict(found).log10_p_value,
     }
     reason = "aligned to the network before the mark, for which bits are coins"
     paid = found.paid(math.log10(READINGS), reason, of="readings")
-    return replace(paid, alignment=_facts(found, aligned, ANCHOR, [stranger], null))
+    return paid._replace(alignment=_facts(aligned, ANCHOR, [stranger], null))
 
 
 def _facts(
-    found: Verdict,
     aligned: Matched,
     to: str,
     strangers: Sequence[Mapping[str, float]],
@@ -134,7 +136,6 @@ def _facts(
 ) -> dict[str, Any]:
     """What `Verdict.alignment` says."""
     alike = likeness(aligned.cosines, strangers)
-    counted = {"bits": found.bits, "log10_p_analytic": found.log10_p_value}
     return {
         "to": to,
         "bound": to == ANCHOR,
@@ -143,41 +144,37 @@ def _facts(
         "cosines": dict(aligned.cosines),
         "dropped": aligned.dropped,
         "missing": aligned.missing,
-        "null": {**null, **counted},
+        "null": dict(null),
         "readings": READINGS,
     }
 
 
-def with_null(verdict: Verdict, matches: Sequence[int], chance: float = 0.5) -> Verdict:
-    """The verdict, were every bit matched as often as in the best of networks with these matches.
+def with_null(counts: Counts, matches: Sequence[int]) -> Counts:
+    """The counts, were every bit matched as often as in the best of networks with these matches.
 
-    And were this the better of `READINGS` readings. A verdict without p-value is returned as it is.
+    And were this the better of `READINGS` readings.
     """
-    if verdict.log10_tail is None:
-        return verdict
-    rate = max([chance, *(count / verdict.bits for count in matches)])
+    rate = max([0.5, *(count / counts.bits for count in matches)])
     found = (
-        f"aligned, {verdict.matches} of {verdict.bits} match, and unrelated networks reach "
+        f"aligned, {counts.matches} of {counts.bits} match, and unrelated networks reach "
         f"{rate:.3f} of the bits at most"
     )
-    tail = max(verdict.log10_tail, _at_rate_of_best(verdict, verdict.log10_tail, matches, chance))
-    cautious = replace(verdict, log10_tail=tail, found=found)
+    tail = max(counts.tail, _at_rate_of_best(counts, counts.tail, matches))
+    cautious = counts._replace(log10_tail=tail, found=found)
     return cautious.paid(math.log10(READINGS), of="readings")
 
 
-def _at_rate_of_best(
-    verdict: Verdict, log10_p: float, matches: Sequence[int], chance: float = 0.5
-) -> float:
-    """What becomes of a p-value if the chance of a match is not `chance` but the best rate.
+def _at_rate_of_best(counts: Counts, log10_p: float, matches: Sequence[int]) -> float:
+    """What becomes of a p-value if the chance of a match is not ½ but the best rate.
 
     It may be below the analytic one, where all of them match less than half: the verdict counts the
     larger of the two.
     """
-    rate = max(count / verdict.bits for count in matches) if matches else chance
+    rate = max(count / counts.bits for count in matches) if matches else 0.5
     if rate >= 1:
         return 0.0
-    analytic = log10_binomial_tail(verdict.matches, verdict.bits, chance)
-    empirical = log10_binomial_tail(verdict.matches, verdict.bits, max(rate, 1e-9))
+    analytic = log10_binomial_tail(counts.matches, counts.bits)
+    empirical = log10_binomial_tail(counts.matches, counts.bits, max(rate, 1e-9))
     return min(0.0, log10_p + empirical - analytic)
 
 

@@ -3,7 +3,6 @@
 Every function here either gives a verdict or raises, and then nothing was decided.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ def by_labels(suspect: Suspect | Path, key: Key, options: Options) -> Verdict:
     loaded = load_suspect(suspect, options.reference, trusted_factory=options.trusted_factory)
     said = scores_of_key(loaded.model, key, _normalise(loaded.config, options))
     found = read_answers(said.argmax(1).numpy(), key, labels=True, log10_alpha=options.threshold)
-    return replace(found, digests=loaded.digests)
+    return found.beside(digests=loaded.digests)
 
 
 def on_images(suspect: Suspect | Path, key: Key, options: Options, trial: Trial) -> Verdict:
@@ -79,7 +78,7 @@ def on_images(suspect: Suspect | Path, key: Key, options: Options, trial: Trial)
         log10_alpha=options.threshold,
     )
     digests = {**loaded.digests, **within(ANCHOR, anchor.digests)}
-    return replace(found, digests=digests).remarked(CHOSEN)
+    return found.beside(digests=digests).remarked(CHOSEN)
 
 
 def collected(answers: Path, key: Key, options: Options, data: ImageSet | None = None) -> Verdict:

@@ -5,18 +5,17 @@ Every function here either gives a verdict or raises, and then nothing was decid
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nnpassport.alignment.null import AlignedVerdict as ByLayers
+from nnpassport.alignment.null import AlignedCounts as ByLayers
 from nnpassport.alignment.null import Unrelated
 from nnpassport.catalog import scheme_named
 from nnpassport.data.images import Normalisation
-from nnpassport.embedding.aligning import AlignedVerdict, as_models
+from nnpassport.embedding.aligning import Aligned, AlignedVerdict, as_models
 from nnpassport.embedding.answering import by_labels
 from nnpassport.embedding.axes import axes_of, noise_for
 from nnpassport.embedding.checkpoint import Loaded, load_model, load_suspect, own_config
@@ -24,7 +23,6 @@ from nnpassport.embedding.network.channels import channels_of, network_of, with_
 from nnpassport.embedding.network.outputs import Example, logits_of
 from nnpassport.embedding.network.tensors import (
     ArraysOf,
-    TensorsOf,
     as_array,
     as_tensors,
     tensors_digest,
@@ -38,6 +36,7 @@ from nnpassport.files.disk import brief
 from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.counts import Counts, Reading
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
 from nnpassport.scheme import Fidelity, UnreadableDataError, UnsuitableModelError, Verdict
@@ -45,7 +44,7 @@ from nnpassport.verification.aligned import (
     check_committed,
     given,
     over_axes,
-    verify_by_layers,
+    read_by_layers,
     with_files,
 )
 from nnpassport.verification.anchor import anchor_in, require_anchor
@@ -54,6 +53,7 @@ from nnpassport.verification.verdicts import (
     Options,
     Trial,
     by_layers,
+    reading_of,
     under_claim,
     weights_of,
     without,
@@ -128,6 +128,26 @@ def verify_aligned(
     Raises:
         UnsuitableModelError: the mark is not one of weights, or the two cannot be aligned.
     """
+    read = reading_of(key, log10_alpha)
+    found = _read_aligned(read, weights, reference, unrelated, example)
+    return AlignedVerdict(read.verdict(found.counts), found.aligned)
+
+
+class _Aligned(NamedTuple):
+    """What an aligned network has, and that network; None if only its filters were read."""
+
+    counts: Counts
+    aligned: Aligned | None
+
+
+def _read_aligned(
+    read: Reading,
+    weights: Mapping[str, Any],
+    reference: nn.Module,
+    unrelated: Unrelated | None,
+    example: Example | None,
+) -> _Aligned:
+    key = read.key
     scheme = scheme_named(key.context.scheme)
     if not scheme.reads_weights:
         why = "is not in the weights, and only these can be aligned"
@@ -137,14 +157,10 @@ def verify_aligned(
     anchored, arrays = key.context.anchor is not None, dict(ArraysOf(weights))
     if anchored:
         require_anchor(tensors_digest(reference.state_dict()), key)
-
-    def read(found: Mapping[str, Array]) -> Verdict:
-        return scheme.verify(TensorsOf(found), key, log10_alpha=log10_alpha)
-
     if anchored and example is not None and not _is_known(reference):
         axes, state = axes_of(reference, example), dict(ArraysOf(reference.state_dict()))
         origin = "its trace shows, proved by reordering"
-        return AlignedVerdict(over_axes(read, arrays, key, state, axes, origin), None)
+        return _Aligned(over_axes(read, arrays, state, axes, origin), None)
 
     def forms() -> Mapping[str, Array]:
         return {name: as_array(form) for name, form in scheme.forms(key).items()}
@@ -152,9 +168,9 @@ def verify_aligned(
     if unrelated is not None:
         networks = [dict(ArraysOf(each)) for each in unrelated.networks]
         unrelated = unrelated._replace(networks=networks)
-    found = verify_by_layers(read, arrays, key, network_of(reference), forms, unrelated)
+    found = read_by_layers(read, arrays, network_of(reference), forms, unrelated)
     aligned = None if found.aligned is None else as_models(found.aligned, reference)
-    return AlignedVerdict(found.verdict, aligned)
+    return _Aligned(found.counts, aligned)
 
 
 def _is_known(reference: nn.Module) -> bool:
@@ -181,7 +197,7 @@ def asked(suspect: Suspect, key: Key, options: Options) -> Verdict:
     loaded = _load(suspect, options)
     normalise = loaded.normalise
     verdict = verify_model(loaded.model, normalise, key, log10_alpha=options.threshold)
-    return replace(verdict, digests=loaded.digests)
+    return verdict.beside(digests=loaded.digests)
 
 
 def aligned(suspect: Suspect, key: Key, options: Options, trial: Trial | None) -> Verdict:
@@ -224,20 +240,13 @@ def _aligned(suspect: Suspect, key: Key, options: Options) -> tuple[Verdict, Loa
     if key.context.anchor is None:
         check_committed(options.alignment.reference, options.standing)
     unrelated = {str(path): read_arrays(path) for path in options.alignment.unrelated}
-    found = verify_aligned(
-        weights.arrays,
-        key,
-        reference.model,
-        log10_alpha=options.threshold,
-        unrelated=given(unrelated),
-        example=noise_for(reference.config),
-    )
-    verdict = without(weights.left_out, found.verdict)
+    read, example = reading_of(key, options.threshold), noise_for(reference.config)
+    found = _read_aligned(read, weights.arrays, reference.model, given(unrelated), example)
     files = weights.digests, reference.digests, unrelated
-    verdict = with_files(verdict, key, *files, options.standing)
-    return verdict, None if found.aligned is None else _as_owners(
-        found.aligned.model, reference, options
-    )
+    counts = with_files(without(weights.left_out, found.counts), key, *files, options.standing)
+    aligned = found.aligned
+    network = None if aligned is None else _as_owners(aligned.model, reference, options)
+    return read.verdict(counts), network
 
 
 def _built(found: ByLayers, key: Key, options: Options) -> Loaded | None:
@@ -286,7 +295,7 @@ def _answered(suspect: Suspect, key: Key, options: Options) -> Verdict:
     remarks = [f"images became numbers as {whose}"]
     if not verdict.marked and any(each.marked for each in mapped):
         remarks.append("in another order of the classes it matches: have every reading looked at")
-    return replace(verdict.remarked(*remarks), digests=loaded.digests)
+    return verdict.remarked(*remarks).beside(digests=loaded.digests)
 
 
 def _answers(key: Key, model: nn.Module, normalise: Normalisation) -> Tensor:
@@ -364,15 +373,8 @@ def with_fidelity(
         f"{'within' if fidelity.passed else 'not within'} {trial.tolerance} of {target:.4f}"
         f"{'' if target == trial.target else ', which the network has without it'}"
     )
-    return replace(
-        told,
-        fidelity=fidelity,
-        digests={
-            **verdict.digests,
-            **({} if aligned is not None else loaded.digests),
-            "images": tensors_digest(images),
-        },
-    )
+    files = {} if aligned is not None else loaded.digests
+    return told.beside(fidelity=fidelity, digests={**files, "images": tensors_digest(images)})
 
 
 def _load(suspect: Suspect | Path, options: Options) -> Loaded:

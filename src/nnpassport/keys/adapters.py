@@ -11,8 +11,9 @@ import numpy as np
 
 from nnpassport.files.arrays import DTYPES, Array, arrays_digest, is_floating
 from nnpassport.keys.context import NONCE_BYTES
+from nnpassport.keys.counts import Weights
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import READERS, Weights, check_host, is_adapter, read_product
+from nnpassport.keys.reading import READERS, check_host, is_adapter, read_product
 from nnpassport.scheme import UnsuitableModelError
 
 

@@ -1,14 +1,13 @@
 """What of a key's bits a file of weights holds: one reader for each way to write bits, in numpy.
 
 A reader takes arrays by name and a key, and counts: which bits are as the key has them. How likely
-that is by chance, `verdict_on` says, for all of them alike. Everything is computed in float64, so
-that every machine reads the same bits.
+that is by chance, `counts.verdict_on` says, for all of them alike. Everything is computed in
+float64, so that every machine reads the same bits.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -17,20 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.files.arrays import Array
-from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED, log10_binomial_tail
 from nnpassport.keys.context import LayerShape
-from nnpassport.keys.derive import log10_text_choices
+from nnpassport.keys.counts import Counts, Read, Reader, Weights, counted, matching
 from nnpassport.keys.key import Key
 from nnpassport.keys.order import read_placed
 from nnpassport.keys.patches import filters, mean_patch, own_shape
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
-from nnpassport.scheme import (
-    MiscountedError,
-    UnreadableKeyError,
-    UnsuitableModelError,
-    Verdict,
-    check_counts,
-)
+from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError
 
 COLUMNS = 253
 """Of the pooled weight that greedy residuals are taken of, at most."""
@@ -46,122 +38,6 @@ _HALVES = {"A": "A", "B": "B", "down": "A", "up": "B"}
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 _OF_TOOLS = ("diffusion_model.", "transformer.", "unet.", "text_encoder.", "model.")
 _FLAT = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_", "lora_")
-
-Read = NDArray[np.float64]
-Weights = Mapping[str, Array]
-
-
-class Counts(NamedTuple):
-    """What a reader found.
-
-    Attributes:
-        what: which kind of bits these are, in words.
-        layers: by layer, how many bits match and how many there are.
-        chance: with which an independent network has one bit as the key has it, in [0, 1].
-        choices: of how many counts these are the best.
-        chosen: what these counts are of, in the plural.
-        whose: said before all else, if it is not nothing.
-        listed: whether the verdict has the counts of each layer.
-        some: whether these are only some of the key's bits or labels: those that were answered.
-        log10_tail: log₁₀ of the probability that an independent network matches as well, where the
-            matches are no independent trials of one chance.
-    """
-
-    what: str
-    layers: Mapping[str, tuple[int, int]]
-    chance: float = 0.5
-    choices: int = 1
-    chosen: str = "counts"
-    whose: str = ""
-    listed: bool = False
-    some: bool = False
-    log10_tail: float | None = None
-
-
-Reader = Callable[[Weights, Key], Counts]
-
-
-def verdict_on(
-    counts: Counts, key: Key, *, log10_alpha: float = LOG10_ALPHA_UNCOMMITTED
-) -> Verdict:
-    """The exact verdict on these counts.
-
-    Derived bits are uniform and independent of any network that was not trained on them, so their
-    matches are Binomial(n, ½) whatever the weights. A key whose passports or bits were chosen
-    freely has no p-value, because a linear system finds passports for any bits.
-
-    Raises:
-        MiscountedError: more or fewer bits were compared than the key has, or more matched.
-    """
-    for matches, bits in counts.layers.values():
-        check_counts(matches, bits)
-    bits = sum(bits for _, bits in counts.layers.values())
-    matches = sum(matches for matches, _ in counts.layers.values())
-    if bits != key.context.bits and not counts.some:
-        raise MiscountedError(
-            f"V compared {bits} bits of a key that has {key.context.bits}; needed: each of them, "
-            "once; draw a key for this network"
-        )
-    whose = f"{counts.whose}: " if counts.whose else ""
-    verdict = Verdict(
-        scheme=key.context.scheme,
-        bits=bits,
-        matches=matches,
-        log10_tail=_tail(counts, matches, bits) if key.derived else None,
-        log10_alpha=log10_alpha,
-        found=f"{whose}{matches} of {bits} {counts.what} match",
-        layers=dict(counts.layers) if counts.listed else {},
-        chance=counts.chance if counts.some else None,
-    ).paid(math.log10(counts.choices), of=counts.chosen)
-    if key.text is None or not key.derived:
-        return verdict
-    # A text that nobody has committed to is the claimant's choice among all of its length.
-    return verdict.paid(log10_text_choices(key.text), of="texts")
-
-
-def _tail(counts: Counts, matches: int, bits: int) -> float:
-    if counts.log10_tail is not None:
-        return counts.log10_tail
-    return log10_binomial_tail(matches, bits, counts.chance)
-
-
-def as_published(verdict: Verdict, *, threshold: float) -> Verdict:
-    """The verdict by a rule of the kind that papers state: enough of the mark is there.
-
-    `threshold` is the share of it, in [0, 1], that suffices. It says nothing of chance or of forged
-    keys; the exact verdict does.
-    """
-    needed = math.ceil(threshold * verdict.bits - 1e-9)
-    return replace(verdict, needed=needed, barred=False, remarks=())
-
-
-def matching(read: Any, signs: Any) -> int:
-    """How many bits were read as the key has them, each compared with one reading of its own.
-
-    Both are arrays, or both tensors.
-
-    Raises:
-        UnsuitableModelError: there is not one reading for each bit. Comparing them all the same
-            would let one bit of the key decide over several readings.
-    """
-    if tuple(read.shape) != tuple(signs.shape) or len(read.shape) != 1:
-        raise UnsuitableModelError(
-            f"V reads {tuple(read.shape)} where the key has {tuple(signs.shape)} bits; needed: one "
-            "reading for each bit; draw a key for this network"
-        )
-    return int((read == signs).sum())
-
-
-def counted(what: str, key: Key, layer: LayerShape, read: Read) -> Counts:
-    """The bits of a key's one layer, each the sign of a number that was read.
-
-    A number of exactly zero matches neither bit.
-
-    Raises:
-        UnsuitableModelError: there is not one number for each bit.
-    """
-    matches = matching(np.sign(read), key.signs_array(layer.name))
-    return Counts(what, {layer.name: (matches, layer.length)})
 
 
 # The layers that a key names

@@ -5,7 +5,6 @@ the table of what is aligned to: of the key's anchor where there is one, else of
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,13 +15,13 @@ from nnpassport.alignment.table import AXES_FILE, MAX_AXES_BYTES
 from nnpassport.claims.claim import Claim
 from nnpassport.claims.facts import check_config
 from nnpassport.claims.standing import Standing
-from nnpassport.files.arrays import Array, arrays_digest
+from nnpassport.files.arrays import arrays_digest
 from nnpassport.files.disk import read_once, refuse_leaving
 from nnpassport.files.weights import Arrays, read_arrays
 from nnpassport.keys.chance import LOG10_BY_NAME, TENSORS
+from nnpassport.keys.counts import Counts, Reading
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import READERS, verdict_on
-from nnpassport.scheme import UnsuitableModelError, Verdict
+from nnpassport.scheme import UnsuitableModelError
 from nnpassport.verification.aligned import with_files
 from nnpassport.verification.anchor import anchor_in
 
@@ -60,35 +59,30 @@ def read_committed(folder: Path, claim: Claim) -> tuple[Axes, Arrays]:
 
 
 def aligned_by_axes(
+    read: Reading,
     suspect: Arrays,
-    key: Key,
     folder: Path,
     claim: Claim,
     unrelated: Mapping[str, Arrays],
-    log10_alpha: float,
-) -> Verdict:
-    """V on the suspect, whose tensors have the key's names, aligned to the network in `folder`.
+) -> Counts:
+    """What the key reads of the suspect, under its names, aligned to the network in `folder`.
 
     Raises:
         OwnershipError: it could not be checked; which kind says why.
     """
+    key = read.key
     anchored = key.context.anchor is not None
     folder = anchor_in(folder) if anchored else folder
     axes, weights = read_committed(folder, claim)
-
-    def read(arrays: Mapping[str, Array]) -> Verdict:
-        reader = READERS[key.context.scheme]
-        return verdict_on(reader(arrays, key), key, log10_alpha=log10_alpha)
-
     if anchored:
-        verdict = verify_anchored(read, suspect.arrays, anchor_of(axes, weights.arrays, key))
+        counts = verify_anchored(read, suspect.arrays, anchor_of(axes, weights.arrays, key))
         # The table is the claimant's choice, layer by layer: only its date keeps it from fitting.
-        verdict = replace(verdict, alignment={**(verdict.alignment or {}), "bound": False})
+        counts = counts._replace(alignment={**(counts.alignment or {}), "bound": False})
     else:
         others = [each.arrays for each in unrelated.values()] if unrelated else None
         reference = reference_of(axes, weights.arrays, key)
-        verdict = verify_by_axes(read, suspect.arrays, reference, others)
-        verdict = verdict.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
-    verdict = verdict.remarked("over the claim's axes")
+        counts = verify_by_axes(read, suspect.arrays, reference, others)
+        counts = counts.paid(LOG10_BY_NAME, "aligned by the tensors' names", of=TENSORS)
+    counts = counts.remarked("over the claim's axes")
     owners = {**weights.digests, AXES_FILE: str(claim.axes)}
-    return with_files(verdict, key, suspect.digests, owners, unrelated, claim)
+    return with_files(counts, key, suspect.digests, owners, unrelated, claim)

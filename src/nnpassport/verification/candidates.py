@@ -15,9 +15,8 @@ too, and multiply those of the layer.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,16 +24,14 @@ import numpy as np
 from nnpassport.files.arrays import Array, Described, is_floating
 from nnpassport.keys.chance import LOG10_BY_NAME, LOG10_BY_SHAPE, TENSORS
 from nnpassport.keys.context import LayerShape
+from nnpassport.keys.counts import Counts, Reading
 from nnpassport.keys.key import Key
 from nnpassport.keys.patches import filters, mean_patch, own_shape
 from nnpassport.keys.reading import channel_products, check_host, scales
-from nnpassport.scheme import UnreadableModelError, Verdict
+from nnpassport.scheme import UnreadableModelError
 
 Headers = Mapping[str, Array | Described]
 """By name, what is known of tensors without their numbers."""
-
-Read = Callable[[Mapping[str, Array]], Verdict]
-"""V on tensors under the names that the key knows."""
 
 _SHOWN = 3
 MOST_LISTED = 40
@@ -99,18 +96,17 @@ def enough(described: Headers, key: Key) -> bool:
     return all(len({each.name for each in found}) >= count for found, count in wanted.items())
 
 
-def verify_by_shape(
-    read: Read, weights: Mapping[str, Array], described: Headers, key: Key
-) -> Verdict:
-    """V on the tensors that match best, of all that have the shapes of the key's layers.
+def read_by_shape(read: Reading, weights: Mapping[str, Array], described: Headers) -> Counts:
+    """What the key reads of the tensors that match best, of all that have its layers' shapes.
 
-    The verdict pays for every way to choose. `described` has the tensors' shapes; of `weights` that
+    Every way to choose is paid for. `described` has the tensors' shapes; of `weights` that
     are read when they are asked for, one tensor at a time is kept.
 
     Raises:
         UnsuitableModelError: a layer has no candidate.
         UnreadableModelError: none of its candidates can be read.
     """
+    key = read.key
     found = {layer.name: candidates_for(described, layer) for layer in key.context.layers}
     for layer in key.context.layers:
         if not found[layer.name]:
@@ -120,18 +116,18 @@ def verify_by_shape(
     if any(layer.channels is not None for layer in key.context.layers):
         vectors = {layer.name: _scales(described, layer) for layer in key.context.layers}
         best, scales = _best_of_channels(weights, key, found, vectors)
-        verdict = read({**_Chosen(weights, best, shapes), **scales})
+        counts = read({**_Chosen(weights, best, shapes), **scales})
         log10_choices += sum(math.log10(1 + len(each)) for each in vectors.values())
     else:
-        best = _best(read, weights, key, found)
-        verdict = read(_Chosen(weights, best, shapes))
+        best = _best(read, weights, found)
+        counts = read(_Chosen(weights, best, shapes))
     facts = by_shape({n: each.name for n, each in best.items()}, described, log10_choices)
     reason = (
         f"read from the tensors of the layers' shapes that match best, {_where(best)}, of "
         f"10^{log10_choices:.1f} ways to choose them"
     )
-    paid = verdict.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
-    return replace(paid, candidates=facts)
+    paid = counts.paid(LOG10_BY_SHAPE + log10_choices, reason, of=TENSORS)
+    return paid._replace(candidates=facts)
 
 
 def _where(best: Mapping[str, Candidate]) -> str:
@@ -144,12 +140,12 @@ def _where(best: Mapping[str, Candidate]) -> str:
     return ", ".join(shown) + (", …" if len(best) > _SHOWN else "")
 
 
-def by_name(verdict: Verdict, unread: list[str]) -> Verdict:
-    """The verdict on the tensors under the key's names, where others could have been read."""
+def by_name(counts: Counts, unread: list[str]) -> Counts:
+    """The counts of the tensors under the key's names, where others could have been read."""
     reason = "read from the tensors under the key's names"
-    paid = verdict.paid(LOG10_BY_NAME, reason, of=TENSORS)
+    paid = counts.paid(LOG10_BY_NAME, reason, of=TENSORS)
     facts = {"read": "by name", "log10_choices": LOG10_BY_NAME, "taken": {}, **_listed(unread)}
-    return replace(paid, candidates=facts)
+    return paid._replace(candidates=facts)
 
 
 def by_shape(
@@ -170,12 +166,13 @@ def _listed(unread: list[str]) -> dict[str, Any]:
 
 
 def _best(
-    read: Read, weights: Mapping[str, Array], key: Key, found: Mapping[str, list[Candidate]]
+    read: Reading, weights: Mapping[str, Array], found: Mapping[str, list[Candidate]]
 ) -> dict[str, Candidate]:
     """By layer, the candidate that matches best; the first of several that do.
 
     One that cannot be read, as it holds NaN, matches nothing.
     """
+    key = read.key
     layers = {layer.name: layer for layer in key.context.layers}
     if len(layers) == 1:
         ((name, each),) = found.items()

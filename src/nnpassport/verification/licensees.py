@@ -24,10 +24,11 @@ from nnpassport.files.disk import refuse_leaving
 from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.counts import verdict_on
 from nnpassport.keys.key import Key
 from nnpassport.keys.order import derive_order
 from nnpassport.keys.ordered import Reference, placed, reference_of
-from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.keys.reading import READERS
 from nnpassport.scheme import OwnershipError, UnsuitableModelError, Verdict
 from nnpassport.verification.lineage import open_network
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from nnpassport.alignment.folders import network_in
-from nnpassport.alignment.null import AlignedVerdict
+from nnpassport.alignment.null import AlignedCounts
 from nnpassport.catalog import entry_named
 from nnpassport.claims.claim import MILLION, Claim
 from nnpassport.claims.facts import Facts
@@ -18,9 +18,10 @@ from nnpassport.claims.standing import Standing
 from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig
 from nnpassport.files.suspect import Suspect
-from nnpassport.files.weights import Arrays, read_arrays, within, without_prefixes
+from nnpassport.files.weights import read_arrays, within, without_prefixes
 from nnpassport.keys.adapters import added
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
+from nnpassport.keys.counts import Counts, Reading
 from nnpassport.keys.key import Key
 from nnpassport.keys.order import tensors_read
 from nnpassport.keys.reading import (
@@ -29,9 +30,7 @@ from nnpassport.keys.reading import (
     forms_of,
     is_adapter,
     read_product,
-    verdict_on,
 )
-from nnpassport.lazy import load
 from nnpassport.scheme import (
     OtherAnchorError,
     UnreadableModelError,
@@ -42,7 +41,7 @@ from nnpassport.verification import candidates
 from nnpassport.verification.aligned import (
     check_committed,
     given,
-    verify_by_layers,
+    read_by_layers,
     with_files,
 )
 from nnpassport.verification.aligning import aligned_by_axes, committed_claim
@@ -206,9 +205,10 @@ def _aligned(
     claim = committed_claim(key, options.standing)
     layers = by_layers(suspect, key, options) if claim is None else None
     if claim is not None:
-        found = _over_axes(suspect, key, options, alignment, claim)
+        read = reading_of(key, options.threshold)
+        found = read.verdict(_over_axes(read, suspect, options, alignment, claim))
     elif layers is not None:
-        found = layers.verdict
+        found = reading_of(key, options.threshold).verdict(layers.counts)
     else:
         purpose = (
             "alignment to a network whose axes no claim commits to (`claim axes`, then `claim new`)"
@@ -221,8 +221,8 @@ def _aligned(
     return found
 
 
-def by_layers(suspect: Suspect, key: Key, options: Options) -> AlignedVerdict | None:
-    """V aligned by layers to a network whose channels are known; None where they are not.
+def by_layers(suspect: Suspect, key: Key, options: Options) -> AlignedCounts | None:
+    """What the key reads, aligned by layers to a network whose channels are known; else None.
 
     Raises:
         OwnershipError: it could not be checked; which kind says why.
@@ -239,49 +239,43 @@ def by_layers(suspect: Suspect, key: Key, options: Options) -> AlignedVerdict | 
     if not anchored:
         check_committed(folder, options.standing)
     unrelated = {str(path): read_arrays(path) for path in alignment.unrelated}
-
-    def read(arrays: Mapping[str, Array]) -> Verdict:
-        return _read(arrays, key, options.threshold)
-
-    def forms() -> Mapping[str, Array]:
-        return forms_of(key)
-
-    found = verify_by_layers(read, weights.arrays, key, owners.network, forms, given(unrelated))
-    verdict = without(weights.left_out, found.verdict)
-    verdict = with_files(verdict, key, weights.digests, owners.digests, unrelated, options.standing)
-    return found._replace(verdict=verdict)
+    read = reading_of(key, options.threshold)
+    found = read_by_layers(
+        read, weights.arrays, owners.network, lambda: forms_of(key), given(unrelated)
+    )
+    counts = without(weights.left_out, found.counts)
+    counts = with_files(counts, key, weights.digests, owners.digests, unrelated, options.standing)
+    return found._replace(counts=counts)
 
 
 def _over_axes(
-    suspect: Suspect, key: Key, options: Options, alignment: Alignment, claim: Claim
-) -> Verdict:
-    """V aligned over the axes that the claim commits to, of arrays alone."""
-    weights = suspect.arrays.under(weights_of(key))
+    read: Reading, suspect: Suspect, options: Options, alignment: Alignment, claim: Claim
+) -> Counts:
+    """What the key reads over the axes that the claim commits to, of arrays alone."""
+    weights = suspect.arrays.under(weights_of(read.key))
     unrelated = {str(path): read_arrays(path) for path in alignment.unrelated}
-    folder = alignment.reference
-    found = aligned_by_axes(weights, key, folder, claim, unrelated, options.threshold)
+    found = aligned_by_axes(read, weights, alignment.reference, claim, unrelated)
     return without(weights.left_out, found)
 
 
 def _unaligned(suspect: Suspect, key: Key, options: Options) -> Verdict:
     """By the weights alone if the scheme can: then nothing of the suspect is even built."""
     if options.base is not None:
-        weights = suspect.arrays.under(weights_of(key))
-        return without(weights.left_out, _added(weights, options.base, key, options))
+        return _added(suspect, options.base, key, options)
     if not reads_weights(key):
         found: Verdict = running(f"{MEASURED}:asked", "asking a network")(suspect, key, options)
         return found
-    opened = _opened(suspect, key)
-    verdict = _as_it_stands(opened, key, options.threshold)
-    if not verdict.marked:
-        refuse_folded(opened.described, key, verdict.reason)
+    opened, read = _opened(suspect, key), reading_of(key, options.threshold)
+    counts = _as_it_stands(opened, read)
+    if not read.marked(counts):
+        refuse_folded(opened.described, key, read.verdict(counts).reason)
     elif any(layer.channels for layer in key.context.layers) and (
         folded := folded_layers(opened.described, key)
     ):
-        verdict = verdict.remarked(
+        counts = counts.remarked(
             f"norms are folded into {len(folded)} of the layers, and were read with them"
         )
-    return without(opened.left_out, replace(verdict, digests=opened.digests()))
+    return read.verdict(opened.told(counts))
 
 
 def declared_trial(
@@ -309,10 +303,11 @@ def verify_as_published(
         opened = _opened(Suspect.of(suspect), key)
         if not _in_pairs(key):
             _check_names(opened.described, key)
-        verdict = _read(opened.weights, key, options.threshold)
+        read = reading_of(key, options.threshold)
+        counts = read(opened.weights)
+        verdict = read.verdict(opened.told(counts))
         if not entry.scheme.verify_as_published(verdict).marked:
-            refuse_folded(opened.described, key, verdict.reason)
-        verdict = without(opened.left_out, replace(verdict, digests=opened.digests()))
+            refuse_folded(opened.described, key, read.verdict(counts).reason)
     return entry.scheme.verify_as_published(verdict)
 
 
@@ -330,7 +325,7 @@ def under_claim(verdict: Verdict, standing: Standing) -> Verdict:
     fitted = alignment is not None and not alignment.get("bound") and not standing.older
     remarks = [reason, DATED_ONLY] if fitted and holds and verdict.marked else [reason]
     found = verdict.remarked(*remarks)
-    return replace(found, barred=verdict.barred or not holds or fitted, claim=standing.as_dict())
+    return found.beside(barred=not holds or fitted, claim=standing.as_dict())
 
 
 class _Opened(NamedTuple):
@@ -343,6 +338,10 @@ class _Opened(NamedTuple):
     described: candidates.Headers
     digests: Callable[[], dict[str, str]]
     left_out: Mapping[str, str]
+
+    def told(self, counts: Counts) -> Counts:
+        """The counts, which name the files that were read and what of them was not."""
+        return without(self.left_out, counts._replace(digests=self.digests()))
 
 
 def _opened(suspect: Suspect, key: Key) -> _Opened:
@@ -357,14 +356,11 @@ def _opened(suspect: Suspect, key: Key) -> _Opened:
     return _Opened(weights.arrays, weights.arrays, lambda: weights.digests, weights.left_out)
 
 
-def _read(weights: Mapping[str, Array], key: Key, log10_alpha: float) -> Verdict:
-    """V on arrays under the key's names."""
-    reader = READERS.get(key.context.scheme)
-    if reader is not None:
-        return verdict_on(reader(weights, key), key, log10_alpha=log10_alpha)
-    tensors = load("nnpassport.embedding.network.tensors:TensorsOf")(weights)
-    scheme = entry_named(key.context.scheme).scheme  # one of the caller's own
-    return scheme.verify(tensors, key, log10_alpha=log10_alpha)
+def reading_of(key: Key, log10_alpha: float) -> Reading:
+    """V on arrays under the key's names, by its scheme, which may be one of the caller's own."""
+    name = key.context.scheme
+    reader = READERS[name] if name in READERS else entry_named(name).scheme.read
+    return Reading.by(reader, key, log10_alpha=log10_alpha)
 
 
 def reads_weights(key: Key) -> bool:
@@ -383,33 +379,34 @@ def _in_pairs(key: Key) -> bool:
     return READERS.get(key.context.scheme) is read_product
 
 
-def without(left_out: Mapping[str, str], verdict: Verdict) -> Verdict:
-    """The verdict, which says that these tensors were not looked at."""
+def without(left_out: Mapping[str, str], counts: Counts) -> Counts:
+    """The counts, which say that these tensors were not looked at."""
     if not left_out:
-        return verdict
+        return counts
     first = next(iter(left_out.values()))
-    return verdict.remarked(f"{len(left_out)} tensors that no layer can be are left out: {first}")
+    return counts.remarked(f"{len(left_out)} tensors that no layer can be are left out: {first}")
 
 
-def _as_it_stands(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
-    """V on the tensors under the key's names, or else on those that have its layers' shapes.
+def _as_it_stands(suspect: _Opened, read: Reading) -> Counts:
+    """What is read of the tensors under the key's names, or else of those of its layers' shapes.
 
     Raises:
         UnsuitableModelError: the names are not there, and nothing of their shapes has the mark.
         UnreadableModelError: what is there under the names holds NaN, and as above.
     """
+    key = read.key
     if _in_pairs(key):
-        return _read(suspect.weights, key, log10_alpha)
+        return read(suspect.weights)
     rivals = candidates.rivals(suspect.described, key)
     try:
         # By the headers: a file that names a tensor of any size makes nobody read it.
         _check_names(suspect.described, key)
-        by_name = _read(suspect.weights, key, log10_alpha)
+        by_name = read(suspect.weights)
     except (UnsuitableModelError, UnreadableModelError) as error:
         found = None
         if rivals and candidates.enough(suspect.described, key):
-            found = _by_shape(suspect, key, log10_alpha)
-        if found is not None and found.marked:
+            found = candidates.read_by_shape(read, suspect.weights, suspect.described)
+        if found is not None and read.marked(found):
             return found
         tried = (
             ""
@@ -425,22 +422,15 @@ def _as_it_stands(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
     if not rivals:
         return by_name
     by_name = candidates.by_name(by_name, rivals)
-    if by_name.marked:
+    if read.marked(by_name):
         return by_name
-    found = _by_shape(suspect, key, log10_alpha)
-    if found.marked:
+    found = candidates.read_by_shape(read, suspect.weights, suspect.described)
+    if read.marked(found):
         return found
     return by_name.remarked(
         f"and so are not, whichever is taken for which layer, {len(rivals)} tensors of the same "
         "shapes"
     )
-
-
-def _by_shape(suspect: _Opened, key: Key, log10_alpha: float) -> Verdict:
-    def read(weights: Mapping[str, Array]) -> Verdict:
-        return _read(weights, key, log10_alpha)
-
-    return candidates.verify_by_shape(read, suspect.weights, suspect.described, key)
 
 
 def _check_names(described: candidates.Headers, key: Key) -> None:
@@ -454,19 +444,21 @@ def _check_names(described: candidates.Headers, key: Key) -> None:
         check_host(described, layer)
 
 
-def _added(weights: Arrays, path: Path, key: Key, options: Options) -> Verdict:
+def _added(suspect: Suspect, path: Path, key: Key, options: Options) -> Verdict:
     """V on what the suspect's weights add to those of the base."""
-    base = read_arrays(path).under(weights_of(key))
+    weights, base = (each.under(weights_of(key)) for each in (suspect.arrays, read_arrays(path)))
     arrays = added(weights.arrays, base.arrays, key)
     alpha = options.threshold
     if options.log10_alpha is None:  # what will be done to a public network can be foreseen
         alpha = min(alpha, LOG10_ALPHA_UNCOMMITTED)
-    verdict = _read(arrays, key, alpha).remarked(f"read from what was added to {path.name}")
+    read = reading_of(key, alpha)
+    counts = read(arrays).remarked(f"read from what was added to {path.name}")
     if options.standing is None:
-        verdict = verdict.remarked("that the base is older than the suspect is your word")
+        counts = counts.remarked("that the base is older than the suspect is your word")
     elif not options.standing.older:
-        verdict = replace(verdict.remarked(BASE_DATED_ONLY), barred=True)
-    return replace(verdict, digests={**weights.digests, **within("base", base.digests)})
+        counts = counts.remarked(BASE_DATED_ONLY)._replace(barred=True)
+    digests = {**weights.digests, **within("base", base.digests)}
+    return read.verdict(without(weights.left_out, counts._replace(digests=digests)))
 
 
 def weights_of(key: Key) -> set[str]:

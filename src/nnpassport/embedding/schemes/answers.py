@@ -55,8 +55,8 @@ from nnpassport.keys.answers import (
 )
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import AnswersForm, TriggerShape
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import Counts
 from nnpassport.keys.validity import MAX_COINS
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 

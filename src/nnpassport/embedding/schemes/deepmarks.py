@@ -35,8 +35,9 @@ from nnpassport.files.arrays import Array
 from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import ORDER, Counts, read_words
+from nnpassport.keys.reading import ORDER, read_words
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
 from nnpassport.scheme import BadRecipeError, Verdict
 

@@ -57,9 +57,9 @@ from nnpassport.embedding.schemes.triggers import (
 )
 from nnpassport.embedding.schemes.uchida import cross_entropy
 from nnpassport.keys.context import LayerShape
+from nnpassport.keys.counts import Counts, counted
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import Counts, counted
 from nnpassport.keys.validity import GROUP
 from nnpassport.scheme import (
     BadRecipeError,

@@ -50,8 +50,9 @@ from nnpassport.embedding.train.loop import (
 from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape, TriggerShape
+from nnpassport.keys.counts import Counts, as_published, verdict_on
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import Counts, as_published, check_host, verdict_on
+from nnpassport.keys.reading import check_host
 from nnpassport.progress import Listener
 from nnpassport.scheme import Batch, Part, UnsuitableModelError, Verdict
 

@@ -41,9 +41,10 @@ from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.files.arrays import Array
 from nnpassport.keys.adapters import base_digest, committed
 from nnpassport.keys.context import LayerShape
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import Counts, check_pair, read_product, unwrapped_name
+from nnpassport.keys.reading import check_pair, read_product, unwrapped_name
 from nnpassport.scheme import UnsuitableModelError
 
 

@@ -31,10 +31,11 @@ from nnpassport.embedding.train.loop import Objective, Outcome, Task
 from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context, OrderForm
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key, sketch_digest
 from nnpassport.keys.order import axes_in, form_of, log10_at_best, own_orders
 from nnpassport.keys.ordered import chosen_axes, sketch_of
-from nnpassport.keys.reading import Counts, read_order
+from nnpassport.keys.reading import read_order
 from nnpassport.scheme import Batch, OtherAnchorError, UnsuitableModelError
 
 

@@ -10,6 +10,8 @@ from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.embedding.network.inserted import Inserted
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.train.loop import Evaluation, History, Journal, Objective, Recipe, Task
+from nnpassport.files.arrays import Array
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
 from nnpassport.scheme import Verdict
 
@@ -96,6 +98,9 @@ class Scheme(Protocol):
         self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
     ) -> float:
         """F: accuracy in [0, 1] of a plain network when `key` is presented to it."""
+
+    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
+        """What V counts in a file of weights, in numpy; a mark that is not in them refuses."""
 
     def verify(
         self, weights: Mapping[str, Tensor], key: Key, *, log10_alpha: float = ...

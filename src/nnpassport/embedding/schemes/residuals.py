@@ -30,8 +30,9 @@ from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.embedding.schemes.uchida import mean_filter_of
 from nnpassport.files.arrays import Array
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import COLUMNS, DROPPED, Counts, read_residuals
+from nnpassport.keys.reading import COLUMNS, DROPPED, read_residuals
 from nnpassport.keys.validity import LEAST_ROW
 from nnpassport.scheme import UnsuitableModelError
 

@@ -17,14 +17,9 @@ from nnpassport.embedding.train.fidelity import recalibrate
 from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
+from nnpassport.keys.counts import as_published, matching, verdict_on
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import (
-    as_published,
-    check_host,
-    matching,
-    read_passports,
-    verdict_on,
-)
+from nnpassport.keys.reading import check_host, read_passports
 from nnpassport.scheme import Verdict
 
 __all__ = [

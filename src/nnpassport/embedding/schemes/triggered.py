@@ -25,8 +25,8 @@ from nnpassport.embedding.schemes.entanglement import before_scores, soft_neares
 from nnpassport.embedding.schemes.triggers import trigger_shape, triggers_here
 from nnpassport.embedding.train.labels import parted, share_right
 from nnpassport.keys.chance import matches_needed
+from nnpassport.keys.counts import as_published
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import as_published
 from nnpassport.scheme import Batch, Part, UnreadableKeyError, Verdict
 
 Pictures = Callable[[Key, nn.Module, ImageSet, Normalisation], Key]

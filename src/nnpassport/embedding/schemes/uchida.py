@@ -20,9 +20,10 @@ from nnpassport.embedding.network.survey import Site, choose, survey
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.files.arrays import Array
 from nnpassport.keys.context import LayerShape
+from nnpassport.keys.counts import Counts
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import Counts, read_projection
+from nnpassport.keys.reading import read_projection
 from nnpassport.scheme import UnsuitableModelError
 
 _WIDENED = 2**22  # numbers of a projection
