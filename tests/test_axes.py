@@ -224,12 +224,24 @@ class Shuffle(nn.Module):
         return x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2)
 
 
+class Residual(nn.Module):
+    """A convolution in groups whose outputs are added to its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = nn.Sequential(*layer(32, 32, 3, 4)[:2])
+
+    def forward(self, x):
+        return (self.inside(x) + x).relu()
+
+
 IN_GROUPS = {
     "as in ResNeXt": lambda: [*layer(24, 32, 1), *layer(32, 32, 3, 4)],
     "more outputs than inputs": lambda: [*layer(24, 16, 1), *layer(16, 32, 3, 4)],
     "several filters of a channel": lambda: [*layer(24, 48, 3, 24), *layer(48, 32, 1)],
     "two in a row": lambda: [*layer(24, 32, 3, 4), *layer(32, 32, 3, 4)],
     "shuffled": lambda: [*layer(24, 32, 1, 4), Shuffle(), *layer(32, 32, 3, 32)],
+    "residual": lambda: [*layer(24, 32, 1), Residual(), Residual()],
     "with its norm's groups": lambda: [
         *layer(24, 32, 1, 1, four_groups),
         *layer(32, 32, 3, 4, four_groups),

@@ -122,6 +122,21 @@ class Unit(NamedTuple):
         """Number of its inner axis."""
         return self.numbers[-1]
 
+    @property
+    def inside(self) -> int:
+        """How many rows a group has."""
+        return self.size // self.groups
+
+    def order_at(self, spot: Spot, order: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The order of rows at a spot, of which `order` is the one everywhere else.
+
+        Where a convolution in groups reads what it writes, its outputs have moved the groups.
+        """
+        written = any((s.tensor, s.dimension, s.groups) == (spot.tensor, 0, 1) for s in self.spots)
+        if spot.groups == 1 or not written:
+            return order
+        return np.arange(self.size) // self.inside * self.inside + order % self.inside
+
 
 class _Side(NamedTuple):
     """One of the two matrices that the inside of a head is between.
@@ -391,7 +406,7 @@ class Aligner:
         else:
             cosines, order = _assigned_in_groups(cosines, turned, unit.groups)
             felt = turned[np.arange(unit.size), order].reshape(unit.groups, -1).sum(1)
-            signs = np.repeat(np.where(felt < 0, -1.0, 1.0), unit.size // unit.groups)
+            signs = np.repeat(np.where(felt < 0, -1.0, 1.0), unit.inside)
         work.moved |= longer > 0 or not np.array_equal(order, np.arange(unit.size))
         likeness = float(cosines[np.arange(unit.size), order].mean() / len(spots))
         work.likeness[unit.last] = likeness
@@ -404,7 +419,7 @@ class Aligner:
                 return self._signed(spot, spot.of(wide.rows(tensor)[order], tensor), work)
             if not self._as_long(spot, tensor):
                 return tensor
-            rows = spot.rows(tensor)[order]
+            rows = spot.rows(tensor)[unit.order_at(spot, order)]
             placed = spot.with_rows(
                 tensor, rows if signs is None else self._turned(spot, rows, signs)
             )
@@ -412,8 +427,7 @@ class Aligner:
 
         self._do(unit.spots, change, work)
         if unit.around:
-            groups = order[:: unit.size // unit.groups] // (unit.size // unit.groups)
-            self._do(unit.around, self._regrouped(groups), work)
+            self._do(unit.around, self._regrouped(order[:: unit.inside] // unit.inside), work)
 
     def _as_long(self, spot: Spot, tensor: Matrix) -> bool:
         """Whether a tensor has as many rows there as the reference's; in groups, in every group."""
