@@ -10,7 +10,7 @@ import nnpassport
 ROOT = Path(nnpassport.__file__).parent
 
 FLOORS = (
-    "scheme lazy progress",
+    "scheme ground",
     "catalog",
     "files.disk",
     "files.arrays",
@@ -118,6 +118,12 @@ def test_a_module_imports_nothing_that_stands_above_it(path):
     found = imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py")
     wrong = sorted({target for target in found if forbidden(name, target)})
     assert not wrong, f"{name} must not import {', '.join(wrong)}"
+
+
+def test_no_more_than_fourteen_things_stand_at_the_top_of_the_package():
+    """`scheme` and `catalog`, and a folder for each of the rest; Python's own names apart."""
+    own = {path.name for path in ROOT.iterdir() if not path.name.startswith(("__", "."))}
+    assert len(own - {"py.typed"}) <= 14
 
 
 def test_the_walk_sees_every_form_of_import_and_no_types():

@@ -13,7 +13,7 @@ from nnpassport.alignment.solve import aligner
 from nnpassport.attacks.moves import move
 from nnpassport.cli import terminal
 from nnpassport.embedding.axes import axes_of
-from nnpassport.progress import counted, heard_by, tell
+from nnpassport.ground.progress import counted, heard_by, tell
 
 EXAMPLE = torch.zeros(2, 8)
 

@@ -11,7 +11,7 @@
 
 from typing import TYPE_CHECKING
 
-from nnpassport.lazy import lazily
+from nnpassport.ground.lazy import lazily
 
 if TYPE_CHECKING:
     from nnpassport.embedding.marked import Marked, mark

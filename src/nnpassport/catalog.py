@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
-from nnpassport.lazy import load
+from nnpassport.ground.lazy import load
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from nnpassport.alignment.canonical import Weights, canonical, reads
 from nnpassport.alignment.directions import Free
 from nnpassport.alignment.refine import Fit, begun, refined
 from nnpassport.alignment.table import sides_of
-from nnpassport.progress import counted
+from nnpassport.ground.progress import counted
 
 Matrix = NDArray[np.float64]
 SWEEPS = 3

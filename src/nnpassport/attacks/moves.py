@@ -43,7 +43,7 @@ from nnpassport.embedding.axes import axes_of, put_tensor, untied
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
 from nnpassport.embedding.network.prove import TOLERANCE, reordered, with_pairs
 from nnpassport.embedding.network.survey import Site, survey
-from nnpassport.progress import counted
+from nnpassport.ground.progress import counted
 from nnpassport.scheme import BadRecipeError
 
 SPREAD = 4.0

@@ -32,8 +32,8 @@ from rich.text import Text
 
 from nnpassport import __version__
 from nnpassport.embedding.train.processes import leads
-from nnpassport.lazy import load
-from nnpassport.progress import heard_by
+from nnpassport.ground.lazy import load
+from nnpassport.ground.progress import heard_by
 from nnpassport.scheme import OwnershipError, UnmarkedWarning, Verdict, spelled
 
 # No markup: a path or a name may be [/b].
@@ -175,7 +175,7 @@ def complain(what: str, why: str, would_work: str, error: BaseException) -> None
 def progress_bar(title: str) -> Iterator[Any]:
     """A bar on stderr; yields the function to call with (done, total) or (done, total, text).
 
-    What acts inside tell of themselves (`nnpassport.progress`) has a bar of its own below it.
+    What acts inside tell of themselves (`ground.progress`) has a bar of its own below it.
     """
     _alone.end()
     with _bars() as bars:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, final, get_origin, get_type_hints
 
 from nnpassport.files.disk import brief, is_text, read_once, without_duplicates
-from nnpassport.lazy import load
+from nnpassport.ground.lazy import load
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 
 if TYPE_CHECKING:

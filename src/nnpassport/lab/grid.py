@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from nnpassport.ground.progress import Listener
 from nnpassport.lab.cells import Cell
 from nnpassport.lab.runs import run
 from nnpassport.lab.store import Store
-from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, OwnershipError
 
 BACKENDS = ("loky", "dask", "ray")

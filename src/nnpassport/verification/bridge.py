@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from nnpassport.lazy import load
+from nnpassport.ground.lazy import load
 from nnpassport.scheme import UnsuitableModelError
 
 MEASURED = "nnpassport.embedding.measured"

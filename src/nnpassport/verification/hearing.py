@@ -39,10 +39,10 @@ from nnpassport.files.disk import (
 )
 from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import digest_of, read_arrays
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
-from nnpassport.progress import Listener
 from nnpassport.scheme import (
     BadSignatureError,
     FoldedNormsError,

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.alignment.table import sides_of
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
-from nnpassport.progress import counted
+from nnpassport.ground.progress import counted
 
 TOLERANCE = 1e-6
 """How far outputs may move, relative to the largest; double precision moves them by some 1e-14."""

@@ -48,12 +48,12 @@ from nnpassport.embedding.train.loop import (
     total_steps,
 )
 from nnpassport.files.arrays import Array
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape, TriggerShape
 from nnpassport.keys.counts import Counts, as_published, verdict_on
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import check_host
-from nnpassport.progress import Listener
 from nnpassport.scheme import Batch, Part, UnsuitableModelError, Verdict
 
 

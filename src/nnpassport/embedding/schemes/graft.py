@@ -48,8 +48,8 @@ from nnpassport.embedding.schemes import channels
 from nnpassport.embedding.schemes.pan import own_affine, say
 from nnpassport.embedding.schemes.patches import input_patches
 from nnpassport.embedding.schemes.seen import solved, watch
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.geometry import Geometry
-from nnpassport.progress import Listener
 from nnpassport.scheme import HarmfulGraftError, UnsuitableModelError
 
 RIDGE = 1.0

@@ -42,11 +42,11 @@ from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.labels import rows as rows_of
 from nnpassport.embedding.train.loop import Evaluation
 from nnpassport.files.arrays import Array
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import read_passports
-from nnpassport.progress import Listener
 from nnpassport.scheme import (
     BadRecipeError,
     Batch,

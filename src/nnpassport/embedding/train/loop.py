@@ -45,7 +45,7 @@ from nnpassport.embedding.train.team import (
     wrapped,
 )
 from nnpassport.files.disk import write_atomically
-from nnpassport.progress import Listener, tell
+from nnpassport.ground.progress import Listener, tell
 from nnpassport.scheme import BadRecipeError, Batch
 
 

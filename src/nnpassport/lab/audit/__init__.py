@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING
 
-from nnpassport.lazy import lazily
+from nnpassport.ground.lazy import lazily
 
 if TYPE_CHECKING:
     from nnpassport.attacks.subject import Budget, Subject, Transfer

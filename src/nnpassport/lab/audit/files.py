@@ -11,10 +11,10 @@ from nnpassport.attacks.subject import Subject
 from nnpassport.attacks.table import why_not
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.files.disk import write_atomically
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.keyfile import save_key
 from nnpassport.lab.audit.page import html
 from nnpassport.lab.audit.run import attack_named, audit, before_attacks, measured
-from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, UnwritableOutputError
 
 

@@ -20,11 +20,11 @@ from nnpassport.embedding.measured import verify_aligned, verify_model
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.config import other_classes
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.key import Key
 from nnpassport.lab.marks import facts_of, readings
 from nnpassport.lab.named import named
 from nnpassport.lab.results import write_json
-from nnpassport.progress import Listener
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import (
     BadRecipeError,

@@ -8,13 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nnpassport.ground.progress import Listener
 from nnpassport.lab.bench.cells import NETWORKS, QUICK, Cell, plan, rows_of
 from nnpassport.lab.bench.comparisons import limits, ratios
 from nnpassport.lab.bench.networks import SLOW_REFERENCE, lower_bound, work
 from nnpassport.lab.bench.page import render
 from nnpassport.lab.bench.timing import Measurement, measure, peak_memory
 from nnpassport.lab.results import write_json
-from nnpassport.progress import Listener
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import BadRecipeError
 

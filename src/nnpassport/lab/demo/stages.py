@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import final
 
 from nnpassport.embedding.train.loop import Journal, Progress
-from nnpassport.progress import Listener
+from nnpassport.ground.progress import Listener
 
 STAGES = (
     "train a plain network",

@@ -21,13 +21,13 @@ from nnpassport.embedding.schemes.signature import secrets_of
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.config import ModelConfig, read_config
 from nnpassport.files.disk import write_atomically
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.lab.demo.copied import copied
 from nnpassport.lab.demo.page import KEY_FILE, html, panels
 from nnpassport.lab.demo.result import OWNER, DemoResult, outcome, p_value
 from nnpassport.lab.demo.stages import Clock
-from nnpassport.progress import Listener
 from nnpassport.report.page import percent, png
 from nnpassport.report.provenance import provenance
 from nnpassport.scheme import UnwritableOutputError

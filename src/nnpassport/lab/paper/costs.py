@@ -13,11 +13,11 @@ from nnpassport.data.images import CIFAR10
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport, draw_by_layer
 from nnpassport.embedding.schemes.triggers import answers_to
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.key import Key
 from nnpassport.lab.bench import Cell, cells, collect
 from nnpassport.lab.results import read_json, write_json
 from nnpassport.lab.timing import in_turns
-from nnpassport.progress import Listener
 from nnpassport.scheme import Verdict
 
 NAME = "costs.json"

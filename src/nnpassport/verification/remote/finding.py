@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.catalog import entry_named
+from nnpassport.ground.lazy import load
 from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.keys.counts import verdict_on
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
 from nnpassport.keys.reading import ANSWERED, read_answers
 from nnpassport.keys.validity import RULES
-from nnpassport.lazy import load
 from nnpassport.scheme import (
     BadRecipeError,
     UnreachableServiceError,

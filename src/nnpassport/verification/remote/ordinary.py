@@ -17,10 +17,10 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.answers import NO_ANSWER, Functions, functions_of, inputs_of, read_answers
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.key import Key
-from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError, Verdict
 from nnpassport.verification.relabelling import corrected
 from nnpassport.verification.remote.asking import NO_CLASS, Answer, Asker

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nnpassport.ground.progress import Listener
 from nnpassport.keys.context import canonical_json
 from nnpassport.keys.derive import triggers_of
 from nnpassport.keys.key import Key
-from nnpassport.progress import Listener
 from nnpassport.scheme import BadRecipeError, UnreachableServiceError
 from nnpassport.verification.remote.asking import Answer, Asker, Kind
 from nnpassport.verification.remote.finding import Probed, finding, require_power, require_triggers
