@@ -756,7 +756,7 @@ def _one(uses: set[tuple[int, str | None]], *, tied: bool) -> tuple[int, str | N
 
 
 def _kind(traits: set[str]) -> str:
-    if traits <= {"bilinear", "batched"}:
+    if "batched" in traits or traits <= {"bilinear"}:
         return "inner"
     if traits <= {"layer norm", "gain", "square", "reduced"} and traits & {"layer norm", "square"}:
         return "orthogonal"
