@@ -119,7 +119,7 @@ class Aligner:
     `marked` are tensors in which the suspect may differ from the reference by a mark: what can be
     told from others is told from them, so that no rotation takes up the mark; and `free`, of some,
     the directions in which the mark moves each filter. `scaled` are, by tensor, the axes along
-    which its rows may be of any scale.
+    which its rows may be of any scale; `rotated` tensors have pairs that are turned at the end.
     """
 
     axes: Axes
@@ -130,6 +130,7 @@ class Aligner:
     marked: frozenset[str]
     free: Mapping[str, Free]
     scaled: Mapping[str, Sequence[tuple[Unit, Spot]]]
+    rotated: frozenset[str]
 
     def align(self, tensors: Mapping[str, Matrix], loose: Collection[str] = ()) -> Aligned:
         """The suspect's tensors in the reference's coordinates.
@@ -174,6 +175,7 @@ class Aligner:
             if spot.tensor in work.weights
             and work.weights[spot.tensor].ndim > 1
             and self.on[spot.tensor] <= mine
+            and spot.tensor not in self.rotated
             and _like_but_for(spot, work.weights[spot.tensor], self.reference[spot.tensor])
         ]
 
@@ -558,6 +560,7 @@ def aligner(
         frozenset(marked),
         free or {},
         scaled,
+        frozenset(place.tensor for pairs in axes.pairs for place in pairs.places),
     )
 
 
