@@ -1,19 +1,27 @@
 """How long axes take to trace, prove and align: a ViT-S, and a transformer of a billion numbers.
 
-    python benchmarks/large_alignment.py run [vit] [billion]    results/large_alignment.json
-    python benchmarks/large_alignment.py render                 results/large_alignment.md from it
+    python benchmarks/large_alignment.py run [PART ...]   results/large_alignment.json; all, or some
+                                                          of vit, billion, growth
+    python benchmarks/large_alignment.py render           results/large_alignment.md from it
 
 The ViT-S is Hugging Face's, with random weights; a thief makes all free moves but twins. The
 billion is Llama's architecture: its axes are traced with zeros that take no memory, and proved on a
 narrow copy. Weights are made when they are asked for, from a seed for each tensor, and the
 thief's are these with the stream rotated and the hidden units reordered, under a little noise. What
 is aligned is what one marked layer needs; every other one takes as long again.
+
+`growth` runs a narrow Llama of more and more blocks, each in a process of its own, and says how much
+memory each step took at most beyond what the process had when the step began (Linux alone).
 """
 
 import argparse
+import ctypes
+import gc
+import json
 import resource
+import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -38,6 +46,10 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "results" / "large_alignment.json"
 WIDTH, HIDDEN, BLOCKS, WORDS = 2048, 5632, 22, 16_000
 NOISE = 0.05
+GROWN = (4, 8, 16)
+NARROW = {"vocab_size": 1000, "hidden_size": 256, "intermediate_size": 704,
+          "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+STEPS = ("trace", "trace and proof", "alignment of all", "alignment of one layer")
 
 
 def vit() -> dict[str, Any]:
@@ -176,7 +188,54 @@ def memory() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-WHAT = {"vit": vit, "billion": billion}
+def growth() -> dict[str, Any]:
+    """By the number of blocks, the memory of each step; each number in a process of its own."""
+    found = {}
+    for blocks in GROWN:
+        command = [sys.executable, __file__, "blocks", str(blocks)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[str(blocks)] = json.loads(done.stdout.splitlines()[-1])
+    return {"blocks": found}
+
+
+def of_blocks(blocks: int) -> dict[str, Any]:
+    """MiB that each step takes at most, in a narrow network of so many blocks."""
+    config = transformers.LlamaConfig(**NARROW, num_hidden_layers=blocks, use_cache=False)
+    letters = {"input_ids": torch.arange(16).view(2, 8)}
+    model = without_numbers(config)
+    table: dict[str, Axes] = {}
+    found = {"trace": _at_most(lambda: table.update(axes=trace(model, letters)))}
+    real = transformers.LlamaForCausalLM(config).eval()
+    found["trace and proof"] = _at_most(lambda: table.update(axes=axes_of(real, letters)))
+    axes, real = table["axes"], None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    marked = f"model.layers.{blocks // 2}.mlp.up_proj.weight"
+    for label, names in zip(STEPS[2:], (set(shapes), needed(axes, {marked})), strict=True):
+        part = only(axes, names)
+        own, theirs = (
+            {n: each[n] for n in sorted(names)}
+            for each in (Weights(shapes, part, moved=False), Weights(shapes, part, moved=True))
+        )
+        found[label] = _at_most(lambda: aligner(part, own, {marked}).align(theirs))  # noqa: B023
+    return {"numbers": sum(int(np.prod(shape)) for shape in shapes.values()), "MiB": found}
+
+
+def _at_most(step: Callable[[], Any]) -> float:
+    """MiB that the process had at most during a step, beyond what it had before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, and does not hide what comes
+    Path("/proc/self/clear_refs").write_text("5")  # from now on the peak counts anew
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(which: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line for line in lines if line.startswith(which)).split()[1]) / 1024
+
+
+WHAT = {"vit": vit, "billion": billion, "growth": growth}
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -203,8 +262,35 @@ what is on its own axes, and of the stream the embeddings and the head: memory d
 the number of blocks, time grows in proportion to the marked layers. Within a layer, comparing rows
 takes width × hidden² products, the assignment about as many, and the stream's rotation words ×
 width² and width³.
-
+{_of_growth(found["growth"]) if "growth" in found else ""}
 Commit {commits}.
+"""
+
+
+def _of_growth(row: Mapping[str, Any]) -> str:
+    """How memory grows with the number of blocks."""
+    seen = row["blocks"]
+    rows = [
+        (blocks, f"{each['numbers']:,}", *(f"{each['MiB'][step]:.0f}" for step in STEPS))
+        for blocks, each in seen.items()
+    ]
+    few, many = (seen[str(n)] for n in (GROWN[0], GROWN[-1]))
+    added = GROWN[-1] - GROWN[0]
+    block = (many["numbers"] - few["numbers"]) * 8 / 2**20 / added
+    each = {step: (many["MiB"][step] - few["MiB"][step]) / added for step in STEPS}
+    lines = "\n".join(table(("blocks", "numbers", *STEPS), rows))
+    return f"""
+## How memory grows
+
+MiB that each step takes at most beyond what there was before it (both networks are there when it is
+aligned), in Llama's architecture {NARROW["hidden_size"]} wide; `run growth`. The trace is of a
+network without numbers.
+
+{lines}
+
+A block has {block:.1f} MiB of numbers in float64. Each block more adds {each[STEPS[0]]:.1f} MiB to
+the trace, {each[STEPS[1]]:.1f} to trace and proof, {each[STEPS[2]]:.1f} to the alignment of all,
+and {each[STEPS[3]]:.1f} to that of what one marked layer needs.
 """
 
 
@@ -239,10 +325,13 @@ def _of_billion(row: Mapping[str, Any], seconds: Any) -> dict[str, str]:
 def main() -> None:
     """Run or render."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=("run", "render"))
+    parser.add_argument("what", choices=("run", "render", "blocks"))
     parser.add_argument("parts", nargs="*", default=sorted(WHAT))
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    if asked.what == "blocks":
+        sys.stdout.write(json.dumps(of_blocks(int(asked.parts[0]))) + "\n")
+        return
     found = read_json(RESULT) if RESULT.exists() else {}
     if asked.what == "run":
         for part in asked.parts:

@@ -93,7 +93,8 @@ class Axes:
         unknown: operations without a rule; what met them is rigid.
         pairs: inside heads whose positions are told by rotations, the pairs that are rotated: each
             may be turned and stretched, in queries one way and in keys the other. The places of one
-            tensor are those of the first of each pair, and then of the second.
+            tensor are those of the first of each pair, and then of the second; of a fused tensor
+            those of its queries, and then of its keys.
     """
 
     axes: tuple[Axis, ...]

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.canonical import Weights, canonical
 from nnpassport.alignment.mixed import column_scales, own_scales
-from nnpassport.alignment.solve import Aligner, Spot, Unit, Work, assigned, spots_of
+from nnpassport.alignment.solve import Aligner, Unit, Work, assigned
+from nnpassport.alignment.spots import Spot, spots_of
 from nnpassport.files.arrays import Array, is_floating
 
 Matrix = NDArray[np.float64]

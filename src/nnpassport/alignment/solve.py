@@ -18,10 +18,12 @@ from typing import Any, NamedTuple, final
 import numpy as np
 from numpy.typing import NDArray
 
-from nnpassport.alignment.axes import Axes, Axis, Place
-from nnpassport.alignment.canonical import Weights, canonical, reads
+from nnpassport.alignment.axes import Axes, Axis
+from nnpassport.alignment.canonical import Weights, canonical
 from nnpassport.alignment.directions import Free
+from nnpassport.alignment.heads import Attention, Side, attentions, pairs_of
 from nnpassport.alignment.refine import Fit, begun, refined
+from nnpassport.alignment.spots import Spot, crossed, spots_of
 from nnpassport.alignment.table import sides_of
 from nnpassport.ground.progress import counted
 
@@ -49,52 +51,6 @@ class Aligned(NamedTuple):
 
     weights: Weights
     likeness: Mapping[int, float]
-
-
-class Spot(NamedTuple):
-    """Rows of a tensor along an axis: indices into one dimension (size repeats).
-
-    A convolution in `groups` has inputs of its own in each: its rows are by group, and by input of
-    it (`dimension` 1), and there are so many times more of them than the dimension is long.
-    """
-
-    tensor: str
-    dimension: int
-    positions: NDArray[np.int64]
-    reads: bool
-    groups: int = 1
-
-    def rows(self, tensor: Matrix) -> Matrix:
-        """The tensor's rows (size rest), a copy."""
-        moved = self._first(tensor)
-        return moved[self.positions.reshape(-1)].reshape(len(self.positions), -1)
-
-    def of(self, rows: Matrix, tensor: Matrix) -> Matrix:
-        """These rows in their places, and nothing else, where `tensor` had others."""
-        rest = [side for n, side in enumerate(tensor.shape) if n != self.dimension]
-        found = np.zeros((self.positions.size, *rest))
-        found[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *rest)
-        return np.moveaxis(found, 0, self.dimension)
-
-    def with_rows(self, tensor: Matrix, rows: Matrix) -> Matrix:
-        """The tensor with such rows in their places, a copy."""
-        found = self._first(np.array(tensor))
-        found[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *found.shape[1:])
-        return self._back(found, tensor.shape)
-
-    def _first(self, tensor: Matrix) -> Matrix:
-        """The tensor with its rows first: a view, but of a convolution in groups a copy."""
-        if self.groups == 1:
-            return np.moveaxis(tensor, self.dimension, 0)
-        parted = tensor.reshape(self.groups, -1, *tensor.shape[1:])
-        return np.moveaxis(parted, 2, 1).reshape(-1, *parted.shape[1:2], *tensor.shape[2:])
-
-    def _back(self, rows: Matrix, shape: tuple[int, ...]) -> Matrix:
-        """What `_first` made rows of, as it was."""
-        if self.groups == 1:
-            return np.moveaxis(rows, 0, self.dimension)
-        parted = rows.reshape(self.groups, shape[1], -1, *shape[2:])
-        return np.moveaxis(parted, 2, 1).reshape(shape)
 
 
 class Unit(NamedTuple):
@@ -138,34 +94,6 @@ class Unit(NamedTuple):
         return np.arange(self.size) // self.inside * self.inside + order % self.inside
 
 
-class _Side(NamedTuple):
-    """One of the two matrices that the inside of a head is between.
-
-    Attributes:
-        whole: rows by head and inside.
-        single: the same by head, copy and inside, where heads share what the other side has.
-    """
-
-    whole: Spot
-    single: Spot | None
-
-
-class _Attention(NamedTuple):
-    """The heads of one attention.
-
-    Attributes:
-        heads: number of their axis; `copies` of the axis of queries that share one key and value,
-            if there is one.
-        size: how many heads, and how many copies of each.
-        insides: what they are between.
-    """
-
-    heads: int
-    copies: int | None
-    size: tuple[int, int]
-    insides: tuple[tuple[_Side, _Side], ...]
-
-
 class _Step(NamedTuple):
     """What was done to the tensors of a unit: a tensor that joins later gets the same."""
 
@@ -186,6 +114,7 @@ class Work:
         loose: layers whose rows may be of either sign, as the norm behind them is not known.
         steps: all that was done.
         mixed: by number of an invertible axis, what was multiplied with all that writes it.
+        swept: whether all axes were solved once, so that signs of rows can be told.
         moved: whether anything was since this was last set to False.
     """
 
@@ -196,6 +125,7 @@ class Work:
     loose: frozenset[str]
     steps: list[_Step]
     mixed: dict[int, Matrix] = field(default_factory=dict)
+    swept: bool = False
     moved: bool = False
 
 
@@ -206,16 +136,19 @@ class Aligner:
 
     `marked` are tensors in which the suspect may differ from the reference by a mark: what can be
     told from others is told from them, so that no rotation takes up the mark; and `free`, of some,
-    the directions in which the mark moves each filter.
+    the directions in which the mark moves each filter. `scaled` are, by tensor, the axes along
+    which its rows may be of any scale; `rotated` tensors have pairs that are turned at the end.
     """
 
     axes: Axes
     reference: Weights
     units: tuple[Unit, ...]
-    attentions: tuple[_Attention, ...]
+    attentions: tuple[Attention, ...]
     on: Mapping[str, frozenset[int]]
     marked: frozenset[str]
     free: Mapping[str, Free]
+    scaled: Mapping[str, Sequence[tuple[Unit, Spot]]]
+    rotated: frozenset[str]
 
     def align(self, tensors: Mapping[str, Matrix], loose: Collection[str] = ()) -> Aligned:
         """The suspect's tensors in the reference's coordinates.
@@ -229,6 +162,7 @@ class Aligner:
             unit = max(waiting, key=lambda each: self._anchored(each, work))
             self.solve(unit, work)
             waiting.remove(unit)
+        work.swept = True
         for sweep in range(SWEEPS):
             self._free_directions(work)
             work.moved = False
@@ -259,6 +193,7 @@ class Aligner:
             if spot.tensor in work.weights
             and work.weights[spot.tensor].ndim > 1
             and self.on[spot.tensor] <= mine
+            and spot.tensor not in self.rotated
             and _like_but_for(spot, work.weights[spot.tensor], self.reference[spot.tensor])
             and (spot.groups == 1 or self._alike(spot.tensor, work))
         ]
@@ -299,7 +234,8 @@ class Aligner:
         )
         if 2 * len(marked) >= len(fitting) and comparable:
             fit = Fit([(spot, spot.reads) for spot in fitting], 1, unit.kind == "orthogonal")
-            ((back, there),) = refined(fit, work.weights, self.reference, self.free)
+            seen = {spot.tensor: self._comparable(spot, work) for spot in fitting}
+            ((back, there),) = refined(fit, seen, self.reference, self.free)
             self._do(unit.spots, self._turning(back, there), work)
 
     def _alike(self, name: str, work: Work) -> bool:
@@ -328,13 +264,13 @@ class Aligner:
         there = longer or unit.size
         back, forward = np.eye(unit.size, there), np.eye(there, unit.size)
         if unit.kind == "orthogonal":
-            trust, basis = [self._trust(s) for s, _ in pairs], np.eye(there)
+            trust, basis = [self._trust(s, work) for s, _ in pairs], np.eye(there)
             if longer:
                 basis = _written([rows for spot, (rows, _) in pairs if not spot.reads], unit.size)
             forward = basis @ _procrustes([(basis.T @ m, t) for _, (m, t) in pairs], trust)
             back = forward.T
         elif held:
-            trust, written = [self._trust(s) for s, _ in held], [not s.reads for s, _ in held]
+            trust, written = [self._trust(s, work) for s, _ in held], [not s.reads for s, _ in held]
             scaled = [s.reads and s.tensor in work.loose for s, _ in held]
             back, forward = _in_scale([rows for _, rows in held], written, trust, scaled)
         still = not longer and not own and np.abs(back - np.eye(unit.size)).max() <= _STILL
@@ -354,13 +290,39 @@ class Aligner:
 
         self._do(unit.spots, change, work)
 
+    def _comparable(self, spot: Spot, work: Work) -> Matrix:
+        """A tensor in which rows of any scale are as long as the reference's.
+
+        That is along its other axes, and with the reference's sign where that is free too: else the
+        longest rows would say how an axis is turned, and those of the other sign undo it.
+        """
+        mine, theirs = work.weights[spot.tensor], work.targets[spot.tensor]
+        if mine.shape != theirs.shape:
+            return mine
+        for unit, other in self.scaled.get(spot.tensor, ()):
+            if other.dimension != spot.dimension:
+                rows, wanted = other.rows(mine), other.rows(theirs)
+                lengths = np.linalg.norm(wanted, axis=1) / np.maximum(
+                    np.linalg.norm(rows, axis=1), _TINY
+                )
+                signs = np.where((rows * wanted).sum(1) < 0, -1.0, 1.0)
+                told = unit.either_sign and work.swept
+                factor = lengths * (signs if told else 1.0)
+                mine = other.with_rows(mine, rows * factor[:, None])
+        return mine
+
     def _rows_of_both(self, spot: Spot, work: Work, longer: int) -> tuple[Matrix, Matrix]:
-        mine = work.weights[spot.tensor]
+        mine = self._comparable(spot, work)
         rows = (_along(spot, mine) if longer else spot).rows(mine)
         return rows, spot.rows(work.targets[spot.tensor])
 
-    def _trust(self, spot: Spot) -> float:
-        return _MARKED if spot.tensor in self.marked else 1.0
+    def _trust(self, spot: Spot, work: Work) -> float:
+        """How far a tensor's rows are to be believed, beside others'."""
+        unsure = not work.swept and any(
+            unit.either_sign and other.dimension != spot.dimension
+            for unit, other in self.scaled.get(spot.tensor, ())
+        )
+        return (_MARKED if spot.tensor in self.marked else 1.0) * (_MARKED if unsure else 1.0)
 
     def _do(
         self, spots: tuple[Spot, ...], change: Callable[[Spot, Matrix], Matrix], work: Work
@@ -472,9 +434,7 @@ class Aligner:
         Behind a ReLU a reader may be multiplied by what its writer is divided by; of two factors of
         a product one may be negated with the reader.
         """
-        traits = {trait for number in unit.numbers for trait in self.axes.axes[number].traits}
-        free = "rectified" in traits and not traits & _NOT_LINEAR
-        if unit.kind != "permute" or not (free or unit.either_sign):
+        if not _is_scaled(self.axes, unit):
             return
         for spot in unit.spots:
             mine = work.weights.get(spot.tensor)
@@ -497,27 +457,18 @@ class Aligner:
             mine.ndim == theirs.ndim and mine.shape[spot.dimension] == theirs.shape[spot.dimension]
         )
 
-    def _solve_heads(self, attention: _Attention, work: Work) -> None:
-        names = {side.whole.tensor for inside in attention.insides for side in inside}
+    def _solve_heads(self, attention: Attention, work: Work) -> None:
+        sides = [inside.sides for inside in attention.insides]
+        names = {side.whole.tensor for both in sides for side in both}
         if any(
             name not in work.weights or work.weights[name].shape != self.reference[name].shape
             for name in names
         ):
             return
-        heads, copies = attention.size
-        cosines = np.zeros((heads * copies, heads * copies))
-        for inside in attention.insides:
-            theirs, mine = (
-                _unit(_products(inside, source, attention.size))
-                for source in (self.reference, work.weights)
-            )
-            cosines += theirs @ mine.T
-        order = _in_groups(cosines, heads) if copies > 1 else assigned(cosines)
-        rows = np.arange(len(order))
-        found = float(cosines[rows, order].mean() / len(attention.insides))
-        work.likeness[attention.heads] = found
-        self._reorder_heads(attention, order, work)
-        for inside in attention.insides:
+        if attention.heads is not None or attention.copies is not None:
+            self._match_heads(attention, work)
+        heads = attention.size[0]
+        for inside in sides:
             spots = [side.whole for side in inside]
             if not any(spot.tensor in self.free for spot in spots):
                 self._solve_inside(inside, work, heads)
@@ -531,6 +482,23 @@ class Aligner:
             turns = refined(fit, work.weights, self.reference, self.free)
             self._turn_inside(fit, turns, work)
 
+    def _match_heads(self, attention: Attention, work: Work) -> None:
+        """Put heads into the reference's order, by what nothing inside of them changes."""
+        heads, copies = attention.size
+        cosines = np.zeros((heads * copies, heads * copies))
+        for inside in attention.insides:
+            theirs, mine = (
+                _unit(_products(inside.sides, source, attention.size))
+                for source in (self.reference, work.weights)
+            )
+            cosines += theirs @ mine.T
+        order = _in_groups(cosines, heads) if copies > 1 else assigned(cosines)
+        rows = np.arange(len(order))
+        found = float(cosines[rows, order].mean() / len(attention.insides))
+        number = attention.copies if attention.heads is None else attention.heads
+        work.likeness[number or 0] = found
+        self._reorder_heads(attention, order, work)
+
     def _turn_inside(self, fit: Fit, turns: Sequence[tuple[Matrix, Matrix]], work: Work) -> None:
         for spot, second in fit.sides:
             tensor = work.weights[spot.tensor]
@@ -538,30 +506,31 @@ class Aligner:
             rows = np.stack([turns[h][second] @ blocks[h] for h in range(fit.heads)])
             work.weights[spot.tensor] = spot.with_rows(tensor, rows.reshape(-1, rows.shape[-1]))
 
-    def _reorder_heads(self, attention: _Attention, order: NDArray[np.int64], work: Work) -> None:
+    def _reorder_heads(self, attention: Attention, order: NDArray[np.int64], work: Work) -> None:
         """Heads with their copies where a tensor has both, heads alone elsewhere."""
         axes, (_, copies) = self.axes, attention.size
-        outer = axes.axes[attention.heads]
-        both = (
-            {}
-            if attention.copies is None
-            else {
-                (spot.tensor, spot.dimension): spot
-                for spot in crossed(axes, outer, axes.axes[attention.copies])
-            }
-        )
+        outer = None if attention.heads is None else axes.axes[attention.heads]
+        inner = None if attention.copies is None else axes.axes[attention.copies]
+        if outer is None:
+            both = [] if inner is None else spots_of(axes, inner)
+        else:
+            both = [] if inner is None else crossed(axes, outer, inner)
+        moved = [(spot, order) for spot in both]
+        held = {
+            (spot.tensor, spot.dimension, int(at)) for spot in both for at in spot.positions.flat
+        }
         alone = order[::copies] // copies
-        for spot in spots_of(axes, outer):
-            if spot.tensor not in work.weights or not self._fits(spot, work.weights):
-                continue
-            finer = both.get((spot.tensor, spot.dimension))
-            chosen, by = (spot, alone) if finer is None else (finer, order)
-            tensor = work.weights[spot.tensor]
-            work.weights[spot.tensor] = chosen.with_rows(tensor, chosen.rows(tensor)[by])
+        for spot in [] if outer is None else spots_of(axes, outer):
+            if (spot.tensor, spot.dimension, int(spot.positions.flat[0])) not in held:
+                moved.append((spot, alone))
+        for spot, by in moved:
+            if spot.tensor in work.weights and self._fits(spot, work.weights):
+                tensor = work.weights[spot.tensor]
+                work.weights[spot.tensor] = spot.with_rows(tensor, spot.rows(tensor)[by])
 
-    def _solve_inside(self, inside: tuple[_Side, _Side], work: Work, heads: int) -> None:
+    def _solve_inside(self, inside: tuple[Side, Side], work: Work, heads: int) -> None:
         spots = [side.whole for side in inside]
-        trust = [self._trust(spot) for spot in spots]
+        trust = [self._trust(spot, work) for spot in spots]
         mine = [_blocks(spot, work.weights, heads) for spot in spots]
         theirs = [_blocks(spot, self.reference, heads) for spot in spots]
         for head in range(heads):
@@ -579,7 +548,7 @@ class Aligner:
         """Turn and stretch pairs that positions rotate: q by z, k by z/|z|², head by head."""
         both = sides_of(pairs)
         heads = [axis for axis in self.axes.axes if "batched" in axis.traits]
-        found = None if both is None else _pairs_of(self.axes, both, pairs.size, heads)
+        found = None if both is None else pairs_of(self.axes, both, pairs.size, heads)
         if found is None or any(not self._known(one.tensor, work) for one, _ in found):
             return
         marked = [one.tensor for one, _ in found if one.tensor in self.free]
@@ -616,15 +585,29 @@ def aligner(
     for number, axis in enumerate(axes.axes):
         for place in axis.places:
             on.setdefault(place.tensor, set()).add(number)
+    units = tuple(_units(axes))
+    scaled: dict[str, list[tuple[Unit, Spot]]] = {}
+    for unit in units:
+        for spot in unit.spots if _is_scaled(axes, unit) else ():
+            scaled.setdefault(spot.tensor, []).append((unit, spot))
     return Aligner(
         axes,
         canonical(axes, tensors),
-        tuple(_units(axes)),
+        units,
         tuple(attentions(axes)),
         {name: frozenset(numbers) for name, numbers in on.items()},
         frozenset(marked),
         free or {},
+        scaled,
+        frozenset(place.tensor for pairs in axes.pairs for place in pairs.places),
     )
+
+
+def _is_scaled(axes: Axes, unit: Unit) -> bool:
+    """Whether each row may be of any scale: behind a ReLU, or as a factor of a product."""
+    traits = {trait for number in unit.numbers for trait in axes.axes[number].traits}
+    free = "rectified" in traits and not traits & _NOT_LINEAR
+    return unit.kind == "permute" and (free or unit.either_sign)
 
 
 def _units(axes: Axes) -> list[Unit]:
@@ -647,11 +630,13 @@ def _units(axes: Axes) -> list[Unit]:
         if not paired & {unit.last}:
             found.append(unit)
             paired |= set(unit.numbers)
+    within = {number for attention in attentions(axes) for number in attention.numbers}
     for number, axis in enumerate(axes.axes):
-        if number not in paired and axis.kind != "inner":
+        kind = _kind_alone(axis)
+        if number not in paired | within and kind is not None:
             sign, turns = "product" in axis.traits, number in normed
             spots = spots_of(axes, axis)
-            found.append(Unit((number,), axis.kind, axis.size, 1, sign, turns, tuple(spots)))
+            found.append(Unit((number,), kind, axis.size, 1, sign, turns, tuple(spots)))
     return found
 
 
@@ -700,125 +685,23 @@ def _inside_groups(axes: Axes, groups: Axis, axis: Axis) -> tuple[Spot, ...]:
     return tuple(spots)
 
 
+def _kind_alone(axis: Axis) -> str | None:
+    """As what an axis is solved that is in no attention; None: it is not.
+
+    Heads of another kind (experts, say) are reordered; what lies between linear layers is mixed.
+    """
+    if axis.kind != "inner":
+        return axis.kind
+    if "batched" in axis.traits:
+        return "permute"
+    whole = all(not place.repeats for place in axis.places)
+    return "invertible" if whole and "bilinear" not in axis.traits else None
+
+
 def _is_outer(spot: Spot, axis: Axis, other: Axis) -> bool:
     """Whether the channels of one group of a group norm are neighbours, `axis` being the groups."""
     table = spot.positions[:, 0].reshape(axis.size, other.size)
     return bool((np.abs(np.diff(table, axis=1)) <= np.abs(np.diff(table, axis=0)).min()).all())
-
-
-def spots_of(axes: Axes, axis: Axis) -> list[Spot]:
-    """Where an axis is."""
-    return [
-        Spot(place.tensor, place.dimension, place.positions(axis.size), reads(axes, place))
-        for place in axis.places
-    ]
-
-
-def crossed(axes: Axes, outer: Axis, inner: Axis) -> list[Spot]:
-    """Where both axes are in one dimension: rows by the outer index, then by the inner one."""
-    found = []
-    for place in inner.places:
-        columns = place.positions(inner.size)
-        for other in outer.places:
-            if (place.tensor, place.dimension) != (other.tensor, other.dimension):
-                continue
-            positions = _meeting(other.positions(outer.size), columns)
-            if positions is not None:
-                found.append(Spot(place.tensor, place.dimension, positions, reads(axes, place)))
-    return found
-
-
-def _meeting(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """Positions that row r and column c share, (rows · columns repeats); None: not equally many."""
-    length = int(max(rows.max(), columns.max())) + 1
-    row_of, column_of = np.full(length, -1), np.full(length, -1)
-    row_of[rows] = np.arange(len(rows))[:, None]
-    column_of[columns] = np.arange(len(columns))[:, None]
-    both = np.flatnonzero((row_of >= 0) & (column_of >= 0))
-    cell = row_of[both] * len(columns) + column_of[both]
-    counts = np.bincount(cell, minlength=len(rows) * len(columns))
-    if not counts.min() or counts.min() != counts.max():
-        return None
-    return both[np.argsort(cell, kind="stable")].reshape(len(counts), -1)
-
-
-def attentions(axes: Axes) -> list[_Attention]:
-    """Heads that are computed side by side, with the insides that they have."""
-    inner = [number for number, axis in enumerate(axes.axes) if axis.kind == "inner"]
-    batched = [number for number in inner if "batched" in axes.axes[number].traits]
-    found: dict[tuple[int, int | None], list[tuple[_Side, _Side]]] = {}
-    for number in inner:
-        if number in batched:
-            continue
-        around = [heads for heads in batched if len(_sides(axes, heads, None, number)) == 2]
-        if not around:
-            continue
-        # Where keys and values are shared, their heads are in more tensors than queries' copies.
-        around.sort(key=lambda heads: -len(axes.axes[heads].places))
-        heads, copies = around[0], _copies(axes, around[0], number, batched)
-        first, second = _sides(axes, heads, copies, number)
-        found.setdefault((heads, copies), []).append((first, second))
-    return [
-        _Attention(
-            heads,
-            copies,
-            (axes.axes[heads].size, 1 if copies is None else axes.axes[copies].size),
-            tuple(insides),
-        )
-        for (heads, copies), insides in found.items()
-    ]
-
-
-def _copies(axes: Axes, heads: int, inner: int, batched: Sequence[int]) -> int | None:
-    """The axis, if any, of the copies of each head, in one of the sides of an inside."""
-    tensors = {side.whole.tensor for side in _sides(axes, heads, None, inner)}
-    for number in batched:
-        if number != heads and tensors & {p.tensor for p in axes.axes[number].places}:
-            return number
-    return None
-
-
-def _sides(axes: Axes, heads: int, copies: int | None, inner: int) -> list[_Side]:
-    """Matrices, not biases, that have heads and their inside in one dimension."""
-    outer, inside = axes.axes[heads], axes.axes[inner]
-    found = []
-    for spot in crossed(axes, outer, inside):
-        if spot.tensor not in axes.reads:
-            continue
-        single = None
-        if copies is not None:
-            both = crossed(axes, outer, axes.axes[copies])
-            place = (spot.tensor, spot.dimension)
-            rows = next((each for each in both if (each.tensor, each.dimension) == place), None)
-            column = next((each for each in spots_of(axes, inside) if each[:2] == place), None)
-            if rows is not None and column is not None:
-                positions = _meeting(rows.positions, column.positions)
-                single = None if positions is None else spot._replace(positions=positions)
-        found.append(_Side(spot, single))
-    return found
-
-
-def _pairs_of(
-    axes: Axes,
-    both: Sequence[Sequence[tuple[Place, Place]]],
-    size: int,
-    heads: Sequence[Axis],
-) -> list[tuple[Spot, Spot]] | None:
-    """Of queries' and keys' matrices, the rows of first and second members, head by head."""
-    for outer in heads:
-        found = []
-        for side in both:
-            for pair in side:
-                if pair[0].tensor not in axes.reads:
-                    continue
-                inside = [Axis(size, "inner", (), (place,)) for place in pair]
-                spots = [crossed(axes, outer, each) for each in inside]
-                if all(len(each) == 1 for each in spots):
-                    found.append((spots[0][0], spots[1][0]))
-        # Where keys are shared, their heads are in both, and those of queries' copies are not.
-        if len(found) == len(both) and len({len(one.positions) for one, _ in found}) == 1:
-            return found
-    return None
 
 
 def _complex(one: Spot, two: Spot, source: Weights) -> NDArray[np.complex128]:
@@ -830,7 +713,7 @@ def _blocks(spot: Spot, source: Weights, count: int) -> Matrix:
     return rows.reshape(count, len(rows) // count, -1)
 
 
-def _products(inside: tuple[_Side, _Side], source: Weights, size: tuple[int, int]) -> Matrix:
+def _products(inside: tuple[Side, Side], source: Weights, size: tuple[int, int]) -> Matrix:
     """Of each head and copy, what its two sides make together: nothing inside it changes that."""
     heads, copies = size
     blocks = []

@@ -89,13 +89,23 @@ def _check_vectors(axes: Axes, shapes: Shapes) -> None:
 
 
 def sides_of(axis: Axis) -> tuple[list[tuple[Place, Place]], list[tuple[Place, Place]]] | None:
-    """Of rotated pairs the places of first and second members, of queries and then of keys."""
+    """Of rotated pairs the places of first and second members, of queries and then of keys.
+
+    Of one module for both, a tensor has four: of its queries, and then of its keys.
+    """
     by_module: dict[str, dict[str, list[Place]]] = {}
     for place in axis.places:
         module = by_module.setdefault(place.tensor.rpartition(".")[0], {})
         module.setdefault(place.tensor, []).append(place)
+    if len(by_module) == 1:
+        (fused,) = by_module.values()
+        sides = [{n: each[at : at + 2] for n, each in fused.items()} for at in (0, 2)]
+        if any(len(each) != 4 for each in fused.values()):
+            return None
+    else:
+        sides = list(by_module.values())
     found = []
-    for tensors in by_module.values():
+    for tensors in sides:
         if any(len(places) != 2 for places in tensors.values()):
             return None
         pairs = [(places[0], places[1]) for places in tensors.values()]

@@ -35,8 +35,10 @@ from torch.func import functional_call
 
 from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
+from nnpassport.alignment.heads import attentions, inside_of
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
-from nnpassport.alignment.solve import Spot, Unit, attentions, crossed, grouped
+from nnpassport.alignment.solve import Unit, grouped
+from nnpassport.alignment.spots import Spot
 from nnpassport.alignment.table import sides_of
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
@@ -123,7 +125,8 @@ class _Subject:
         self.exact = untied(deepcopy(model)).double().eval()
         self.inputs = with_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
         self.axes = axes_of(self.exact, self.inputs)
-        _add_biases(self.exact, self.axes)
+        if _add_biases(self.exact, self.axes):  # they are along axes as well
+            self.axes = axes_of(self.exact, self.inputs)
         self.sites = survey(self.exact, self.inputs).sites
         self.state: State = {n: t.detach().clone() for n, t in self.exact.state_dict().items()}
         self.shown = AS_IT_IS
@@ -447,21 +450,16 @@ def _mix(subject: _Subject) -> Iterator[Act]:
 def _heads(subject: _Subject) -> Iterator[Act]:
     axes = subject.axes
     for attention in attentions(axes):
-        outer = axes.axes[attention.heads]
         for inside in attention.insides:
-            sides = [side.whole for side in inside]
-            found = _inside_of(axes, outer, sides)
-            if found is None:
-                continue
-            inner, spots = found
+            first, second = (side.whole for side in inside.sides)
 
             def do(
                 state: State,
                 rng: torch.Generator,
-                spots: Sequence[Spot] = spots,
-                second: Spot = sides[1],
-                fused: bool = sides[0].tensor == sides[1].tensor,
-                size: tuple[int, int] = (outer.size, inner.size),
+                spots: Sequence[Spot] = tuple(inside_of(axes, attention.heads, inside.number)),
+                second: Spot = second,
+                fused: bool = first.tensor == second.tensor,
+                size: tuple[int, int] = (attention.size[0], axes.axes[inside.number].size),
             ) -> None:
                 turns = [_invertible(size[1], rng) for _ in range(size[0])]
                 there = torch.block_diag(*(by for by, _ in turns))
@@ -647,20 +645,6 @@ def _fold_statistics(state: State, weight: str, norm: Statistics, dimension: int
     state[norm.weight].fill_(1)
 
 
-def _inside_of(axes: Axes, outer: Axis, sides: Sequence[Spot]) -> tuple[Axis, list[Spot]] | None:
-    """The axis inside these heads whose two sides these are, and all places of it."""
-    for axis in axes.axes:
-        if axis.kind == "inner" and "batched" not in axis.traits:
-            spots = crossed(axes, outer, axis)
-            if all(any(_is_at(spot, side) for spot in spots) for side in sides):
-                return axis, spots
-    return None
-
-
-def _is_at(spot: Spot, side: Spot) -> bool:
-    return spot[:2] == side[:2] and np.array_equal(spot.positions, side.positions)
-
-
 def _is_of(spot: Spot, second: Spot, *, fused: bool) -> bool:
     """Whether a spot, or the bias of one, is on the second side of a head.
 
@@ -741,13 +725,19 @@ def _invertible(size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     return left @ torch.diag(values) @ right, right.T @ torch.diag(1 / values) @ left.T
 
 
-def _add_biases(model: nn.Module, axes: Axes) -> None:
-    """Zeros where a Linear that reads a norm has no bias: they can take the norm's shift."""
+def _add_biases(model: nn.Module, axes: Axes) -> bool:
+    """Zeros where a Linear that reads a norm has no bias: they can take the norm's shift.
+
+    Whether there was one that had none.
+    """
+    added = False
     for name, (_, gain) in axes.reads.items():
         module = model.get_submodule(name.rpartition(".")[0])
         shifted = gain is not None and gain in axes.norms and axes.norms[gain].shift is not None
         if shifted and isinstance(module, nn.Linear) and module.bias is None:
             module.bias = nn.Parameter(module.weight.new_zeros(len(module.weight)))
+            added = True
+    return added
 
 
 def _fit(model: nn.Module, state: State) -> None:

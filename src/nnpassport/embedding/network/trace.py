@@ -658,20 +658,12 @@ class _Trace(TorchDispatchMode):
             if not factor.rigid and INDEXED not in factor.traits and len(places[key]) > 1
         ]
         axes.sort(key=lambda axis: (-axis.size, axis.places))
-        # All layers are rotated by the same table; those that have heads in common meet in one.
-        together = {
-            tuple(sorted({place.tensor for place in axis.places}))
-            for axis in axes
-            if "batched" in axis.traits
-        }
         rotated = [
             Axis(size, "inner", ("rotated",), each)
             for key, factor in found.items()
             if factor.rigid and "bilinear" in factor.traits
-            for side_by_side in sorted(together)
-            for size, each in _as_pairs(
-                factor.size, [place for place in places[key] if place.tensor in side_by_side]
-            )
+            for side_by_side in _side_by_side(axes, places[key])
+            for size, each in _as_pairs(factor.size, side_by_side)
         ]
         kept = self._parameters.keys()  # of what no file holds a table says nothing
         return Axes(
@@ -697,20 +689,44 @@ class _Trace(TorchDispatchMode):
         )
 
 
+def _side_by_side(axes: Sequence[Axis], places: Sequence[Place]) -> list[list[Place]]:
+    """The places of one attention each: all layers are rotated by the same table.
+
+    Those that have heads in common meet in one; so may those that lie in one module, or two in one.
+    """
+    groups = {
+        tuple(sorted({place.tensor for place in axis.places}))
+        for axis in axes
+        if "batched" in axis.traits
+    }
+    for home in (_module, _home):
+        together: dict[str, set[str]] = {}
+        for place in places:
+            together.setdefault(home(place.tensor), set()).add(place.tensor)
+        groups |= {tuple(sorted(names)) for names in together.values()}
+    kept = ([place for place in places if place.tensor in names] for names in sorted(groups))
+    return [each for each in kept if each]
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _home(tensor: str) -> str:
+    return _module(_module(tensor))
+
+
 def _as_pairs(size: int, places: Sequence[Place]) -> Iterator[tuple[int, tuple[Place, ...]]]:
     """How the inside of heads may be pairs: first half with second, or neighbours with one another.
 
-    Where the halves were told apart already, each tensor has two places. Which it is, `prove` says.
+    Where the halves were told apart already, each side has two places. Which it is, `prove` says.
     """
-    by_tensor: dict[str, list[Place]] = {}
-    for place in places:
-        by_tensor.setdefault(place.tensor, []).append(place)
-    if len({name.rpartition(".")[0] for name in by_tensor}) != 2:
-        return
-    counts = {len(each) for each in by_tensor.values()}
+    sides = _queries_and_keys(places)
+    counts = {len(each) for each in sides}
     if counts == {2} and size > 1:
-        yield size, tuple(place for each in by_tensor.values() for place in each)
-    if counts == {1} and size > 1 and all((2, each.stride // 2) in each.repeats for each in places):
+        yield size, tuple(place for each in sides for place in each)
+    every = [each[0] for each in sides]
+    if counts == {1} and size > 1 and all((2, each.stride // 2) in each.repeats for each in every):
         yield (
             size,
             tuple(
@@ -718,7 +734,7 @@ def _as_pairs(size: int, places: Sequence[Place]) -> Iterator[tuple[int, tuple[P
                     offset=place.offset + at * place.stride // 2,
                     repeats=tuple(each for each in place.repeats if each != (2, place.stride // 2)),
                 )
-                for place in places
+                for place in every
                 for at in (0, 1)
             ),
         )
@@ -731,10 +747,25 @@ def _as_pairs(size: int, places: Sequence[Place]) -> Iterator[tuple[int, tuple[P
                     place._replace(
                         offset=place.offset + at * place.stride, stride=place.stride * step
                     )
-                    for place in places
+                    for place in every
                     for at in (0, far)
                 ),
             )
+
+
+def _queries_and_keys(places: Sequence[Place]) -> list[list[Place]]:
+    """By tensor its places; those of a fused tensor in halves, one of which is queries."""
+    by_tensor: dict[str, list[Place]] = {}
+    for place in places:
+        by_tensor.setdefault(place.tensor, []).append(place)
+    modules = {_module(name) for name in by_tensor}
+    if len(modules) == 2:
+        return list(by_tensor.values())
+    several = [sorted(each, key=lambda place: place.offset) for each in by_tensor.values()]
+    if len(modules) != 1 or any(len(each) % 2 for each in several):
+        return []
+    halves = [(each, len(each) // 2) for each in several]
+    return [part for each, half in halves for part in (each[:half], each[half:])]
 
 
 def _mark_products(owns: Sequence[list[Dimension]], found: list[Dimension]) -> None:
@@ -756,7 +787,7 @@ def _one(uses: set[tuple[int, str | None]], *, tied: bool) -> tuple[int, str | N
 
 
 def _kind(traits: set[str]) -> str:
-    if traits <= {"bilinear", "batched"}:
+    if "batched" in traits or traits <= {"bilinear"}:
         return "inner"
     if traits <= {"layer norm", "gain", "square", "reduced"} and traits & {"layer norm", "square"}:
         return "orthogonal"
