@@ -38,7 +38,7 @@ MADE = {
     "Swin": {"regain": 7, "fix": 13, "heads": 6, "reorder": 13, "split": 3},
     "MobileNetV2": {"negate": 52, "scale": 52, "mix": 7, "reorder": 25, "split": 18},
     "EfficientNet": {"negate": 10, "scale": 10, "mix": 3, "reorder": 10, "split": 7},
-    "RegNet": {"negate": 12, "scale": 12, "stretch": 9, "reorder": 15, "split": 6, "groups": 6},
+    "RegNet": {"negate": 12, "scale": 12, "stretch": 12, "reorder": 15, "split": 6, "groups": 6},
     "GPT-2": {"regain": 7, "fix": 8, "heads": 6, "rotate": 1, "reorder": 13, "split": 3},
     "Llama": {
         "regain": 7,

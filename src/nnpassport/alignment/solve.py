@@ -174,8 +174,7 @@ class Aligner:
             self._solve_heads(attention, work)
         for pairs in self.axes.pairs:
             self._solve_pairs(pairs, work)
-        for unit in self.units:
-            self._rescale(unit, work)
+        self._rescale_all(work)
         return Aligned(work.weights, work.likeness)
 
     def begun(self, tensors: Mapping[str, Matrix], loose: Collection[str] = ()) -> Work:
@@ -428,14 +427,28 @@ class Aligner:
             return rows
         return rows * signs[:, None]
 
+    def _rescale_all(self, work: Work) -> None:
+        """Give rows of all units the reference's scale, again and again where they are marked.
+
+        What a mark may have moved of a filter says nothing of its scale, and is taken to be right.
+        """
+        scaled = [unit for unit in self.units if _is_scaled(self.axes, unit)]
+        for unit in scaled:
+            self._rescale(unit, work)
+        there = {spot.tensor for unit in scaled for spot in unit.spots if spot.reads}
+        marked = there & self.free.keys()
+        again = [unit for unit in scaled if any(spot.tensor in marked for spot in unit.spots)]
+        for _ in range(SCALINGS if again else 0):
+            self._free_directions(work, marked)
+            for unit in again:
+                self._rescale(unit, work)
+
     def _rescale(self, unit: Unit, work: Work) -> None:
         """Give rows the reference's scale where each may have any, and its sign where that is free.
 
         Behind a ReLU a reader may be multiplied by what its writer is divided by; of two factors of
         a product one may be negated with the reader.
         """
-        if not _is_scaled(self.axes, unit):
-            return
         for spot in unit.spots:
             mine = work.weights.get(spot.tensor)
             comparable = mine is not None and mine.shape == self.reference[spot.tensor].shape
@@ -604,9 +617,14 @@ def aligner(
 
 
 def _is_scaled(axes: Axes, unit: Unit) -> bool:
-    """Whether each row may be of any scale: behind a ReLU, or as a factor of a product."""
-    traits = {trait for number in unit.numbers for trait in axes.axes[number].traits}
-    free = "rectified" in traits and not traits & _NOT_LINEAR
+    """Whether each row may be of any scale: behind a ReLU, or as a factor of a product.
+
+    What is bent and multiplied with channels behind a ReLU is their gate, whose scale is its own.
+    """
+    numbers = unit.numbers if unit.normed else (unit.last,)
+    traits = {trait for number in numbers for trait in axes.axes[number].traits}
+    bent = _NOT_LINEAR - {"pointwise"} if "product" in traits else _NOT_LINEAR
+    free = "rectified" in traits and not traits & bent
     return unit.kind == "permute" and (free or unit.either_sign)
 
 

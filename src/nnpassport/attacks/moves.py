@@ -38,7 +38,7 @@ from nnpassport.alignment.canonical import reads, writing
 from nnpassport.alignment.heads import attentions, inside_of
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.solve import Unit, grouped
-from nnpassport.alignment.spots import Spot
+from nnpassport.alignment.spots import Spot, spots_of
 from nnpassport.alignment.table import sides_of
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
@@ -299,36 +299,38 @@ def _stretch(subject: _Subject) -> Iterator[Act]:
     normed = {weight for weight, _, _ in _normed(subject)}
     statistics = {n for each in axes.batch_norms.values() for n in (each.mean, each.variance)}
     left_alone = normed | {_bias(weight) for weight in normed} | statistics
-    in_groups = grouped(axes)
-    for unit in in_groups:
-        if _stretches({trait for number in unit.numbers for trait in axes.axes[number].traits}):
-            yield _stretched_in_groups(unit, left_alone)
-    taken = {number for unit in in_groups for number in unit.numbers}
-    for number, axis in enumerate(axes.axes):
-        if number in taken or not _stretches(set(axis.traits)):
+    for traits, spots in _whole(axes):
+        if "rectified" not in traits or traits & {"layer norm", "bilinear"}:
             continue
-
-        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
-            factor = _factors(axis.size, rng)
-            for place in axis.places:
-                grouped = place.tensor in normed and state[place.tensor].shape[1:2] == (1,)
-                if reads(axes, place) or (grouped and place.dimension == 0):
-                    _times_at(state, place, axis.size, 1 / factor)
-                elif place.tensor not in left_alone:
-                    _times_at(state, place, axis.size, factor)
-
-        yield do
+        yield _stretched(spots, left_alone, normed)
+        if "product" not in traits:
+            continue
+        for gate in spots:  # what is multiplied with the channels stays as it is
+            matrix = subject.state[gate.tensor].dim() > 1
+            if matrix and not gate.reads and gate.tensor not in left_alone:
+                yield _stretched(spots, left_alone | {gate.tensor, _bias(gate.tensor)}, normed)
 
 
-def _stretches(traits: set[str]) -> bool:
-    return "rectified" in traits and not traits & {"layer norm", "bilinear"}
+def _whole(axes: Axes) -> Iterator[tuple[set[str], Sequence[Spot]]]:
+    """Traits of all axes, and where they are; inside groups of a convolution, by group and index.
+
+    Groups themselves are then in their insides.
+    """
+    in_groups = grouped(axes)
+    taken = {number for unit in in_groups for number in unit.numbers}
+    for unit in in_groups:
+        yield set(axes.axes[unit.last].traits), unit.spots
+    for number, axis in enumerate(axes.axes):
+        if number not in taken:
+            yield set(axis.traits), spots_of(axes, axis)
 
 
-def _stretched_in_groups(unit: Unit, left_alone: Collection[str]) -> Act:
+def _stretched(spots: Sequence[Spot], left_alone: Collection[str], normed: Collection[str]) -> Act:
     def do(state: State, rng: torch.Generator) -> None:
-        factor = _factors(unit.size, rng)[:, None]
-        for spot in unit.spots:
-            if spot.reads:
+        factor = _factors(len(spots[0].positions), rng)[:, None]
+        for spot in spots:
+            kernels = spot.dimension == 0 and state[spot.tensor].shape[1:2] == (1,)
+            if spot.reads or (kernels and spot.tensor in normed):  # depthwise: they read
                 _put_spot(state, spot, _rows_of_spot(state, spot) / factor)
             elif spot.tensor not in left_alone:
                 _put_spot(state, spot, _rows_of_spot(state, spot) * factor)
