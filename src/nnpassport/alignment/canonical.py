@@ -30,7 +30,7 @@ def canonical(
     for name, (dimension, before) in axes.reads.items():
         known = before is not None and before in tensors and before in axes.norms
         if name in found and before is not None and known:
-            factor = np.ravel(tensors[before])
+            factor = axes.norms[before].factor(tensors[before])
             times = _parts(axes, name, dimension, len(factor), found[name].shape)
             _scale(found[name], dimension, factor, times)
             if centred and axes.norms[before].centred:
@@ -80,7 +80,7 @@ def restored(
         _scale(found, writing(axes, name), _inverse(np.ravel(reference[gain])))
     dimension, before = axes.reads.get(name, (0, None))
     if before is not None and before in reference and before in axes.norms:
-        back = _inverse(np.ravel(reference[before]))
+        back = _inverse(axes.norms[before].factor(reference[before]))
         _scale(found, dimension, back, _parts(axes, name, dimension, len(back), found.shape))
     return found
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from nnpassport.alignment.axes import Axes, Axis, Place, Statistics
+from nnpassport.alignment.axes import Axes, Axis, Norm, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
 from nnpassport.alignment.heads import attentions, inside_of
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
@@ -342,13 +342,11 @@ def _regain(subject: _Subject) -> Iterator[Act]:
     axes = subject.axes
     for gain, norm in axes.norms.items():
 
-        def norms(
-            state: State, rng: torch.Generator, gain: str = gain, shift: str | None = norm.shift
-        ) -> None:
+        def norms(state: State, rng: torch.Generator, gain: str = gain, norm: Norm = norm) -> None:
             factor = _factors(len(state[gain]), rng) * _signs(len(state[gain]), rng)
-            state[gain] *= factor
-            if shift is not None:
-                state[shift] *= factor
+            state[gain] = (state[gain] + norm.offset) * factor - norm.offset
+            if norm.shift is not None:
+                state[norm.shift] *= factor
             for name, dimension in _readers(axes, gain):
                 _times(state, name, dimension, 1 / factor)
 
@@ -608,8 +606,8 @@ def _fold_gains(state: State, axes: Axes, axis: Axis) -> set[str]:
             if norm.shift is not None and _bias(name) in state and by_reader.dim() == 2:
                 shift = _repeated(state[norm.shift], by_reader.shape[1])
                 state[_bias(name)] += by_reader @ shift
-            _times(state, name, dimension, state[gain])
-        state[gain].fill_(1)
+            _times(state, name, dimension, state[gain] + norm.offset)
+        state[gain].fill_(1 - norm.offset)
         found.add(gain)
         if norm.shift is not None:
             state[norm.shift].zero_()

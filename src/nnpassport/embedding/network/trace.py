@@ -75,12 +75,14 @@ class _Origin(NamedTuple):
         of: the one parameter that it is a view of, if it is.
         norm: gain of the norm that it is the output of.
         written: weight of the layer that it is the output of, until something else is done to it.
+        offset: what was added to that parameter; None: it was made something else of.
     """
 
     parameter: bool = False
     of: str | None = None
     norm: str | None = None
     written: str | None = None
+    offset: float | None = 0.0
 
 
 class _Known(NamedTuple):
@@ -122,6 +124,7 @@ _REDUCED = {
     "amin",
     "any",
     "argmax",
+    "linalg_vector_norm",
     "max",
     "mean",
     "min",
@@ -143,7 +146,7 @@ _MADE = {
 }
 _SPLIT = {"chunk", "split", "split_with_sizes", "unsafe_chunk", "unsafe_split"}
 _SHIFTED = {"constant_pad_nd", "flip", "reflection_pad2d", "replication_pad2d", "roll"}
-_STEPS = {"_log_softmax", "_softmax", "cumsum", "log_softmax", "softmax"}
+_STEPS = {"_log_softmax", "_safe_softmax", "_softmax", "cumsum", "log_softmax", "softmax"}
 
 
 @final
@@ -214,7 +217,8 @@ class _Trace(TorchDispatchMode):
         tensors = [each for each in pytree.tree_leaves(seen.given) if isinstance(each, Tensor)]
         known = [self._of(each) for each in tensors]
         parameter = bool(known) and all(each.origin.parameter for each in known)
-        origin = _Origin(parameter, known[0].origin.of if parameter and len(known) == 1 else None)
+        alone = parameter and len(known) == 1
+        origin = _Origin(parameter, known[0].origin.of if alone else None, offset=None)
         found, origin = self._rule(seen, tensors, origin) or (self._gave_up(seen, tensors), origin)
         for number, tensor in enumerate(seen.outputs):
             if not isinstance(tensor, Tensor):
@@ -251,6 +255,7 @@ class _Trace(TorchDispatchMode):
         rules: list[Callable[[_Call, Sequence[Tensor], _Origin], Any]] = [
             *(self._pointwise, self._elementwise, self._viewed, self._contracted, self._convolved),
             *(self._normalised, self._reduced, self._looked_up, self._attended, self._pieced),
+            *(self._reparametrised, self._repeated),
         ]
         for rule in rules:
             found = rule(seen, tensors, origin)
@@ -302,6 +307,8 @@ class _Trace(TorchDispatchMode):
         if seen.name not in {"add", "sub", "mul", "div", "copy", "addcmul"}:
             for each in found:
                 mark(each, "pointwise")
+        if not computed and len(parameters) == 1:
+            return origin._replace(offset=self._shifted(seen, parameters[0]))
         if len(computed) != 1 or len(parameters) != 1:
             return origin
         was = self._of(computed[0]).origin
@@ -311,18 +318,30 @@ class _Trace(TorchDispatchMode):
             return origin._replace(written=was.written)
         return origin
 
+    def _shifted(self, seen: _Call, parameter: Tensor) -> float | None:
+        """What was added to a parameter so far; where nothing was, a factor is no matter."""
+        was, other = self._of(parameter).origin.offset, seen.given.get("other")
+        if was is None or not isinstance(other, int | float):
+            return None
+        if seen.name in {"add", "sub"}:
+            by = float(other) * float(seen.given.get("alpha") or 1)
+            return was + by if seen.name == "add" else was - by
+        return 0.0 if seen.name in {"mul", "div"} and was == 0 else None
+
     def _scaled(self, parameter: Tensor, was: _Origin, origin: _Origin) -> _Origin:
         """A parameter multiplies what a layer wrote, or it is the gain of a norm."""
         known = self._of(parameter)
         for each in known.dimensions:
             mark(each, "gain")
-        gain = known.origin.of
-        if gain is None or sum(1 for each in known.dimensions if leaves(each)) != 1:
+        gain, offset = known.origin.of, known.origin.offset
+        one = sum(1 for each in known.dimensions if leaves(each)) == 1
+        if gain is None or offset is None or not one:
             return origin
         if was.written is not None:
-            self._gains.setdefault(was.written, set()).add(gain)
+            if not offset:
+                self._gains.setdefault(was.written, set()).add(gain)
             return origin
-        self._norms.setdefault(gain, Norm(None, centred=False))
+        self._norms.setdefault(gain, Norm(None, centred=False, offset=offset))
         return origin._replace(norm=gain)
 
     def _viewed(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
@@ -350,6 +369,15 @@ class _Trace(TorchDispatchMode):
             ]
             return [filled], source
         return None
+
+    def _repeated(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
+        if seen.name != "repeat":
+            return None
+        times, own = [int(count) for count in seen.given["repeats"]], self._dimensions(tensors[0])
+        own = [[] for _ in range(len(times) - len(own))] + list(own)
+        around = fresh(times, rigid=True)
+        found = [[*a, *each] for a, each in zip(around, own, strict=True)]
+        return [found], self._of(tensors[0]).origin
 
     def _contracted(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
         name, given = seen.name, seen.given
@@ -498,6 +526,19 @@ class _Trace(TorchDispatchMode):
         mark(own[1], "group norm")
         return [own, [], []], origin
 
+    def _reparametrised(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
+        """A weight as its direction times its length, along one dimension: weight norm."""
+        if seen.name != "_weight_norm_interface":
+            return None
+        direction, length = seen.given["v"], seen.given["g"]
+        own, one = self._dimensions(direction), int(seen.given.get("dim") or 0)
+        for mine, theirs in zip(own, self._dimensions(length), strict=True):
+            if leaves(theirs):
+                tie(mine, theirs)
+        for number, each in enumerate(own):
+            mark(each, "pointwise" if number == one else "square")
+        return [own, self._dimensions(length)], origin._replace(of=self._of(direction).origin.of)
+
     def _reduced(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
         if seen.name not in _REDUCED or len(tensors) > 1:
             return None
@@ -509,6 +550,9 @@ class _Trace(TorchDispatchMode):
             mark(own[axis], "fixed order" if seen.name == "argmax" else "reduced")
             if seen.name in {"argmax", "max", "min", "prod"} and len(seen.outputs) > 1:
                 fix(own[axis])
+        if seen.name not in {"mean", "sum"}:
+            for number, each in enumerate(own):
+                mark(each, "pointwise") if number not in gone else None
         kept = len(seen.shape()) == len(own)
         found = [[] if n in gone else each for n, each in enumerate(own) if kept or n not in gone]
         was = self._of(tensors[0]).origin
