@@ -202,7 +202,7 @@ class _Search:
         whole = {
             (spot.tensor, spot.dimension)
             for unit in aligner.units
-            if unit.kind == "permute" and unit.groups == 1
+            if unit.kind == "permute" and unit.groups in {1, unit.size}
             for spot in unit.spots
             if aligner.reference[spot.tensor].shape[spot.dimension] == unit.size
         }

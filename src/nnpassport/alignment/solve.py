@@ -654,7 +654,8 @@ def _units(axes: Axes) -> list[Unit]:
         if number not in paired | within and kind is not None:
             sign, turns = "product" in axis.traits, number in normed
             spots = spots_of(axes, axis)
-            found.append(Unit((number,), kind, axis.size, 1, sign, turns, tuple(spots)))
+            groups = axis.size if turns and "alone" in axis.traits else 1  # a norm for each channel
+            found.append(Unit((number,), kind, axis.size, groups, sign, turns, tuple(spots)))
     return found
 
 
@@ -792,6 +793,9 @@ def _assigned_in_groups(
     Also returned is the sum of both matrices, with the sign that fits each pair of groups better.
     """
     inside = len(cosines) // groups
+    if inside == 1:
+        best = cosines + np.abs(turned)
+        return best, assigned(best)
     best = np.zeros_like(cosines)
     for a in range(groups):
         for b in range(groups):

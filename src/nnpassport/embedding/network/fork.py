@@ -6,8 +6,8 @@ its outputs equal those of two separate passes.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -307,7 +307,7 @@ def step_costs(
     reached: dict[str, int] = {}
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    with ExitStack() as stack, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with ExitStack() as stack, _counting(model) as counter:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
         for name, layer in layers.items():
 
@@ -318,6 +318,24 @@ def step_costs(
         call(model, example)
     whole = counter.get_total_flops()
     return {name: 1 + (whole - flops) / whole if whole else 2.0 for name, flops in reached.items()}
+
+
+@contextmanager
+def _counting(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Counts FLOPs without gradients, and without hooks for any.
+
+    The counter follows modules by hooks on what needs a gradient, and fails (an AssertionError)
+    where a module is given a parameter, as DeBERTa's attention is.
+    """
+    needing = [each for each in model.parameters() if each.requires_grad]
+    for each in needing:
+        each.requires_grad_(False)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        for each in needing:
+            each.requires_grad_(True)
 
 
 def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
@@ -331,13 +349,13 @@ def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # in training it is off, and it is not counted
     try:
-        with torch.no_grad(), on_branch(model, branch), FlopCounterMode(display=False) as whole:
+        with on_branch(model, branch), _counting(model) as whole:
             call(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
-    with torch.no_grad(), FlopCounterMode(display=False) as affines:
+    with _counting(model) as affines:
         for norm in presented:
             norm.affine()
     return whole.get_total_flops() - affines.get_total_flops()

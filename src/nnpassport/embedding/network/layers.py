@@ -118,6 +118,19 @@ class PassportNorm(nn.Module):
         ease = None if carries is None else _ease(self.mean_patch)
         self.register_buffer("ease", ease, persistent=False)
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the network asks of the layer or norm that was here: strides, sizes, an ε.
+
+        Not its tensors: who computes with those goes past the passport.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            asked = getattr(self._modules.get("norm"), name, None)
+            if name.startswith("_") or asked is None or isinstance(asked, Tensor | nn.Module):
+                raise
+            return asked
+
     @property
     def layer(self) -> nn.Module:
         """The convolution or linear layer whose weight the passport runs through."""

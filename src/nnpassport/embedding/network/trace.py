@@ -487,6 +487,10 @@ class _Trace(TorchDispatchMode):
         for tensor in there.values():
             if tensor is not None:
                 tie(own[1], self._dimensions(tensor)[0])
+        if there["running_mean"] is None:  # statistics of the moment
+            mark(own[1], "group norm")
+            mark(own[1], "alone")
+            return [own, [], []], origin
         mark(own[1], "batch norm")
         written = self._of(given["input"]).origin.written
         of = {n: None if t is None else self._of(t).origin.of for n, t in there.items()}
@@ -524,6 +528,8 @@ class _Trace(TorchDispatchMode):
         if groups > 1 and inside > 1:
             tie(own[1], [factors.Factor(groups), factors.Factor(inside)])
         mark(own[1], "group norm")
+        if groups > 1 and inside == 1:
+            mark(own[1], "alone")
         return [own, [], []], origin
 
     def _reparametrised(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
