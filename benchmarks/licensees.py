@@ -1,15 +1,14 @@
 """Copies in an order of their own: what is left of the order, and of the network, after attacks.
 
-    python benchmarks/licensees.py run       results/licensees.json: small networks after attacks
-    python benchmarks/licensees.py exact     to it: thousands of keys of scheme order that are wrong
-    python benchmarks/licensees.py large     to it: GPT-2 with 124 million random numbers
-    python benchmarks/licensees.py render    results/licensees.md from the JSON
+    python benchmarks/licensees.py run       results/licensees/small.json: networks after attacks
+    python benchmarks/licensees.py exact     exact.json: thousands of wrong keys of scheme order
+    python benchmarks/licensees.py large     large.json: GPT-2 with 124 million random numbers
+    python benchmarks/licensees.py render    results/licensees.md from these
 
 The small networks are those of `compare.py`, trained here on embedded digits.
 """
 
 import argparse
-import json
 import resource
 import time
 from pathlib import Path
@@ -47,10 +46,11 @@ from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key, sketch_digest
 from nnpassport.keys.order import read_placed
 from nnpassport.keys.ordered import chosen_axes, sketch_of
-from nnpassport.report.provenance import provenance
+from nnpassport.lab.results import Results
 from nnpassport.verification.licensees import original_of, trace_arrays
 
 RESULTS = Path(__file__).parent.parent / "results"
+PARTS = Results(RESULTS / "licensees")
 NAMES = tuple(f"licensee {n}" for n in range(10))
 KINDS, OWNERS = ("mlp", "cnn"), 2
 TEAM = 5  # licensees who average their copies, at most
@@ -156,17 +156,9 @@ def run():
 
 
 def keep(part, found, started, word):
-    """Write one part of the JSON; the others stay."""
-    path = RESULTS / "licensees.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known = {name: each for name, each in known.items() if name in {"small", "exact", "large"}}
-    known[part] = {
-        **found,
-        "wall_seconds": time.monotonic() - started,
-        "command": f"python benchmarks/licensees.py {word}",
-        "provenance": provenance(),
-    }
-    write_atomically(path, (json.dumps(known, indent=1) + "\n").encode())
+    """Write what this part found, and how."""
+    took, command = time.monotonic() - started, f"python benchmarks/licensees.py {word}"
+    PARTS.keep(part, {**found, "wall_seconds": took, "command": command})
 
 
 def suspects_of(kind, number):
@@ -319,8 +311,8 @@ def cosine(one, other):
 
 
 def render():
-    """The page, from the JSON."""
-    return page(json.loads((RESULTS / "licensees.json").read_text()))
+    """The page, of what was kept."""
+    return page(PARTS.all())
 
 
 def page(known):
@@ -329,7 +321,7 @@ def page(known):
     lines = [
         "# A copy for each licensee, and a key's own order",
         "",
-        "Rendered by `python benchmarks/licensees.py render` from `results/licensees.json`. A key "
+        "Rendered by `python benchmarks/licensees.py render` from `results/licensees/`. A key "
         "of scheme `order` is read by the same lines as a licensee's copy, under an empty name.",
         "",
     ]

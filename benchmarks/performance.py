@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nnpassport.files.disk import write_atomically
-from nnpassport.lab.bench.cells import CHEAPER, LOOP_STEPS
+from nnpassport.lab.bench.cases import CHEAPER, LOOP_STEPS
 from nnpassport.lab.bench.page import precision_of, subject, title
 from nnpassport.lab.results import Results
 from nnpassport.lab.tables import table

@@ -31,7 +31,7 @@ from nnpassport.lab.bench import (
     steps,
     timing,
 )
-from nnpassport.lab.bench.cells import CHEAPER, EVERYWHERE, LOOP_STEPS, TRANSFORMER, Cell, plan
+from nnpassport.lab.bench.cases import CHEAPER, EVERYWHERE, LOOP_STEPS, TRANSFORMER, Case, plan
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
 
 pytestmark = pytest.mark.slow
@@ -44,14 +44,14 @@ TABLE4 = [
     and each.above not in CHEAPER
     and each.below != "eager"
 ]
-TINY = [replace(c, width=0.1) for c in bench.cells(["alexnet"], [2], ["float32"])]
+TINY = [replace(c, width=0.1) for c in bench.cases(["alexnet"], [2], ["float32"])]
 
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """One call a sample, and no process for each cell's memory."""
+    """One call a sample, and no process for each case's memory."""
     monkeypatch.setattr(turns, "_SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(report, "peak_memory", lambda cell: 1000 + len(cell.network))
+    monkeypatch.setattr(report, "peak_memory", lambda case: 1000 + len(case.network))
 
 
 @pytest.mark.parametrize(
@@ -118,20 +118,20 @@ def test_the_lower_bound_agrees_with_pytorchs_flop_counter(architecture, after_f
 
 def test_cells_are_timed_in_turns_and_warm_up_does_not_count(monkeypatch, hurried):
     order = []
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: order.append(cell))
+    monkeypatch.setattr(timing, "prepare", lambda case, device: lambda: order.append(case))
     measured = bench.measure(TINY, repeats=2, warmup=1)
     turns = [order[i : i + len(TINY)] for i in range(0, len(order), len(TINY))]
     assert len(turns) == 3
     assert all(set(turn) == set(TINY) for turn in turns)
-    assert turns[0] != turns[1]  # so that no cell always runs after the same other one
-    assert [each.cell for each in measured] == TINY
+    assert turns[0] != turns[1]  # so that no case always runs after the same other one
+    assert [each.case for each in measured] == TINY
     assert {len(each.timed.seconds) for each in measured} == {2}
     assert {len(each.timed.processor_seconds) for each in measured} == {2}
 
 
 def test_a_short_sample_is_made_of_many_calls(monkeypatch):
     calls = []
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: calls.append(1))
+    monkeypatch.setattr(timing, "prepare", lambda case, device: lambda: calls.append(1))
     # A clock of our own: on a busy machine even an empty call may take a millisecond.
     ticks = itertools.count()
     clock = SimpleNamespace(
@@ -182,14 +182,14 @@ def test_what_there_was_no_time_for_is_named_and_has_no_number(hurried):
     results = bench.collect(TINY, minutes=0)
     assert results["numbers"] == results["ratios"] == []
     left_out = [(e["task"], e["network"]) for e in results["not_run"] if e["task"] != "memory"]
-    assert left_out == [(cell.task, cell.network) for cell in TINY]
+    assert left_out == [(case.task, case.network) for case in TINY]
     assert "- alexnet, batch 2, float32, train, slow V3 (group norm): no time left" in bench.render(
         results
     )
 
 
 def test_three_turns_are_taken_before_time_is_shared(monkeypatch, hurried):
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: None)
+    monkeypatch.setattr(timing, "prepare", lambda case, device: lambda: None)
     (measured,) = bench.measure(TINY[:1], repeats=7, warmup=1, until=0.0)
     assert len(measured.timed.seconds) == turns.ENOUGH
     (measured,) = bench.measure(TINY[:1], repeats=7, warmup=1, until=0.0, deadline=0.0)
@@ -251,8 +251,8 @@ def test_the_forked_network_has_the_flops_of_v2s_lower_bound(architecture):
 
 def test_bfloat16_cells_run(hurried):
     chosen = [replace(c, precision="bfloat16") for c in TINY if c.network in {"V1", "V1 presented"}]
-    for cell in chosen:
-        prepared.prepare(cell, "cpu")()
+    for case in chosen:
+        prepared.prepare(case, "cpu")()
 
 
 def test_memory_is_measured_in_a_fresh_process():
@@ -265,9 +265,9 @@ def test_refuses_a_network_that_the_task_does_not_have():
         prepared.prepare(replace(TINY[0], network="V3"), "cpu")
 
 
-def small(cell):
+def small(case):
     """The same on a network that is narrow, and on few images."""
-    return replace(cell, width=0.1, batch=4)
+    return replace(case, width=0.1, batch=4)
 
 
 def test_a_transformer_has_all_of_its_flops_counted():
@@ -282,28 +282,28 @@ def test_a_transformer_has_all_of_its_flops_counted():
 
 
 def test_v1_has_no_row_for_a_transformer_because_it_refuses_it():
-    model = networks.network(Cell(TRANSFORMER, 2, "float32", "infer", "plain", "layer", width=0.1))
+    model = networks.network(Case(TRANSFORMER, 2, "float32", "infer", "plain", "layer", width=0.1))
     with pytest.raises(UnsuitableModelError, match="layer without a norm"):
         V1.insert(model, V1.draw_key(model, EXAMPLE, passports="derived"), EXAMPLE)
     rows = plan([TRANSFORMER], [4], ["float32"], compiled=[False])
-    assert {"V2", "V3", "forked"} <= {cell.network for cell in rows}
-    assert not any("V1" in cell.network or "slow" in cell.network for cell in rows)
+    assert {"V2", "V3", "forked"} <= {case.network for case in rows}
+    assert not any("V1" in case.network or "slow" in case.network for case in rows)
 
 
 @pytest.mark.parametrize("task", ["infer", "train", "act", "long act"])
 def test_whatever_is_planned_can_be_run(task):
     found = plan(["alexnet"], [4], ["float32"], compiled=[False], tasks=[task])
-    for cell in found:
-        prepared.prepare(small(cell), "cpu")()
+    for case in found:
+        prepared.prepare(small(case), "cpu")()
     assert found
 
 
 @pytest.mark.parametrize("network", ["forked", "V3 share 1/4", "V2 late 3/4", "V2 released"])
 def test_a_transformer_can_be_run(network):
     task = "infer" if network == "V2 released" else "train"
-    cell = Cell(TRANSFORMER, 4, "bfloat16", task, network, "layer")
-    assert cell in plan([TRANSFORMER], [4], compiled=[False])
-    prepared.prepare(small(cell), "cpu")()
+    case = Case(TRANSFORMER, 4, "bfloat16", task, network, "layer")
+    assert case in plan([TRANSFORMER], [4], compiled=[False])
+    prepared.prepare(small(case), "cpu")()
     assert not plan([TRANSFORMER], tasks=["act", "long act"])
 
 
@@ -317,20 +317,20 @@ def test_a_transformer_can_be_run(network):
     ],
 )
 def test_cheaper_training_is_run_in_whole_cycles(network, rows):
-    cell = Cell("alexnet", 4, "float32", "train", network, "group", width=0.1)
-    model = networks.network(cell)
-    descend, forwards = steps.objective(cell, model), []
+    case = Case("alexnet", 4, "float32", "train", network, "group", width=0.1)
+    model = networks.network(case)
+    descend, forwards = steps.objective(case, model), []
     model.register_forward_hook(lambda _module, _args, output: forwards.append(len(output)))
-    run = steps.bare_steps(cell, model, descend, "cpu")
+    run = steps.bare_steps(case, model, descend, "cpu")
     run()
     run()
     assert forwards == rows * 2
-    assert cell.steps == len(rows)
+    assert case.steps == len(rows)
 
 
 def test_a_step_of_a_cycle_takes_its_share_of_it(monkeypatch, hurried):
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: time.sleep(0.04))
-    late = Cell("alexnet", 4, "float32", "train", "V2 late 3/4", "group")
+    monkeypatch.setattr(timing, "prepare", lambda case, device: lambda: time.sleep(0.04))
+    late = Case("alexnet", 4, "float32", "train", "V2 late 3/4", "group")
     (measured,) = bench.measure([late], repeats=1, warmup=0)
     assert 0.01 <= measured.timed.seconds[0] < 0.03
 
@@ -355,10 +355,10 @@ def test_cheaper_training_has_a_bound_of_its_own():
 def test_an_epoch_of_the_loop_does_as_many_steps_as_the_bare_ones(monkeypatch):
     counts = {}
     for network in ("plain step", "plain fit", "V2 step", "V2 fit"):
-        cell = Cell("alexnet", 2, "float32", "loop", network, "group", width=0.1)
+        case = Case("alexnet", 2, "float32", "loop", network, "group", width=0.1)
         images = []
         monkeypatch.setattr(loop, "objective", lambda _cell, _model, seen=images: watched(seen))
-        prepared.prepare(cell, "cpu")()
+        prepared.prepare(case, "cpu")()
         counts[network] = images
     assert set(map(tuple, counts.values())) == {(2,) * LOOP_STEPS}
 
@@ -372,24 +372,24 @@ def watched(seen):
 
 
 def test_the_loop_is_held_to_its_bare_steps():
-    cell = Cell("alexnet", 64, "float32", "loop", "V2 step", "group")
+    case = Case("alexnet", 64, "float32", "loop", "V2 step", "group")
     numbers = [
-        report._entry(replace(cell, network="V2 fit"), [1.0, 2.0, 4.2], [1.0] * 3),
-        report._entry(cell, [1.0, 2.0, 4.0], [1.0] * 3),
+        report._entry(replace(case, network="V2 fit"), [1.0, 2.0, 4.2], [1.0] * 3),
+        report._entry(case, [1.0, 2.0, 4.0], [1.0] * 3),
     ]
     (row,) = comparisons.ratios(numbers, {"alexnet": 1.4})
     assert (row["ratio"], row["target"], row["met"]) == ("V2 fit / V2 step", 1.05, "yes")
 
 
 def test_acts_are_compared_among_networks_with_the_same_passport_layers():
-    cell = Cell("resnet50", 64, "float32", "act", "plain", "group")
-    verify = replace(cell, network="verify")
+    case = Case("resnet50", 64, "float32", "act", "plain", "group")
+    verify = replace(case, network="verify")
     numbers = [
         report._entry(each, [seconds] * 3, [seconds] * 3)
         for each, seconds in (
-            (cell, 1.0),
+            (case, 1.0),
             (verify, 0.5),
-            (replace(cell, layers=EVERYWHERE), 2.0),
+            (replace(case, layers=EVERYWHERE), 2.0),
             (replace(verify, layers=EVERYWHERE), 1.5),
         )
     ]
@@ -416,7 +416,7 @@ def test_acts_are_compared_among_networks_with_the_same_passport_layers():
 def test_an_act_derives_another_key_every_time(monkeypatch):
     seen = []
     monkeypatch.setattr(acts, "read_signature", lambda _weights, key: seen.append(key))
-    run = prepared.prepare(Cell("alexnet", 4, "float32", "act", "verify", "group", 0.1), "cpu")
+    run = prepared.prepare(Case("alexnet", 4, "float32", "act", "verify", "group", 0.1), "cpu")
     run()
     run()
     first, second = (key.layer_passport("features.8") for key in seen)
@@ -425,7 +425,7 @@ def test_an_act_derives_another_key_every_time(monkeypatch):
 
 def compiled_cells(*networks_):
     return [
-        Cell("alexnet", 4, "float32", "train", name, "group", width=0.1, compiled=True)
+        Case("alexnet", 4, "float32", "train", name, "group", width=0.1, compiled=True)
         for name in networks_
     ]
 
@@ -440,11 +440,11 @@ from nnpassport.lab import bench
 from nnpassport.lab.bench import page
 
 torch.compile = partial(torch.compile, backend="eager")
-cells = [
-    bench.Cell("alexnet", 4, "float32", "train", name, "group", width=0.1, compiled=True)
+cases = [
+    bench.Case("alexnet", 4, "float32", "train", name, "group", width=0.1, compiled=True)
     for name in ("eager", "plain", "V2")
 ]
-results = bench.collect(cells, repeats=1, warmup=0)
+results = bench.collect(cases, repeats=1, warmup=0)
 assert [e["compiled"] for e in results["numbers"]] == [True] * 3, results["not_run"]
 shown = {page.title(r) for r in results["ratios"]}
 assert shown == {"plain / eager (group norm)", "V2 / plain", "V2 / plain × lower bound"}
@@ -485,7 +485,7 @@ def test_a_graph_too_many_is_an_error_and_does_not_run_uncompiled(monkeypatch):
 
 
 def test_nothing_is_prepared_that_would_likely_end_after_the_deadline(monkeypatch, hurried):
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: time.sleep(0.2) or (lambda: None))
+    monkeypatch.setattr(timing, "prepare", lambda case, device: time.sleep(0.2) or (lambda: None))
     begun = time.monotonic()
     measured = bench.measure(TINY, repeats=1, warmup=0, deadline=begun + 0.5)
     assert all(each.timed.seconds == () for each in measured[3:])
@@ -493,7 +493,7 @@ def test_nothing_is_prepared_that_would_likely_end_after_the_deadline(monkeypatc
 
 
 def test_a_turn_ends_with_the_time_and_does_not_count(monkeypatch, hurried):
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: time.sleep(0.1))
+    monkeypatch.setattr(timing, "prepare", lambda case, device: lambda: time.sleep(0.1))
     begun = time.monotonic()
     measured = bench.measure(TINY, repeats=3, warmup=0, deadline=begun + 0.3)
     assert {each.timed.seconds for each in measured} == {()}
@@ -502,7 +502,7 @@ def test_a_turn_ends_with_the_time_and_does_not_count(monkeypatch, hurried):
 
 def test_a_long_turn_warms_up_by_itself(monkeypatch, hurried):
     runs = []
-    monkeypatch.setattr(timing, "prepare", lambda cell, device: lambda: runs.append(cell))
+    monkeypatch.setattr(timing, "prepare", lambda case, device: lambda: runs.append(case))
     monkeypatch.setattr(turns, "_LONG_TURN", 0.0)
     (measured,) = bench.measure(TINY[:1], repeats=3, warmup=2)
     assert len(runs) == 1 + 3
@@ -512,8 +512,8 @@ def test_a_long_turn_warms_up_by_itself(monkeypatch, hurried):
 def test_the_parts_of_a_run_can_be_named_one_by_one():
     assert bench.choose() is None
     acts_only = bench.choose(only=["acts"], architectures=["resnet50"])
-    assert {cell.task for cell in acts_only} == {"act", "long act"}
-    assert {cell.layers for cell in acts_only} == {None, EVERYWHERE}
+    assert {case.task for case in acts_only} == {"act", "long act"}
+    assert {case.layers for case in acts_only} == {None, EVERYWHERE}
     quick = {(c.architecture, c.batch, c.precision) for c in bench.choose(compiled=True)}
     assert quick == {("alexnet", 64, "float32"), ("resnet18", 64, "float32")}
     assert bench.choose(full=True) == bench.FULL
@@ -527,7 +527,7 @@ def test_the_parts_of_a_run_can_be_named_one_by_one():
 
 
 def test_groups_are_whole_so_that_all_of_one_are_timed_together():
-    groups = [group for group, _ in itertools.groupby(bench.FULL, key=lambda cell: cell.group)]
+    groups = [group for group, _ in itertools.groupby(bench.FULL, key=lambda case: case.group)]
     assert len(groups) == len(set(groups))
 
 

@@ -193,3 +193,38 @@ def test_what_reads_a_mark_needs_no_torch(path):
 
 LATE = {"keys.key"}
 """Where tensors are given to those who ask for them: torch is imported in that moment."""
+
+
+def arrows():
+    """By module, those of ours that it imports, wherever in the file."""
+    names = {dotted(path) for path in MODULES}
+    found = {}
+    for path in MODULES:
+        name, is_package = dotted(path), path.name == "__init__.py"
+        targets = imports(path.read_text(encoding="utf-8"), name, is_package)
+        whole = {target if target in names else target.rpartition(".")[0] for target in targets}
+        found[name] = (whole & names) - {name}
+    return found
+
+
+def circle_in(arrows):
+    """Modules that import each other in a circle, in its order; nothing where there is none."""
+    done = set()
+
+    def walked(name, path):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for each in sorted(arrows[name]):
+            if circle := walked(each, [*path, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(arrows) if (circle := walked(name, []))), [])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert not circle_in(arrows())
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nnpassport.lab.bench import Cell, comparisons, plan, report
+from nnpassport.lab.bench import Case, comparisons, plan, report
 
 ROOT = Path(__file__).parent.parent
 SPEC = importlib.util.spec_from_file_location("performance", ROOT / "benchmarks" / "performance.py")
@@ -33,14 +33,14 @@ SECONDS = {
 }
 
 
-def results(cells, *, left_out=()):
+def results(cases, *, left_out=()):
     """A file as the benchmark writes it, each turn slower than the one before."""
     numbers = [
-        report._entry(cell, [SECONDS[cell.network] * t for t in (1, 1.1, 1.2)], [1.0] * 3)
-        for cell in cells
-        if cell.network in SECONDS
+        report._entry(case, [SECONDS[case.network] * t for t in (1, 1.1, 1.2)], [1.0] * 3)
+        for case in cases
+        if case.network in SECONDS
     ]
-    bounds = {cell.architecture: 1.4 for cell in cells}
+    bounds = {case.architecture: 1.4 for case in cases}
     source = {"device": "Made up", "threads": 1, "cores": 2, "torch": "2.9", "commit": "abcdef"}
     return {
         "provenance": {**source, "date": "2026-01-02", "wall_seconds": 90.0},
@@ -48,7 +48,7 @@ def results(cells, *, left_out=()):
         "ratios": comparisons.ratios(numbers, bounds),
         "limits": comparisons.limits(numbers),
         "numbers": numbers,
-        "not_run": [report._left_out(cell, "no time left") for cell in left_out],
+        "not_run": [report._left_out(case, "no time left") for case in left_out],
     }
 
 
@@ -72,14 +72,14 @@ def rows(text, heading):
     return [line.strip("| ").split(" | ") for line in lines[2:]]
 
 
-def cells(*tasks, **more):
+def cases(*tasks, **more):
     chosen = {"batches": [64], "precisions": ["float32"], "compiled": [False], **more}
     return plan(**{"architectures": ["alexnet"], **chosen}, tasks=tasks)
 
 
 def test_costs_stand_beside_those_of_the_paper(page):
-    of_resnet50 = cells("train", architectures=["resnet50"], batches=[16])
-    text = page(a=results(cells("train", "infer")), b=results(of_resnet50))
+    of_resnet50 = cases("train", architectures=["resnet50"], batches=[16])
+    text = page(a=results(cases("train", "infer")), b=results(of_resnet50))
     found = {tuple(row[:2]): row[2:] for row in rows(text, "Beside the paper's Table 4")}
     assert found["alexnet, float32, batch 64", "V1"] == [
         *("+10 % (+10 … +10, n=3)", "+25 % (+25 … +25, n=3)", "+15–30 %"),
@@ -92,14 +92,14 @@ def test_costs_stand_beside_those_of_the_paper(page):
 
 
 def test_cheaper_training_stands_beside_its_own_bound(page):
-    text = page(a=results(cells("train")))
+    text = page(a=results(cases("train")))
     found = {row[1]: row[2:] for row in rows(text, "Below the bound")}
     assert found["V2 share 1/4"] == ["1.20 (1.20–1.20, n=3)", "1.10", "1.09 (1.09–1.09, n=3)"]
     assert "late 3/4" not in found  # not measured here
 
 
 def test_acts_memory_and_the_loop_have_their_own_units(page):
-    everything = results(cells("act", "long act", "loop", "memory", architectures=["resnet50"]))
+    everything = results(cases("act", "long act", "loop", "memory", architectures=["resnet50"]))
     text = page(a=everything)
     acts = {tuple(row[:2]): row[2:] for row in rows(text, "Acts on keys")}
     assert acts["resnet50, passports everywhere", "verify"] == [
@@ -115,7 +115,7 @@ def test_acts_memory_and_the_loop_have_their_own_units(page):
 
 
 def test_what_was_not_run_is_named_unless_another_file_has_it(page):
-    there, missing = cells("infer"), cells("infer", architectures=["resnet18"])
+    there, missing = cases("infer"), cases("infer", architectures=["resnet18"])
     text = page(a=results(there), b=results([], left_out=[*there, *missing[:1]]))
     left_out = text.split("## Not run")[1]
     assert "- resnet18, float32, batch 64, infer: plain (batch): no time left" in left_out
@@ -127,11 +127,11 @@ def test_what_was_not_run_is_named_unless_another_file_has_it(page):
 
 def test_the_same_measured_twice_is_not_chosen_from(page):
     with pytest.raises(SystemExit, match=r"a\.json and in b\.json: keep one"):
-        page(a=results(cells("infer")), b=results(cells("infer")))
+        page(a=results(cases("infer")), b=results(cases("infer")))
 
 
 def test_the_picture_has_every_network_and_can_be_read(page, tmp_path):
-    page(a=results(cells("train")), b=results(cells("train", batches=[256])))
+    page(a=results(cases("train")), b=results(cases("train", batches=[256])))
     picture = ET.parse(tmp_path / "docs" / performance.PICTURE)
     words = {"".join(e.itertext()).strip() for e in picture.iter() if "text" in e.tag}
     assert {"V1", "V2 share 1/4", "slow V2", "paper", "bound of the FLOPs"} <= words
@@ -140,7 +140,7 @@ def test_the_picture_has_every_network_and_can_be_read(page, tmp_path):
 
 def test_parts_are_cells_that_exist_and_fit_into_half_an_hour():
     assert sum(part.minutes for part in performance.PARTS) <= 30
-    seen: set[Cell] = set()
+    seen: set[Case] = set()
     for part in performance.PARTS:
         words = part.options.split()
         named = {

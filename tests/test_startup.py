@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 
 import nnpassport
-from nnpassport.attacks import perturbation, removal, table
+from nnpassport.attacks import moves, perturbation, removal, table
 from nnpassport.attacks.acts import ACTS
 from nnpassport.catalog import ADAPTERS, CATALOG, Entry
 from nnpassport.claims.claim import claim_of, sign_claim
@@ -350,6 +350,7 @@ def test_a_row_may_hold_a_scheme_as_well_as_its_place():
 def test_every_attack_has_an_act_and_every_act_is_an_attack():
     assert list(ACTS) == list(table.ATTACKS)
     assert tuple(perturbation.KINDS) == table.KINDS
+    assert tuple(moves.KINDS) == table.MOVES
     assert tuple(removal.FORMS) == table.FORMS
     for name, attack in table.ATTACKS.items():
         acts = {**ACTS, name: lambda subject, strength: (subject, strength)}

@@ -11,13 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from nnpassport.lab.bench import collect, plan, render
-from nnpassport.lab.bench.cells import NETWORKS, Cell
+from nnpassport.lab.bench.cases import NETWORKS, Case
 from nnpassport.lab.results import write_json
 
 COMPARED = {"plain", "V1", "V2", "V3", "eager"}
 
 
-def cells(*, compiled: bool, small: bool) -> tuple[Cell, ...]:
+def cases(*, compiled: bool, small: bool) -> tuple[Case, ...]:
     """Training steps at batch 256 in bfloat16, and inference of what is released."""
     networks = NETWORKS[:1] if small else NETWORKS
     chosen = plan(networks, (256,), ("bfloat16",), compiled=(compiled,), tasks=("train", "infer"))
@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     results = collect(
-        cells(compiled=options.compiled, small=options.small),
+        cases(compiled=options.compiled, small=options.small),
         repeats=3 if options.small else 7,
         minutes=options.minutes,
         memory=False,

@@ -1,6 +1,6 @@
 """What the rows of `table.py` do: each attack as a function of a subject and a strength."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,27 +18,34 @@ from nnpassport.attacks import (
 from nnpassport.attacks import substitution as fully_connected
 from nnpassport.attacks.extraction import distil_soft, extract_hard
 from nnpassport.attacks.merging import merge
+from nnpassport.attacks.moves import KINDS as MOVES
 from nnpassport.attacks.moves import move
 from nnpassport.attacks.outcome import Attacked, Forged, stopwatch
 from nnpassport.attacks.passports import draw_seed
 from nnpassport.attacks.projection import project
 from nnpassport.attacks.subject import Subject
-from nnpassport.attacks.table import KINDS, MOVES, Act
 from nnpassport.attacks.unlabelled import Scouted, scout
 from nnpassport.data.images import ImageSet
 from nnpassport.embedding.axes import tied
 from nnpassport.embedding.schemes.passport import V2, draw_by_layer
 from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
+Act = Callable[[Subject, float], Attacked | Forged]
+"""What an attack does to a subject, at a strength."""
+
 _SEEN = 512  # images that a layer's inputs are measured on
 
 
 def _kind(number: float) -> str:
-    if number not in range(len(KINDS)):
+    return _numbered(number, tuple(perturbation.KINDS), "grid")
+
+
+def _numbered(number: float, kinds: Sequence[str], what: str) -> str:
+    if number not in range(len(kinds)):
         raise BadRecipeError(
-            f"grid {number:g} is unknown; there are 0 to {len(KINDS) - 1}: {', '.join(KINDS)}"
+            f"{what} {number:g} is unknown; there are 0 to {len(kinds) - 1}: {', '.join(kinds)}"
         )
-    return KINDS[int(number)]
+    return kinds[int(number)]
 
 
 def _tuned(form: str) -> Callable[[Subject, float], Attacked]:
@@ -167,11 +174,7 @@ def _noise(subject: Subject, rng: torch.Generator) -> torch.Tensor:
 
 
 def _moved_once(subject: Subject, number: float) -> Attacked:
-    if number not in range(len(MOVES)):
-        raise BadRecipeError(
-            f"move {number:g} is unknown; there are 0 to {len(MOVES) - 1}: {', '.join(MOVES)}"
-        )
-    kind = MOVES[int(number)]
+    kind = _numbered(number, tuple(MOVES), "move")
     rng = subject.rng(f"free move {kind}")
     moved = move(subject.model, _noise(subject, rng), rng, kinds=[kind])
     if not moved.done[kind]:

@@ -3,11 +3,12 @@
 The table needs no torch; what the rows do is in `acts.py` and is loaded when one of them is run.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum, unique
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from nnpassport.attacks.acts import Act
     from nnpassport.attacks.outcome import Attacked, Forged
     from nnpassport.attacks.subject import Subject
     from nnpassport.embedding.schemes.protocol import Scheme
@@ -20,10 +21,6 @@ class Family(Enum):
     REMOVAL = "removal"  # network → network: the owner's mark shall not be found
     OBFUSCATION = "obfuscation"  # the same by equal networks: nothing is lost
     AMBIGUITY = "ambiguity"  # network → key: another mark shall be found
-
-
-Act = Callable[["Subject", float], "Attacked | Forged"]
-"""What an attack does to a subject, at a strength."""
 
 
 class Attack(NamedTuple):
@@ -43,7 +40,7 @@ class Attack(NamedTuple):
 
     family: Family
     summary: str
-    run: Act
+    run: "Act"
     strength: str = ""
     quick: Sequence[float] = ()
     full: Sequence[float] = (0.0,)
@@ -89,7 +86,7 @@ def _informed(name: str, summary: str, *, quick: bool = True) -> Attack:
     )
 
 
-def act(name: str) -> Act:
+def act(name: str) -> "Act":
     """The act of this name in `acts.py`, which is loaded when it is carried out."""
 
     def run(subject: "Subject", strength: float) -> "Attacked | Forged":

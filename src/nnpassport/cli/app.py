@@ -423,7 +423,7 @@ def bench(
     """Measure what marks cost in training, inference and other acts, against the plain network."""
     from nnpassport.lab.bench import choose, run
 
-    cells = choose(
+    cases = choose(
         full=full,
         architectures=architecture or (),
         batches=batch or (),
@@ -432,7 +432,7 @@ def bench(
         only=only or (),
     )
     with progress_bar("bench") as show:
-        typer.echo(run(out, cells=cells, minutes=minutes, show=show))
+        typer.echo(run(out, cases=cases, minutes=minutes, show=show))
 
 
 app.command()(inspecting.layers)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from nnpassport.data.cache import Table
 from nnpassport.data.decoding import Pixels, Progress, Wanted, alike, fitted
-from nnpassport.data.sources import LABELS, Asked, classes_of, index_of
+from nnpassport.data.source import LABELS, Asked, classes_of, index_of
 from nnpassport.files.disk import brief
 from nnpassport.scheme import UnreadableDataError
 

@@ -22,6 +22,7 @@ from nnpassport.data.batching import (
 from nnpassport.data.datasets import read_dataset
 from nnpassport.data.decoding import Progress, Wanted, decode_all
 from nnpassport.data.imageset import CIFAR10, IMAGENET, ImageSet, Normalisation
+from nnpassport.data.source import Asked, Source
 from nnpassport.scheme import UnreadableDataError
 
 __all__ = [
@@ -78,7 +79,7 @@ def read_images(
         UnreadableDataError: there are no such data, a picture or label cannot be used (it is
             named), sizes differ and `size` is None, or there are images of only one class.
     """
-    asked = sources.Asked(image_column, label_column)
+    asked = Asked(image_column, label_column)
     data, _ = _read(source, split, Wanted(size, channels), asked, cache, progress, strict=True)
     return data.require_classes(2)
 
@@ -99,7 +100,7 @@ def read_images_skipping(
     Raises:
         UnreadableDataError: as for `read_images`, or no picture can be used.
     """
-    asked = sources.Asked(image_column, label_column)
+    asked = Asked(image_column, label_column)
     data, skipped = _read(
         source, split, Wanted(size, channels), asked, cache, progress, strict=False
     )
@@ -110,7 +111,7 @@ def _read(
     source: Any,
     split: str | None,
     wanted: Wanted,
-    asked: sources.Asked,
+    asked: Asked,
     cache: Path | Literal[False] | None,
     progress: Progress | None,
     *,
@@ -146,9 +147,9 @@ def _read(
 
 
 def _decoded(
-    found: sources.Source,
+    found: Source,
     wanted: Wanted,
-    asked: sources.Asked,
+    asked: Asked,
     cache: Path | Literal[False] | None,
     progress: Progress | None,
     *,

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nnpassport.data.decoding import Encoded
-from nnpassport.data.sources import LABELS, Asked, Source, classes_of, index_of
+from nnpassport.data.source import LABELS, Asked, Source, classes_of, index_of
 from nnpassport.scheme import UnreadableDataError
 
 FILES = ("file_name", "filename", "file", "path", "filepath", "image_path", "image", "img", "id")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, final
 from pyarrow import parquet
 
 from nnpassport.data.decoding import Encoded
-from nnpassport.data.sources import Columns, index_of
+from nnpassport.data.source import Columns, index_of
 from nnpassport.scheme import UnreadableDataError
 
 _ROWS = 128  # that are unpacked at a time, at most

@@ -1,57 +1,33 @@
 """Where labelled pictures come from: Parquet files, image folders, arrays, the hub, scikit-learn.
 
-A `Source` knows how many pictures there are and names their classes; it decodes nothing.
+Nothing is decoded here.
 """
 
 import glob
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from nnpassport.data.cache import Table
 from nnpassport.data.decoding import Encoded
+from nnpassport.data.listed import in_lists, lists_pictures
+from nnpassport.data.source import Asked, Source, classes_of
+from nnpassport.data.webdataset import in_archives
 from nnpassport.scheme import UnreadableDataError
 
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
-LABELS = ("label", "labels", "fine_label", "cls", "class", "category", "target")
-"""What data sets call the column of classes, in order of preference."""
 _TABLES = (".parquet", ".pq"), (".arrow", ".feather")
 _ARCHIVES, _LISTS = (".tar",), (".csv", ".tsv")
 _KINDS = (*_TABLES, _ARCHIVES, _LISTS)
-_MOST_CLASSES = 1_000_000
 _MOST_SHARDS = 100_000
 _ALWAYS_UNPACKED = 2**28  # bytes
 _MOST_PACKED = 100  # times: pictures are packed tenfold at best, zeros a thousandfold
-
-
-class Source(NamedTuple):
-    """`total` pictures to decode in order; `files` is all that they depend on, () if unknown."""
-
-    name: str
-    total: int
-    classes: tuple[str, ...]
-    files: tuple[Path, ...]
-    pictures: Iterator[Encoded]
-
-
-class Columns(NamedTuple):
-    """Names of the columns of pictures and labels."""
-
-    image: str
-    label: str
-
-
-class Asked(NamedTuple):
-    """The same as they were asked for; None is whatever data sets usually call them."""
-
-    image: str | None = None
-    label: str | None = None
 
 
 def find(location: str, split: str | None, asked: Asked) -> Source:
@@ -119,12 +95,8 @@ def _in_files(files: Sequence[Path], location: str, split: str | None, asked: As
 
 def _read_as(kind: Sequence[str], files: Sequence[Path], name: str, asked: Asked) -> Source:
     if kind == _ARCHIVES:
-        from nnpassport.data.webdataset import in_archives  # noqa: PLC0415 - imports this module
-
         return in_archives(files, name, asked)
     if kind == _LISTS:
-        from nnpassport.data.listed import in_lists  # noqa: PLC0415 - as above
-
         return in_lists(files, name, asked)
     from nnpassport.data.tables import in_tables  # noqa: PLC0415 - pyarrow is slow to import
 
@@ -166,8 +138,6 @@ def _files_in(folder: Path, asked: Asked) -> tuple[Sequence[str], list[Path]]:
                 return kind, found
     lists = [file for file in there if file.suffix.lower() in _LISTS]
     if lists:
-        from nnpassport.data.listed import lists_pictures  # noqa: PLC0415 - as above
-
         return _LISTS, [file for file in lists if lists_pictures(file, asked)]
     return _LISTS, []
 
@@ -221,28 +191,6 @@ def _seen(path: Path) -> bool:
         "desktop.ini",
         "__MACOSX",
     }
-
-
-def classes_of(labels: Iterator[Any], name: str) -> tuple[str, ...]:
-    """Sorted names, or "0" to the largest number."""
-    present = {label for label in labels if label is not None}
-    if not present:
-        raise UnreadableDataError(f"{name}: no row has a label; needed: labelled pictures")
-    if all(isinstance(label, str) for label in present):
-        return tuple(sorted(present))
-    if not 0 <= min(present) <= max(present) < _MOST_CLASSES:
-        raise UnreadableDataError(
-            f"{name}: labels run from {min(present)} to {max(present)}; "
-            f"needed: class indices from 0 to below {_MOST_CLASSES}"
-        )
-    return tuple(map(str, range(max(present) + 1)))
-
-
-def index_of(label: Any, index: dict[str, int]) -> int | None:
-    """Class index of a stored label, a name or a number; None if it is missing or no class."""
-    if isinstance(label, str):
-        return index.get(label)
-    return label if label is not None and 0 <= label < len(index) else None
 
 
 def digits(split: str | None) -> Table:

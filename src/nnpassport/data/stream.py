@@ -38,6 +38,7 @@ from nnpassport.data.rowgroups import (
     pieces_of,
     shards_of,
 )
+from nnpassport.data.source import Asked, Columns, Source, index_of
 from nnpassport.data.tables import columns_in, schema_of
 from nnpassport.scheme import WHOLE, Batch, Part, UnreadableDataError
 
@@ -93,7 +94,7 @@ def open_stream(
             f"size is {size}, channels is {channels} and buffer is {buffer}; needed: at least "
             "1 pixel (or None), 1 or 3 channels (or None), and at least 1 byte"
         )
-    asked = sources.Asked(image_column, label_column)
+    asked = Asked(image_column, label_column)
     found = _found(str(location), split, asked)
     shards = shards_of(found.files)
     columns = columns_in(schema_of(found.files[0]), str(found.files[0]), asked)
@@ -113,7 +114,7 @@ def open_stream(
     return stream if all(stream.shape) else replace(stream, shape=_first_shape(stream))
 
 
-def _found(location: str, split: str | None, asked: sources.Asked) -> sources.Source:
+def _found(location: str, split: str | None, asked: Asked) -> Source:
     path = Path(location).expanduser()
     files = [path] if path.is_file() else list(map(Path, glob.glob(str(path))))
     if path.is_dir() or (files and all(map(_is_parquet, files))):
@@ -187,7 +188,7 @@ class ImageStream:
     classes: tuple[str, ...] = field(repr=False)
     shards: tuple[Shard, ...] = field(repr=False)
     groups: tuple[Group, ...] = field(repr=False)
-    columns: sources.Columns
+    columns: Columns
     wanted: Wanted
     shape: tuple[int, int, int]
     buffer: int
@@ -224,7 +225,7 @@ class ImageStream:
         """
         present, index = set[int | None](), self._index()
         for labels in labels_in(self.shards, self.groups, self.columns):
-            present |= {sources.index_of(label, index) for label in labels} - {None}
+            present |= {index_of(label, index) for label in labels} - {None}
             if len(present) >= least:
                 return self
         raise UnreadableDataError(

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pyarrow import ipc, parquet
 
 from nnpassport.data.decoding import Encoded
-from nnpassport.data.sources import LABELS, Asked, Columns, Source, classes_of, index_of
+from nnpassport.data.source import LABELS, Asked, Columns, Source, classes_of, index_of
 from nnpassport.scheme import UnreadableDataError
 
 _ROWS = 1_024  # that are in memory together

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from nnpassport.data.decoding import Encoded
-from nnpassport.data.sources import LABELS, Asked, Source, classes_of, index_of
+from nnpassport.data.source import LABELS, Asked, Source, classes_of, index_of
 from nnpassport.scheme import UnreadableDataError
 
 PICTURES = {"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"}

@@ -62,7 +62,7 @@ class Carriers(NamedTuple):
 
     `nonce` binds the key to something else; None lets the operating system draw it. `metrics` are
     the directions that passports of channels lie in, by layer, and `anchor` is the digest of the
-    network that the key is drawn for.
+    network that the key is drawn for. `network` is what a scheme's own `key_for` takes of it.
     """
 
     layers: tuple[LayerShape, ...] = ()
@@ -70,6 +70,7 @@ class Carriers(NamedTuple):
     nonce: bytes | None = None
     metrics: Mapping[str, Any] | None = None
     anchor: str | None = None
+    network: Any = None
 
 
 class Secret(NamedTuple):
@@ -321,8 +322,13 @@ class Mark(Protocol):
         return self.key_for(found, owner=owner, text=text, seed=seed)
 
     def key_for(self, found: Carriers, *, owner: str, text: str | None, seed: bytes | None) -> Key:
-        """A new key for what `carriers` found."""
-        return mark.new_key(self.name, owner=owner, text=text, seed=seed, **found._asdict())
+        """A new key for what `carriers` found; a mark of another kind makes it here.
+
+        Raises:
+            BadSignatureError: `text` does not fit the layers.
+        """
+        facts = {name: fact for name, fact in found._asdict().items() if name != "network"}
+        return mark.new_key(self.name, owner=owner, text=text, seed=seed, **facts)
 
     def insert(self, model: nn.Module, key: Key, example: Example) -> Inserted:
         """Check that `key` fits `model`, and put in place what a step runs on, if it is more.

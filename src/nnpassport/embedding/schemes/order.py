@@ -13,11 +13,12 @@ import os
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import final
+from typing import NamedTuple, final
 
 import numpy as np
 from torch import Tensor, nn
 
+from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.reorder import reordered
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.axes import axes_of
@@ -39,6 +40,11 @@ from nnpassport.keys.reading import read_order
 from nnpassport.scheme import Batch, OtherAnchorError, UnsuitableModelError
 
 
+class _Traced(NamedTuple):
+    axes: Axes
+    model: nn.Module
+
+
 @final
 @dataclass(frozen=True)
 class Order(Mark):
@@ -53,46 +59,39 @@ class Order(Mark):
 
     parts = frozenset({"order"})
 
-    def draw_key(
-        self,
-        model: nn.Module,
-        example: Example = (),
-        *,
-        owner: str = "unnamed",
-        layers: Sequence[str] | None = None,
-        text: str | None = None,
-        seed: bytes | None = None,
-    ) -> Key:
-        """A key for this very network, which is its anchor: as trained as it is to be.
+    def carriers(
+        self, model: nn.Module, example: Example, layers: Sequence[str] | None
+    ) -> Carriers:
+        """No layers, but units of the whole network, whose axes are traced and proved.
 
-        Its axes are traced and proved on `example`.
+        It is the key's anchor: as trained as it is to be.
+        """
+        return Carriers(network=_Traced(axes_of(deepcopy(model).eval(), example), model))
+
+    def key_for(self, found: Carriers, *, owner: str, text: str | None, seed: bytes | None) -> Key:
+        """A new key for this very network.
 
         Raises:
-            UnsuitableModelError: so few units can be put into order that nothing would be proved,
-                or `layers` or a text were given.
+            UnsuitableModelError: so few units can be put into order that nothing would be proved.
         """
-        mark.check_nothing_chosen(self.name, layers, text)
-        return self._bound(
-            os.urandom(32) if seed is None else seed, mark.new_nonce(seed), owner, model, example
-        )
+        secret = os.urandom(32) if seed is None else seed
+        return self._bound(secret, mark.new_nonce(seed), owner, found.network)
 
     def prepared(self, key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:
         """The key bound to `model`, the network that is to be put into order; all else drawn anew.
 
         Raises:
-            UnsuitableModelError: as `draw_key`.
+            UnsuitableModelError: as `key_for`.
         """
         mark.check_scheme(self.name, key)
         if tensors_digest(model.state_dict()) == key.context.anchor:
             return key
         example = normalise(data.sample(2, seed=0).images)
-        return self._bound(key.seed, key.context.nonce, key.context.owner, model, example)
+        found = self.carriers(model, example, None).network
+        return self._bound(key.seed, key.context.nonce, key.context.owner, found)
 
-    def _bound(
-        self, seed: bytes, nonce: bytes, owner: str, model: nn.Module, example: Example
-    ) -> Key:
-        axes = axes_of(deepcopy(model).eval(), example)
-        state = model.state_dict()
+    def _bound(self, seed: bytes, nonce: bytes, owner: str, traced: "_Traced") -> Key:
+        axes, state = traced.axes, traced.model.state_dict()
         arrays, anchor = {n: as_array(each) for n, each in state.items()}, tensors_digest(state)
         chosen = chosen_axes(axes, arrays)
         if not chosen:
@@ -104,12 +103,6 @@ class Order(Mark):
         if (best := log10_at_best(context)) > LOG10_ALPHA_UNCOMMITTED:
             raise _too_few(f"{context.bits} units, which reach 10^{best:.1f} at best")
         return Key(seed, context, table=table, sketch=sketch)
-
-    def carriers(
-        self, model: nn.Module, example: Example, layers: Sequence[str] | None
-    ) -> Carriers:
-        """No layers: units of the whole network."""
-        return Carriers()
 
     def insert(self, model: nn.Module, key: Key, example: Example) -> Inserted:
         """Put the key's anchor into its order, in place; leave a network that has the order.

@@ -4,7 +4,7 @@
 and `render` are its parts.
 """
 
-from nnpassport.lab.bench.cells import FULL, QUICK, Cell, cells, plan
+from nnpassport.lab.bench.cases import FULL, QUICK, Case, cases, plan
 from nnpassport.lab.bench.networks import lower_bound
 from nnpassport.lab.bench.page import render
 from nnpassport.lab.bench.report import choose, collect, run
@@ -13,9 +13,9 @@ from nnpassport.lab.bench.timing import Measurement, measure, peak_memory
 __all__ = [
     "FULL",
     "QUICK",
-    "Cell",
+    "Case",
     "Measurement",
-    "cells",
+    "cases",
     "choose",
     "collect",
     "lower_bound",

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from nnpassport.lab.bench.cells import CHEAPER, EVERYWHERE
+from nnpassport.lab.bench.cases import CHEAPER, EVERYWHERE
 from nnpassport.lab.bench.networks import step_bound
 from nnpassport.lab.timing import ENOUGH, paired, spread
 

@@ -13,7 +13,7 @@ from nnpassport.embedding.network.layers import private_count
 from nnpassport.embedding.network.models import build
 from nnpassport.embedding.schemes.passport import V2, V3, draw_by_layer
 from nnpassport.embedding.train.loop import PRECISIONS
-from nnpassport.lab.bench.cells import CHEAPER, TRANSFORMER, Cell
+from nnpassport.lab.bench.cases import CHEAPER, TRANSFORMER, Case
 from nnpassport.lab.bench.vit import ViT
 
 SLOW_REFERENCE = Path(__file__).parents[4] / "benchmarks" / "slow_reference.py"
@@ -30,24 +30,24 @@ def example() -> Tensor:
     return torch.zeros(2, 3, 32, 32)
 
 
-def network(cell: Cell) -> nn.Module:
+def network(case: Case) -> nn.Module:
     """A new one, without a passport."""
-    if cell.architecture == TRANSFORMER:
-        return ViT(width=cell.width)
-    return build(cell.architecture, norm=cell.norm, width=cell.width)
+    if case.architecture == TRANSFORMER:
+        return ViT(width=case.width)
+    return build(case.architecture, norm=case.norm, width=case.width)
 
 
-def images(cell: Cell, device: str) -> tuple[Tensor, Tensor]:
+def images(case: Case, device: str) -> tuple[Tensor, Tensor]:
     """One batch and its labels, the same every time."""
     rng = torch.Generator().manual_seed(0)
-    drawn = torch.randn(cell.batch, 3, 32, 32, generator=rng)
-    labels = torch.randint(10, (cell.batch,), generator=rng)
+    drawn = torch.randn(case.batch, 3, 32, 32, generator=rng)
+    labels = torch.randint(10, (case.batch,), generator=rng)
     return drawn.to(device, memory_format=torch.channels_last), labels.to(device)
 
 
-def precision(cell: Cell, device: str) -> torch.autocast:
+def precision(case: Case, device: str) -> torch.autocast:
     """The context to compute in."""
-    dtype = PRECISIONS[cell.precision]
+    dtype = PRECISIONS[case.precision]
     return torch.autocast(device, dtype, enabled=dtype is not None)
 
 
@@ -77,16 +77,16 @@ def step_bound(name: str, batch: int, bound: float) -> float:
     return rows / batch * (1 + (bound - 1) * private_work(name, rows))
 
 
-def work(cell: Cell) -> float:
-    """About the FLOPs of one run of the cell, to share out time by."""
-    flops = _flops(cell.architecture)
+def work(case: Case) -> float:
+    """About the FLOPs of one run of the case, to share out time by."""
+    flops = _flops(case.architecture)
     forward = float(flops.trunk + flops.after_fork)
-    if cell.network in {"slow V2", "slow V3"}:
+    if case.network in {"slow V2", "slow V3"}:
         forward *= 2
-    elif "V2" in cell.network or "V3" in cell.network or cell.network == "forked":
+    elif "V2" in case.network or "V3" in case.network or case.network == "forked":
         forward += flops.after_fork
-    times = {"infer": 1, "act": 1, "long act": 4}.get(cell.task, 3)
-    return cell.batch * forward * times * cell.steps
+    times = {"infer": 1, "act": 1, "long act": 4}.get(case.task, 3)
+    return case.batch * forward * times * case.steps
 
 
 class _Flops(NamedTuple):
@@ -101,7 +101,7 @@ def _flops(architecture: str) -> _Flops:
     A backward has twice as many in each layer, so shares are the same for a whole step.
     """
     norm = "layer" if architecture == TRANSFORMER else "group"
-    model = network(Cell(architecture, 2, "float32", "infer", "plain", norm))
+    model = network(Case(architecture, 2, "float32", "infer", "plain", norm))
     # Attention as plain products: what PyTorch runs in their place on a processor is not counted.
     with sdpa_kernel(SDPBackend.MATH):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -35,9 +35,9 @@ def render(results: Mapping[str, Any]) -> str:
         for scale, unit in [(2**-20, "MiB") if e["task"] == "memory" else (1e3, "ms")]
     ]  # fmt: skip
     missing = [
-        f"- {subject(cell)}, batch {cell['batch']}, {precision_of(cell)}, {cell['task']}, "
-        f"{cell['network']} ({cell['norm']} norm): {cell['reason']}"
-        for cell in results["not_run"]
+        f"- {subject(case)}, batch {case['batch']}, {precision_of(case)}, {case['task']}, "
+        f"{case['network']} ({case['norm']} norm): {case['reason']}"
+        for case in results["not_run"]
     ]
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""A cell made ready to run."""
+"""A case made ready to run."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from nnpassport.lab.bench.acts import act
-from nnpassport.lab.bench.cells import Cell, check
+from nnpassport.lab.bench.cases import Case, check
 from nnpassport.lab.bench.loop import loop
 from nnpassport.lab.bench.steps import inference, training_step
 from nnpassport.scheme import OwnershipError
@@ -18,8 +18,8 @@ class NotCompiledError(OwnershipError):
     """A network that this machine's compiler does not take."""
 
 
-def prepare(cell: Cell, device: str) -> Callable[[], object]:
-    """A function that runs the cell once: `cell.steps` training steps, one forward, one act.
+def prepare(case: Case, device: str) -> Callable[[], object]:
+    """A function that runs the case once: `case.steps` training steps, one forward, one act.
 
     What is compiled has been compiled when this returns.
 
@@ -27,18 +27,18 @@ def prepare(cell: Cell, device: str) -> Callable[[], object]:
         BadRecipeError: there is no such task, or no such network to do it with.
         NotCompiledError: compiling, or running what was compiled, failed.
     """
-    check(cell)
-    if cell.task in {"act", "long act"}:
+    check(case)
+    if case.task in {"act", "long act"}:
         # Beside an inference, for scale.
-        plain = replace(cell, task="infer")
-        return inference(plain, device) if cell.network == "plain" else act(cell)
-    if cell.task == "loop":
-        return loop(cell, device)
-    run = inference(cell, device) if cell.task == "infer" else training_step(cell, device)
-    return _warmed(cell, run) if cell.compiled and cell.network != "eager" else run
+        plain = replace(case, task="infer")
+        return inference(plain, device) if case.network == "plain" else act(case)
+    if case.task == "loop":
+        return loop(case, device)
+    run = inference(case, device) if case.task == "infer" else training_step(case, device)
+    return _warmed(case, run) if case.compiled and case.network != "eager" else run
 
 
-def _warmed(cell: Cell, run: Callable[[], object]) -> Callable[[], object]:
+def _warmed(case: Case, run: Callable[[], object]) -> Callable[[], object]:
     def patched() -> object:
         # Past its limit of graphs the compiler would go on uncompiled, and say nothing.
         with torch._dynamo.config.patch(recompile_limit=_GRAPHS, fail_on_recompile_limit_hit=True):
@@ -50,7 +50,7 @@ def _warmed(cell: Cell, run: Callable[[], object]) -> Callable[[], object]:
     except Exception as error:  # a compiler of another's may raise anything
         first = str(error).strip().splitlines() or [""]
         raise NotCompiledError(
-            f"{cell.architecture} {cell.network} did not compile: {type(error).__name__}: "
+            f"{case.architecture} {case.network} did not compile: {type(error).__name__}: "
             f"{first[0][:200]}; needed: a C++ compiler that torch.compile can call, or --no-compile"
         ) from error
     return patched

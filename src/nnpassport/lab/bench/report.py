@@ -1,4 +1,4 @@
-"""Measure the cells that there is time for; what there is none for is named."""
+"""Measure the cases that there is time for; what there is none for is named."""
 
 import itertools
 import statistics
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnpassport.ground.progress import Listener
-from nnpassport.lab.bench.cells import NETWORKS, QUICK, Cell, plan, rows_of
+from nnpassport.lab.bench.cases import NETWORKS, QUICK, Case, plan, rows_of
 from nnpassport.lab.bench.comparisons import limits, ratios
 from nnpassport.lab.bench.networks import SLOW_REFERENCE, lower_bound, work
 from nnpassport.lab.bench.page import render
@@ -22,19 +22,19 @@ from nnpassport.scheme import BadRecipeError
 def run(
     out: Path | None = None,
     *,
-    cells: Sequence[Cell] | None = None,
+    cases: Sequence[Case] | None = None,
     minutes: float = float("inf"),
     show: Listener = lambda done, total, text: None,
 ) -> str:
-    """Measure these cells or the quick ones, write `out` as JSON if given, return the tables.
+    """Measure these cases or the quick ones, write `out` as JSON if given, return the tables.
 
     Raises:
         UnwritableOutputError: `out` cannot be written.
     """
-    if cells is None:
+    if cases is None:
         results = collect(QUICK, minutes=minutes, show=show)
     else:
-        results = collect(cells, minutes=minutes, memory=False, show=show)
+        results = collect(cases, minutes=minutes, memory=False, show=show)
     if out is not None:
         write_json(out, results)
     return render(results)
@@ -48,10 +48,10 @@ def choose(
     precisions: Sequence[str] = (),
     compiled: bool | None = None,
     only: Collection[str] = (),
-) -> tuple[Cell, ...] | None:
-    """The cells that these options name; None are the quick ones, as they are without any.
+) -> tuple[Case, ...] | None:
+    """The cases that these options name; None are the quick ones, as they are without any.
 
-    What is not named is as in the quick cells, or with `full` all there is.
+    What is not named is as in the quick cases, or with `full` all there is.
 
     Raises:
         BadRecipeError: one of them is unknown.
@@ -85,7 +85,7 @@ def _tasks(only: Collection[str], *, full: bool) -> tuple[str, ...]:
 
 
 def collect(
-    cells: Sequence[Cell],
+    cases: Sequence[Case],
     *,
     repeats: int = 7,
     warmup: int = 2,
@@ -93,18 +93,18 @@ def collect(
     memory: bool = True,
     show: Listener = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Times and memory of the cells, and all ratios there are between them, as plain JSON values.
+    """Times and memory of the cases, and all ratios there are between them, as plain JSON values.
 
-    With `memory` that of the training cells too. What does not fit into `minutes` is named under
-    "not_run" and nothing is put in its place. Once a group of cells has enough turns, it gets more
+    With `memory` that of the training cases too. What does not fit into `minutes` is named under
+    "not_run" and nothing is put in its place. Once a group of cases has enough turns, it gets more
     only within its share of the time by its work: a short budget means few repeats of everything
     rather than all repeats of a few.
     """
     begun = time.monotonic()
     deadline = begun + 60 * minutes
-    cells = _with_memory(cells) if memory else cells
-    there = [cell for cell in cells if SLOW_REFERENCE.exists() or "slow" not in cell.network]
-    entries = [_left_out(cell, "needs a checkout") for cell in cells if cell not in there]
+    cases = _with_memory(cases) if memory else cases
+    there = [case for case in cases if SLOW_REFERENCE.exists() or "slow" not in case.network]
+    entries = [_left_out(case, "needs a checkout") for case in cases if case not in there]
     parts = _parts(there, repeats + warmup)
     for i, part in enumerate(parts):
         now = time.monotonic()
@@ -114,11 +114,11 @@ def collect(
             show(i + fraction, len(parts), title)
 
         entries += (
-            _probed(part.cells, deadline, progress)
+            _probed(part.cases, deadline, progress)
             if part.of_memory
             else _timed(
                 measure(
-                    part.cells,
+                    part.cases,
                     repeats=repeats,
                     warmup=warmup,
                     until=now + (deadline - now) * share,
@@ -127,7 +127,7 @@ def collect(
                 )
             )
         )
-    bounds = {name: lower_bound(name) for name in dict.fromkeys(c.architecture for c in cells)}
+    bounds = {name: lower_bound(name) for name in dict.fromkeys(c.architecture for c in cases)}
     numbers = [entry for entry in entries if "reason" not in entry]
     return {
         "provenance": {
@@ -145,24 +145,24 @@ def collect(
 
 
 class _Part(NamedTuple):
-    cells: list[Cell]
+    cases: list[Case]
     work: float
 
     @property
     def of_memory(self) -> bool:
-        return self.cells[0].task == "memory"
+        return self.cases[0].task == "memory"
 
     @property
     def title(self) -> str:
-        first = self.cells[0]
+        first = self.cases[0]
         words = (first.architecture, first.batch, first.precision, first.task, first.layers or "")
         return " ".join([*filter(None, map(str, words)), *["compiled"] * first.compiled])
 
 
-def _parts(cells: Iterable[Cell], turns: int) -> list[_Part]:
-    """Groups of cells to be timed together; memory one cell after the other."""
+def _parts(cases: Iterable[Case], turns: int) -> list[_Part]:
+    """Groups of cases to be timed together; memory one case after the other."""
     parts = []
-    for _, members in itertools.groupby(cells, key=lambda cell: cell.group):
+    for _, members in itertools.groupby(cases, key=lambda case: case.group):
         group = list(members)
         # Three runs, and about as long as two more to start a process.
         runs = 5 if group[0].task == "memory" else turns
@@ -170,16 +170,16 @@ def _parts(cells: Iterable[Cell], turns: int) -> list[_Part]:
     return parts
 
 
-def _with_memory(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells, each group of training cells followed by those whose memory is compared."""
+def _with_memory(cases: Iterable[Case]) -> list[Case]:
+    """The cases, each group of training cases followed by those whose memory is compared."""
     found = []
-    for _, members in itertools.groupby(cells, key=lambda cell: cell.group):
+    for _, members in itertools.groupby(cases, key=lambda case: case.group):
         group = list(members)
         compared = rows_of("memory", group[0].architecture) if group[0].task == "train" else ()
         probed = [
-            replace(cell, task="memory")
-            for cell in group
-            if (cell.network, cell.norm) in compared and not cell.compiled
+            replace(case, task="memory")
+            for case in group
+            if (case.network, case.norm) in compared and not case.compiled
         ]
         found += group + probed
     return found
@@ -187,34 +187,34 @@ def _with_memory(cells: Iterable[Cell]) -> list[Cell]:
 
 def _timed(measured: Iterable[Measurement]) -> list[dict[str, Any]]:
     return [
-        _entry(m.cell, m.timed.seconds, m.timed.processor_seconds)
+        _entry(m.case, m.timed.seconds, m.timed.processor_seconds)
         if m.timed.seconds
-        else _left_out(m.cell, m.refused or "no time left")
+        else _left_out(m.case, m.refused or "no time left")
         for m in measured
     ]
 
 
 def _probed(
-    cells: Sequence[Cell], deadline: float, show: Callable[[float], None]
+    cases: Sequence[Case], deadline: float, show: Callable[[float], None]
 ) -> list[dict[str, Any]]:
     entries = []
-    for i, cell in enumerate(cells):
-        show(i / len(cells))
+    for i, case in enumerate(cases):
+        show(i / len(cases))
         if time.monotonic() < deadline:
-            entries.append(_entry(cell, [peak_memory(cell)], []))
+            entries.append(_entry(case, [peak_memory(case)], []))
         else:
-            entries.append(_left_out(cell, "no time left"))
+            entries.append(_left_out(case, "no time left"))
     return entries
 
 
-def _left_out(cell: Cell, reason: str) -> dict[str, Any]:
-    return {**asdict(cell), "reason": reason}
+def _left_out(case: Case, reason: str) -> dict[str, Any]:
+    return {**asdict(case), "reason": reason}
 
 
-def _entry(cell: Cell, values: Sequence[float], processor: Sequence[float]) -> dict[str, Any]:
-    """One cell's numbers: seconds of a step, or bytes where the task is "memory"."""
+def _entry(case: Case, values: Sequence[float], processor: Sequence[float]) -> dict[str, Any]:
+    """One case's numbers: seconds of a step, or bytes where the task is "memory"."""
     return {
-        **asdict(cell),
+        **asdict(case),
         "n": len(values),
         "median": statistics.median(values),
         "min": min(values),

@@ -15,7 +15,7 @@ from nnpassport.embedding.schemes.passport import V1, V2, V3, Passport, draw_by_
 from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.ground.progress import Listener
 from nnpassport.keys.key import Key
-from nnpassport.lab.bench import Cell, cells, collect
+from nnpassport.lab.bench import Case, cases, collect
 from nnpassport.lab.results import read_json, write_json
 from nnpassport.lab.timing import in_turns
 from nnpassport.scheme import Verdict
@@ -53,7 +53,7 @@ def measure_costs(
     if path.exists():
         return read_json(path)
     measured = collect(
-        _cells(quick=quick), repeats=2 if quick else 7, minutes=minutes, memory=False, show=show
+        _cases(quick=quick), repeats=2 if quick else 7, minutes=minutes, memory=False, show=show
     )
     turns = {
         name: verifications(name, quick=quick) for name in (("alexnet",) if quick else BATCHES)
@@ -71,19 +71,19 @@ def measure_costs(
     return report
 
 
-def _cells(*, quick: bool) -> list[Cell]:
+def _cases(*, quick: bool) -> list[Case]:
     if quick:
-        found = cells(("alexnet",), (8,), ("float32",))
-        return [Cell(**{**_fields(cell), "width": 0.25}) for cell in found]
+        found = cases(("alexnet",), (8,), ("float32",))
+        return [Case(**{**_fields(case), "width": 0.25}) for case in found]
     return [
-        cell
+        case
         for architecture, batch in BATCHES.items()
-        for cell in cells((architecture,), (batch,), ("bfloat16",))
+        for case in cases((architecture,), (batch,), ("bfloat16",))
     ]
 
 
-def _fields(cell: Cell) -> dict[str, Any]:
-    return {name: getattr(cell, name) for name in Cell.__dataclass_fields__}
+def _fields(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in Case.__dataclass_fields__}
 
 
 def verifications(architecture: str, *, quick: bool) -> dict[str, list[float]]:

@@ -31,7 +31,7 @@ CHEAPER: Mapping[str, Passport] = {
 
 @final
 @dataclass(frozen=True, slots=True)
-class Cell:
+class Case:
     """One thing to time.
 
     Attributes:
@@ -42,7 +42,7 @@ class Cell:
         network: "plain"; to train also "V1", "V2", "V3", as the published code runs them "slow V1",
             "slow V2", "slow V3", "forked": plain, but for a batch that is doubled where V2's
             is, and those of `CHEAPER`; to infer "V1 presented", "V1 folded", "V2 released"; where
-            cells are compiled, "eager" is a plain one that is not. Acts have names of their own.
+            cases are compiled, "eager" is a plain one that is not. Acts have names of their own.
         norm: as in `build`; the paper's V1 has batch norm, V2 and V3 have group norm. Transformers
             have "layer".
         width: as in `build`; other than 1 only in tests.
@@ -62,7 +62,7 @@ class Cell:
 
     @property
     def group(self) -> tuple[str, int, str, str, bool, str]:
-        """What cells that can be compared have in common."""
+        """What cases that can be compared have in common."""
         return (
             *(self.architecture, self.batch, self.precision, self.task),
             *(self.compiled, self.layers or ""),
@@ -147,29 +147,29 @@ def rows_of(task: str, architecture: str, *, compiled: bool = False) -> Rows:
     return tuple((name, "layer") for name, norm in rows if norm == "group" and "slow" not in name)
 
 
-def check(cell: Cell) -> None:
+def check(case: Case) -> None:
     """Refuse what there is no way to run.
 
     Raises:
         BadRecipeError: the task is unknown, or has no such network.
     """
-    if cell.task not in TASKS:
-        raise BadRecipeError(f"{cell.task!r} is no task; there are: {', '.join(TASKS)}")
+    if case.task not in TASKS:
+        raise BadRecipeError(f"{case.task!r} is no task; there are: {', '.join(TASKS)}")
     known = {
-        name for each in (False, True) for name, _ in rows_of(cell.task, "alexnet", compiled=each)
+        name for each in (False, True) for name, _ in rows_of(case.task, "alexnet", compiled=each)
     }
-    if cell.network not in known:
+    if case.network not in known:
         raise BadRecipeError(
-            f"{cell.network!r} is no network to {cell.task}; there are: {', '.join(sorted(known))}"
+            f"{case.network!r} is no network to {case.task}; there are: {', '.join(sorted(known))}"
         )
 
 
-def cells(
+def cases(
     architectures: Sequence[str], batches: Sequence[int], precisions: Sequence[str]
-) -> tuple[Cell, ...]:
+) -> tuple[Case, ...]:
     """Every network of the paper's Table 4 and what it is to be compared with; cheap ones first."""
     return tuple(
-        Cell(architecture, batch, precision, task, network, norm)
+        Case(architecture, batch, precision, task, network, norm)
         for precision, batch, architecture in itertools.product(precisions, batches, architectures)
         for task in _TABLE4
         for network, norm in rows_of(task, architecture)
@@ -184,7 +184,7 @@ def plan(
     *,
     compiled: Sequence[bool] = (False, True),
     tasks: Sequence[str] = TASKS,
-) -> tuple[Cell, ...]:
+) -> tuple[Case, ...]:
     """All there is of these, group by group.
 
     Acts have neither a batch nor a precision, and are set beside an inference of 64 images.
@@ -196,7 +196,7 @@ def plan(
     _check_known("precision", precisions, tuple(PRECISIONS))
     _check_known("task", tasks, TASKS)
     acts = tuple(
-        Cell(architecture, 64, "float32", task, network, norm, layers=layers)
+        Case(architecture, 64, "float32", task, network, norm, layers=layers)
         for task in ("act", "long act")
         if task in tasks
         for architecture in architectures
@@ -206,7 +206,7 @@ def plan(
         if (network, layers) != ("solve", EVERYWHERE)
     )
     return acts + tuple(
-        Cell(architecture, batch, precision, task, network, norm, compiled=each)
+        Case(architecture, batch, precision, task, network, norm, compiled=each)
         for precision, batch, each, architecture, task in itertools.product(
             precisions, batches, compiled, architectures, ("infer", "train", "memory", "loop")
         )
@@ -221,5 +221,5 @@ def _check_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
             raise BadRecipeError(f"{what} {each!r} is unknown; there are: {', '.join(known)}")
 
 
-QUICK = cells(("alexnet", "resnet18"), (64,), ("float32",))
+QUICK = cases(("alexnet", "resnet18"), (64,), ("float32",))
 FULL = plan()
