@@ -529,6 +529,8 @@ class Aligner:
                 power = np.maximum(np.square(np.abs(theirs)).sum(1), _TINY)
                 z += product / power
                 logs += (-1) ** number * np.log(np.maximum(np.abs(product) / power, _TINY)) / 2
+            if "negated" in pairs.traits:  # they are normed: nothing else is free
+                z, logs = np.where(z.real < 0, -1.0, 1.0) + 0j, np.zeros(len(z))
             turn = z / np.maximum(np.abs(z), _TINY)
             for number, (one, two) in enumerate(found):
                 back = turn.conj() * np.exp(-((-1) ** number) * logs)

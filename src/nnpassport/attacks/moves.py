@@ -341,7 +341,10 @@ def _regain(subject: _Subject) -> Iterator[Act]:
         def layers(
             state: State, rng: torch.Generator, weight: str = weight, gain: str = gain
         ) -> None:
-            factor = _factors(state[gain].numel(), rng) * _signs(state[gain].numel(), rng)
+            count = state[gain].numel()
+            factor = _factors(count, rng) * _signs(count, rng)
+            if gain in axes.norms:  # the norm in between takes sizes away, or what is not of all
+                factor = _signs(1 if axes.norms[gain].centred else count, rng).expand(count)
             _times(state, weight, writing(axes, weight), factor)
             if _bias(weight) in state:
                 state[_bias(weight)] *= factor

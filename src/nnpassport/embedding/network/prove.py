@@ -21,6 +21,7 @@ TOLERANCE = 1e-6
 """How far outputs may move, relative to the largest; double precision moves them by some 1e-14."""
 SINGLE = 1e-4
 """The same for networks that do not run in double precision; single moves them by some 1e-6."""
+_ROTATED = ("rotated",)
 _FAILED = (RuntimeError, TypeError, ValueError, IndexError)
 
 Moved = Callable[[Sequence[Axis]], float]
@@ -97,12 +98,17 @@ def prove(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> A
     for bit, value in counted(rounds, "trying the network's axes"):
         chosen = [n for n in numbers if (n >> bit) & 1 == value and n not in wrong]
         wrong |= _wrong(chosen, axes.axes, moved, exact.tolerance)
-    turned = _mover(exact, seed, with_pairs)
-    false = _wrong(range(len(axes.pairs)), axes.pairs, turned, exact.tolerance)
+    pairs = tuple(axis for axis in axes.pairs if axis.traits == _ROTATED)
+    turned, negated = (_mover(exact, seed, with_pairs) for _ in range(2))
+    false = _wrong(range(len(pairs)), pairs, turned, exact.tolerance)
+    lesser = tuple(replace(pairs[n], traits=("negated", *_ROTATED)) for n in sorted(false))
+    wrong_too = _wrong(range(len(lesser)), lesser, negated, exact.tolerance)
+    kept = [axis for n, axis in enumerate(pairs) if n not in false]
+    kept += [axis for n, axis in enumerate(lesser) if n not in wrong_too]
     return replace(
         axes,
         axes=tuple(axes.axes[n] for n in numbers if n not in wrong),
-        pairs=tuple(axis for n, axis in enumerate(axes.pairs) if n not in false),
+        pairs=tuple(sorted(kept, key=lambda axis: (axis.size, axis.places))),
     )
 
 
@@ -129,13 +135,16 @@ def with_pairs(
 ) -> dict[str, Tensor]:
     """A state dict in which each pair of queries is turned and stretched, and of keys undone.
 
-    Complex numbers say it: q is multiplied by z, k by z/|z|². Each of `heads` has its own.
+    Complex numbers say it: q is multiplied by z, k by z/|z|². Each of `heads` has its own. Where
+    both are normed, and the trait is "negated", z is 1 or −1.
     """
     changed, both = dict(state), sides_of(axis)
     if both is None:
         return changed
     angle = torch.rand(axis.size, heads, generator=rng, dtype=torch.float64) * 2 * torch.pi
     length = (torch.rand(axis.size, heads, generator=rng, dtype=torch.float64) * 2 - 1).exp()
+    if "negated" in axis.traits:
+        angle, length = (angle > torch.pi) * torch.pi, torch.ones_like(length)
     for pairs, size in zip(both, (length, 1 / length), strict=True):
         for one, two in pairs:
             tensor = changed[one.tensor].clone()
