@@ -10,8 +10,8 @@ narrow copy. Weights are made when they are asked for, from a seed for each tens
 thief's are these with the stream rotated and the hidden units reordered, under a little noise. What
 is aligned is what one marked layer needs; every other one takes as long again.
 
-`growth` runs a narrow Llama of more and more blocks, each in a process of its own, and says how much
-memory each step took at most beyond what the process had when the step began (Linux alone).
+`growth` runs a narrow Llama of more and more blocks, each in a process of its own, and says how
+much memory each step took at most beyond what the process had when it began (Linux alone).
 """
 
 import argparse
@@ -33,7 +33,7 @@ import transformers
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.part import needed, only
 from nnpassport.alignment.solve import aligner
-from nnpassport.attacks.moves import KINDS, move
+from nnpassport.attacks.moves import KEEPING, move
 from nnpassport.embedding.axes import axes_of, untied
 from nnpassport.embedding.network.prove import prove
 from nnpassport.embedding.network.trace import trace
@@ -63,7 +63,7 @@ def vit() -> dict[str, Any]:
     clock = Clock()
     axes = axes_of(model, example)
     traced = clock.read()
-    kinds = [kind for kind in KINDS if kind not in {"split", "mirror"}]
+    kinds = [kind for kind in KEEPING if kind != "mirror"]
     moved = move(model, example, torch.Generator().manual_seed(1), kinds=kinds)
     own = {n: t.double().numpy() for n, t in model.state_dict().items()}
     theirs = {n: t.double().numpy() for n, t in moved.model.state_dict().items()}
@@ -258,9 +258,9 @@ of the wall, on a machine whose two processors many others used as well: upper b
 {lines}
 
 The ViT-S was moved by all free moves but mirrors and twins. A marked layer of a large network needs
-what is on its own axes, and of the stream the embeddings and the head: memory does not grow with
-the number of blocks, time grows in proportion to the marked layers. Within a layer, comparing rows
-takes width × hidden² products, the assignment about as many, and the stream's rotation words ×
+what is on its own axes, and of the stream the embeddings and the head: time grows in proportion to
+the marked layers, and memory hardly with the number of blocks, as below. Within a layer, comparing
+rows takes width × hidden² products, the assignment about as many, and the stream's rotation words ×
 width² and width³.
 {_of_growth(found["growth"]) if "growth" in found else ""}
 Commit {commits}.

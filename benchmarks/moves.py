@@ -39,7 +39,7 @@ import zoo  # noqa: E402
 from nnpassport import V2  # noqa: E402
 from nnpassport.alignment.anchored import verify_anchored  # noqa: E402
 from nnpassport.alignment.byaxes import Reference, anchor_of  # noqa: E402
-from nnpassport.attacks.moves import KINDS, move  # noqa: E402
+from nnpassport.attacks.moves import KEEPING, KINDS, move  # noqa: E402
 from nnpassport.attacks.perturbation import prune_layerwise, quantise  # noqa: E402
 from nnpassport.embedding.axes import axes_of  # noqa: E402
 from nnpassport.embedding.network.outputs import call, logits_of  # noqa: E402
@@ -69,7 +69,6 @@ or text (CREPE as published), marked by a graft with a passport for each channel
 after every move that keeps the shapes; all other columns are aligned to the network before the
 mark. *Harm* is the relative error of the outputs that the graft made: in layers of so few numbers
 it is large, and no limit was set here. Tuning is at a third of the rate of training."""
-SAME_SHAPE = [kind for kind in KINDS if kind != "split"]
 
 
 class Owned(NamedTuple):
@@ -247,7 +246,7 @@ def aligned(model: nn.Module, owned: Owned) -> int:
 
 def as_it_stands(released: nn.Module, example: Any, key: Key) -> int:
     """The same without alignment, after all moves that keep the shapes."""
-    model = move(released, example, rng(1), kinds=SAME_SHAPE).model
+    model = move(released, example, rng(1), kinds=KEEPING).model
     return V2.verify(model.state_dict(), key).matches
 
 

@@ -167,7 +167,7 @@ def test_an_audit_of_any_network_says_what_its_mark_survives(blocks, tmp_path):
     survives, *others = (said.replace("\xa0", " ") for said in survival(report))
     assert all(name in survives for name in ("insert-block", "rename", "drop-block (block 0"))
     assert "merge-base (25 % of the other network; 50 % of the other network)" in survives
-    assert "free-move (negate; scale; stretch; reorder; mirror; split)" in survives
+    assert "free-move (negate; scale; stretch; reorder; mirror; split; dummies)" in survives
     assert others == [
         "It is hidden, and the network useful, after merge-base (75 % of the other network)."
     ]

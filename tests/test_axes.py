@@ -18,12 +18,20 @@ from nnpassport.alignment.axes import Axes, Place
 from nnpassport.alignment.canonical import canonical
 from nnpassport.alignment.solve import aligner
 from nnpassport.attacks.moves import move
+from nnpassport.embedding.axes import axes_of
 from nnpassport.embedding.network import factors
 from nnpassport.embedding.network.outputs import call, logits_of
-from nnpassport.embedding.network.prove import TOLERANCE, prove, reordered, try_all
+from nnpassport.embedding.network.prove import (
+    SINGLE,
+    TOLERANCE,
+    exact_copy,
+    prove,
+    reordered,
+    try_all,
+)
 from nnpassport.embedding.network.survey import survey
 from nnpassport.embedding.network.trace import trace
-from nnpassport.scheme import UnreadableModelError
+from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 
 
 def places(axis):
@@ -541,3 +549,39 @@ def test_tables_of_others_are_read_warily(axes, change):
     document = json.loads(axes.to_bytes()) | change
     with pytest.raises(UnreadableModelError, match="no table of axes"):
         Axes.from_bytes(json.dumps(document).encode())
+
+
+class Caching(nn.Module):
+    """Keeps for itself a copy of a layer's weights, as they were when it was first run."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.kept = kind, None
+        self.enter, self.deep = nn.Linear(5, 8), nn.Linear(8, 8)
+        self.leave = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.enter(x).relu()
+        if self.kept is None:
+            self.kept = self.deep.weight.detach().to(self.kind).clone()
+        x = (x @ self.kept.T).relu()
+        return self.leave(x)
+
+
+def test_a_network_that_keeps_a_copy_of_its_weights_is_proved_as_precise_as_it_runs():
+    """Once, RuntimeError escaped: double precision met the copy. What is in it is rigid."""
+    torch.manual_seed(0)
+    model, example = Caching(torch.float32).eval(), torch.randn(2, 5)
+    model(example)
+    assert exact_copy(model, example).tolerance == SINGLE
+    assert axes_of(model, example).axes == ()
+    plain = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    assert exact_copy(plain, example).tolerance == TOLERANCE
+
+
+def test_a_network_that_runs_in_no_precision_that_can_be_tried_is_refused():
+    torch.manual_seed(0)
+    model, example = Caching(torch.bfloat16).bfloat16().eval(), torch.randn(2, 5).bfloat16()
+    model(example)
+    with pytest.raises(UnsuitableModelError, match="runs neither in double nor in single"):
+        axes_of(model, example)

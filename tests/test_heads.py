@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.solve import aligner
 from nnpassport.alignment.table import check_table
-from nnpassport.attacks.moves import KINDS, move
+from nnpassport.attacks.moves import KEEPING, move
 from nnpassport.embedding.axes import axes_of
 
 WIDTH, HEADS = 32, 4
@@ -94,8 +95,7 @@ def _cosine(mine, theirs, axis):
 @pytest.mark.parametrize("name", MADE)
 def test_what_a_thief_does_to_heads_is_undone(name):
     model, example = network(name)
-    kinds = [kind for kind in KINDS if kind not in {"mirror", "split"}]
-    moved = move(model, example, torch.Generator().manual_seed(1), kinds=kinds)
+    moved = move(model, example, torch.Generator().manual_seed(1), kinds=KEEPING)
     assert {kind: moved.done[kind] for kind in ("heads", "pairs")} == MADE[name][1]
     assert not moved.undone["reorder"]
     axes = axes_of(model, example)
@@ -104,5 +104,83 @@ def test_what_a_thief_does_to_heads_is_undone(name):
     to = aligner(axes, arrays(model))
     before = aligner(axes, arrays(moved.model)).reference
     assert least_likeness(before, to.reference) < 0.5
+    found = to.align(arrays(moved.model)).weights
+    assert least_likeness(found, to.reference) > 0.9999
+
+
+class Plain(nn.Module):
+    """One attention of so many heads of such a size; scores are divided alike whatever it is."""
+
+    def __init__(self, heads, size):
+        super().__init__()
+        self.heads = heads
+        self.embed, self.head = nn.Embedding(11, 12), nn.Linear(12, 5)
+        self.q, self.k, self.v = (nn.Linear(12, heads * size, bias=False) for _ in range(3))
+        self.o = nn.Linear(heads * size, 12)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        q, k, v = (
+            f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
+        )
+        mixed = (q @ k.transpose(2, 3) / 2).softmax(-1) @ v
+        return self.head((x + self.o(mixed.transpose(1, 2).flatten(2))).mean(1))
+
+
+@torch.no_grad()
+def larger(model, heads, size, more_heads, more):
+    """A copy with more heads, which add nothing, and larger ones, all mixed inside."""
+    draw = torch.Generator().manual_seed(3)
+    wide = Plain(heads + more_heads, size + more).double()
+    state = {n: t.double().clone() for n, t in model.state_dict().items()}
+
+    def noise(*shape):
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    mixes = {pair: noise(heads + more_heads, size + more, size + more) for pair in ("qk", "vo")}
+    for name in "qkvo":
+        weight = state[f"{name}.weight"] if name != "o" else state["o.weight"].T
+        rows = weight.reshape(heads, size, 12)
+        loud = 0.0 if name in "qo" else 1.0  # of queries, and of what is written, there is nothing
+        rows = torch.cat([rows, loud * noise(heads, more, 12)], 1)
+        rows = torch.cat([rows, (name != "o") * noise(more_heads, size + more, 12)])
+        by = mixes["qk" if name in "qk" else "vo"]
+        rows = (by if name in "qv" else torch.linalg.inv(by).mT) @ rows
+        order = torch.arange(heads + more_heads).roll(1)
+        flat = rows[order].reshape(-1, 12)
+        state[f"{name}.weight"] = flat if name != "o" else flat.T
+    wide.load_state_dict(state)
+    return wide
+
+
+@pytest.mark.parametrize(("more_heads", "more"), [(1, 0), (3, 0), (0, 1), (0, 4), (1, 2), (4, 4)])
+def test_heads_that_were_added_or_made_larger_are_left_out(more_heads, more):
+    torch.manual_seed(0)
+    model, tokens = Plain(4, 4).eval(), torch.arange(14).view(2, 7) % 11
+    axes = axes_of(model, tokens)
+    thief = larger(model, 4, 4, more_heads, more)
+    with torch.no_grad():
+        assert torch.allclose(thief(tokens), model.double()(tokens), atol=1e-12)
+    to = aligner(axes, arrays(model))
+    found = to.align(arrays(thief)).weights
+    assert least_likeness(found, to.reference) > 0.9999
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["one key for each two heads", "a key for each head"],
+)
+def test_heads_that_cancel_each_other_are_left_out(name):
+    shared = {"one key for each two heads": 2, "a key for each head": HEADS}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = of("Llama", **SIZES, num_key_value_heads=shared[name])().eval()
+        letters = {"input_ids": torch.randint(1, 50, (2, 12))}
+    moved = move(model, letters, torch.Generator().manual_seed(1), kinds=["reorder", "widen"])
+    assert moved.done["widen"] == 1
+    assert moved.error < 1e-6
+    shape = moved.model.state_dict()["model.layers.0.self_attn.v_proj.weight"].shape
+    assert shape == ((shared[name] + 2) * WIDTH // HEADS, WIDTH)
+    to = aligner(axes_of(model, letters), arrays(model))
     found = to.align(arrays(moved.model)).weights
     assert least_likeness(found, to.reference) > 0.9999

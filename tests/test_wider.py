@@ -1,15 +1,25 @@
 """Moves that make a network wider or cut its tensors up, and leave what it computes as it is."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
-from test_moves import marked
+import zoo
+from test_moves import anchor, axes, marked, rng
 from test_naming import matched, read, renamed
 from torch import nn
 
+from nnpassport import V2
+from nnpassport.alignment.anchored import verify_anchored
+from nnpassport.alignment.byaxes import anchor_of
 from nnpassport.alignment.naming import JOINED
 from nnpassport.alignment.solve import aligner
+from nnpassport.attacks.moves import move
 from nnpassport.embedding.axes import axes_of
+from nnpassport.embedding.schemes.channels import Limit
+from nnpassport.embedding.schemes.graft import graft_channels
+from nnpassport.keys.reading import READERS, verdict_on
 
 WIDTH, HIDDEN = 12, 20
 
@@ -203,3 +213,81 @@ def test_a_layer_that_is_kept_as_two_tensors_is_read(how):
     found = read(renamed(thief | {"one": one, "two": two}), "GPT-2")
     assert matched(found, key) > 0.95
     assert f"the {how} of" in found.reason
+
+
+class Thin(nn.Module):
+    """A layer kept as the product of two, of which the second may be read twice."""
+
+    def __init__(self, readers):
+        super().__init__()
+        self.embed, self.down = nn.Embedding(30, WIDTH), nn.Linear(WIDTH, 4, bias=False)
+        self.up = nn.ModuleList([nn.Linear(4, HIDDEN) for _ in range(readers)])
+        self.head = nn.Linear(HIDDEN, 5)
+
+    def forward(self, tokens):
+        x = self.down(self.embed(tokens).tanh())
+        return self.head(sum(up(x).tanh() for up in self.up).mean(1))
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_what_lies_between_two_linear_layers_is_mixed_back(readers):
+    torch.manual_seed(0)
+    model, tokens = Thin(readers).eval(), torch.randint(30, (2, 7))
+    thief, mix = Thin(readers).double(), torch.randn(4, 4, dtype=torch.float64)
+    state = {n: t.double() for n, t in model.state_dict().items()}
+    state["down.weight"] = mix @ state["down.weight"]
+    for number in range(readers):
+        state[f"up.{number}.weight"] = state[f"up.{number}.weight"] @ torch.linalg.inv(mix)
+    thief.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(thief(tokens), model.double()(tokens))
+    assert max(aligned(axes_of(model, tokens), model, thief).values()) < 1e-9
+
+
+def marked_in(name, layers):
+    """A key for these layers of a network of the zoo, and the network with the mark."""
+    model, example = anchor(name)
+    seen, _ = zoo.ZOO[name].batch(64, 1)
+    key = V2.draw_key(model, example, seed=bytes(32), layers=layers, seen=seen)
+    owned = deepcopy(model)
+    V2.insert(owned, key, example)
+    graft_channels(owned, seen, limit=Limit(1.0, 10.0))
+    return key, V2.released(owned).eval()
+
+
+def read_with(key, weights, name):
+    def v(found):
+        return verdict_on(READERS[key.context.scheme](found, key), key, log10_alpha=-9)
+
+    own = arrays(anchor(name)[0])
+    return verify_anchored(v, weights, anchor_of(axes(name), own, key))
+
+
+def test_a_fused_projection_that_is_kept_as_three_tensors_is_read():
+    """Queries, keys and values of GPT-2; two tensors were tried together once, and not three."""
+    key, released = marked_in("GPT-2", ["transformer.h.2.attn.c_attn"])
+    moved = move(released, anchor("GPT-2")[1], rng(1), kinds=["heads", "rotate", "reorder"])
+    for model in (released, moved.model):
+        thief = arrays(model)
+        for name in [each for each in thief if each.endswith("c_attn.weight")]:
+            for part, cut_off in zip("qkv", np.split(thief.pop(name), 3, axis=1), strict=True):
+                thief[f"{name}.{part}"] = cut_off
+        found = read_with(key, renamed(thief), "GPT-2")
+        assert found.marked
+        assert matched(found, key) > 0.95
+        assert "the columns of" in found.reason
+
+
+def test_three_projections_that_are_kept_as_one_tensor_are_read():
+    layers = [f"bert.encoder.layer.2.attention.self.{each}" for each in ("query", "key", "value")]
+    key, released = marked_in("BERT", layers)
+    moved = move(released, anchor("BERT")[1], rng(1), kinds=["heads", "reorder"])
+    for model in (released, moved.model):
+        thief = arrays(model)
+        for number in range(3):
+            start = f"bert.encoder.layer.{number}.attention.self"
+            names = [f"{start}.{each}.weight" for each in ("query", "key", "value")]
+            thief[f"{start}.qkv"] = np.concatenate([thief.pop(each) for each in names])
+        found = read_with(key, renamed(thief), "BERT")
+        assert found.marked
+        assert matched(found, key) > 0.95

@@ -26,7 +26,7 @@ def canonical(
     _fold_batch_norms(axes, tensors, found)
     for name, gain in axes.gains.items():
         if name in found and gain in tensors:
-            _scale(found[name], writing(axes, name), np.ravel(tensors[gain]))
+            _scale(found[name], writing(axes, name), _gain_of(axes, name, tensors))
     for name, (dimension, before) in axes.reads.items():
         known = before is not None and before in tensors and before in axes.norms
         if name in found and before is not None and known:
@@ -77,12 +77,24 @@ def restored(
     if norm is not None and norm.variance in reference:
         _scale(found, writing(axes, name), _inverse(_before_norm(norm, reference)))
     if gain is not None and gain in reference:
-        _scale(found, writing(axes, name), _inverse(np.ravel(reference[gain])))
+        _scale(found, writing(axes, name), _inverse(_gain_of(axes, name, reference)))
     dimension, before = axes.reads.get(name, (0, None))
     if before is not None and before in reference and before in axes.norms:
         back = _inverse(axes.norms[before].factor(reference[before]))
         _scale(found, dimension, back, _parts(axes, name, dimension, len(back), found.shape))
     return found
+
+
+def _gain_of(
+    axes: Axes, name: str, tensors: Mapping[str, NDArray[np.float64]]
+) -> NDArray[np.float64]:
+    """The vector behind a layer, as often as it has heads where that is of each of them.
+
+    Behind a norm any positive factor of the whole vector is nobody's: of it the signs count.
+    """
+    gain = np.ravel(tensors[axes.gains[name]])
+    times = tensors[name].shape[writing(axes, name)] if name in tensors else len(gain)
+    return np.tile(gain, times // len(gain)) if len(gain) and times % len(gain) == 0 else gain
 
 
 def _inverse(scale: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -40,7 +40,7 @@ from nnpassport.alignment.channels import (
     weight_of,
     width,
 )
-from nnpassport.alignment.solve import assigned
+from nnpassport.alignment.match import assigned
 from nnpassport.alignment.unfold import completed
 from nnpassport.files.arrays import Array, is_finite, is_floating
 from nnpassport.scheme import UnsuitableModelError

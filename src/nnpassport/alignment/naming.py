@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.canonical import Weights, canonical
+from nnpassport.alignment.match import assigned
 from nnpassport.alignment.mixed import column_scales, own_scales
-from nnpassport.alignment.solve import Aligner, Unit, Work, assigned
+from nnpassport.alignment.solve import Aligner, Unit, Work
 from nnpassport.alignment.spots import Spot, spots_of
 from nnpassport.files.arrays import Array, is_floating
 
@@ -53,6 +54,7 @@ class Candidate(NamedTuple):
         turned: whether its two axes change places first.
         part: which rows it is of the tensor: of how many parts, and which; (1, 0) is all.
         joined: how it is made of this tensor and of `other`, one of `JOINED`; "" is of one alone.
+        third: another one, of three.
     """
 
     name: str
@@ -60,11 +62,12 @@ class Candidate(NamedTuple):
     part: tuple[int, int] = (1, 0)
     joined: str = ""
     other: str = ""
+    third: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors that it is made of."""
-        return (self.name, self.other) if self.joined else (self.name,)
+        return tuple(each for each in (self.name, self.other, self.third) if each)
 
     @property
     def said(self) -> str:
@@ -104,21 +107,23 @@ class Naming:
         return {**found, **vectors}
 
 
-JOINED: Mapping[str, Callable[[Matrix, Matrix], Matrix]] = {
-    "rows": lambda a, b: np.concatenate([a, b]),
-    "columns": lambda a, b: np.concatenate([a, b], axis=1),
+JOINED: Mapping[str, Callable[..., Matrix]] = {
+    "rows": lambda *parts: np.concatenate(parts),
+    "columns": lambda *parts: np.concatenate(parts, axis=1),
     "sum": lambda a, b: a + b,
     "product": lambda a, b: a.reshape(len(a), -1) @ b.reshape(len(b), -1),
 }
-"""How one tensor may be kept as two: cut, in two branches, or as one layer behind another."""
+"""How one tensor may be kept as two: cut, in two branches, or as one layer behind another.
+
+Cut, as queries, keys and values are, it may be kept as three."""
 
 
 def shown(suspect: Mapping[str, Array], candidate: Candidate, like: Matrix) -> Matrix:
     """A candidate as the anchor's tensor is laid out."""
     tensor = np.asarray(suspect[candidate.name], np.float64)
     if candidate.joined:
-        other = np.asarray(suspect[candidate.other], np.float64)
-        return JOINED[candidate.joined](tensor, other).reshape(like.shape)
+        others = (np.asarray(suspect[name], np.float64) for name in candidate.names[1:])
+        return JOINED[candidate.joined](tensor, *others).reshape(like.shape)
     if candidate.turned:
         tensor = tensor.T
     count, which = candidate.part
@@ -225,6 +230,9 @@ class _Search:
     def run(self) -> Naming:
         self._name_all()
         missing = self.to.marked & self.wanted.keys() - self.found.taken.keys()
+        for name in sorted(missing) if self.found.taken else ():
+            self._take_three(name)
+        missing = missing - self.found.taken.keys()
         if missing and self.found.taken and self._add_joined():
             self._name_all()
         for name in sorted(self.to.marked & self.found.taken.keys()):
@@ -248,6 +256,73 @@ class _Search:
                 self.found.taken[name], fit = both, reached
         self.found.fits[name] = fit
         self.found.choices[name] *= 1 + len(others)
+
+    def _take_three(self, name: str) -> None:
+        """Take for a fused projection those three tensors that fit its parts best, if they do."""
+        left, sections = self._open(name), self._sections(name)
+        taken = {each for found in self.found.taken.values() for each in found.names}
+        theirs = self.to.reference[name]
+        if not left or len(sections) != 3:
+            return
+        along, shapes = sections[0].dimension, list[tuple[int, ...]]()
+        for spot in sections:
+            shapes.append(tuple(spot.positions.size if n == along else s
+                                for n, s in enumerate(theirs.shape)))  # fmt: skip
+        free = [n for n, t in self.suspect.items() if n not in taken and t.shape in shapes]
+        gains = self._gains(name)
+        scores = np.zeros((3, len(free)))
+        for row, (spot, shape) in enumerate(zip(sections, shapes, strict=True)):
+            for column, each in enumerate(free):
+                if self.suspect[each].shape == shape:
+                    scores[row, column] = self._section_fit(name, spot, each, gains)
+        order = assigned(scores) if len(free) >= 3 else np.full(3, -1)
+        if (order < 0).any() or not scores[np.arange(3), order].all():
+            return
+        one, two, three = (free[column] for column in order)
+        how = "rows" if along == 0 else "columns"
+        chosen = Candidate(one, joined=how, other=two, third=three)
+        self.others[name] = len(free) ** 3
+        fit, gain = self._fit(name, chosen, left, gains)
+        if self._is_clear(name, [chosen], np.array([fit]), 0, {name: left}):
+            self._add(name, chosen, fit, gain)
+
+    def _sections(self, name: str) -> list[Spot]:
+        """Where queries, keys and values lie in one tensor, one behind the other; else nothing."""
+        axes = self.to.axes
+        spots = [
+            spot
+            for axis in axes.axes
+            if "batched" in axis.traits
+            for spot in spots_of(axes, axis)
+            if spot.tensor == name
+        ]
+        spots = sorted(spots, key=lambda spot: int(spot.positions.min()))
+        at = 0
+        for spot in spots:
+            if not np.array_equal(
+                np.sort(spot.positions, axis=None), at + np.arange(spot.positions.size)
+            ):
+                return []
+            at += spot.positions.size
+        return spots
+
+    def _section_fit(self, name: str, spot: Spot, other: str, gains: Sequence[str]) -> float:
+        """How well a tensor fits one part of a fused one, with the norm's weight that fits best."""
+        tensor = np.zeros(self.to.reference[name].shape)
+        moved, rows = (
+            np.moveaxis(each, spot.dimension, 0)
+            for each in (tensor, np.asarray(self.suspect[other], np.float64))
+        )
+        moved[np.sort(spot.positions, axis=None)] = rows
+        best = 0.0
+        for gain in gains:
+            self.found.tried += 1
+            self.products += tensor.size * _ROWS
+            placed = self._placed(name, tensor, gain)
+            if placed is not None:
+                theirs = self.to.reference[name]
+                best = max(best, _overlap(_blocks(spot, placed), _blocks(spot, theirs)))
+        return best
 
     def _add_joined(self) -> bool:
         """What two tensors make is looked at where none by itself fits; whether there is any."""

@@ -25,8 +25,8 @@ from typing import NamedTuple, final
 import numpy as np
 
 from nnpassport.alignment.channels import Floats, Network, Order, flat, weight_of, width
+from nnpassport.alignment.match import assigned
 from nnpassport.alignment.names import MOST_CHANNELS, Forms, bases_of, first_of_each, in_order
-from nnpassport.alignment.solve import assigned
 from nnpassport.files.arrays import Array, is_floating
 from nnpassport.scheme import UnsuitableModelError
 

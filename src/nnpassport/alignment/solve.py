@@ -13,7 +13,7 @@ network is aligned to decides what a match is worth.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple, final
+from typing import NamedTuple, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +22,11 @@ from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.alignment.canonical import Weights, canonical
 from nnpassport.alignment.directions import Free
 from nnpassport.alignment.heads import Attention, Side, attentions, pairs_of
+from nnpassport.alignment.match import assigned, in_groups, mixture, unit_rows
 from nnpassport.alignment.refine import Fit, begun, refined
 from nnpassport.alignment.spots import Spot, crossed, spots_of
 from nnpassport.alignment.table import sides_of
+from nnpassport.alignment.widened import narrowed
 from nnpassport.ground.progress import counted
 
 Matrix = NDArray[np.float64]
@@ -256,7 +258,7 @@ class Aligner:
         held = [(s, rows) for s, rows in pairs if s.reads or s.tensor not in work.loose]
         # Rows whose norm is not known are of any scale: each such layer is mixed for itself.
         own = {
-            spot.tensor: _mixture([rows], [True], [1.0])[0]
+            spot.tensor: mixture([rows], [True], [1.0])[0]
             for spot, rows in pairs
             if unit.kind != "orthogonal" and spot.tensor in work.loose and not spot.reads
         }
@@ -353,7 +355,9 @@ class Aligner:
         for spot in spots:
             mine = weights[spot.tensor]
             theirs = spot.rows(work.targets[spot.tensor])
-            found = _unit(theirs) @ _unit((_along(spot, mine) if longer else spot).rows(mine)).T
+            found = (
+                unit_rows(theirs) @ unit_rows((_along(spot, mine) if longer else spot).rows(mine)).T
+            )
             loose = spot.tensor in work.loose and not spot.reads
             if unit.normed and not longer and not spot.reads and mine.ndim > 1:
                 turned += found
@@ -361,7 +365,7 @@ class Aligner:
                 cosines += np.abs(found) if unit.either_sign or loose else found
         signs: Matrix | None = None
         if unit.groups > 1 and not unit.normed:
-            order = _in_groups(cosines, unit.groups)
+            order = in_groups(cosines, unit.groups)
         elif not unit.normed or longer:
             order = assigned(cosines)
         else:
@@ -473,11 +477,13 @@ class Aligner:
     def _solve_heads(self, attention: Attention, work: Work) -> None:
         sides = [inside.sides for inside in attention.insides]
         names = {side.whole.tensor for both in sides for side in both}
-        if any(
-            name not in work.weights or work.weights[name].shape != self.reference[name].shape
-            for name in names
-        ):
+        if not all(name in work.weights for name in names):
             return
+        if not all(self._alike(name, work) for name in names):
+            fewer = narrowed(self.axes, attention, work.weights, self.reference)
+            if fewer is None:
+                return
+            work.weights |= fewer
         if attention.heads is not None or attention.copies is not None:
             self._match_heads(attention, work)
         heads = attention.size[0]
@@ -501,11 +507,11 @@ class Aligner:
         cosines = np.zeros((heads * copies, heads * copies))
         for inside in attention.insides:
             theirs, mine = (
-                _unit(_products(inside.sides, source, attention.size))
+                unit_rows(_products(inside.sides, source, attention.size))
                 for source in (self.reference, work.weights)
             )
             cosines += theirs @ mine.T
-        order = _in_groups(cosines, heads) if copies > 1 else assigned(cosines)
+        order = in_groups(cosines, heads) if copies > 1 else assigned(cosines)
         rows = np.arange(len(order))
         found = float(cosines[rows, order].mean() / len(attention.insides))
         number = attention.copies if attention.heads is None else attention.heads
@@ -548,7 +554,7 @@ class Aligner:
         theirs = [_blocks(spot, self.reference, heads) for spot in spots]
         for head in range(heads):
             pairs = [(mine[side][head], theirs[side][head]) for side in (0, 1)]
-            back, forward = _mixture(pairs, [True, False], trust)
+            back, forward = mixture(pairs, [True, False], trust)
             mine[0][head] = back @ mine[0][head]
             mine[1][head] = forward.T @ mine[1][head]
         for spot, blocks in zip(spots, mine, strict=True):
@@ -575,6 +581,8 @@ class Aligner:
                 power = np.maximum(np.square(np.abs(theirs)).sum(1), _TINY)
                 z += product / power
                 logs += (-1) ** number * np.log(np.maximum(np.abs(product) / power, _TINY)) / 2
+            if "negated" in pairs.traits:  # they are normed: nothing else is free
+                z, logs = np.where(z.real < 0, -1.0, 1.0) + 0j, np.zeros(len(z))
             turn = z / np.maximum(np.abs(z), _TINY)
             for number, (one, two) in enumerate(found):
                 back = turn.conj() * np.exp(-((-1) ** number) * logs)
@@ -775,16 +783,6 @@ def _along(spot: Spot, tensor: Matrix) -> Spot:
     return spot._replace(positions=np.zeros((0, repeats), np.int64))
 
 
-def assigned(cosines: NDArray[np.floating[Any]]) -> NDArray[np.int64]:
-    """By row, the column that it is matched with, −1 for none: the largest sum there is."""
-    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - slow to import
-
-    rows, columns = linear_sum_assignment(np.nan_to_num(cosines), maximize=True)
-    found = np.full(len(cosines), -1)
-    found[rows] = columns
-    return found
-
-
 def _assigned_in_groups(
     cosines: Matrix, turned: Matrix, groups: int
 ) -> tuple[Matrix, NDArray[np.int64]]:
@@ -802,30 +800,11 @@ def _assigned_in_groups(
             block = np.s_[a * inside : (a + 1) * inside, b * inside : (b + 1) * inside]
             signs = (cosines[block] + turned[block], cosines[block] - turned[block])
             best[block] = max(signs, key=_best_sum)
-    return best, _in_groups(best, groups)
+    return best, in_groups(best, groups)
 
 
 def _best_sum(cosines: Matrix) -> float:
     return float(cosines[np.arange(len(cosines)), assigned(cosines)].sum())
-
-
-def _in_groups(cosines: Matrix, groups: int) -> NDArray[np.int64]:
-    """By row, its column, where groups stay together: inside each pair, and then of the groups."""
-    inside = len(cosines) // groups
-    orders = np.zeros((groups, groups, inside), np.int64)
-    sums = np.zeros((groups, groups))
-    for a in range(groups):
-        for b in range(groups):
-            block = cosines[a * inside : (a + 1) * inside, b * inside : (b + 1) * inside]
-            orders[a, b] = assigned(block)
-            sums[a, b] = block[np.arange(inside), orders[a, b]].sum()
-    chosen = assigned(sums)
-    return np.concatenate([b * inside + orders[a, b] for a, b in enumerate(chosen)])
-
-
-def _unit(rows: Matrix) -> Matrix:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.maximum(length, _TINY)
 
 
 def _written(rows: Sequence[Matrix], size: int) -> Matrix:
@@ -854,10 +833,10 @@ def _in_scale(
     trust: Sequence[float],
     scaled: Sequence[bool],
 ) -> tuple[Matrix, Matrix]:
-    """As `_mixture`, where columns of some are of any scale: that is fitted as well, in turns."""
+    """As `mixture`, where columns of some are of any scale: that is fitted as well, in turns."""
     sure = [number for number, each in enumerate(scaled) if not each]
     chosen = sure or range(len(pairs))
-    found = _mixture(
+    found = mixture(
         [pairs[n] for n in chosen], [written[n] for n in chosen], [trust[n] for n in chosen]
     )
     for _ in range(SCALINGS if any(scaled) else 0):
@@ -866,32 +845,5 @@ def _in_scale(
             placed = found[1].T @ mine
             power = np.maximum((placed * placed).sum(0), _TINY)
             there.append((mine * ((placed * theirs).sum(0) / power) if each else mine, theirs))
-        found = _mixture(there, written, trust)
+        found = mixture(there, written, trust)
     return found
-
-
-def _mixture(
-    pairs: Sequence[tuple[Matrix, Matrix]], written: Sequence[bool], trust: Sequence[float]
-) -> tuple[Matrix, Matrix]:
-    """G⁻¹ and G, where writers are about G·reference and readers G⁻ᵀ·reference.
-
-    Least squares in G over writers (|W - G R|²) and over readers (|Gᵀ W - R|²), each divided by the
-    reference's energy and times how far it is trusted, is Sylvester's equation B·G + G·A = C.
-    """
-    from scipy.linalg import solve_sylvester  # noqa: PLC0415 - slow to import
-
-    own, size = len(pairs[0][0]), len(pairs[0][1])
-    a, b, c = np.zeros((size, size)), np.zeros((own, own)), np.zeros((own, size))
-    for (mine, theirs), writes, trusted in zip(pairs, written, trust, strict=True):
-        weight = trusted / max(float(np.square(theirs).sum()), _TINY)
-        if writes:
-            a += weight * theirs @ theirs.T
-        else:
-            b += weight * mine @ mine.T
-        c += weight * mine @ theirs.T
-    ridge = 1e-12 * (np.trace(a) + np.trace(b)) / size
-    mixed = np.asarray(solve_sylvester(b + ridge * np.eye(own), a + ridge * np.eye(size), c))
-    try:
-        return np.linalg.inv(mixed) if own == size else np.linalg.pinv(mixed), mixed
-    except np.linalg.LinAlgError:
-        return np.eye(size, own), np.eye(own, size)

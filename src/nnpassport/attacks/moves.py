@@ -17,6 +17,8 @@ an attacker can do without data, training or loss is therefore what is done, wha
     balance    the two factors of a product of hidden units (gated layers), signs too
     mirror     kernels, and the pictures with them: what runs the network has to turn these
     split      hidden units into two that share what one did: the network grows
+    dummies    pairs of hidden units that cancel each other, loud ones: the same
+    widen      a pair of heads that cancel each other in every attention: the same
     groups     inside each group of a convolution in groups, in an order of its own
 
 Table of these: `docs/attacks.md`. Rounding in the network's own precision is all that is lost.
@@ -43,7 +45,7 @@ from nnpassport.alignment.table import sides_of
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
 from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
-from nnpassport.embedding.network.prove import TOLERANCE, reordered, with_pairs
+from nnpassport.embedding.network.prove import exact_copy, reordered, with_pairs
 from nnpassport.embedding.network.survey import Site, survey
 from nnpassport.ground.progress import counted
 from nnpassport.scheme import BadRecipeError
@@ -122,13 +124,18 @@ class _Subject:
     """A copy of the network in double precision, its axes, and the state as it is by now."""
 
     def __init__(self, model: nn.Module, example: Example) -> None:
-        self.exact = untied(deepcopy(model)).double().eval()
-        self.inputs = with_tensors(example, lambda t: t.double() if t.is_floating_point() else t)
+        exact = exact_copy(untied(deepcopy(model)), example)
+        self.exact, self.inputs, self.tolerance = exact.model, exact.inputs, exact.tolerance
         self.axes = axes_of(self.exact, self.inputs)
         if _add_biases(self.exact, self.axes):  # they are along axes as well
             self.axes = axes_of(self.exact, self.inputs)
         self.sites = survey(self.exact, self.inputs).sites
-        self.state: State = {n: t.detach().clone() for n, t in self.exact.state_dict().items()}
+        self.kind = exact.before.dtype
+        self.state: State = {
+            n: t.detach().clone().double() if t.is_floating_point() else t.detach().clone()
+            for n, t in self.exact.state_dict().items()
+        }
+        self.shapes = {n: tuple(t.shape) for n, t in self.state.items()}
         self.shown = AS_IT_IS
         self.before = self._outputs(self.state)
 
@@ -144,7 +151,7 @@ class _Subject:
         for number, way in enumerate(ways[index] for index in order):
             tried = {n: torch.from_numpy(a) for n, a in turned(self.axes, arrays, way).items()}
             self.inputs, self.shown = with_tensors(inputs, partial(_turned_picture, way)), way
-            if self._error(tried) <= TOLERANCE:
+            if self._error(tried) <= self.tolerance:
                 self.state = {name: tensor.clone() for name, tensor in tried.items()}
                 return 1, number
         self.inputs, self.shown = inputs, AS_IT_IS
@@ -153,7 +160,7 @@ class _Subject:
     def attempt(self, acts: Sequence[Act], rng: torch.Generator) -> int:
         """Do what leaves the outputs where they are, found by halves; returns how many acts."""
         tried = {name: tensor.clone() for name, tensor in self.state.items()}
-        if self._done(acts, tried, rng) and self._error(tried) <= TOLERANCE:
+        if self._done(acts, tried, rng) and self._error(tried) <= self.tolerance:
             self.state = tried
             return len(acts)
         if len(acts) == 1:
@@ -195,14 +202,15 @@ class _Subject:
     def _error(self, state: State) -> float:
         try:
             after = self._outputs(state)
-        except RuntimeError:  # shapes that do not fit: the network reads this axis elsewhere too
-            return math.inf
+        except (RuntimeError, ValueError, IndexError, AttributeError, TypeError):
+            return math.inf  # shapes that do not fit: its code reads this axis elsewhere too
         largest = self.before.abs().max().clamp(min=torch.finfo(self.before.dtype).tiny)
         error = float((after - self.before).abs().max() / largest)
         return math.inf if math.isnan(error) else error
 
     def _outputs(self, state: State) -> Tensor:
         _fit(self.exact, state)
+        state = {n: t.to(self.kind) if t.is_floating_point() else t for n, t in state.items()}
         if isinstance(self.inputs, Mapping):
             output = functional_call(self.exact, state, (), dict(self.inputs), tie_weights=False)
         else:
@@ -356,7 +364,10 @@ def _regain(subject: _Subject) -> Iterator[Act]:
         def layers(
             state: State, rng: torch.Generator, weight: str = weight, gain: str = gain
         ) -> None:
-            factor = _factors(state[gain].numel(), rng) * _signs(state[gain].numel(), rng)
+            count = state[gain].numel()
+            factor = _factors(count, rng) * _signs(count, rng)
+            if gain in axes.norms:  # the norm in between takes sizes away, or what is not of all
+                factor = _signs(1 if axes.norms[gain].centred else count, rng).expand(count)
             _times(state, weight, writing(axes, weight), factor)
             if _bias(weight) in state:
                 state[_bias(weight)] *= factor
@@ -505,24 +516,18 @@ def _balance(subject: _Subject) -> Iterator[Act]:
 
 
 def _split(subject: _Subject) -> Iterator[Act]:
-    axes = subject.axes
-    for axis in axes.axes:
-        whole = all(
-            subject.state[p.tensor].shape[p.dimension] == axis.size and not p.offset
-            for p in axis.places
-        )
-        if axis.kind != "permute" or not whole:
-            continue
+    for axis in _growable(subject):
 
         def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            size = _length(state, axis)
             count = max(1, round(SHARE * axis.size))
-            chosen = torch.randperm(axis.size, generator=rng)[:count]
+            chosen = torch.randperm(size, generator=rng)[:count]
             share = torch.rand(count, generator=rng, dtype=torch.float64) * 0.8 + 0.1
-            order = torch.randperm(axis.size + count, generator=rng)
+            order = torch.randperm(size + count, generator=rng)
             for place in axis.places:
                 tensor = state[place.tensor].movedim(place.dimension, 0)
                 twins = tensor[chosen]
-                if reads(axes, place):
+                if reads(subject.axes, place):
                     by = share.view(-1, *[1] * (tensor.dim() - 1))
                     twins = twins * (1 - by)
                     tensor = tensor.clone()
@@ -546,6 +551,75 @@ def _in_groups(subject: _Subject) -> Iterator[Act]:
         yield do
 
 
+def _dummies(subject: _Subject) -> Iterator[Act]:
+    for axis in _growable(subject):
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            size = _length(state, axis)
+            count = max(1, round(SHARE * axis.size))
+            like = torch.randperm(size, generator=rng)[:count]
+            order = torch.randperm(size + 2 * count, generator=rng)
+            for place in axis.places:
+                tensor = state[place.tensor].movedim(place.dimension, 0)
+                added = _cancelling(tensor[like], rng, reader=reads(subject.axes, place))
+                grown = torch.cat([tensor, added])[order]
+                state[place.tensor] = grown.movedim(0, place.dimension).contiguous()
+
+        yield do
+
+
+def _widen(subject: _Subject) -> Iterator[Act]:
+    axes = subject.axes
+    for attention in attentions(axes):
+        if attention.heads is None or not _is_whole(subject, axes.axes[attention.heads]):
+            continue
+        axis = axes.axes[attention.heads]
+
+        def do(state: State, rng: torch.Generator, axis: Axis = axis) -> None:
+            like = torch.randperm(axis.size, generator=rng)[:1]
+            order = torch.randperm(axis.size + 2, generator=rng)
+            for place in axis.places:
+                tensor = state[place.tensor].movedim(place.dimension, 0)
+                by_head = tensor.reshape(axis.size, -1, *tensor.shape[1:])
+                added = _cancelling(by_head[like], rng, reader=reads(axes, place))
+                grown = torch.cat([by_head, added])[order].flatten(0, 1)
+                state[place.tensor] = grown.movedim(0, place.dimension).contiguous()
+
+        yield do
+
+
+def _cancelling(rows: Tensor, rng: torch.Generator, *, reader: bool) -> Tensor:
+    """Rows like these but in no order, each twice; what reads them takes one from the other."""
+    flat = rows.reshape(len(rows), -1)
+    order = torch.randperm(flat.shape[1], generator=rng)
+    found = flat[:, order].reshape(rows.shape)
+    return torch.cat([found, -found if reader else found])
+
+
+def _growable(subject: _Subject) -> Iterator[Axis]:
+    """Axes that may get more indices: those that are all of a dimension wherever they are."""
+    for axis in subject.axes.axes:
+        lengths = {subject.shapes[place.tensor][place.dimension] for place in axis.places}
+        if axis.kind == "permute" and lengths == {axis.size}:
+            yield axis
+
+
+def _is_whole(subject: _Subject, axis: Axis) -> bool:
+    """Whether an axis is all of a dimension wherever it is, index by index with its repeats."""
+    shapes = subject.shapes
+    return all(
+        np.array_equal(
+            place.positions(axis.size).reshape(-1), np.arange(shapes[place.tensor][place.dimension])
+        )
+        for place in axis.places
+    )
+
+
+def _length(state: State, axis: Axis) -> int:
+    place = axis.places[0]
+    return state[place.tensor].shape[place.dimension]
+
+
 def _mirror(_: _Subject) -> Iterator[Act]:
     """Nothing along an axis: `_Subject.mirror` does it, since it changes the pictures as well."""
     yield from ()
@@ -565,10 +639,15 @@ KINDS: Mapping[str, Callable[[_Subject], Iterator[Act]]] = {
     "reorder": _reorder,
     "mirror": _mirror,
     "split": _split,
+    "dummies": _dummies,
+    "widen": _widen,
     "groups": _in_groups,
 }
 """All kinds of moves, in the order in which `move` makes them; they have numbers, so new ones come
 last."""
+GROWING = ("split", "dummies", "widen")
+KEEPING = tuple(kind for kind in KINDS if kind not in GROWING)
+"""Those after which tensors have other shapes, and the others."""
 
 
 # What they are made of

@@ -58,7 +58,7 @@ KINDS = ("float16", "bfloat16", "int8-tensor", "int8-channel", "int4-channel")
 """The grids of `perturbation.KINDS`, in its order."""
 MOVES = (
     *("negate", "scale", "stretch", "regain", "fix", "balance", "heads", "pairs", "mix", "rotate"),
-    *("reorder", "mirror", "split", "groups"),
+    *("reorder", "mirror", "split", "dummies", "widen", "groups"),
 )
 """The kinds of `moves.KINDS`, in its order."""
 KEEPS = (0.97, 0.99, 0.95, 0.9)

@@ -76,6 +76,7 @@ class _Origin(NamedTuple):
         norm: gain of the norm that it is the output of.
         written: weight of the layer that it is the output of, until something else is done to it.
         offset: what was added to that parameter; None: it was made something else of.
+        normed: the same once that was divided by its own size, as a norm without a mean does.
     """
 
     parameter: bool = False
@@ -83,6 +84,7 @@ class _Origin(NamedTuple):
     norm: str | None = None
     written: str | None = None
     offset: float | None = 0.0
+    normed: str | None = None
 
 
 class _Known(NamedTuple):
@@ -162,6 +164,7 @@ class _Trace(TorchDispatchMode):
         self._norms: dict[str, Norm] = {}
         self._statistics: dict[str, set[Statistics]] = {}
         self._gains: dict[str, set[str]] = {}
+        self._behind: dict[str, set[str]] = {}  # by a norm's gain, what writes into the norm
         self._unknown: set[str] = set()
         self._tables: set[str] = set()  # looked up, as embeddings are
         state = model.state_dict(keep_vars=True)
@@ -309,6 +312,8 @@ class _Trace(TorchDispatchMode):
                 mark(each, "pointwise")
         if not computed and len(parameters) == 1:
             return origin._replace(offset=self._shifted(seen, parameters[0]))
+        if seen.name in {"mul", "div"} and len(computed) == 2 and not parameters:
+            return origin._replace(normed=self._divided(computed))
         if len(computed) != 1 or len(parameters) != 1:
             return origin
         was = self._of(computed[0]).origin
@@ -328,6 +333,22 @@ class _Trace(TorchDispatchMode):
             return was + by if seen.name == "add" else was - by
         return 0.0 if seen.name in {"mul", "div"} and was == 0 else None
 
+    def _divided(self, computed: Sequence[Tensor]) -> str | None:
+        """The layer whose output is multiplied with one number for all that it writes."""
+        for one, other in (computed, computed[::-1]):
+            dimensions, factor = self._dimensions(one), self._dimensions(other)
+            written = self._of(one).origin.written
+            alone = one.dim() == other.dim() > 1 and not leaves(factor[-1])
+            if written is None or not alone:
+                continue
+            kept = all(
+                bool(leaves(a)) == bool(leaves(b))
+                for a, b in zip(dimensions[:-1], factor[:-1], strict=True)
+            )
+            if kept and self._dimension_in(written, dimensions[-1]) is not None:
+                return written
+        return None
+
     def _scaled(self, parameter: Tensor, was: _Origin, origin: _Origin) -> _Origin:
         """A parameter multiplies what a layer wrote, or it is the gain of a norm."""
         known = self._of(parameter)
@@ -342,6 +363,8 @@ class _Trace(TorchDispatchMode):
                 self._gains.setdefault(was.written, set()).add(gain)
             return origin
         self._norms.setdefault(gain, Norm(None, centred=False, offset=offset))
+        if was.normed is not None:
+            self._behind.setdefault(gain, set()).add(was.normed)
         return origin._replace(norm=gain)
 
     def _viewed(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
@@ -517,6 +540,9 @@ class _Trace(TorchDispatchMode):
         if gain is not None:
             shift = None if given["bias"] is None else self._of(given["bias"]).origin.of
             self._norms[gain] = Norm(shift, centred=True)
+            written = self._of(given["input"]).origin.written
+            if written is not None:
+                self._behind.setdefault(gain, set()).add(written)
         return [own, [], []], origin._replace(norm=gain)
 
     def _group_norm(self, given: Mapping[str, Any], origin: _Origin) -> Any:
@@ -712,7 +738,7 @@ class _Trace(TorchDispatchMode):
             Axis(size, "inner", ("rotated",), each)
             for key, factor in found.items()
             if factor.rigid and "bilinear" in factor.traits
-            for side_by_side in _side_by_side(axes, places[key])
+            for side_by_side in _side_by_side(axes, self._of_matrices(places[key]))
             for size, each in _as_pairs(factor.size, side_by_side)
         ]
         kept = self._parameters.keys()  # of what no file holds a table says nothing
@@ -731,12 +757,26 @@ class _Trace(TorchDispatchMode):
             },
             gains={
                 n: u.copy().pop()
-                for n, u in sorted(self._gains.items())
+                for n, u in sorted({**self._unread(), **self._gains}.items())
                 if len(u) == 1 and n in kept and u <= kept
             },
             unknown=tuple(sorted(self._unknown)),
             pairs=tuple(sorted(set(rotated), key=lambda axis: (axis.size, axis.places))),
         )
+
+    def _unread(self) -> dict[str, set[str]]:
+        """By a layer's weight, gains of norms behind it that no layer reads: they are its own."""
+        read = {gain for uses in self._reads.values() for _, gain in uses}
+        found: dict[str, set[str]] = {}
+        for gain, writers in self._behind.items():
+            if gain not in read and len(writers) == 1:
+                found.setdefault(next(iter(writers)), set()).add(gain)
+        return found
+
+    def _of_matrices(self, places: Sequence[Place]) -> list[Place]:
+        """Those of layers: norms of queries and keys have places as well."""
+        layers = {_module(name) for name, tensor in self._parameters.items() if tensor.dim() > 1}
+        return [place for place in places if _module(place.tensor) in layers]
 
 
 def _side_by_side(axes: Sequence[Axis], places: Sequence[Place]) -> list[list[Place]]:
