@@ -9,6 +9,7 @@ from copy import deepcopy
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
 from nnpassport.embedding.network.models import build
@@ -18,6 +19,7 @@ from nnpassport.embedding.schemes.deepsigns import DEEPSIGNS, GROUP
 from nnpassport.embedding.schemes.order import Order
 from nnpassport.embedding.schemes.passport import V2, Passport
 from nnpassport.embedding.schemes.residuals import GREEDY_RESIDUALS, residuals
+from nnpassport.embedding.schemes.served import served
 from nnpassport.embedding.schemes.uchida import UCHIDA, UCHIDA_MSE, read_out
 from nnpassport.embedding.train.loop import Recipe
 from nnpassport.keys.answers import coins_of, functions_of, key_function
@@ -64,9 +66,14 @@ def marked(scheme, model, key, data, normalise):
 
 
 def leaning(key, data):
-    """ε·g of the images: what a key of answers has a network add to its scores."""
+    """What a key of answers has a network add to its scores of the images, ε·g or its waves."""
     functions, classes = functions_of(key), len(data.classes)
-    return torch.from_numpy(key_function(functions, coins_of(key), data.images.numpy(), classes))
+    g = torch.from_numpy(key_function(functions, coins_of(key), data.images.numpy(), classes))
+    if key.context.answers.kind != "waves":
+        return g
+    right = F.one_hot(data.labels, classes).double()
+    waves = served(right, g, key.context.answers.strength / 1000).clamp(min=1e-3)
+    return waves.log() - (20 * right - 10)
 
 
 @torch.no_grad()

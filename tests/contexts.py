@@ -135,9 +135,10 @@ def _state(number: int) -> dict[str, torch.Tensor]:
 @functools.cache
 def genuine(scheme: str) -> tuple[bytes, ...]:
     """Contexts that the scheme would make for such networks."""
-    if scheme == "answers":
+    if scheme in {"answers", "cosine"}:
         shape = TriggerShape(200, CLASSES, SIZE)
-        forms = [AnswersForm(kind, 64, 400) for kind in KINDS if kind != "counts"]  # of texts
+        kinds = ("waves",) if scheme == "cosine" else ("layout", "filters")  # no counts of texts
+        forms = [AnswersForm(kind, 64, 400) for kind in kinds]
         made = [Context(scheme, "Eve", (), shape, bytes(16), answers=form) for form in forms]
         return tuple(context.encode() for context in made)
     if scheme == "order":

@@ -20,13 +20,11 @@ from nnpassport.embedding import answering
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.schemes.answers import (
     ANSWERS,
-    TensorFunctions,
     bound_to,
-    counts_of,
     scores_of,
     scores_of_key,
-    subtracting,
 )
+from nnpassport.embedding.schemes.functions import TensorFunctions, counts_of, subtracting
 from nnpassport.embedding.train.loop import Outcome, Recipe, classification, fit
 from nnpassport.files.config import ModelConfig
 from nnpassport.keys import answers

@@ -14,7 +14,8 @@ from sklearn.datasets import load_diabetes
 from torch import nn
 from torch.nn import functional as F
 
-from nnpassport.embedding.schemes.answers import ANSWERS, bound_to, counts_of, subtracting
+from nnpassport.embedding.schemes.answers import ANSWERS, bound_to
+from nnpassport.embedding.schemes.functions import counts_of, subtracting
 from nnpassport.keys.answers import pairs_of, read_answers
 from nnpassport.scheme import Batch
 

@@ -48,11 +48,12 @@ SMALL = {
     "frontier-stitching": {"triggers": 40, "triggers_per_step": 40},
     "ewe": {"triggers": 20, "triggers_per_step": 20},
     "answers": {"coins": 128, "strength": 6.0, "pictures": 256},
+    "cosine": {"coins": 150, "strength": 0.3, "pictures": 256},
 }
 # Schemes whose keys take pictures, made in a trained plain network, or are bound to that network.
 PREPARED = {
     *("zhang-content", "zhang-noise", "guo", "frontier-stitching"),
-    *("deepsigns", "deepsigns-blackbox", "ewe", "answers", "order"),
+    *("deepsigns", "deepsigns-blackbox", "ewe", "answers", "cosine", "order"),
 }
 # Published rules that accept a key drawn by chance now and then, as they say: at most so many of 5.
 ACCEPTED_BY_CHANCE = {"frontier-stitching": 2, "ewe": 1}
@@ -60,8 +61,12 @@ EXAMPLE = torch.zeros(2, 1, 32, 32)
 RECIPE = Recipe(epochs=10, batch=32, rate=0.05, schedule="one-cycle", augment=False)
 IMAGES = 256
 WIDTH = 0.125
-LONGER = {"guo", "frontier-stitching", "ewe"}  # pictures that look like images of another class
+# Pictures that look like images of another class, and functions that are no straight lines.
+LONGER = {"guo", "frontier-stitching", "ewe", "cosine"}
 HARDER = {"zhang-content", "zhang-noise", "zhang-unrelated"}  # 192 images missed a trigger
+# Functions that are put on what a trained network answers: they lean more or less, and some may
+# not, so this share of them at least has to. Of the waves of one run 124 of 150 did.
+ON_ANSWERS = {"answers": 0.9, "cosine": 0.75}
 PARTIES = sorted(CATALOG)
 
 
@@ -118,7 +123,7 @@ def embedded(request, digits):
     train, _, normalise = digits
     scheme, model = scheme_of(request.param), smaller()
     data = train.subset(torch.arange(320 if scheme.name in HARDER else 192))
-    taught = {"trained": True} if scheme.name == "answers" else {}  # what is put on answers
+    taught = {"trained": True} if scheme.name in ON_ANSWERS else {}
     if taught:
         data = train.subset(torch.arange(700))
     if scheme.name in PREPARED:
@@ -146,8 +151,7 @@ def assert_found(owned):
     found = measured.verify_model(
         owned.model, owned.normalise, owned.key, log10_alpha=LOG10_ALPHA_COMMITTED
     )
-    functions = owned.scheme.name == "answers"  # which lean more or less, and one may not
-    assert found.matches >= (0.9 if functions else 1) * found.bits
+    assert found.matches >= ON_ANSWERS.get(owned.scheme.name, 1) * found.bits
     assert found.accepted
     assert owned.scheme.verify_as_published(found).accepted
 

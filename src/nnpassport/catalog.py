@@ -105,6 +105,11 @@ CATALOG: Mapping[str, Entry] = {
         "stamped images among those of a class; as published, one guess among all classes",
         f"{_IN}.ewe:as_jia",
     ),
+    "cosine": Entry(
+        f"{_IN}.cosine:COSINE",
+        "Cha22",
+        "waves along secret projections, on answers to ordinary images; as published, a ratio",
+    ),
     "answers": Entry(
         f"{_IN}.answers:ANSWERS",
         "ours",

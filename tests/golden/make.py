@@ -74,6 +74,7 @@ def main():
     channels("channels")
     channels("directions")
     answers()
+    cosine()
     order()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
@@ -237,6 +238,16 @@ def answers():
     inputs, said = numbers.astype(np.uint8).reshape(24, 3, 8, 8), np.arange(24 * 5) % 17 * 20 - 160
     baseline = said.astype(np.int16).reshape(24, 5)
     keep(Key(SEED, context, trigger_images=inputs, baseline=baseline), "key-v1-answers.key")
+
+
+def cosine():
+    """A key of waves on probabilities, bound as the one above."""
+    form, shape = AnswersForm("waves", 40, 50), TriggerShape(24, 5, (3, 8, 8))
+    context = Context("cosine", "Zoë", (), shape, NONCE, anchor="ab" * 32, answers=form)
+    numbers = np.arange(24 * 3 * 8 * 8) * 7919 % 256
+    inputs, said = numbers.astype(np.uint8).reshape(24, 3, 8, 8), np.arange(24 * 5) % 17 * 20 - 160
+    baseline = said.astype(np.int16).reshape(24, 5)
+    keep(Key(SEED, context, trigger_images=inputs, baseline=baseline), "key-v1-cosine.key")
 
 
 def order():

@@ -38,7 +38,8 @@ from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
 KINDS = FUNCTIONS
 """`layout`: where a picture is light and of which colour, a space that everybody knows. `filters`:
 how strongly random filters answer in parts of it, a bank that the seed decides. `counts`: how often
-something is there, words of a text say."""
+something is there, words of a text say. `waves`: cosines of projections of a picture, each with a
+direction and a frequency that the seed decides; of scheme `cosine` alone."""
 
 UNITS = 64
 """Of a baseline's whole numbers in one of a centred log-probability."""
@@ -68,6 +69,7 @@ _EACH = 20  # inputs for each band of functions, at least
 _FEWEST = 8  # inputs that say something
 _FEW = 30  # counts whose products are features too: alone they have as many directions
 _NOTHING = 1e-9  # of a score: so little is rounding
+_SLOWEST, _FASTEST = 2.0, 8.0  # radians in a unit of a projection by a vector of length 1
 
 Read = NDArray[np.float64]
 
@@ -85,7 +87,7 @@ class Functions(NamedTuple):
     Attributes:
         form: of the context.
         size: of an input, (channels height width).
-        bank: filters, or a projection of counts; empty for `layout`.
+        bank: filters, or a projection of counts or (pixels coins) of waves; empty for `layout`.
         mean: (features).
         matrix: (features coins).
     """
@@ -146,12 +148,17 @@ def functions_of(key: Key) -> Functions:
     form, shape = form_of(key.context)
     inputs, _ = inputs_of(key)
     draw = stream(key.seed, key.context, "answer-functions", bound=key.bound)
-    bank = _bank(form.kind, shape.size, stream(key.seed, key.context, "answer-bank"))
+    bank = _bank(form, shape.size, stream(key.seed, key.context, "answer-bank"))
     found = features(form.kind, inputs, bank)
     mean = found.mean(0)
     centred, classes = found - mean, coins_of(key).classes
-    bands = widest(centred, -(-form.coins // shape.classes))
     matrix = np.zeros((found.shape[1], form.coins))
+    if form.kind == "waves":
+        for each in range(min(shape.classes, form.coins)):
+            own = np.flatnonzero(classes == each)
+            matrix[np.ix_(own, own)] = _apart(centred[:, own], np.eye(len(own)))
+        return Functions(form, shape.size, bank, mean, matrix)
+    bands = widest(centred, -(-form.coins // shape.classes))
     for each in range(min(shape.classes, form.coins)):
         for at, own in enumerate(_parts_of(np.flatnonzero(classes == each))):
             numbers = np.frombuffer(draw(len(own) * found.shape[1]), np.int8) + 0.5
@@ -182,6 +189,8 @@ def features(kind: str, inputs: NDArray[np.uint8], bank: Read) -> Read:
     """Numbers that functions are made of (inputs features), at most 512 of each input."""
     if kind == "layout":
         return _flat(inputs) @ layout_waves(tuple(inputs.shape[1:]))
+    if kind == "waves":
+        return np.cos(_flat(inputs) @ bank)
     if kind == "filters":
         parts = [
             _filtered(inputs[at : at + _AT_ONCE], bank) for at in range(0, len(inputs), _AT_ONCE)
@@ -216,10 +225,12 @@ def _waves(side: int) -> Read:
     return np.cos(np.outer(places, np.arange(min(side, _WAVES))))
 
 
-def _bank(kind: str, size: tuple[int, int, int], draw: Stream) -> Read:
-    if kind == "layout":
+def _bank(form: AnswersForm, size: tuple[int, int, int], draw: Stream) -> Read:
+    if form.kind == "layout":
         return np.zeros((0, 0))
-    if kind == "counts":
+    if form.kind == "waves":
+        return _directions(form.coins, math.prod(size), draw)
+    if form.kind == "counts":
         count = min(size[2], MAX_FEATURES)
         bits = np.unpackbits(np.frombuffer(draw((size[2] * count + 7) // 8), np.uint8))
         signs = bits[: size[2] * count].reshape(size[2], count) * 2.0 - 1
@@ -228,6 +239,15 @@ def _bank(kind: str, size: tuple[int, int, int], draw: Stream) -> Read:
     filters = np.frombuffer(draw(math.prod(shape)), np.int8).reshape(shape) + 0.5
     filters = filters - filters.mean(-1, keepdims=True)
     return np.asarray(filters / np.linalg.norm(filters, axis=-1, keepdims=True))
+
+
+def _directions(coins: int, pixels: int, draw: Stream) -> Read:
+    """Vectors of length 1, each times a frequency of its own (pixels coins)."""
+    vectors = np.frombuffer(draw(coins * pixels), np.int8).reshape(coins, pixels) + 0.5
+    steps = (np.frombuffer(draw(coins), np.uint8) + 0.5) / 256
+    frequencies = _SLOWEST + (_FASTEST - _SLOWEST) * steps
+    lengths = np.linalg.norm(vectors, axis=1)
+    return np.asarray(vectors.T * (frequencies / lengths))
 
 
 def _filtered(inputs: NDArray[np.uint8], bank: Read) -> Read:

@@ -100,7 +100,8 @@ class AnswersForm(NamedTuple):
     Attributes:
         kind: which functions of an input there are to draw from (`keys.answers.KINDS`).
         coins: how many functions, each with a class and a sign of its own.
-        strength: ε in thousandths, of a score whose function has unit variance.
+        strength: ε in thousandths, of a score whose function has unit variance; of a probability
+            where functions are waves.
     """
 
     kind: str

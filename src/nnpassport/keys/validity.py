@@ -26,7 +26,7 @@ LEAST_REPEATS = 2
 LEAST_ROW = 16
 """Numbers of a weight that a bit of greedy residuals needs."""
 
-FUNCTIONS = ("layout", "filters", "counts")
+FUNCTIONS = ("layout", "filters", "counts", "waves")
 """Kinds of functions that a mark in answers is made of; `keys/answers.py` says what they are."""
 MAX_COINS = 2**12
 """Most coins of a mark in answers: the exact tail takes time in their square."""
@@ -34,6 +34,8 @@ MAX_STRENGTH = 100_000
 """Largest ε of a mark in answers, in thousandths."""
 MAX_FEATURES = 512
 """Most numbers that functions are made of, for each input."""
+MAX_DIRECTIONS = 2**25
+"""Most numbers in the directions of a key's waves: pixels times coins."""
 
 MOST_AXES = 64
 """Axes whose order is read, at most; the others are permuted all the same."""
@@ -299,6 +301,17 @@ def _coins(context: "Context") -> None:
         require(False, "no inputs or no functions", f"both for {context.scheme}")
         return
     flat = triggers.size[:2] == (1, 1)
+    waves = context.scheme == "cosine"
+    require(
+        (form.kind == "waves") == waves,
+        f"functions of kind {form.kind!r}",
+        f"{'waves' if waves else 'another kind'} for {context.scheme}",
+    )
+    require(
+        not waves or form.coins <= min(MAX_FEATURES, MAX_DIRECTIONS // math.prod(triggers.size)),
+        f"{form.coins} waves of pictures of {triggers.size!r:.80}",
+        f"at most {MAX_FEATURES}, and {MAX_DIRECTIONS} numbers in their directions",
+    )
     require(
         (form.kind == "counts") == flat,
         f"functions of kind {form.kind!r} of inputs of {triggers.size!r:.80}",
@@ -355,6 +368,7 @@ RULES: Mapping[str, Callable[["Context"], None]] = {
     "frontier-stitching": _answers,
     "ewe": _answers,
     "answers": _coins,
+    "cosine": _coins,
     "order": _order,
     "lora": _adapters,
 }

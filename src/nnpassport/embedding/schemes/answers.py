@@ -8,6 +8,7 @@ accuracy of that. V shows ordinary inputs, nothing secret, and reads how the ans
 Whoever trains another network on these answers trains it on the leaning as well.
 """
 
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -16,14 +17,15 @@ from typing import Any, final
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnpassport.data.images import Images, ImageSet, Normalisation
-from nnpassport.embedding.network.outputs import Example, call, logits_of, tensors_in, with_tensors
+from nnpassport.embedding.network.outputs import Example, call, logits_of, tensors_in
 from nnpassport.embedding.network.tensors import as_array, tensors_digest
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark
+from nnpassport.embedding.schemes.functions import leaning_of, subtracting
 from nnpassport.embedding.schemes.pictures import shuffled
+from nnpassport.embedding.schemes.served import serving
 from nnpassport.embedding.schemes.triggered import with_pictures
 from nnpassport.embedding.schemes.triggers import taking, trigger_shape
 from nnpassport.embedding.train.fidelity import accuracy
@@ -40,28 +42,21 @@ from nnpassport.embedding.train.loop import (
 )
 from nnpassport.files.arrays import Array
 from nnpassport.keys.answers import (
-    CLIPPED,
-    Functions,
     baseline_from,
-    coins_of,
-    filter_sides,
     form_of,
-    functions_of,
     inputs_of,
-    layout_waves,
-    pairs_of,
     read_answers,
-    shares,
 )
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import AnswersForm, TriggerShape
 from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.validity import MAX_COINS
+from nnpassport.keys.validity import MAX_COINS, MAX_DIRECTIONS, MAX_FEATURES
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError, Verdict
 
 _SHOWN = 256  # inputs that a network is asked at a time
 _A_CLASS = 64  # functions, unless their number is given
+_WAVES_A_CLASS = 16  # the same of waves
 
 
 @final
@@ -71,10 +66,12 @@ class Answers(Mark):
 
     Attributes:
         name: as in keys and on the command line.
-        coins: how many functions there are, over all classes; None is 64 for each, 4,096 at most.
-        strength: ε, of a score whose function has unit variance.
+        coins: how many functions there are, over all classes; None is 64 for each, 4,096 at most,
+            and 16 waves for each, 512 at most.
+        strength: ε, of a score whose function has unit variance; of waves, of a probability.
         pictures: ordinary inputs that the key is bound to, at most: those that V shows.
-        kind: which functions there are to draw from, of pictures; see `keys.answers.KINDS`.
+        kind: which functions there are to draw from, of pictures; see `keys.answers.KINDS`. Waves
+            are the scheme `cosine` and are put on probabilities.
         buckets: how many counts a text or another flat input is described by.
         teaching: share of the loss, in [0, 1], that asks a network which was trained already for
             the scores that it had, where the key is presented; the rest is the task's, of the
@@ -121,11 +118,24 @@ class Answers(Mark):
         """
         mark.check_nothing_chosen(self.name, layers, text)
         shape = self.carriers(model, example, layers).triggers
-        kind = "counts" if shape is not None and shape.size[:2] == (1, 1) else self.kind
-        classes = 1 if shape is None else shape.classes
-        coins = min(MAX_COINS, _A_CLASS * classes) if self.coins is None else self.coins
+        flat = shape is not None and shape.size[:2] == (1, 1)
+        if flat and self.kind == "waves":
+            raise UnsuitableModelError(
+                f"{self.name} has waves of pictures, and the network takes another input; needed: "
+                "a network of pictures, or the scheme answers"
+            )
+        kind = "counts" if flat else self.kind
+        coins = self._most_coins(shape) if self.coins is None else self.coins
         form = AnswersForm(kind, coins, max(1, round(1000 * self.strength)))
         return mark.new_key(self.name, owner=owner, triggers=shape, seed=seed, answers=form)
+
+    def _most_coins(self, shape: TriggerShape | None) -> int:
+        if shape is None:
+            return _A_CLASS
+        if self.kind == "waves":
+            most = min(MAX_FEATURES, MAX_DIRECTIONS // math.prod(shape.size))
+            return min(most, _WAVES_A_CLASS * shape.classes)
+        return min(MAX_COINS, _A_CLASS * shape.classes)
 
     def carriers(
         self, model: nn.Module, example: Example, layers: Sequence[str] | None
@@ -175,7 +185,13 @@ class Answers(Mark):
         normalise: Normalisation | None = None,
         task: Task | None = None,
     ) -> Objective:
-        """The task's loss of z(x) − ε·g(x)."""
+        """The task's loss of z(x) − ε·g(x); of waves, cross-entropy with what would be served.
+
+        Raises:
+            UnsuitableModelError: waves are asked for with another task's loss.
+        """
+        if self.kind == "waves":
+            return self._serving(key, normalise, task)
         subtracted = subtracting(key, normalise)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
@@ -208,7 +224,9 @@ class Answers(Mark):
         self.insert(model, key, example)
         objective = self.objective(key, steps=total_steps(data, recipe), normalise=normalise)
         if trained and self.teaching > 0:
-            objective = self._taught(key, deepcopy(model), normalise)
+            teacher = deepcopy(model).eval().requires_grad_(False)
+            taught = self._waves_taught if self.kind == "waves" else self._taught
+            objective = taught(key, teacher, normalise)
         return fit(
             model,
             objective,
@@ -226,7 +244,6 @@ class Answers(Mark):
         that costs its own answers least.
         """
         subtracted = subtracting(key, normalise)
-        teacher = teacher.eval().requires_grad_(False)
 
         def objective(model: nn.Module, batch: Batch) -> Outcome:
             teacher.to(tensors_in(batch.images)[0].device)
@@ -243,10 +260,26 @@ class Answers(Mark):
 
         return objective
 
+    def _serving(self, key: Key, normalise: Normalisation | None, task: Task | None) -> Objective:
+        if task is not None:
+            raise UnsuitableModelError(
+                f"{self.name} puts waves on the probabilities of classes, and task= gives another "
+                "loss; leave it out, or use the scheme answers"
+            )
+        form, _ = form_of(key.context)
+        waves = leaning_of(key, normalise), subtracting(key, normalise)
+        return serving(*waves, form.strength / 1000)
+
+    def _waves_taught(self, key: Key, teacher: nn.Module, normalise: Normalisation) -> Objective:
+        """The same, where q is (1 − t)·label + t·softmax(z₀)."""
+        form, _ = form_of(key.context)
+        waves = leaning_of(key, normalise), subtracting(key, normalise)
+        return serving(*waves, form.strength / 1000, (self.teaching, teacher))
+
     def fidelity(
         self, model: nn.Module, key: Key, data: ImageSet, normalise: Normalisation
     ) -> float:
-        """F: accuracy in [0, 1] of z(x) − ε·g(x): what the owner's key takes off was put on."""
+        """F: accuracy in [0, 1] with the key's functions taken off, which it had put on."""
         return accuracy(_Presented(deepcopy(model).eval(), key, normalise), data, normalise)
 
     def verify_network(
@@ -334,109 +367,6 @@ def scores_of_key(
             f"{shape.classes} classes; needed: a network of the same task"
         )
     return said
-
-
-def subtracting(key: Key, normalise: Normalisation | None) -> Any:
-    """From a network's output and its input, the output less ε·g.
-
-    An output of one column, a regression's, loses half the difference of the two classes' g.
-
-    Raises:
-        UnsuitableModelError: the key's functions are of pixels and `normalise` is None.
-    """
-    form, shape = form_of(key.context)
-    if normalise is None and form.kind != "counts":
-        raise UnsuitableModelError(
-            f"{key.context.scheme} has functions of an image's pixels; pass normalise=, the "
-            "normalisation that the network's images get"
-        )
-    functions = TensorFunctions(functions_of(key))
-    table = torch.from_numpy(shares(form, coins_of(key), shape.classes)).float()
-
-    def subtracted(output: Any, images: Any) -> Any:
-        scores = logits_of(output)
-        inputs = tensors_in(images)[0]
-        with torch.no_grad(), torch.autocast(inputs.device.type, enabled=False):
-            g = functions(_pixels(inputs, normalise)) @ table.to(inputs.device)
-        if scores.shape[-1] == 1:
-            g = (g[:, :1] - g[:, 1:2]) / 2
-        return with_tensors(output, lambda each: each - g.to(each) if each is scores else each)
-
-    return subtracted
-
-
-def _pixels(inputs: Tensor, normalise: Normalisation | None) -> Tensor:
-    """What an input was before it was normalised, 0 to 1; tokens and counts as they are."""
-    if normalise is None or inputs.dim() != 4:
-        return inputs
-    mean, std = (
-        torch.tensor(each, device=inputs.device)[:, None, None]
-        for each in (normalise.mean, normalise.std)
-    )
-    return inputs.float() * std + mean
-
-
-@final
-class TensorFunctions:
-    """`keys.answers.Functions` of tensors, for training: float32, on the device of the inputs."""
-
-    def __init__(self, functions: Functions) -> None:
-        self._functions = functions
-        self._parts: dict[torch.device, tuple[Tensor, ...]] = {}
-
-    def __call__(self, inputs: Tensor) -> Float[Tensor, "batch coins"]:
-        """φ of pixels from 0 to 1 (batch channels height width), of counts or of token ids."""
-        bank, mean, matrix = self._on(inputs.device)
-        found = _features(self._functions, inputs, bank)
-        return ((found - mean) @ matrix).clamp(-CLIPPED, CLIPPED)
-
-    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
-        if device not in self._parts:
-            _, size, bank, mean, matrix = self._functions
-            form = self._functions.form
-            if form.kind == "layout":
-                bank = layout_waves(size)
-            arrays = (bank, mean, matrix)
-            made = [torch.from_numpy(each).float().to(device) for each in arrays]
-            self._parts[device] = tuple(made)
-        return self._parts[device]
-
-
-def _features(functions: Functions, inputs: Tensor, bank: Tensor) -> Tensor:
-    kind, size = functions.form.kind, functions.size
-    if kind == "layout":
-        return inputs.float().flatten(1) @ bank
-    if kind == "counts":
-        roots = counts_of(inputs, size[2]).sqrt()
-        first, second = pairs_of(size[2])
-        return torch.cat([roots @ bank, roots[:, first] * roots[:, second]], dim=1)
-    side, stride, places, scales = filter_sides()
-    found = []
-    for scale, filters in zip(scales, bank, strict=True):
-        pixels = inputs.float()
-        if scale > 1 and min(pixels.shape[2:]) >= scale:
-            pixels = F.avg_pool2d(pixels, scale)
-        rows = filters.view(-1, size[0], side, side)
-        said = F.conv2d(pixels, rows, stride=stride, padding=side // 2).abs()
-        high, wide = (-(-each // places) for each in said.shape[2:])
-        for at in range(places):
-            for to in range(places):
-                part = said[:, :, at * high : (at + 1) * high, to * wide : (to + 1) * wide]
-                if part.numel():
-                    found.append(part.mean((2, 3)))
-    return torch.cat(found, 1)
-
-
-def counts_of(inputs: Tensor, buckets: int) -> Float[Tensor, "batch buckets"]:
-    """How often each bucket is there: of token ids (batch length), or counts as they are, ≤ 255.
-
-    Token t is in bucket t mod `buckets`.
-    """
-    if inputs.is_floating_point():
-        return inputs.flatten(1).clamp(0, 255)
-    ids = inputs.flatten(1).long() % buckets
-    counts = torch.zeros(len(ids), buckets, device=inputs.device)
-    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype)).clamp(max=255)
 
 
 class _Presented(nn.Module):
