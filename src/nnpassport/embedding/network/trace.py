@@ -167,6 +167,7 @@ class _Trace(TorchDispatchMode):
         self._behind: dict[str, set[str]] = {}  # by a norm's gain, what writes into the norm
         self._unknown: set[str] = set()
         self._tables: set[str] = set()  # looked up, as embeddings are
+        self._ranked: list[Dimension] = []  # of which the largest were chosen, as experts are
         state = model.state_dict(keep_vars=True)
         buffers = dict(model.named_buffers(remove_duplicate=False))
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -258,7 +259,7 @@ class _Trace(TorchDispatchMode):
         rules: list[Callable[[_Call, Sequence[Tensor], _Origin], Any]] = [
             *(self._pointwise, self._elementwise, self._viewed, self._contracted, self._convolved),
             *(self._normalised, self._reduced, self._looked_up, self._attended, self._pieced),
-            *(self._reparametrised, self._repeated),
+            *(self._reparametrised, self._repeated, self._routed),
         ]
         for rule in rules:
             found = rule(seen, tensors, origin)
@@ -557,6 +558,31 @@ class _Trace(TorchDispatchMode):
         if groups > 1 and inside == 1:
             mark(own[1], "alone")
         return [own, [], []], origin
+
+    def _routed(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
+        """What sends tokens to experts, and the products with the matrices of all of them.
+
+        Which expert is which only the router says: it is tried whether both can be reordered.
+        """
+        given = seen.given
+        if seen.name in {"topk", "sort", "histc"}:
+            own = list(self._dimensions(tensors[0]))
+            if seen.name == "histc":
+                self.fix_all(tensors)
+                return [fresh(seen.shape(), rigid=True)], origin
+            axis = int(given["dim"] if given.get("dim") is not None else -1) % len(own)
+            self._ranked.append(own[axis])
+            mark(own[axis], "pointwise")
+            own[axis] = fresh((seen.shape()[axis],), rigid=True)[0]
+            return [own, own], origin
+        if seen.name != "_grouped_mm" or given["mat2"].dim() != 3 or given["self"].dim() != 2:
+            return None
+        left, right = self._dimensions(given["self"]), self._dimensions(given["mat2"])
+        router = next((e for e in self._ranked if extent(leaves(e)) == extent(right[0])), None)
+        tie(right[0], router) if router is not None else fix(right[0])
+        tie(left[1], right[1])
+        written = self._met(given["self"], 1, given["mat2"], 1)
+        return [[left[0], right[2]]], origin._replace(written=written)
 
     def _reparametrised(self, seen: _Call, tensors: Sequence[Tensor], origin: _Origin) -> Any:
         """A weight as its direction times its length, along one dimension: weight norm."""
