@@ -62,10 +62,17 @@ class Axis:
 
 
 class Norm(NamedTuple):
-    """A norm without statistics of its own: its shift, and whether it takes the mean away."""
+    """A norm without statistics of its own.
+
+    Attributes:
+        shift: name of what it adds.
+        centred: whether it takes the mean away.
+        added: what its code adds to its gain before it multiplies with it; Gemma's add one.
+    """
 
     shift: str | None
     centred: bool
+    added: float = 0.0
 
 
 class Statistics(NamedTuple):
@@ -115,7 +122,8 @@ class Axes:
             "version": VERSION,
             "axes": [_said(axis) for axis in self.axes],
             "reads": {name: list(each) for name, each in self.reads.items()},
-            "norms": {name: list(each) for name, each in self.norms.items()},
+            # Two where nothing is added, as tables had before there was a third.
+            "norms": {n: list(each if each.added else each[:2]) for n, each in self.norms.items()},
             "batch_norms": {name: list(each) for name, each in self.batch_norms.items()},
             "gains": dict(self.gains),
             "unknown": list(self.unknown),
@@ -154,7 +162,8 @@ class Axes:
                 axes=tuple(_axis(each) for each in _at_most(document["axes"], _MOST_AXES)),
                 reads={_text(n): (_count(d), _name(g)) for n, (d, g) in _pairs(document, "reads")},
                 norms={
-                    _text(n): Norm(_name(s), _flag(c)) for n, (s, c) in _pairs(document, "norms")
+                    _text(n): Norm(_name(s), _flag(c), *map(_real, more))
+                    for n, (s, c, *more) in _pairs(document, "norms")
                 },
                 batch_norms={
                     _text(n): Statistics(_name(w), _name(b), _text(m), _text(v), _number(e))
@@ -218,6 +227,12 @@ def _count(value: Any) -> int:
 def _number(value: Any) -> float:
     if type(value) not in {int, float} or not 0 <= value < 1:
         raise ValueError(f"{value!r:.40} is no ε")
+    return float(value)
+
+
+def _real(value: Any) -> float:
+    if type(value) not in {int, float} or not abs(value) < _MOST_SIZE:
+        raise ValueError(f"{value!r:.40} is no number")
     return float(value)
 
 
