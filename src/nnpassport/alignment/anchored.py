@@ -21,6 +21,7 @@ import numpy as np
 
 from nnpassport.alignment.byaxes import Placed, Reference, alike, strangers_of
 from nnpassport.alignment.canonical import Weights
+from nnpassport.alignment.layouts import laid_out
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.naming import FITS, Naming, loose_in, named
 from nnpassport.alignment.rate import Read, exact
@@ -61,6 +62,7 @@ def verify_anchored(read: Read, suspect: Mapping[str, Array], anchor: Reference)
         UnsuitableModelError: nothing of the suspect can be aligned; it says what was looked for.
         UnreadableModelError: what could be cannot be read.
     """
+    suspect = laid_out(suspect, anchor.tensors)
     refused: UnsuitableModelError | UnreadableModelError | None = None
     first: _Reading | None = None
     try:
