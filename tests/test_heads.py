@@ -52,7 +52,13 @@ MADE = {
         {"heads": 2, "pairs": 0},
     ),
     "queries and keys normed": (
-        of("Qwen3", **SIZES, num_key_value_heads=2, head_dim=8), {"heads": 1, "pairs": 0},
+        of("Qwen3", **SIZES, num_key_value_heads=2, head_dim=8), {"heads": 1, "pairs": 1},
+    ),
+    "all that is written normed": (
+        of("Olmo2", **SIZES, num_key_value_heads=2), {"heads": 1, "pairs": 1},
+    ),
+    "gains of one more than what is kept": (
+        of("Gemma2", **SIZES, num_key_value_heads=2, head_dim=8), {"heads": 1, "pairs": 1},
     ),
 }  # fmt: skip
 
@@ -97,6 +103,7 @@ def test_what_a_thief_does_to_heads_is_undone(name):
     model, example = network(name)
     moved = move(model, example, torch.Generator().manual_seed(1), kinds=KEEPING)
     assert {kind: moved.done[kind] for kind in ("heads", "pairs")} == MADE[name][1]
+    assert moved.done["regain"] > 0
     assert not moved.undone["reorder"]
     axes = axes_of(model, example)
     assert Axes.from_bytes(axes.to_bytes()) == axes

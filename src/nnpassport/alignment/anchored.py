@@ -20,6 +20,7 @@ import numpy as np
 
 from nnpassport.alignment.byaxes import Placed, Reference, alike, strangers_of
 from nnpassport.alignment.canonical import Weights
+from nnpassport.alignment.layouts import laid_out
 from nnpassport.alignment.mirrors import AS_IT_IS, Orientation, possible, turned
 from nnpassport.alignment.naming import FITS, Naming, loose_in, named
 from nnpassport.alignment.rate import exact
@@ -64,6 +65,7 @@ def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Referen
         UnreadableModelError: what could be cannot be read.
     """
     read = read.through(anchor.with_own_scales)
+    suspect = laid_out(suspect, anchor.tensors)
     refused: UnsuitableModelError | UnreadableModelError | None = None
     first: _Tried | None = None
     try:

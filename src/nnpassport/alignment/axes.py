@@ -65,18 +65,14 @@ class Norm(NamedTuple):
     """A norm without statistics of its own.
 
     Attributes:
-        shift: name of what it adds at its end.
+        shift: name of what it adds.
         centred: whether it takes the mean away.
-        offset: what is added to its weight before that multiplies: 1 in Gemma's norms.
+        added: what its code adds to its gain before it multiplies with it; Gemma's add one.
     """
 
     shift: str | None
     centred: bool
-    offset: float = 0.0
-
-    def factor(self, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-        """What each channel is multiplied with."""
-        return np.ravel(weight) + self.offset if self.offset else np.ravel(weight)
+    added: float = 0.0
 
 
 class Statistics(NamedTuple):
@@ -126,7 +122,8 @@ class Axes:
             "version": VERSION,
             "axes": [_said(axis) for axis in self.axes],
             "reads": {name: list(each) for name, each in self.reads.items()},
-            "norms": {n: list(each if each.offset else each[:2]) for n, each in self.norms.items()},
+            # Two where nothing is added, as tables had before there was a third.
+            "norms": {n: list(each if each.added else each[:2]) for n, each in self.norms.items()},
             "batch_norms": {name: list(each) for name, each in self.batch_norms.items()},
             "gains": dict(self.gains),
             "unknown": list(self.unknown),
@@ -164,7 +161,10 @@ class Axes:
             return cls(
                 axes=tuple(_axis(each) for each in _at_most(document["axes"], _MOST_AXES)),
                 reads={_text(n): (_count(d), _name(g)) for n, (d, g) in _pairs(document, "reads")},
-                norms={_text(n): _norm(*each) for n, each in _pairs(document, "norms")},
+                norms={
+                    _text(n): Norm(_name(s), _flag(c), *map(_real, more))
+                    for n, (s, c, *more) in _pairs(document, "norms")
+                },
                 batch_norms={
                     _text(n): Statistics(_name(w), _name(b), _text(m), _text(v), _number(e))
                     for n, (w, b, m, v, e) in _pairs(document, "batch_norms")
@@ -212,12 +212,6 @@ def _pairs(document: Mapping[str, Any], name: str) -> Iterator[tuple[Any, Any]]:
     yield from document[name].items()
 
 
-def _norm(shift: Any, centred: Any, *offset: Any) -> Norm:
-    if len(offset) > 1 or any(type(n) not in {int, float} or not 0 < abs(n) < 1e6 for n in offset):
-        raise ValueError(f"{offset!r:.40} is no offset")
-    return Norm(_name(shift), _flag(centred), *map(float, offset))
-
-
 def _at_most(values: Any, most: int) -> Any:
     if not isinstance(values, list) or len(values) > most:
         raise ValueError(f"needed: a list of at most {most}")
@@ -233,6 +227,12 @@ def _count(value: Any) -> int:
 def _number(value: Any) -> float:
     if type(value) not in {int, float} or not 0 <= value < 1:
         raise ValueError(f"{value!r:.40} is no ε")
+    return float(value)
+
+
+def _real(value: Any) -> float:
+    if type(value) not in {int, float} or not abs(value) < _MOST_SIZE:
+        raise ValueError(f"{value!r:.40} is no number")
     return float(value)
 
 

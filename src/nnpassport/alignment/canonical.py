@@ -30,7 +30,7 @@ def canonical(
     for name, (dimension, before) in axes.reads.items():
         known = before is not None and before in tensors and before in axes.norms
         if name in found and before is not None and known:
-            factor = axes.norms[before].factor(tensors[before])
+            factor = np.ravel(tensors[before]) + axes.norms[before].added
             times = _parts(axes, name, dimension, len(factor), found[name].shape)
             _scale(found[name], dimension, factor, times)
             if centred and axes.norms[before].centred:
@@ -80,7 +80,7 @@ def restored(
         _scale(found, writing(axes, name), _inverse(_gain_of(axes, name, reference)))
     dimension, before = axes.reads.get(name, (0, None))
     if before is not None and before in reference and before in axes.norms:
-        back = _inverse(axes.norms[before].factor(reference[before]))
+        back = _inverse(np.ravel(reference[before]) + axes.norms[before].added)
         _scale(found, dimension, back, _parts(axes, name, dimension, len(back), found.shape))
     return found
 
@@ -92,7 +92,8 @@ def _gain_of(
 
     Behind a norm any positive factor of the whole vector is nobody's: of it the signs count.
     """
-    gain = np.ravel(tensors[axes.gains[name]])
+    norm = axes.norms.get(axes.gains[name])
+    gain = np.ravel(tensors[axes.gains[name]]) + (0.0 if norm is None else norm.added)
     times = tensors[name].shape[writing(axes, name)] if name in tensors else len(gain)
     return np.tile(gain, times // len(gain)) if len(gain) and times % len(gain) == 0 else gain
 

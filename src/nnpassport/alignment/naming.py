@@ -513,7 +513,7 @@ class _Search:
             vectors[before] = (
                 np.asarray(self.suspect[gain], np.float64).reshape(shape)
                 if gain
-                else np.ones(shape) - self.to.axes.norms[before].offset
+                else np.ones(shape) - self.to.axes.norms[before].added
             )
         try:
             whole = canonical(self.to.axes, {name: tensor, **vectors})[name]

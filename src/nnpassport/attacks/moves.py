@@ -352,7 +352,7 @@ def _regain(subject: _Subject) -> Iterator[Act]:
 
         def norms(state: State, rng: torch.Generator, gain: str = gain, norm: Norm = norm) -> None:
             factor = _factors(len(state[gain]), rng) * _signs(len(state[gain]), rng)
-            state[gain] = (state[gain] + norm.offset) * factor - norm.offset
+            _times_gain(axes, state, gain, factor)
             if norm.shift is not None:
                 state[norm.shift] *= factor
             for name, dimension in _readers(axes, gain):
@@ -371,7 +371,7 @@ def _regain(subject: _Subject) -> Iterator[Act]:
             _times(state, weight, writing(axes, weight), factor)
             if _bias(weight) in state:
                 state[_bias(weight)] *= factor
-            state[gain] /= factor.view(state[gain].shape)
+            _times_gain(axes, state, gain, 1 / factor.view(state[gain].shape))
 
         yield layers
 
@@ -685,21 +685,30 @@ def _fold_gains(state: State, axes: Axes, axis: Axis) -> set[str]:
             if norm.shift is not None and _bias(name) in state and by_reader.dim() == 2:
                 shift = _repeated(state[norm.shift], by_reader.shape[1])
                 state[_bias(name)] += by_reader @ shift
-            _times(state, name, dimension, state[gain] + norm.offset)
-        state[gain].fill_(1 - norm.offset)
+            _times(state, name, dimension, state[gain] + norm.added)
+        state[gain].fill_(1 - norm.added)
         found.add(gain)
         if norm.shift is not None:
             state[norm.shift].zero_()
             found.add(norm.shift)
     for weight, gain in axes.gains.items():
         if gain in on_axis:
-            factor = state[gain].flatten().clone()
+            added = axes.norms[gain].added if gain in axes.norms else 0.0
+            factor = state[gain].flatten() + added
             _times(state, weight, writing(axes, weight), factor)
             if _bias(weight) in state:
                 state[_bias(weight)] *= factor
-            state[gain].fill_(1)
+            state[gain].fill_(1 - added)
             found.add(gain)
     return found
+
+
+def _times_gain(axes: Axes, state: State, gain: str, factor: Tensor) -> None:
+    """Multiply what a norm or a layer is multiplied with, in place."""
+    added = axes.norms[gain].added if gain in axes.norms else 0.0
+    state[gain] += added
+    state[gain] *= factor
+    state[gain] -= added
 
 
 def _readers(axes: Axes, gain: str) -> Iterator[tuple[str, int]]:

@@ -144,6 +144,7 @@ def with_pairs(
     angle = torch.rand(axis.size, heads, generator=rng, dtype=torch.float64) * 2 * torch.pi
     length = (torch.rand(axis.size, heads, generator=rng, dtype=torch.float64) * 2 - 1).exp()
     if "negated" in axis.traits:
+        angle[torch.randint(axis.size, (), generator=rng)] = 2 * torch.pi  # one at least moves
         angle, length = (angle > torch.pi) * torch.pi, torch.ones_like(length)
     for pairs, size in zip(both, (length, 1 / length), strict=True):
         for one, two in pairs:

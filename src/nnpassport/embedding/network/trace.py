@@ -363,7 +363,7 @@ class _Trace(TorchDispatchMode):
             if not offset:
                 self._gains.setdefault(was.written, set()).add(gain)
             return origin
-        self._norms.setdefault(gain, Norm(None, centred=False, offset=offset))
+        self._norms.setdefault(gain, Norm(None, centred=False, added=offset))
         if was.normed is not None:
             self._behind.setdefault(gain, set()).add(was.normed)
         return origin._replace(norm=gain)
@@ -764,8 +764,7 @@ class _Trace(TorchDispatchMode):
             Axis(size, "inner", ("rotated",), each)
             for key, factor in found.items()
             if factor.rigid and "bilinear" in factor.traits
-            for side_by_side in _side_by_side(axes, self._of_matrices(places[key]))
-            for size, each in _as_pairs(factor.size, side_by_side)
+            for size, each in _rotated(axes, factor.size, self._of_matrices(places[key]))
         ]
         kept = self._parameters.keys()  # of what no file holds a table says nothing
         return Axes(
@@ -805,23 +804,36 @@ class _Trace(TorchDispatchMode):
         return [place for place in places if _module(place.tensor) in layers]
 
 
-def _side_by_side(axes: Sequence[Axis], places: Sequence[Place]) -> list[list[Place]]:
-    """The places of one attention each: all layers are rotated by the same table.
+def _rotated(
+    axes: Sequence[Axis], size: int, places: Sequence[Place]
+) -> Iterator[tuple[int, tuple[Place, ...]]]:
+    """Pairs of one attention each: all layers are rotated by the same table.
 
-    Those that have heads in common meet in one; so may those that lie in one module, or two in one.
+    Queries and keys are those that have heads in common; or, where one key is there for all heads,
+    that lie beside one another; or in one module.
     """
-    groups = {
+    by_heads = {
         tuple(sorted({place.tensor for place in axis.places}))
         for axis in axes
         if "batched" in axis.traits
     }
-    for home in (_module, _home):
-        together: dict[str, set[str]] = {}
-        for place in places:
-            together.setdefault(home(place.tensor), set()).add(place.tensor)
-        groups |= {tuple(sorted(names)) for names in together.values()}
-    kept = ([place for place in places if place.tensor in names] for names in sorted(groups))
-    return [each for each in kept if each]
+    in_a_home, in_a_module = (_together(places, home) for home in (_home, _module))
+    found = set[str]()
+    for several, fused in ((sorted(by_heads), False), (in_a_home, False), (in_a_module, True)):
+        before = frozenset(found)
+        for names in several:
+            kept = [place for place in places if place.tensor in set(names) - before]
+            pairs = list(_as_pairs(size, _queries_and_keys(kept, fused=fused)))
+            found |= {place.tensor for _, each in pairs for place in each}
+            yield from pairs
+
+
+def _together(places: Sequence[Place], home: Callable[[str], str]) -> list[list[str]]:
+    """Names of their tensors, those of one home in one list."""
+    found: dict[str, set[str]] = {}
+    for place in places:
+        found.setdefault(home(place.tensor), set()).add(place.tensor)
+    return [sorted(found[name]) for name in sorted(found)]
 
 
 def _module(tensor: str) -> str:
@@ -832,12 +844,13 @@ def _home(tensor: str) -> str:
     return _module(_module(tensor))
 
 
-def _as_pairs(size: int, places: Sequence[Place]) -> Iterator[tuple[int, tuple[Place, ...]]]:
+def _as_pairs(
+    size: int, sides: Sequence[Sequence[Place]]
+) -> Iterator[tuple[int, tuple[Place, ...]]]:
     """How the inside of heads may be pairs: first half with second, or neighbours with one another.
 
     Where the halves were told apart already, each side has two places. Which it is, `prove` says.
     """
-    sides = _queries_and_keys(places)
     counts = {len(each) for each in sides}
     if counts == {2} and size > 1:
         yield size, tuple(place for each in sides for place in each)
@@ -869,8 +882,8 @@ def _as_pairs(size: int, places: Sequence[Place]) -> Iterator[tuple[int, tuple[P
             )
 
 
-def _queries_and_keys(places: Sequence[Place]) -> list[list[Place]]:
-    """By tensor its places; those of a fused tensor in halves, one of which is queries."""
+def _queries_and_keys(places: Sequence[Place], *, fused: bool) -> list[list[Place]]:
+    """By tensor its places; those of a `fused` tensor in halves, one of which is queries."""
     by_tensor: dict[str, list[Place]] = {}
     for place in places:
         by_tensor.setdefault(place.tensor, []).append(place)
@@ -878,7 +891,7 @@ def _queries_and_keys(places: Sequence[Place]) -> list[list[Place]]:
     if len(modules) == 2:
         return list(by_tensor.values())
     several = [sorted(each, key=lambda place: place.offset) for each in by_tensor.values()]
-    if len(modules) != 1 or any(len(each) % 2 for each in several):
+    if not fused or len(modules) != 1 or any(len(each) % 2 for each in several):
         return []
     halves = [(each, len(each) // 2) for each in several]
     return [part for each, half in halves for part in (each[:half], each[half:])]
