@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import signal
 import sys
 import traceback
@@ -19,6 +18,7 @@ from nnpassport.cli import attack as attacking
 from nnpassport.cli import claim as claiming
 from nnpassport.cli import compare as comparing
 from nnpassport.cli import diary as keeping
+from nnpassport.cli import key as drawing
 from nnpassport.cli import layers as inspecting
 from nnpassport.cli import leaderboard as ranking
 from nnpassport.cli import probe as probing
@@ -37,9 +37,7 @@ from nnpassport.cli.options import (
     Public,
     Run,
     Sets,
-    images_from,
     key_from,
-    new_passphrase,
     opened_key,
     save_bound,
 )
@@ -54,7 +52,6 @@ from nnpassport.cli.terminal import (
     print_error,
     print_metrics,
     print_result,
-    print_rows,
     print_table,
     print_verdict,
     progress_bar,
@@ -74,8 +71,7 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
-key_app = typer.Typer(help="Draw and inspect secret keys.", no_args_is_help=True)
-app.add_typer(key_app, name="key")
+app.add_typer(drawing.app, name="key")
 app.add_typer(claiming.app, name="claim")
 app.add_typer(keeping.app, name="diary")
 
@@ -103,115 +99,6 @@ def demo(
     raise typer.Exit(0 if result.as_expected else 1)
 
 
-@key_app.command("new")
-@spread
-def key_new(
-    *,
-    out: Out,
-    scheme: Annotated[
-        str, typer.Option(help="Name of the scheme; `nnpassport schemes` lists them.")
-    ] = "passport-v2",
-    network: Network,
-    classes: Annotated[int, typer.Option(help="Number of classes of the task.")] = 10,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Layers to protect, such as 'layer4.*'; repeatable (default: the paper's)."
-        ),
-    ] = None,
-    owner: Annotated[str, typer.Option(help="Your name, for the record.")] = "unnamed",
-    signing: Annotated[
-        Path | None,
-        typer.Option(
-            help="Your public key, PEM, from `claim keygen`. Nobody else can then claim this key."
-        ),
-    ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(help="Text that the mark spells, ASCII (default: random bits)."),
-    ] = None,
-    passports: Annotated[
-        str | None,
-        typer.Option(
-            help="Kind of passport. One for each channel: channel (default). One for each "
-            "layer: derived (default of pan), or the paper's random, image and shuffle."
-        ),
-    ] = None,
-    images: Annotated[
-        str | None,
-        typer.Option(
-            help="Training images. With channel they show what the layers of the trained "
-            "network in --model receive. With image and shuffle the passports are made "
-            "of them."
-        ),
-    ] = None,
-    images_split: Annotated[str | None, typer.Option(help="Split of --images.")] = None,
-    plain: Annotated[
-        Path | None, typer.Option(help="With --images: folder of a plain, trained network.")
-    ] = None,
-    public: Public = None,
-    triggers: Annotated[
-        Path | None,
-        typer.Option(
-            help="adi, V3: a published trigger set with its labels, Parquet (no p-value)."
-        ),
-    ] = None,
-    factory: Factory = None,
-    passphrase: Passphrase = False,
-) -> None:
-    """Draw a secret key for a network of this shape, into a file only you can read."""
-    from nnpassport.embedding import owner as ownership
-    from nnpassport.keys.chance import (
-        LOG10_ALPHA_UNCOMMITTED,
-        log10_binomial_tail,
-    )
-    from nnpassport.keys.keyfile import save_key
-    from nnpassport.verification.anchor import needs_anchor
-
-    if signing is not None:
-        from nnpassport.claims.signing import bound_name, load_public_key
-
-        owner = bound_name(owner, load_public_key(signing))
-    config, folder = network.config(factory, classes), Path(network.architecture)
-    source = None if images is None else images_from(images, images_split, config)
-    drawn = ownership.draw_key(
-        config,
-        scheme,
-        owner=owner,
-        layers=layer,
-        text=text,
-        passports=passports if passports in {None, "channel", "derived"} else "derived",
-        trained=folder if folder.is_dir() else None,
-        seen=source,
-        public=public or (),
-    )
-    if passports not in {None, "channel", "derived"}:
-        drawn = ownership.redraw_as_published(drawn, passports, plain, source)
-    elif source is not None and plain is not None:
-        drawn = ownership.prepare_key(drawn, plain, source)
-    if triggers is not None:
-        drawn = ownership.with_trigger_file(drawn, triggers)
-    ownership.check_pictures(drawn, config)
-    save_key(drawn, out, passphrase=new_passphrase() if passphrase else None)
-    bits, pictures = drawn.context.bits, drawn.context.triggers
-    what = [f"{len(drawn.context.layers)} layers, {bits} bits"] if bits else []
-    if drawn.context.order is not None:
-        what = [f"{len(drawn.context.order.axes)} axes, {bits} units whose order is read"]
-    what += [f"{pictures.count} pictures"] if pictures is not None else []
-    errors.print(f"{out}: {'; '.join(what)}")
-    counts = bool(bits) and drawn.derived and drawn.context.order is None
-    weakest = log10_binomial_tail(bits, bits, 0.5) if counts else -math.inf
-    if weakest > LOG10_ALPHA_UNCOMMITTED:
-        errors.print("note:", style="yellow", end=" ")
-        errors.print(
-            f"{bits} bits reach 10^{weakest:.1f} at best, and "
-            f"without a dated claim 10^{LOG10_ALPHA_UNCOMMITTED:.1f} is asked for; name more layers"
-        )
-    if needs_anchor(drawn):
-        errors.print("`embed` binds it to the network before the mark; claim it after that.")
-    errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
-
-
 @app.command()
 def schemes(as_json: AsJson = False) -> None:
     """List the schemes: what each is, and the paper it is from."""
@@ -220,34 +107,6 @@ def schemes(as_json: AsJson = False) -> None:
     facts = {n: {"source": e.source, "summary": e.summary} for n, e in CATALOG.items()}
     rows = [(n, e.source, e.summary) for n, e in CATALOG.items()]
     print_result(facts, as_json, lambda: print_table(("scheme", "from", "what it is"), rows))
-
-
-@key_app.command("show")
-def key_show(
-    path: Annotated[Path, typer.Argument(help="Key file.")],
-    as_json: AsJson = False,
-    passphrase: Passphrase = False,
-) -> None:
-    """Print what is not secret about a key: its scheme, owner, layers and fingerprint."""
-    from nnpassport.verification.anchor import needs_anchor
-
-    key = key_from(path, passphrase)
-    layers = [f"{layer.name} {list(layer.weight)}" for layer in key.context.layers]
-    order = key.context.order
-    axes = None if order is None else [f"axis {a.number}: {a.units} units" for a in order.axes]
-    facts = {
-        "scheme": key.context.scheme,
-        "owner": key.context.owner,
-        "bits": key.context.bits,
-        "derived": key.derived,
-        "anchor": key.context.anchor or ("none yet" if needs_anchor(key) else None),
-        "fingerprint": key.fingerprint,
-        "layers": layers,
-        **({} if axes is None else {"axes": axes}),
-    }
-    there = {name: each for name, each in facts.items() if each is not None}
-    rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in there.items()]
-    print_rows(facts, as_json, rows)
 
 
 @app.command()

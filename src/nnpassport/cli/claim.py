@@ -1,12 +1,14 @@
 """The commands `claim …`: commit to a key before any dispute, and disclose it in one."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import typer
 
 from nnpassport.cli.options import AsJson, KeyFile, Out, Passphrase, key_from
+from nnpassport.cli.spread import spread
 from nnpassport.cli.terminal import errors, print_result, print_rows
 
 app = typer.Typer(
@@ -54,52 +56,92 @@ def keygen(
     print_result(facts, as_json, lambda: errors.print(said, soft_wrap=True))
 
 
-@app.command()
-def new(
-    key: KeyFile,
-    signing: Annotated[Path, typer.Option(help="Secret signing key, from `claim keygen`.")],
-    out: Out,
+@final
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """The owner's networks to which a claim commits."""
+
     reference: Annotated[
         Path | None,
         typer.Option(help="Your released model folder. The claim commits to its digest."),
-    ] = None,
+    ] = None
     anchor: Annotated[
         Path | None,
         typer.Option(
             help="The secret network before the mark, if the key is bound to one. It is "
             "checked, and the claim commits to its table of axes if there is one."
         ),
-    ] = None,
+    ] = None
     public: Annotated[
         list[Path] | None,
         typer.Option(
             help="With --anchor: a network that others have too, such as the base you started "
             "from; repeatable. The anchor must not be one of them."
         ),
-    ] = None,
+    ] = None
+
+    def facts(self, key: Any) -> dict[str, Any]:
+        """What the claim says of them."""
+        from nnpassport.files.weights import digest_of
+
+        if self.anchor is None and key.context.anchor is not None:
+            errors.print(
+                "note: --anchor was not given; the key names one, and it was not looked at."
+            )
+        reference, aligned_to = self.reference, self.reference
+        if self.anchor is not None:
+            aligned_to = _checked(self.anchor, key, self.public or [])
+        return {
+            "reference": None if reference is None else digest_of(reference),
+            "network": None if reference is None else _facts_of(reference),
+            "axes": None if aligned_to is None else _axes_of(aligned_to),
+        }
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Authorities:
+    """Who dates a claim."""
+
     authority: Annotated[
         list[str] | None,
         typer.Option(
             help="URL of an RFC 3161 timestamp authority; repeatable. Two are better than one."
         ),
-    ] = None,
+    ] = None
     authority_root: Annotated[
         list[Path] | None,
         typer.Option(
             help="The authority's root certificate, PEM; one for each authority, in their "
             "order. The token is checked at once."
         ),
-    ] = None,
+    ] = None
+
+    def pairs(self) -> list[tuple[str, Path]]:
+        """Each with its root."""
+        urls, roots = self.authority or (), self.authority_root or ()
+        if len(urls) != len(roots):
+            raise typer.BadParameter(
+                "--authority and --authority-root go together; give both of each"
+            )
+        return list(zip(urls, roots, strict=True))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What else a claim declares, and in which form it is signed."""
+
     alpha: Annotated[
         int, typer.Option(help="log10 of the threshold α on the p-value, an integer.")
-    ] = -9,
+    ] = -9
     target: Annotated[
         float | None, typer.Option(help="Accuracy you declare, 0 to 1 (default: none).")
-    ] = None,
+    ] = None
     tolerance: Annotated[
         float,
         typer.Option(help="How far below --target accuracy may be, 0 to 1 (the paper's ε_f)."),
-    ] = 0.03,
+    ] = 0.03
     in_toto: Annotated[
         bool,
         typer.Option(
@@ -107,28 +149,55 @@ def new(
             help="Write an in-toto statement of the files of --reference. Other tools can "
             "check its signature too.",
         ),
-    ] = False,
+    ] = False
     date: Annotated[
         str | None,
         typer.Option(
             help="Date for the record, such as 2026-01-31 (default: today). It proves nothing."
         ),
-    ] = None,
+    ] = None
+
+    def facts(self) -> dict[str, Any]:
+        """What the claim says of it."""
+        from nnpassport.claims.claim import Declared
+
+        declared = None
+        if self.target is not None:
+            declared = Declared(_ppm(self.target), _ppm(self.tolerance))
+        return {"log10_alpha": self.alpha, "fidelity": declared, "date": self.date}
+
+    def signed(self, made: Any, reference: Path | None, owner: Any) -> Any:
+        """The claim in the form that was asked for."""
+        from nnpassport.claims import claim
+
+        if not self.in_toto:
+            return claim.sign_claim(made, owner)
+        if reference is None:
+            raise typer.BadParameter("--in-toto is a statement of files: --reference says of which")
+        return claim.sign_statement(made, _files_of(reference), owner)
+
+
+@app.command()
+@spread
+def new(
+    *,
+    key: KeyFile,
+    signing: Annotated[Path, typer.Option(help="Secret signing key, from `claim keygen`.")],
+    out: Out,
+    networks: Networks,
+    authorities: Authorities,
+    declaration: Declaration,
     passphrase: Passphrase = False,
     signing_passphrase: SigningPassphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Commit to a secret key in a file that is safe to publish."""
-    from nnpassport.claims import (
-        claim,
-        timestamp,
-    )
+    from nnpassport.claims import claim, timestamp
     from nnpassport.claims import signing as signatures
     from nnpassport.claims.claimfile import write_signed
-    from nnpassport.files.weights import digest_of
     from nnpassport.verification.anchor import needs_anchor
 
-    authorities = _authorities(authority, authority_root)
+    pairs = authorities.pairs()
     owner = signatures.load_signing_key(
         signing, passphrase=passphrase_of_signing(signing_passphrase, new=False)
     )
@@ -138,38 +207,15 @@ def new(
             f"{key} is bound to no network yet: `embed` binds it to the one before the mark, and "
             "then it is another key; embed first"
         )
-    if anchor is None and secret.context.anchor is not None:
-        errors.print("note: --anchor was not given; the key names one, and it was not looked at.")
-    aligned_to = reference if anchor is None else _checked(anchor, secret, public or [])
-    declared = None if target is None else claim.Declared(_ppm(target), _ppm(tolerance))
-    made = claim.claim_of(
-        secret,
-        owner.public_key(),
-        reference=None if reference is None else digest_of(reference),
-        log10_alpha=alpha,
-        fidelity=declared,
-        date=date,
-        network=None if reference is None else _facts_of(reference),
-        axes=None if aligned_to is None else _axes_of(aligned_to),
-    )
-    if in_toto and reference is None:
-        raise typer.BadParameter("--in-toto is a statement of files: --reference says of which")
-    if in_toto and reference is not None:
-        signed = claim.sign_statement(made, _files_of(reference), owner)
-    else:
-        signed = claim.sign_claim(made, owner)
-    for url, root in authorities:
+    facts = {**networks.facts(secret), **declaration.facts()}
+    made = claim.claim_of(secret, owner.public_key(), **facts)
+    signed = declaration.signed(made, networks.reference, owner)
+    for url, root in pairs:
         signed = claim.stamp_claim(signed, url, timestamp.load_roots(root))
     write_signed(signed, out)
     _print(made.as_dict(), as_json)
-    stamped = "timestamped" if authority else "not timestamped: nobody can tell how old it is"
+    stamped = "timestamped" if pairs else "not timestamped: nobody can tell how old it is"
     errors.print(f"{out}: signed, {stamped}")
-
-
-def _authorities(urls: list[str] | None, roots: list[Path] | None) -> list[tuple[str, Path]]:
-    if len(urls or ()) != len(roots or ()):
-        raise typer.BadParameter("--authority and --authority-root go together; give both of each")
-    return list(zip(urls or (), roots or (), strict=True))
 
 
 @app.command()

@@ -8,7 +8,7 @@ one, `anchor/`, the network before the mark, and, if he kept one, `diary/`, that
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import chain, count
@@ -172,40 +172,23 @@ def hear(
     """
     suspect = Suspect.of(suspect)
     digests = suspect.arrays.digests  # all of it: every claimant's reading is of this
-    names = _distinct([folder.resolve().name for folder in folders])
-    claimants: dict[str, Claimant] = {}
-    exhibits: dict[str, Exhibit] = {}
-    for name, folder in zip(names, folders, strict=True):
-        try:
-            exhibits[name] = exhibit = read_exhibit(folder, bench)
-            claimants[name] = _claimant(name, exhibit)
-        except Exception as error:  # whatever one hands in, it stops nobody else's claim
-            claimants[name] = Claimant(name, unchecked=_said(error))
-    steps, done = len(exhibits) ** 2, 0
+    exhibits, claimants = _handed_in(folders, bench)
+    steps, done = len(exhibits) ** 2, count()
+
+    def tell(what: str) -> None:
+        if show is not None:
+            show(next(done), steps, what)
+
     # Whose claim cannot be read, or does not hold, can prove nothing: that is no try.
     holding = sum(claimants[name].refused is None for name in exhibits)
     for name, exhibit in exhibits.items():
-        if claimants[name].refused is not None:
-            continue
-        if show is not None:
-            show(done, steps, f"{name}: the suspect")
-        found = _on_suspect(suspect, exhibit, bench, holding)
-        done += 1
-        elsewhere = {}
-        for other, theirs in exhibits.items():
-            if other != name and theirs.reference is not None:
-                done += 1
-                if show is not None:
-                    show(done, steps, f"{name}: {other}'s network")
-                strict = Options(
-                    exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True
-                )
-                there = Suspect(theirs.reference)
-                found_there = _readings(there, exhibit, strict, bench.unrelated)
-                elsewhere[other] = found_there.verdicts
-        claimants[name] = _with_findings(claimants[name], found, elsewhere)
-        claimants[name] = _with_diary(claimants[name], exhibit, suspect, bench)
-        claimants[name] = _with_lineage(claimants[name], exhibit, suspect)
+        if claimants[name].refused is None:
+            tell(f"{name}: the suspect")
+            found = _on_suspect(suspect, exhibit, bench, holding)
+            elsewhere = _elsewhere(name, exhibits, bench, tell)
+            claimant = _with_findings(claimants[name], found, elsewhere)
+            claimant = _with_diary(claimant, exhibit, suspect, bench)
+            claimants[name] = _with_lineage(claimant, exhibit, suspect)
     dated = _dated(exhibits, claimants)
     found_of = relations_of(suspect, dated, unrelated=bench.unrelated, images=bench.images)
     for name, facts in found_of.items():
@@ -219,6 +202,35 @@ def hear(
     everyone = list(claimants.values())
     standings = {name: exhibit.standing for name, exhibit in exhibits.items()}
     return Hearing(rule(everyone), everyone, standings, digests, bench.appeared)
+
+
+def _handed_in(
+    folders: Sequence[Path], bench: Bench
+) -> tuple[dict[str, Exhibit], dict[str, Claimant]]:
+    """By name the exhibits that can be read, and all claimants."""
+    exhibits, claimants = dict[str, Exhibit](), dict[str, Claimant]()
+    names = _distinct([folder.resolve().name for folder in folders])
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            exhibits[name] = exhibit = read_exhibit(folder, bench)
+            claimants[name] = _claimant(name, exhibit)
+        except Exception as error:  # whatever one hands in, it stops nobody else's claim
+            claimants[name] = Claimant(name, unchecked=_said(error))
+    return exhibits, claimants
+
+
+def _elsewhere(
+    name: str, exhibits: Mapping[str, Exhibit], bench: Bench, tell: Callable[[str], None]
+) -> dict[str, dict[str, Verdict]]:
+    """What a claimant's mark reads as in the networks of all others, by whose they are."""
+    exhibit, found = exhibits[name], dict[str, dict[str, Verdict]]()
+    strict = Options(exhibit.config, log10_alpha=LOG10_ALPHA_UNCOMMITTED, every_reading=True)
+    for other, theirs in exhibits.items():
+        if other != name and theirs.reference is not None:
+            tell(f"{name}: {other}'s network")
+            there = Suspect(theirs.reference)
+            found[other] = _readings(there, exhibit, strict, bench.unrelated).verdicts
+    return found
 
 
 def _dated(exhibits: Mapping[str, Exhibit], claimants: Mapping[str, Claimant]) -> dict[str, Path]:
