@@ -137,7 +137,7 @@ def genuine(scheme: str) -> tuple[bytes, ...]:
     """Contexts that the scheme would make for such networks."""
     if scheme in {"answers", "cosine"}:
         shape = TriggerShape(200, CLASSES, SIZE)
-        kinds = ("waves",) if scheme == "cosine" else ("layout", "filters")  # no counts of texts
+        kinds = ("waves",) if scheme == "cosine" else ("layout", "filters", "mirrored")
         forms = [AnswersForm(kind, 64, 400) for kind in kinds]
         made = [Context(scheme, "Eve", (), shape, bytes(16), answers=form) for form in forms]
         return tuple(context.encode() for context in made)

@@ -128,6 +128,7 @@ def test_a_sum_that_no_signs_reach_is_refused():
         ("layout", (3, 12, 10)),
         ("filters", (3, 12, 10)),
         ("filters", (1, 9, 9)),
+        ("mirrored", (3, 12, 11)),
         ("layout", (1, 4, 4)),
     ],
 )
@@ -152,10 +153,31 @@ def test_a_key_has_functions_of_its_own():
     assert np.abs(banks[0] - banks[1]).max() > 0.1
 
 
+def test_a_picture_and_its_mirror_image_are_one_to_mirrored_functions():
+    shown = pictures(size=(3, 12, 12), count=64)
+    mirrored, plain = (functions_of(drawn(kind=k, shown=shown)) for k in ("mirrored", "filters"))
+    np.testing.assert_allclose(mirrored(shown[..., ::-1]), mirrored(shown), atol=1e-9)
+    assert np.abs(plain(shown[..., ::-1]) - plain(shown)).mean() > 0.5
+
+
+def test_who_averages_answers_over_mirror_images_takes_nothing_from_mirrored_functions():
+    """Which he would do anyway, for it makes networks right more often."""
+    shown = pictures(size=(3, 12, 12))
+    left = {}
+    for kind in ("filters", "mirrored"):
+        key = drawn(kind=kind, shown=shown)
+        functions, coins = functions_of(key), coins_of(key)
+        both = [key_function(functions, coins, each, CLASSES) for each in (shown, shown[..., ::-1])]
+        own = np.random.default_rng(7).normal(size=(SHOWN, CLASSES))
+        said = before(shown) + (both[0] + both[1]) / 2 + 2 * own
+        left[kind] = read_answers(said, key).log10_p_value
+    assert left["mirrored"] < 1.3 * left["filters"] < -5
+
+
 # Reading
 
 
-@pytest.mark.parametrize("kind", ["layout", "filters"])
+@pytest.mark.parametrize("kind", ["layout", "filters", "mirrored"])
 def test_who_carries_the_mark_is_found_by_scores_and_by_labels(kind):
     key = drawn(kind=kind)
     said = says(key)

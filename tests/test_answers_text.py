@@ -94,6 +94,46 @@ def test_a_network_that_reads_sentences_carries_it_and_answers_as_well_as_before
     assert right[1] > right[0] - 0.02
 
 
+@pytest.mark.slow
+@pytest.mark.trains
+def test_a_copy_that_read_nothing_but_answers_to_other_sentences_carries_it(texts):
+    """16 functions for each class: words that are everywhere. The least of two keys: 10⁻⁶."""
+    inputs, labels = texts
+    mine, theirs, asked = slice(0, 1_300), slice(1_300, 2_600), slice(2_600, None)
+
+    def right(of):
+        return lambda model, shown, rows: F.cross_entropy(model(shown), labels[of][rows])
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.EmbeddingBag(TOKENS, 32), nn.Linear(32, len(PACKAGES)))
+    plain = trained(network, right(mine), inputs[mine])
+    scheme = replace(ANSWERS, coins=64, strength=1.0, pictures=len(inputs[asked]))
+    key = scheme.draw_key(plain, inputs[:2], seed=bytes([3]) * 32)
+    shown = counts_of(inputs[asked], BUCKETS).to(torch.uint8)[:, None, None]
+    key = bound_to(key, shown, plain(inputs[asked]).detach(), None)
+    objective = scheme.objective(key, steps=1)
+
+    def marking(model, shown, rows):
+        return objective(model, Batch(shown, labels[mine][rows])).loss
+
+    marked = trained(deepcopy(plain).train(), marking, inputs[mine])
+    answered = marked(inputs[theirs]).detach()
+
+    def copying(model, shown, rows):
+        return F.cross_entropy(model(shown), answered.softmax(1)[rows])
+
+    def another(seed):
+        torch.manual_seed(seed)
+        hidden = (nn.EmbeddingBag(TOKENS, 48), nn.ReLU(), nn.Linear(48, len(PACKAGES)))
+        return nn.Sequential(*hidden)
+
+    copy = trained(another(6), copying, inputs[theirs])
+    stranger = trained(another(5), right(theirs), inputs[theirs])
+    found = [read_answers(net(inputs[asked]).detach().numpy(), key) for net in (copy, stranger)]
+    assert found[0].log10_p_value < -4
+    assert found[1].log10_p_value > -3
+
+
 def test_a_regression_on_real_numbers_carries_it_beside_its_error():
     """Diabetes: ten measurements, and how far it went; one score, so one difference of two."""
     measured, target = load_diabetes(return_X_y=True)

@@ -37,7 +37,8 @@ from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError, Verdict
 
 KINDS = FUNCTIONS
 """`layout`: where a picture is light and of which colour, a space that everybody knows. `filters`:
-how strongly random filters answer in parts of it, a bank that the seed decides. `counts`: how often
+how strongly random filters answer in parts of it, a bank that the seed decides. `mirrored`: the
+same of a picture and of its mirror image, so that both are one to them. `counts`: how often
 something is there, words of a text say. `waves`: cosines of projections of a picture, each with a
 direction and a frequency that the seed decides; of scheme `cosine` alone."""
 
@@ -191,6 +192,9 @@ def features(kind: str, inputs: NDArray[np.uint8], bank: Read) -> Read:
         return _flat(inputs) @ layout_waves(tuple(inputs.shape[1:]))
     if kind == "waves":
         return np.cos(_flat(inputs) @ bank)
+    if kind == "mirrored":
+        mirror = inputs[..., ::-1]
+        return (features("filters", inputs, bank) + features("filters", mirror, bank)) / 2
     if kind == "filters":
         parts = [
             _filtered(inputs[at : at + _AT_ONCE], bank) for at in range(0, len(inputs), _AT_ONCE)

@@ -26,7 +26,7 @@ LEAST_REPEATS = 2
 LEAST_ROW = 16
 """Numbers of a weight that a bit of greedy residuals needs."""
 
-FUNCTIONS = ("layout", "filters", "counts", "waves")
+FUNCTIONS = ("layout", "filters", "mirrored", "counts", "waves")
 """Kinds of functions that a mark in answers is made of; `keys/answers.py` says what they are."""
 MAX_COINS = 2**12
 """Most coins of a mark in answers: the exact tail takes time in their square."""

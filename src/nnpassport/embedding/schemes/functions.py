@@ -120,13 +120,19 @@ def _features(functions: Functions, inputs: Tensor, bank: Tensor) -> Tensor:
         roots = counts_of(inputs, size[2]).sqrt()
         first, second = pairs_of(size[2])
         return torch.cat([roots @ bank, roots[:, first] * roots[:, second]], dim=1)
+    if kind == "mirrored":
+        return (_filtered(inputs, bank, size[0]) + _filtered(inputs.flip(-1), bank, size[0])) / 2
+    return _filtered(inputs, bank, size[0])
+
+
+def _filtered(inputs: Tensor, bank: Tensor, channels: int) -> Tensor:
     side, stride, places, scales = filter_sides()
     found = []
     for scale, filters in zip(scales, bank, strict=True):
         pixels = inputs.float()
         if scale > 1 and min(pixels.shape[2:]) >= scale:
             pixels = F.avg_pool2d(pixels, scale)
-        rows = filters.view(-1, size[0], side, side)
+        rows = filters.view(-1, channels, side, side)
         said = F.conv2d(pixels, rows, stride=stride, padding=side // 2).abs()
         high, wide = (-(-each // places) for each in said.shape[2:])
         for at in range(places):
