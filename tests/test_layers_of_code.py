@@ -172,7 +172,7 @@ def test_a_wrong_arrow_is_found(name, target):
     assert forbidden(name, target)
 
 
-GROUND = ("keys", "files", "claims", "alignment", "verification")
+GROUND = ("ground", "keys", "files", "claims", "alignment", "verification", "report")
 
 
 @pytest.mark.parametrize("path", [p for p in MODULES if dotted(p).startswith(GROUND)], ids=dotted)
