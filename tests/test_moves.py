@@ -32,10 +32,10 @@ from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 ROOT = Path(__file__).parent.parent
 MADE = {
     "ResNet": {"negate": 9, "scale": 9, "stretch": 6, "reorder": 6, "split": 6},
-    "ConvNeXt": {"regain": 9, "fix": 6, "reorder": 6, "split": 3},
+    "ConvNeXt": {"regain": 10, "fix": 6, "reorder": 6, "split": 3},
     "ViT": {"regain": 7, "fix": 14, "heads": 6, "rotate": 1, "reorder": 13, "split": 3},
     "DINOv2": {"regain": 13, "fix": 13, "heads": 6, "rotate": 1, "reorder": 13, "split": 3},
-    "Swin": {"regain": 7, "fix": 13, "heads": 6, "reorder": 13, "split": 3},
+    "Swin": {"regain": 8, "fix": 13, "heads": 6, "reorder": 13, "split": 3},
     "MobileNetV2": {"negate": 52, "scale": 52, "mix": 7, "reorder": 25, "split": 18},
     "EfficientNet": {"negate": 10, "scale": 10, "mix": 3, "reorder": 10, "split": 7},
     "RegNet": {"negate": 12, "scale": 12, "stretch": 12, "reorder": 15, "split": 6, "groups": 6},

@@ -101,7 +101,14 @@ def prove(model: nn.Module, example: Example, axes: Axes, *, seed: int = 0) -> A
     pairs = tuple(axis for axis in axes.pairs if axis.traits == _ROTATED)
     turned, negated = (_mover(exact, seed, with_pairs) for _ in range(2))
     false = _wrong(range(len(pairs)), pairs, turned, exact.tolerance)
-    lesser = tuple(replace(pairs[n], traits=("negated", *_ROTATED)) for n in sorted(false))
+    whole = {
+        place.tensor for n, axis in enumerate(pairs) if n not in false for place in axis.places
+    }
+    lesser = tuple(
+        replace(pairs[n], traits=("negated", *_ROTATED))
+        for n in sorted(false)
+        if not whole & {place.tensor for place in pairs[n].places}
+    )
     wrong_too = _wrong(range(len(lesser)), lesser, negated, exact.tolerance)
     kept = [axis for n, axis in enumerate(pairs) if n not in false]
     kept += [axis for n, axis in enumerate(lesser) if n not in wrong_too]
