@@ -194,7 +194,10 @@ def test_a_plan_shows_what_is_missing_and_a_plan_without_results_is_not_there(st
     wanted = len(cells_of(PLAN, ("table2",)))
     assert f"1 of {wanted} runs; trained with 47500 images and tested on 10000" in text
     assert "**ResNet-18, CIFAR-10**: *not run*, none of" in section(text, "Table 3")
-    assert "\n\n*not run*\n\n" in section(text, "Figure 5")
+    nothing = section(text, "Figure 5")
+    assert "Plan `made-up`: 0 of" in nothing
+    assert "![" not in nothing
+    assert "**AlexNet, CIFAR-10 → CIFAR-100**: *not run*, none of 5 rows" in text
 
 
 def test_results_of_other_inputs_are_not_shown(store):

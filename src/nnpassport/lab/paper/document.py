@@ -10,6 +10,7 @@ from nnpassport.embedding.train.loop import Recipe
 from nnpassport.files.disk import write_atomically
 from nnpassport.lab.findings import NOT_RUN, Entry, Findings, seconds
 from nnpassport.lab.paper import costs, figures, tables
+from nnpassport.lab.paper.contents import CONTENTS
 from nnpassport.lab.plans import Plan
 from nnpassport.lab.results import read_json
 from nnpassport.scheme import UnreadableDataError
@@ -107,7 +108,9 @@ def _section(findings: Findings, prose: Mapping[str, str], pictures: dict[str, b
     plan = findings.plan
     parts = [f"## Plan `{plan.name}`", f"{_sentence(plan.summary)}", _recipe(plan)]
     for name, title in TITLES.items():
-        if name in _TABLES:
+        if name in CONTENTS and not findings.part(name)[0]:
+            body = []  # how many runs are wanted is said below
+        elif name in _TABLES:
             body = [table.markdown() for table in _TABLES[name](findings)]
         elif name in figures.PANELS:
             body = _figure(findings, name, pictures)

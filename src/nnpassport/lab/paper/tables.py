@@ -115,19 +115,17 @@ def table2(findings: Findings) -> list[Table]:
         *("network", "accuracy", "paper", "private accuracy", "loss to its baseline, points"),
         *("paper", "goal", "bits found", "paper", "log₁₀ p", "triggers found"),
     )
-    return [
-        Table(
-            _names(architecture, task, target),
-            head,
-            [
-                _table2_row(findings, Group(architecture, task, *kind), target, column)
-                for column, kind in COLUMNS.items()
-            ],
-        )
-        for architecture in plan.architectures
-        for task in plan.tasks
-        for target in ("", *targets_of(plan, task))
-    ]
+    found = []
+    for architecture in plan.architectures:
+        for task in plan.tasks:
+            for target in ("", *targets_of(plan, task)):
+                rows = [
+                    _table2_row(findings, Group(architecture, task, *kind), target, column)
+                    for column, kind in COLUMNS.items()
+                ]
+                unrun = all(row[1] == NOT_RUN for row in rows)
+                found.append(Table(_names(architecture, task, target), head, rows, folds=unrun))
+    return found
 
 
 def _table2_row(findings: Findings, group: Group, target: str, column: str) -> tuple[str, ...]:
