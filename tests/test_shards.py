@@ -27,8 +27,10 @@ from nnpassport.files.disk import sha256_of
 from nnpassport.files.safetensors import INDEX_FILE, open_shards
 from nnpassport.files.weights import read_arrays, read_lazily
 from nnpassport.keys.context import Context, LayerShape
+from nnpassport.keys.counts import Reading
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import save_key
+from nnpassport.keys.reading import read_passports
 from nnpassport.scheme import UnreadableModelError, UnsuitableModelError
 from nnpassport.verification import verdicts as verification
 from nnpassport.verification.candidates import by_name, rivals
@@ -148,9 +150,10 @@ def test_shards_one_file_and_a_state_dict_have_one_verdict(tmp_path, dtype):
     save_sharded(tmp_path / "sharded", state)
     (tmp_path / "whole").mkdir()
     safetensors.torch.save_file(state, tmp_path / "whole" / "model.safetensors")
-    expected = scheme_named("passport-v2").verify(state, key)
-    assert expected.matches == LAYERS * (OUT - 3)
-    expected = by_name(expected, rivals(ArraysOf(state), key))  # its layers are of one shape
+    v = Reading.by(read_passports, key)
+    counts = v(ArraysOf(state))
+    assert counts.matches == LAYERS * (OUT - 3)
+    expected = v.verdict(by_name(counts, rivals(ArraysOf(state), key)))  # layers of one shape
     for path in ("sharded", f"sharded/{INDEX_FILE}", "whole", "whole/model.safetensors"):
         verdict = verdict_of(tmp_path / path, key)
         assert {**verdict.as_dict(), "digests": {}} == {**expected.as_dict(), "digests": {}}

@@ -19,7 +19,8 @@ from nnpassport.attacks.moves import move
 from nnpassport.embedding.axes import axes_of
 from nnpassport.embedding.schemes.channels import Limit
 from nnpassport.embedding.schemes.graft import graft_channels
-from nnpassport.keys.reading import READERS, verdict_on
+from nnpassport.keys.counts import Reading
+from nnpassport.keys.reading import READERS
 
 WIDTH, HIDDEN = 12, 20
 
@@ -256,11 +257,9 @@ def marked_in(name, layers):
 
 
 def read_with(key, weights, name):
-    def v(found):
-        return verdict_on(READERS[key.context.scheme](found, key), key, log10_alpha=-9)
-
+    v = Reading.by(READERS[key.context.scheme], key, log10_alpha=-9)
     own = arrays(anchor(name)[0])
-    return verify_anchored(v, weights, anchor_of(axes(name), own, key))
+    return v.verdict(verify_anchored(v, weights, anchor_of(axes(name), own, key)))
 
 
 def test_a_fused_projection_that_is_kept_as_three_tensors_is_read():

@@ -56,6 +56,11 @@ That is sin θ for a guess at an angle of θ = 60° to where the steps go.
 ROUNDINGS = 2
 """Runs from weights that were moved by rounding, to see how far that carries."""
 
+MOST_ROUNDINGS = 10
+"""As many where so few do not say that it is the same training: rounding may flip a maximum or not,
+and one flip carries hundreds of times as far as none.
+"""
+
 TIMES = 3.0
 """So many times as far as these count as rounding."""
 
@@ -110,7 +115,10 @@ class Replayed:
         if self.equal:
             return True
         # A momentum that carries a network elsewhere is no larger by rounding.
-        blurred = TIMES * self.rounding[1] > FARTHEST and 0.5 <= self.larger <= 2.0
+        as_large = 0.5 <= self.larger <= 2.0
+        if self.optimiser > self.tolerance and not as_large:
+            return False
+        blurred = TIMES * self.rounding[1] > FARTHEST and as_large
         if self.optimiser > max(self.tolerance, TIMES * self.rounding[1]) and not blurred:
             return False
         if self.weights <= self.allowed:
@@ -281,13 +289,17 @@ def replay(
     once = _result(stretch, before, after, found, tolerance)
     if once.equal:
         return once
-    moved = []
-    for number in range(ROUNDINGS):
+    for number in range(MOST_ROUNDINGS):
+        if number >= ROUNDINGS and once.holds:
+            break
         state = _rounded(before.state, number)
         again = _ended(_run(stretch, run, partial(save_training, state=state)), stretch)
-        moved.append(_result(stretch, before, found, again, tolerance))
-    rounding = max(each.weights for each in moved), max(each.optimiser for each in moved)
-    return replace(once, rounding=rounding)
+        moved = _result(stretch, before, found, again, tolerance)
+        weights, optimiser = once.rounding
+        once = replace(
+            once, rounding=(max(weights, moved.weights), max(optimiser, moved.optimiser))
+        )
+    return once
 
 
 def _run(
