@@ -253,6 +253,7 @@ FORKS = {
     "Swin": ("swin.encoder.layers.1.blocks.1",),
     "MobileNetV2": ("mobilenet_v2.layer.14",),
     "EfficientNet": ("efficientnet.encoder.blocks.2.projection.project_bn",),
+    "RegNet": ("regnet.encoder.stages.1.layers.1",),
     "GPT-2": ("transformer.h.2",),
     "Llama": ("model.layers.2",),
     "BERT": ("bert.encoder.layer.2.intermediate.dense",),

@@ -383,7 +383,6 @@ ZOO: Mapping[str, Network] = {
                 layer_type="y"),
         pixels,
         ("regnet.encoder.stages.1.layers.1.*",),
-        schemes=BOTH,
     ),
     "GPT-2": Network(
         "decoder, head tied to the embedding",
