@@ -149,14 +149,15 @@ def test_a_regression_on_real_numbers_carries_it_beside_its_error():
         return (design @ torch.linalg.lstsq(design, values.double()).solution).float()
 
     before = solved(wanted)
-    key = replace(ANSWERS, strength=0.6, pictures=len(inputs)).draw_key(
-        nn.Linear(10, 1), inputs[:2], seed=bytes(32)
-    )
+    scheme = replace(ANSWERS, strength=0.6, pictures=len(inputs))
     shown = inputs.to(torch.uint8)[:, None, None]
-    key = bound_to(key, shown, torch.cat([before, -before], dim=1), None)
-    g = before - subtracting(key, None)(before, inputs)
-    said = solved(wanted + g)  # trained on targets with ε·g on top
-    found = read_answers(torch.cat([said, -said], dim=1).numpy(), key)
-    error = [float((each - wanted).square().mean().sqrt()) for each in (before, said)]
-    assert error[1] < 1.3 * error[0]
-    assert found.log10_p_value < -9
+    found, errors = [], []
+    for number in range(9):  # the last bit of a solution throws all coins of a key anew
+        key = scheme.draw_key(nn.Linear(10, 1), inputs[:2], seed=bytes([number] * 32))
+        key = bound_to(key, shown, torch.cat([before, -before], dim=1), None)
+        g = before - subtracting(key, None)(before, inputs)
+        said = solved(wanted + g)  # trained on targets with ε·g on top
+        found.append(read_answers(torch.cat([said, -said], dim=1).numpy(), key).log10_p_value)
+        errors.append(float((said - wanted).square().mean().sqrt()))
+    assert max(errors) < 1.3 * float((before - wanted).square().mean().sqrt())
+    assert sorted(found)[4] < -6
