@@ -26,7 +26,7 @@ from nnpassport.ground.progress import Listener
 from nnpassport.keys.context import LayerShape, TriggerShape
 from nnpassport.keys.counts import Counts, as_published
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import check_host
+from nnpassport.keys.reading import READERS, check_host
 from nnpassport.scheme import Part, UnsuitableModelError, Verdict
 
 
@@ -178,11 +178,15 @@ class Hooks(Protocol):
         raise TypeError(f"{self.name} has no term; needed: one, or an objective of its own")
 
     def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """What V counts in weights. Other marks are not read from them.
+        """What V counts in weights: what `keys.reading.READERS` has for schemes of this name.
+
+        One that is not in that table reads here. Other marks are not read from weights.
 
         Raises:
             UnsuitableModelError: it is another mark, or a layer is missing or of another shape.
         """
+        if (reader := READERS.get(self.name)) is not None:
+            return reader(weights, key)
         what, instead = "activations", "verify_network"
         if self.triggers:
             what, instead = "answers", "verify_answers"
