@@ -36,7 +36,7 @@ from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.measured import verify_aligned
 from nnpassport.embedding.network.channels import channels_of, network_of
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.network.tensors import ArraysOf, TensorsOf
+from nnpassport.embedding.network.tensors import ArraysOf, as_tensor
 from nnpassport.embedding.schemes.adi import ADI
 from nnpassport.embedding.schemes.passport import V2
 from nnpassport.embedding.schemes.uchida import UCHIDA
@@ -91,7 +91,7 @@ def made(architecture, norm, seed):
 
 
 def tensors(networks):
-    return [dict(TensorsOf(each)) for each in networks]
+    return [{n: as_tensor(a) for n, a in each.items()} for each in networks]
 
 
 def matches(aligned, key, scheme=V2):

@@ -23,7 +23,6 @@ from nnpassport.embedding.schemes.deepmarks import (
     COLLUDERS,
     DEEPMARKS,
     USERS,
-    codebook,
     incidence,
     trace,
     words_of,
@@ -31,6 +30,7 @@ from nnpassport.embedding.schemes.deepmarks import (
 from nnpassport.embedding.schemes.uchida import UCHIDA
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, log10_binomial_tail
 from nnpassport.keys.keyfile import save_key
+from nnpassport.keys.reading import codebook
 from nnpassport.scheme import BadRecipeError, UnreadableKeyError, UnsuitableModelError
 
 EXAMPLE = torch.zeros(2, 1, 32, 32)
@@ -98,7 +98,7 @@ def test_the_design_is_a_projective_plane():
 
 
 def test_the_and_of_up_to_five_words_says_whose_they_are():
-    ones = codebook()[:USERS] > 0
+    ones = torch.from_numpy(codebook()[:USERS]) > 0
     draw = rng()
     coalitions = [(u,) for u in range(USERS)] + list(combinations(range(USERS), 2))
     for count in range(3, COLLUDERS + 1):
@@ -125,7 +125,7 @@ def test_an_orthonormal_basis_leaves_the_regulariser_as_it_is():
     draw = rng()
     basis = torch.linalg.qr(torch.randn(31, 31, generator=draw)).Q
     rows, mean_filter = torch.randn(31, 90, generator=draw), torch.randn(90, generator=draw)
-    word = codebook()[4]
+    word = torch.from_numpy(codebook()[4])
     published = (basis @ word - rows @ mean_filter).square().mean()
     ours = (word - basis.T @ rows @ mean_filter).square().mean()
     torch.testing.assert_close(published, ours, rtol=1e-4, atol=0)

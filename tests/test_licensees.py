@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import torch
 from test_compare import AXES, FIRST, SECOND, drawn, network, permuted, shaken
 from torch import nn
 
+from nnpassport.alignment.axes import Axes
 from nnpassport.alignment.reorder import orderable, reordered, restored_order
+from nnpassport.embedding import licensing
+from nnpassport.embedding.axes import axes_of_folder
 from nnpassport.embedding.checkpoint import load_model, save_model
 from nnpassport.embedding.network.equations import read_bits
 from nnpassport.embedding.network.models import build
@@ -24,7 +28,7 @@ from nnpassport.keys.context import Context, LayerShape
 from nnpassport.keys.derive import length_prefixed
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
-from nnpassport.keys.keyfile import save_key
+from nnpassport.keys.keyfile import load_key, save_key
 from nnpassport.keys.order import derive_order
 from nnpassport.scheme import UnreadableKeyError, UnsuitableModelError
 from nnpassport.verification.compare import compare
@@ -273,3 +277,75 @@ def test_release_and_trace_name_who_leaked(house, call):
     assert call(*words)[0] == 2
     assert call(*words, *both, "--alpha", "0")[0] == 2
     assert call("trace", "umbrella", "--key", "alice.key", "--licensee", "Acme")[0] == 2
+
+
+RELEASE = ("release", "net", "--key", "alice.key")
+
+
+@pytest.fixture
+def kept(house, call):
+    """The same, with the release that the owner keeps, and its table of axes."""
+    assert call(*RELEASE, "-o", "original")[0] == 0
+    assert call("claim", "axes", "original")[0] == 0
+    return house
+
+
+def trace_as_a_later_version(monkeypatch):
+    """A tracer that leaves the last axis out: what it finds has another digest."""
+
+    def later(folder, factory):
+        found = axes_of_folder(folder, factory)
+        return replace(found, axes=found.axes[:-1])
+
+    monkeypatch.setattr(licensing, "axes_of_folder", later)
+
+
+def test_copies_that_are_made_in_different_runs_are_of_one_table(kept, call, monkeypatch):
+    given = ("--original", "original")
+    first = call(*RELEASE, *given, "--licensee", "Acme", "-o", "acme")
+    trace_as_a_later_version(monkeypatch)
+    second = call(*RELEASE, *given, "--licensee", "Umbrella", "-o", "umbrella")
+    anew = call(*RELEASE, "--licensee", "Initech", "-o", "initech")
+    digest = Axes.from_bytes((kept / "original" / "axes.json").read_bytes()).digest
+    told = [digest[:16] in errors for code, _, errors in (first, second, anew) if code == 0]
+    assert told == [True, True, False]
+    names = [word for name in NAMES[:3] for word in ("--licensee", name)]
+    found = [
+        call("trace", copy, "--key", "alice.key", *given, *names, "--json")
+        for copy in ("acme", "umbrella", "initech")
+    ]
+    named = [json.loads(out)["named"] for _, out, _ in found]
+    assert named == [["Acme"], ["Umbrella"], []]  # the third is in orders of another table
+
+
+def test_a_table_or_a_release_of_another_network_is_refused_and_nothing_is_written(kept, call):
+    copy = (*RELEASE, "--original", "original", "--licensee", "Acme", "-o", "acme")
+    table = kept / "original" / "axes.json"
+    written = table.read_bytes()
+    table.write_bytes(AXES.to_bytes())
+    code, _, errors = call(*copy)
+    assert (code, "table of axes is not of this network" in errors) == (2, True)
+    table.unlink()
+    code, _, errors = call(*copy)
+    assert (code, "axes.json" in errors) == (2, True)
+    table.write_bytes(written)
+    other = load_model(kept / "original")
+    with torch.no_grad():
+        other.model.classifier.bias += 1
+    save_model(kept / "original", other.model, other.config)
+    code, _, errors = call(*copy)
+    assert (code, "not the release of this network" in errors) == (2, True)
+    assert not (kept / "acme").exists()
+
+
+def test_a_network_without_the_key_leaves_no_copy(kept):
+    key = load_key(kept / "alice.key")
+    stranger = replace(key, seed=bytes(31) + b"x")
+    with pytest.raises(UnsuitableModelError, match="does not carry this key"):
+        licensing.release_to("Acme", kept / "net", stranger, kept / "acme")
+    assert not (kept / "acme").exists()
+
+
+def test_an_original_goes_with_a_licensee(kept, call):
+    assert call(*RELEASE, "--original", "original", "-o", "copy")[0] == 2
+    assert not (kept / "copy").exists()

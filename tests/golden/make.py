@@ -28,7 +28,7 @@ from constructed import small_alexnet  # noqa: E402
 from rfc3161_client import HashAlgorithm, TimestampRequestBuilder  # noqa: E402
 
 import nnpassport  # noqa: E402
-from nnpassport.alignment.axes import Axes, Axis, Place  # noqa: E402
+from nnpassport.alignment.axes import Axes, Axis, Norm, Place  # noqa: E402
 from nnpassport.claims.claim import claim_of, sign_claim, sign_statement  # noqa: E402
 from nnpassport.claims.claimfile import read_signed, write_signed  # noqa: E402
 from nnpassport.claims.diary import DIARY_FILE, STAMPS_FILE, begin, stated  # noqa: E402
@@ -76,6 +76,7 @@ def main():
     answers()
     cosine()
     order()
+    rotated()
     index = HERE / "index.json"
     known = json.loads(index.read_text()) if index.exists() else {}
     for path in sorted(HERE.rglob("*")):
@@ -88,6 +89,41 @@ def main():
             if name.startswith("key") and name.endswith(".key"):
                 known[name] |= given(path)
     index.write_text(json.dumps(known, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def rotated():
+    """A table of axes of a block with rotated positions: the fields that few networks need."""
+    path = HERE / "axes-v1-rotated.json"
+    if path.exists():
+        return
+    layers = [f"block.{name}.weight" for name in ("q", "k", "v", "o", "up", "down")]
+    query, key, value, out, up, down = layers
+    norm, readers = "block.norm.weight", (query, key, value, up)
+    stream = [*(Place(name, 1) for name in readers), *(Place(n, 0) for n in (norm, out, down))]
+    heads = [Place(n, 0, 0, 8, ((8, 1),)) for n in (query, key, value)]
+    inside = (Place(value, 0, 0, 1, ((2, 8),)), Place(out, 1, 0, 1, ((2, 8),)))
+    axes = (
+        Axis(32, "permute", ("product", "rectified"), (Place(up, 0), Place(down, 1))),
+        Axis(16, "orthogonal", ("layer norm", "square"), tuple(stream)),
+        Axis(8, "inner", ("bilinear",), inside),
+        Axis(2, "inner", ("batched",), (*heads, Place(out, 1, 0, 8, ((8, 1),)))),
+    )
+
+    def turned(*traits, home):
+        names = [f"{home}.{each}.weight" for each in "qk"]
+        both = tuple(Place(name, 0, at, 1, ((2, 8),)) for name in names for at in (0, 4))
+        return Axis(4, "inner", traits, both)
+
+    table = Axes(
+        axes,
+        reads=dict.fromkeys(readers, (1, norm)),
+        norms={norm: Norm(None, False, 1.0)},
+        batch_norms={},
+        gains={down: "block.scale"},
+        unknown=("cumprod",),
+        pairs=(turned("rotated", home="block"), turned("negated", "rotated", home="next")),
+    )
+    path.write_bytes(table.to_bytes())
 
 
 def given(path):

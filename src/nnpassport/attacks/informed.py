@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.unlabelled import (
+    AT_ONCE,
     Rows,
     Scouted,
     Sight,
     answers_of,
-    parts_of,
     scout,
 )
-from nnpassport.embedding.network.outputs import length_of, part_of
+from nnpassport.embedding.network.outputs import length_of, part_of, parts
 
 COMPONENTS = 3
 """Singular components of a layer that a thief tries to take out."""
@@ -326,7 +326,7 @@ def _imitate(
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(list(trained), lr=budget.rate)
     scale = wanted.square().mean().clamp(min=1e-12)
-    batches = list(parts_of(thief.inputs))
+    batches = list(parts(thief.inputs, AT_ONCE))
     answers = wanted.split(length_of(batches[0]))
     for _ in range(budget.epochs):
         for index in torch.randperm(len(batches), generator=rng).tolist():

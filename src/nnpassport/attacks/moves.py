@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from nnpassport.alignment.axes import Axes, Axis, Norm, Place, Statistics
 from nnpassport.alignment.canonical import reads, writing
@@ -44,8 +43,8 @@ from nnpassport.alignment.spots import Spot, spots_of
 from nnpassport.alignment.table import sides_of
 from nnpassport.attacks.outcome import Attacked, Cost, stopwatch
 from nnpassport.embedding.axes import axes_of, put_tensor, untied
-from nnpassport.embedding.network.outputs import Example, logits_of, with_tensors
-from nnpassport.embedding.network.prove import exact_copy, reordered, with_pairs
+from nnpassport.embedding.network.outputs import Example, with_tensors
+from nnpassport.embedding.network.prove import exact_copy, outputs, reordered, with_pairs
 from nnpassport.embedding.network.survey import Site, survey
 from nnpassport.ground.progress import counted
 from nnpassport.scheme import BadRecipeError
@@ -211,12 +210,7 @@ class _Subject:
     def _outputs(self, state: State) -> Tensor:
         _fit(self.exact, state)
         state = {n: t.to(self.kind) if t.is_floating_point() else t for n, t in state.items()}
-        if isinstance(self.inputs, Mapping):
-            output = functional_call(self.exact, state, (), dict(self.inputs), tie_weights=False)
-        else:
-            given = self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
-            output = functional_call(self.exact, state, given, tie_weights=False)
-        return _turned_picture(self.shown.inverse, logits_of(output).detach())
+        return _turned_picture(self.shown.inverse, outputs(self.exact, state, self.inputs))
 
 
 class _Turning(NamedTuple):

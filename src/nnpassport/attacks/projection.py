@@ -15,6 +15,7 @@ from nnpassport.attacks.perturbation import check_share
 from nnpassport.embedding.network.equations import filters, own_order
 from nnpassport.embedding.network.survey import survey
 from nnpassport.embedding.schemes.patches import input_patches
+from nnpassport.embedding.schemes.seen import listening
 
 _PATCHES = 4096
 
@@ -42,10 +43,8 @@ def project(
     for site in survey(projected, inputs[:2]).sites.values():
         weight = site.layer.get_parameter("weight")
         rows = filters(weight, site.geometry)
-        seen: list[Tensor] = []
-        handle = site.layer.register_forward_pre_hook(lambda _m, args, s=seen: s.append(args[0]))
-        projected(inputs)
-        handle.remove()
+        with listening(site.layer) as seen:
+            projected(inputs)
         patches = input_patches(seen[0], tuple(rows.shape[2:]), site.geometry, _PATCHES, rng)
         groups = rows.flatten(1).chunk(site.geometry.groups)
         kept = [

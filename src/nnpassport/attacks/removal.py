@@ -21,6 +21,7 @@ from nnpassport.attacks.outcome import Attacked, stopwatch
 from nnpassport.attacks.perturbation import check_share, convolutions, least, silence
 from nnpassport.data.images import ImageSet, Normalisation, evaluation_batches
 from nnpassport.data.imageset import generator_for
+from nnpassport.embedding.network.modes import hooked
 from nnpassport.embedding.train.loop import Journal, Objective, Outcome, Recipe, classification, fit
 from nnpassport.keys.key import Key
 from nnpassport.scheme import BadRecipeError, Batch, UnsuitableModelError
@@ -117,9 +118,8 @@ def fine_prune(
         return output.masked_fill(idle.view(-1, *[1] * (output.dim() - 2)).to(output.device), 0)
 
     # Where no ReLU follows at once, as in a residual branch, the shift would learn its way back.
-    hook = last.register_forward_hook(keep_silent)
-    train(pruned, pruned.parameters(), classification, data, recipe, normalise=normalise)
-    hook.remove()
+    with hooked(last.register_forward_hook(keep_silent)):
+        train(pruned, pruned.parameters(), classification, data, recipe, normalise=normalise)
     return Attacked(pruned, stop(len(data), recipe.epochs))
 
 
@@ -261,12 +261,12 @@ def _activity(
 ) -> Tensor:
     """Σ ReLU(output) of each of the layer's channels over all images and places."""
     sums: list[Tensor] = []
-    hook = layer.register_forward_hook(
-        lambda _module, _arguments, output: sums.append(
-            output.relu().transpose(0, 1).flatten(1).sum(1)
-        )
-    )
-    for batch in evaluation_batches(data, normalise, 256, device=next(model.parameters()).device):
-        model(batch.images)
-    hook.remove()
+
+    def add(_module: nn.Module, _arguments: Any, output: Tensor) -> None:
+        sums.append(output.relu().transpose(0, 1).flatten(1).sum(1))
+
+    device = next(model.parameters()).device
+    with hooked(layer.register_forward_hook(add)):
+        for batch in evaluation_batches(data, normalise, 256, device=device):
+            model(batch.images)
     return torch.stack(sums).sum(0)

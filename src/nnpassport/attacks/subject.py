@@ -105,6 +105,19 @@ class Subject:
             )
         return self.train
 
+    def tested(self) -> ImageSet:
+        """The images on which accuracies are measured.
+
+        Raises:
+            UnreadableDataError: none were given.
+        """
+        if self.test is None:
+            raise UnreadableDataError(
+                "accuracies are measured, and there are no images to measure on; give some with "
+                "--data"
+            )
+        return self.test
+
     def public_base(self) -> nn.Module:
         """The public network that this one was made from.
 

@@ -4,7 +4,7 @@ He has the weights, some inputs, and the network's own answers to them. With tho
 he likes and keeps as much of it as his answers stand: no key, no labels, any architecture.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from nnpassport.embedding.network.outputs import (
     length_of,
     logits_of,
     part_of,
+    parts,
     tensors_in,
 )
 from nnpassport.embedding.network.survey import Site, choose, survey
@@ -30,7 +31,8 @@ from nnpassport.scheme import BadRecipeError, UnsuitableModelError
 
 KEPT = 0.97
 """How much of its own answers a thief keeps, unless he says otherwise: he loses three points."""
-_AT_ONCE = 32  # inputs that run together
+AT_ONCE = 32
+"""Inputs that run together."""
 _SAMPLES, _MOST = 8, 2**14  # patches of a layer: for each number of a filter, and in all
 _SETTLED_ON = 128  # inputs that norms' statistics are measured on
 _FEW = 16  # numbers: smaller filters use all that they see
@@ -251,13 +253,7 @@ def scout(
 @torch.no_grad()
 def answers_of(model: nn.Module, inputs: Example, asking: Asking) -> Tensor:
     """The answers (inputs numbers) of a network."""
-    return torch.cat([asking.ask(model, part).float() for part in parts_of(inputs)])
-
-
-def parts_of(inputs: Example, size: int = _AT_ONCE) -> Iterator[Example]:
-    """The inputs, so many at a time."""
-    for start in range(0, length_of(inputs), size):
-        yield part_of(inputs, start, start + size)
+    return torch.cat([asking.ask(model, part).float() for part in parts(inputs, AT_ONCE)])
 
 
 def rows_of(site: Site) -> Float[Tensor, "out fan_in"]:
@@ -273,13 +269,13 @@ def sights_of(
 
     Of each layer at most 2¹⁴ patches are looked at, and nothing but their moments is kept.
     """
-    runs = -(-length_of(inputs) // _AT_ONCE)
+    runs = -(-length_of(inputs) // AT_ONCE)
     generator = torch.Generator().manual_seed(seed)
     tallies = {name: _Tally(site, runs, generator) for name, site in sites.items()}
     with ExitStack() as stack:
         for name, tally in tallies.items():
             stack.callback(sites[name].layer.register_forward_hook(tally.note).remove)
-        for part in parts_of(inputs):
+        for part in parts(inputs, AT_ONCE):
             call(model, part)
     return {name: tally.sight() for name, tally in tallies.items()}
 
@@ -336,7 +332,7 @@ def _statistics(model: nn.Module, inputs: Example) -> dict[str, tuple[Tensor, Te
     with ExitStack() as stack:
         for name, norm in norms.items():
             stack.callback(norm.register_forward_hook(noting(name)).remove)
-        for part in parts_of(inputs):
+        for part in parts(inputs, AT_ONCE):
             call(model, part)
     found = {}
     for name, each in sums.items():

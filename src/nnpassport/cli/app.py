@@ -229,21 +229,35 @@ def release(
             "that `trace` can tell whose copy leaked. The answers stay the same."
         ),
     ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --licensee: your release without it, with axes.json (`claim axes`), as "
+            "`trace` takes it. All copies are then in orders of that table. By default the axes "
+            "are traced anew."
+        ),
+    ] = None,
     factory: Factory = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the copy you publish: the plain network, with no trace of the key."""
-    from nnpassport.embedding import owner as ownership
+    from nnpassport.embedding.licensing import release_to
+    from nnpassport.embedding.owner import release as release_plain
 
+    if original is not None and licensee is None:
+        raise typer.BadParameter("--original goes with --licensee: a release has no order without")
     secret = key_from(key, passphrase)
-    verdict = ownership.release(source, secret, out, trusted_factory=factory)
+    told = ""
+    if licensee is None:
+        verdict = release_plain(source, secret, out, trusted_factory=factory)
+    else:
+        made = release_to(licensee, source, secret, out, original=original, trusted_factory=factory)
+        verdict, table = made.verdict, f"table {made.table[:16]}…"
+        told = f"The copy for {licensee}: {made.axes} axes are in an order of their own, by {table}"
     print_result(verdict.as_dict(), as_json, lambda: print_verdict(verdict))
-    if licensee is not None:
-        from nnpassport.embedding.licensing import license_to
-
-        axes = license_to(out, secret, licensee, trusted_factory=factory)
-        errors.print(f"The copy for {licensee}: {axes} axes are in an order of their own.")
+    if told:
+        errors.print(told, markup=False, soft_wrap=True)
     errors.print(f"Released to {out}. The key stays with you.")
 
 

@@ -3,13 +3,15 @@
 import json
 import os
 import secrets
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, final
 
 import typer
 
 from nnpassport.cli.claim import passphrase_of_signing
 from nnpassport.cli.options import AsJson, Factory, Held, Images, Initial, Split
+from nnpassport.cli.spread import spread
 from nnpassport.cli.terminal import errors, print_table
 
 app = typer.Typer(
@@ -143,27 +145,67 @@ def verify(
     raise typer.Exit(0 if holds else 1)
 
 
-@app.command()
-def replay(
-    folder: Folder,
-    owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
-    data: Images,
-    split: Split = None,
-    validation: Held = 0.05,
+@final
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Which stretch of a diary is run again, and what its run was given."""
+
+    data: Images
+    split: Split = None
+    validation: Held = 0.05
     start: Annotated[
         int | None,
         typer.Option("--from", help="Entry from which to start (default: drawn at random)."),
-    ] = None,
+    ] = None
     key: Annotated[
         Path | None,
         typer.Option(help="The key, if the run was one of `embed`. It is then no longer secret."),
-    ] = None,
-    init: Initial = None,
+    ] = None
+    init: Initial = None
     tolerance: Annotated[
         float,
         typer.Option(help="What always counts as rounding: a share of the way gone."),
-    ] = 0.05,
-    factory: Factory = None,
+    ] = 0.05
+    factory: Factory = None
+
+    def run(self, folder: Path, entries: Any) -> Any:
+        """A stretch, drawn by lot among those that there are, run once more.
+
+        Raises:
+            UnreadableClaimError: the diary has no such stretch.
+        """
+        from nnpassport.cli.options import key_from
+        from nnpassport.embedding.replaying import replay, running_as, stretches
+        from nnpassport.scheme import UnreadableClaimError
+
+        there = [s for s in stretches(folder, entries) if self.start in (None, s.start.number)]
+        if not there:
+            raise UnreadableClaimError(
+                f"{folder} has no stretch of one run between two kept checkpoints"
+                f"{'' if self.start is None else f' that begins at entry {self.start}'}; needed: a "
+                "diary whose --diary-keep kept them"
+            )
+        stretch = secrets.choice(there)
+        run = running_as(
+            folder,
+            stretch,
+            self.data,
+            split=self.split,
+            validation=self.validation,
+            key=None if self.key is None else key_from(self.key, False),
+            initial=self.init,
+            trusted_factory=self.factory,
+        )
+        return replay(folder, stretch, run, tolerance=self.tolerance)
+
+
+@app.command()
+@spread
+def replay(
+    *,
+    folder: Folder,
+    owner: Annotated[Path, typer.Option(help="Owner's public key, PEM.")],
+    again: Again,
     as_json: AsJson = False,
 ) -> None:
     """Run a stretch again, from one kept checkpoint to the next. 0: it ends there. 1: it does not.
@@ -175,41 +217,14 @@ def replay(
     """
     from nnpassport.claims import diary
     from nnpassport.claims.signing import load_public_key
-    from nnpassport.embedding.replaying import replay as run_again
-    from nnpassport.embedding.replaying import running_as, stretches
-    from nnpassport.scheme import BadSignatureError, UnreadableClaimError
+    from nnpassport.scheme import BadSignatureError
 
-    public = load_public_key(owner)
-    found = diary.check_chain(folder, public)
+    found = diary.check_chain(folder, load_public_key(owner))
     if not found.holds:
         raise BadSignatureError(found.reason)
-    there = [s for s in stretches(folder, found.entries) if start in (None, s.start.number)]
-    if not there:
-        raise UnreadableClaimError(
-            f"{folder} has no stretch of one run between two kept checkpoints"
-            f"{'' if start is None else f' that begins at entry {start}'}; needed: a diary whose "
-            "--diary-keep kept them"
-        )
-    stretch = secrets.choice(there)
-    run = running_as(
-        folder,
-        stretch,
-        data,
-        split=split,
-        validation=validation,
-        key=None if key is None else _key(key),
-        initial=init,
-        trusted_factory=factory,
-    )
-    done = run_again(folder, stretch, run, tolerance=tolerance)
+    done = again.run(folder, found.entries)
     _print(done.as_dict(), as_json)
     raise typer.Exit({True: 0, False: 1, None: 3}[done.holds])
-
-
-def _key(path: Path) -> Any:
-    from nnpassport.cli.options import key_from
-
-    return key_from(path, False)
 
 
 def _signing_key(path: Path) -> Any:

@@ -208,25 +208,24 @@ class Answered:
         return terms if alpha is None else replace(terms, log10_alpha=alpha)
 
 
-@spread
-def probe(
-    *,
-    url: Annotated[str, typer.Argument(help="Address of the service, http:// or https://.")],
-    key: KeyFile,
-    speech: Speech,
+@final
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """What the owner's network takes, and what its classes are called."""
+
     like: Annotated[
         Path | None,
         typer.Option(
             help="Your model folder, for the names of the classes (as --labels), mean and std."
         ),
-    ] = None,
+    ] = None
     labels: Annotated[
         Path | None,
         typer.Option(
             help="JSON: names in the order of the classes, or {name: index}. If the key has "
             "no names, p is corrected for every map that could have been chosen."
         ),
-    ] = None,
+    ] = None
     any_order: Annotated[
         bool,
         typer.Option(
@@ -234,19 +233,112 @@ def probe(
             help="Accept any names of the classes in any order. The map that fits best is "
             "taken, and p is corrected for the number of maps.",
         ),
-    ] = False,
+    ] = False
     claim: Annotated[
         Path | None,
         typer.Option(
             help="Your claim file, for mean, std and names of the classes as it commits to them."
         ),
-    ] = None,
+    ] = None
     owner: Annotated[
         Path | None,
         typer.Option(
             help="Public key, PEM, that must have signed the claim (default: the one in the claim)."
         ),
-    ] = None,
+    ] = None
+
+    def config(self, key: Any, alpha: float | None) -> Any:
+        """What the claim commits to, else the config of --like, else None.
+
+        Raises:
+            BadRecipeError: `alpha` is laxer than what the claim declares.
+            BadSignatureError: the claim does not hold with this key.
+            UnsuitableModelError: the claim commits to another config than that of --like.
+        """
+        from nnpassport.claims.facts import check_config
+        from nnpassport.files.config import read_config
+
+        config = None if self.like is None else read_config(self.like)
+        if self.claim is None:
+            return config
+        facts = self._claimed(self.claim, key, alpha)
+        if self.like is not None:
+            check_config(self.like, facts)
+        return config if facts is None else facts
+
+    def _claimed(self, path: Path, key: Any, alpha: float | None) -> Any:
+        from nnpassport.claims import signing
+        from nnpassport.claims.claim import check_claim
+        from nnpassport.claims.claimfile import read_signed
+        from nnpassport.scheme import BadRecipeError, BadSignatureError
+
+        signed = read_signed(path)
+        if self.owner is None:
+            public = signing.public_from_hex(signed.envelope.keyid)
+        else:
+            public = signing.load_public_key(self.owner)
+        found = check_claim(signed.undated(), public, key=key)
+        if not found.holds or found.claim is None:
+            raise BadSignatureError(f"{path} does not hold with this key: {found.reason}")
+        declared = found.claim.log10_alpha
+        if alpha is not None and alpha > declared:
+            raise BadRecipeError(
+                f"--alpha {alpha} is laxer than what the claim declares, {declared}; leave it out, "
+                "or give a smaller one"
+            )
+        return found.claim.network
+
+    def names(self, config: Any, classes: int) -> Any:
+        """The names of the classes: of --labels, of the config, or unknown."""
+        from nnpassport.verification.remote.labels import Labels, read_labels
+
+        if self.labels is not None:
+            return read_labels(self.labels, classes)
+        return Labels(classes) if config is None else Labels.in_order(config.classes, classes)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Where the result is written, and the answers on the way to it."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="Write the result here, and the journal of answers beside it."
+        ),
+    ] = None
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the journal beside --out.")
+    ] = False
+
+    @property
+    def journal(self) -> Path | None:
+        """The file of answers beside --out.
+
+        Raises:
+            typer.BadParameter: it is to be resumed, and there is no --out.
+        """
+        if self.resume and self.out is None:
+            raise typer.BadParameter("--resume goes on from the journal beside --out; give --out")
+        return None if self.out is None else self.out.with_name(f"{self.out.name}.journal.jsonl")
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """The result as JSON, if --out names a file."""
+        from nnpassport.files.disk import write_atomically
+
+        if (path := self.out) is not None:
+            content = json.dumps(facts, indent=2).encode()
+            after_all(lambda: write_atomically(path, content), str(path))
+
+
+@spread
+def probe(
+    *,
+    url: Annotated[str, typer.Argument(help="Address of the service, http:// or https://.")],
+    key: KeyFile,
+    speech: Speech,
+    owned: Owned,
     manner: Manner,
     answered: Answered,
     alpha: Annotated[
@@ -255,50 +347,35 @@ def probe(
             help="log10 of the threshold α on the p-value (default: -30.1, which is 2^-100)."
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", "-o", help="Write the result here, and the journal of answers beside it."
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the journal beside --out.")
-    ] = (False),
+    kept: Kept,
     report: Report = None,
     passphrase: Passphrase = False,
     as_json: AsJson = False,
 ) -> None:
     """Does a remote service run on your network? 0: yes. 1: no. 2: it could not be checked."""
-    from nnpassport.files.disk import write_atomically
     from nnpassport.keys.derive import triggers_of
     from nnpassport.verification.remote.ordinary import probe_answers
     from nnpassport.verification.remote.probe import probe as ask_all
 
-    if resume and out is None:
-        raise typer.BadParameter("--resume goes on from the journal beside --out; give --out")
-    secret = key_from(key, passphrase)
+    journal, secret = kept.journal, key_from(key, passphrase)
     if answered.plan:
-        _print_plan(like, secret, manner.budget)
+        _print_plan(owned.like, secret, manner.budget)
         raise typer.Exit(0)
-    shape, config = triggers_of(secret.context), _config(like)
-    if claim is not None:
-        config = _committed(claim, owner, secret, like, config, alpha)
-    service = speech.service(url, config, committed=claim is not None)
-    known = _labels(labels, config, shape.classes)
-    images, terms = manner.images(shape.size), manner.terms(alpha, any_order=any_order)
-    journal = None if out is None else out.with_name(f"{out.name}.journal.jsonl")
-    with manner.asking(service, known) as asker, progress_bar("probe") as show:
-        kept: dict[str, Any] = {"journal": journal, "resume": resume, "show": show}
+    shape, config = triggers_of(secret.context), owned.config(secret, alpha)
+    service = speech.service(url, config, committed=owned.claim is not None)
+    names, covers = owned.names(config, shape.classes), manner.images(shape.size)
+    with manner.asking(service, names) as asker, progress_bar("probe") as show:
+        told: dict[str, Any] = {"journal": journal, "resume": kept.resume, "show": show}
         if secret.context.answers is None:
-            found = ask_all(asker, secret, cover=images, terms=terms, **kept)
+            terms = manner.terms(alpha, any_order=owned.any_order)
+            found = ask_all(asker, secret, cover=covers, terms=terms, **told)
             found = found.among(answered.among)
         else:
             ordinary = answered.terms(manner.budget, alpha)
-            found = probe_answers(asker, secret, terms=ordinary, **kept)
+            found = probe_answers(asker, secret, terms=ordinary, **told)
     facts = _facts(found, secret)
     print_result(facts, as_json, lambda: _print(found))
-    if out is not None:
-        after_all(lambda: write_atomically(out, json.dumps(facts, indent=2).encode()), str(out))
+    kept.write(facts)
     paged("nnpassport.report.verdict:write_probe_page", facts, report)
     raise typer.Exit(0 if found.verdict.accepted else 1)
 
@@ -328,48 +405,6 @@ def _facts(found: Any, key: Any) -> dict[str, Any]:
 def _print(found: Any) -> None:
     print_verdict(found.verdict)
     print_table(("", ""), _rows(found))
-
-
-def _config(folder: Path | None) -> Any:
-    from nnpassport.files.config import read_config
-
-    return None if folder is None else read_config(folder)
-
-
-def _committed(
-    path: Path, owner: Path | None, key: Any, like: Path | None, config: Any, alpha: float | None
-) -> Any:
-    """What the claim commits to of the owner's network, or `config` if it commits to nothing.
-
-    Raises:
-        BadRecipeError: `alpha` is laxer than what the claim declares.
-        BadSignatureError: the claim does not hold with this key.
-        UnsuitableModelError: the claim commits to another config than that of `like`.
-    """
-    from nnpassport.claims import signing
-    from nnpassport.claims.claim import check_claim
-    from nnpassport.claims.claimfile import read_signed
-    from nnpassport.claims.facts import check_config
-    from nnpassport.scheme import BadRecipeError, BadSignatureError
-
-    signed = read_signed(path)
-    if owner is None:
-        public = signing.public_from_hex(signed.envelope.keyid)
-    else:
-        public = signing.load_public_key(owner)
-    found = check_claim(signed.undated(), public, key=key)
-    if not found.holds or found.claim is None:
-        raise BadSignatureError(f"{path} does not hold with this key: {found.reason}")
-    declared = found.claim.log10_alpha
-    if alpha is not None and alpha > declared:
-        raise BadRecipeError(
-            f"--alpha {alpha} is laxer than what the claim declares, {declared}; leave it out, or "
-            "give a smaller one"
-        )
-    facts = found.claim.network
-    if like is not None:
-        check_config(like, facts)
-    return config if facts is None else facts
 
 
 def _needed(value: Any, option: str, what: str) -> Any:
@@ -412,14 +447,6 @@ def _template(path: Path | None) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise UnreadableDataError(f"{path} is no UTF-8; needed: a JSON file") from None
-
-
-def _labels(path: Path | None, config: Any, classes: int) -> Any:
-    from nnpassport.verification.remote.labels import Labels, read_labels
-
-    if path is not None:
-        return read_labels(path, classes)
-    return Labels(classes) if config is None else Labels.in_order(config.classes, classes)
 
 
 def _headers(given: list[str]) -> dict[str, str]:

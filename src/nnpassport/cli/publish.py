@@ -1,12 +1,15 @@
 """The commands `export` and `package`: a released network for those who have other tools."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, final
 
 import typer
 
 from nnpassport.cli.options import AsJson, Factory, Out
+from nnpassport.cli.spread import spread
 from nnpassport.cli.terminal import errors, print_result, print_rows
 
 Released = Annotated[Path, typer.Argument(help="Model folder, from `release`.")]
@@ -36,36 +39,60 @@ def export(
     print_result(facts, as_json, lambda: errors.print(lines, markup=False, soft_wrap=True))
 
 
-def package(
-    source: Annotated[
-        Path, typer.Argument(help="Model folder, from `release` or from `save_pretrained`.")
-    ],
-    claim: Annotated[Path, typer.Option(help="Your claim, from `claim new`.")],
-    out: Out,
+@final
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What is published beside the weights."""
+
     licence: Annotated[
         str | None,
         typer.Option("--license", help="Licence, by the hub's identifier, such as apache-2.0."),
-    ] = None,
+    ] = None
     name: Annotated[
         str | None, typer.Option(help="Title of the model card (default: the folder's name).")
-    ] = None,
+    ] = None
     publish_claim: Annotated[
         bool,
         typer.Option("--publish-claim", help="Add the claim file itself, not only its digest."),
-    ] = False,
+    ] = False
     base: Annotated[
         list[str] | None,
         typer.Option(
             help="A network from which this one was made, as NAME=FOLDER; repeatable. The two "
             "are compared, and the bill of materials says what was found."
         ),
-    ] = None,
+    ] = None
     adapter: Annotated[
         list[str] | None,
         typer.Option(
             help="An adapter that was merged into this network, as NAME=FOLDER; repeatable."
         ),
-    ] = None,
+    ] = None
+
+    def packaged(
+        self, source: Path, claim: Path, out: Path, finish: Callable[[Path], None] | None
+    ) -> Any:
+        """The folder for a hub, written; `finish` is called before it takes its name."""
+        from nnpassport.embedding.publish import hub
+
+        return hub.package(
+            source,
+            claim,
+            out,
+            licence=self.licence,
+            name=self.name,
+            publish_claim=self.publish_claim,
+            bases=_named(self.base, "--base"),
+            adapters=_named(self.adapter, "--adapter"),
+            finish=finish,
+        )
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """Who signs the files."""
+
     signing: Annotated[
         Path | None,
         typer.Option(
@@ -73,43 +100,47 @@ def package(
             "an elliptic curve such as prime256v1. Its passphrase is in "
             "$NNPASSPORT_SIGNING_PASSPHRASE."
         ),
-    ] = None,
+    ] = None
+
+    def checked(self) -> Callable[[Path], None] | None:
+        """What signs all files of a folder, once the key is known to fit; None if nobody does."""
+        from nnpassport.embedding.publish import signed
+
+        if (key := self.signing) is None:
+            return None
+        passphrase = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
+        signed.check_signing_key(key, passphrase)
+
+        def finish(folder: Path) -> None:
+            signed.sign_folder(folder, key, passphrase)
+
+        return finish
+
+
+@spread
+def package(
+    *,
+    source: Annotated[
+        Path, typer.Argument(help="Model folder, from `release` or from `save_pretrained`.")
+    ],
+    claim: Annotated[Path, typer.Option(help="Your claim, from `claim new`.")],
+    out: Out,
+    contents: Contents,
+    signed: Signed,
     as_json: AsJson = False,
 ) -> None:
     """Write a folder that can be uploaded to a model hub as it is: no secret is in it.
 
     Weights, a model card, and a bill of materials (CycloneDX 1.6, bom.cdx.json).
     """
-    from nnpassport.embedding.publish import (
-        hub,
-        signed,
-    )
-
-    passphrase = os.environ.get("NNPASSPORT_SIGNING_PASSPHRASE")
-    if signing is not None:
-        signed.check_signing_key(signing, passphrase)
-
-    def finish(folder: Path) -> None:
-        if signing is not None:
-            signed.sign_folder(folder, signing, passphrase)
-
-    done = hub.package(
-        source,
-        claim,
-        out,
-        licence=licence,
-        name=name,
-        publish_claim=publish_claim,
-        bases=_named(base, "--base"),
-        adapters=_named(adapter, "--adapter"),
-        finish=finish,
-    )
+    finish = signed.checked()
+    done = contents.packaged(source, claim, out, finish)
     for each, outcome in done.bases.items():
         errors.print(f"{each}: {outcome}", markup=False, soft_wrap=True)
     digests = {"folder": str(out), "weights": done.weights, "claim": done.claim}
     rows = [*digests.items(), ("files", "\n".join(done.files))]
     print_rows({**digests, "files": done.files, "bases": dict(done.bases)}, as_json, rows)
-    if licence is None and not as_json:
+    if contents.licence is None and not as_json:
         errors.print("The card names no license; --license says what others may do with it.")
 
 

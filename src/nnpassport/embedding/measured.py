@@ -32,7 +32,6 @@ from nnpassport.embedding.schemes.triggers import answers_to
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.files.arrays import Array
 from nnpassport.files.config import ModelConfig, other_classes
-from nnpassport.files.disk import brief
 from nnpassport.files.suspect import Suspect
 from nnpassport.files.weights import read_arrays
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
@@ -285,7 +284,7 @@ def _answered(suspect: Suspect, key: Key, options: Options) -> Verdict:
     paid = {"readings": math.log10(2 * len(ways))} if options.every_reading else {}
     found, mapped = [], []
     for normalise in ways:
-        answers = _answers(key, loaded.model, normalise)
+        answers = answers_to(key, loaded.model, normalise)
         verdict = scheme.verify_answers(answers, key, log10_alpha=options.threshold)
         found.append(corrected(verdict, paid))
         mapped += _in_the_best_order(answers, key, options.threshold, len(ways))
@@ -296,16 +295,6 @@ def _answered(suspect: Suspect, key: Key, options: Options) -> Verdict:
     if not verdict.marked and any(each.marked for each in mapped):
         remarks.append("in another order of the classes it matches: have every reading looked at")
     return verdict.remarked(*remarks).beside(digests=loaded.digests)
-
-
-def _answers(key: Key, model: nn.Module, normalise: Normalisation) -> Tensor:
-    try:
-        return answers_to(key, model, normalise)
-    except RuntimeError as error:
-        raise UnsuitableModelError(
-            f"the network does not take the key's pictures ({brief(error)}); needed: one for "
-            f"images of {triggers_of(key.context).size}"
-        ) from error
 
 
 def _in_the_best_order(answers: Tensor, key: Key, log10_alpha: float, ways: int) -> list[Verdict]:
@@ -337,20 +326,8 @@ def with_fidelity(
 ) -> Verdict:
     """The verdict and F, of the aligned network if there is one."""
     loaded = _load(suspect, options) if aligned is None else aligned
-    if (differ := other_classes(trial.data.classes, loaded.config.classes)) is not None:
-        raise UnreadableDataError(
-            f"the images are of other classes than the suspect ({differ}); needed: images of the "
-            "suspect's own task, with its classes in its order; if the suspect's config names them "
-            "wrongly, the owner's in its place (--like FOLDER, in Python Options.reference)"
-        )
-    normalise = loaded.normalise
-    answers = logits_of(loaded.model(normalise(trial.data.images[:2]))).shape[-1]
-    if answers != len(trial.data.classes):
-        raise UnreadableDataError(
-            f"the images have {len(trial.data.classes)} classes and the suspect answers with "
-            f"{answers}; needed: images of the suspect's own task"
-        )
-    own = accuracy(loaded.model, trial.data, normalise)
+    answers = _classes_of(loaded, trial)
+    own = accuracy(loaded.model, trial.data, loaded.normalise)
     target = own if trial.target is None else min(own, trial.target)
     if target <= 1 / answers:
         why = (
@@ -365,7 +342,8 @@ def with_fidelity(
             "images that the network does well on, with their classes in its order, and a target "
             "above chance"
         )
-    presented = scheme_named(key.context.scheme).fidelity(loaded.model, key, trial.data, normalise)
+    scheme = scheme_named(key.context.scheme)
+    presented = scheme.fidelity(loaded.model, key, trial.data, loaded.normalise)
     fidelity = Fidelity(presented, target, trial.tolerance)
     images = {"images": trial.data.images, "labels": trial.data.labels}
     told = verdict.remarked(
@@ -375,6 +353,28 @@ def with_fidelity(
     )
     files = {} if aligned is not None else loaded.digests
     return told.beside(fidelity=fidelity, digests={**files, "images": tensors_digest(images)})
+
+
+def _classes_of(loaded: Loaded, trial: Trial) -> int:
+    """How many classes the network answers with, once they are known to be those of the images.
+
+    Raises:
+        UnreadableDataError: they are others.
+    """
+    if (differ := other_classes(trial.data.classes, loaded.config.classes)) is not None:
+        raise UnreadableDataError(
+            f"the images are of other classes than the suspect ({differ}); needed: images of the "
+            "suspect's own task, with its classes in its order; if the suspect's config names them "
+            "wrongly, the owner's in its place (--like FOLDER, in Python Options.reference)"
+        )
+    shown = loaded.normalise(trial.data.images[:2])
+    answers = logits_of(loaded.model(shown)).shape[-1]
+    if answers != len(trial.data.classes):
+        raise UnreadableDataError(
+            f"the images have {len(trial.data.classes)} classes and the suspect answers with "
+            f"{answers}; needed: images of the suspect's own task"
+        )
+    return answers
 
 
 def _load(suspect: Suspect | Path, options: Options) -> Loaded:

@@ -33,7 +33,7 @@ from nnpassport.embedding.checkpoint import load_model, load_training, save_trai
 from nnpassport.embedding.network import models
 from nnpassport.embedding.network.tensors import read_weights, tensors_digest
 from nnpassport.embedding.train.loop import Journal, Moment, Recipe
-from nnpassport.files.config import read_config
+from nnpassport.files.config import ModelConfig, read_config
 from nnpassport.files.disk import brief, sha256_of
 from nnpassport.files.weights import WEIGHTS_FILE
 from nnpassport.keys.key import Key
@@ -219,17 +219,10 @@ def running_as(
         UnsuitableModelError: data, key or the network to start from are others than the run's.
     """
     document = documented(folder, stretch.start)
-    kept = diaries.kept_in(folder, stretch.start.number)
-    config = read_config(kept)
-    if config.architecture not in models.ARCHITECTURES and config.architecture != trusted_factory:
-        raise UnsuitableModelError(
-            f"the network is one of {config.architecture!r:.100}, which is code of somebody's; "
-            "needed: --factory with that very name, if you want to run it"
-        )
-    load_model(kept, trusted_factory=trusted_factory)  # that it is no larger than its weights are
+    config = _network(diaries.kept_in(folder, stretch.start.number), trusted_factory)
+    recipe = Recipe(**document["recipe"])
     channels, size, _ = config.input_size
     images = read_images(data, split=split, size=size, channels=channels)
-    recipe = Recipe(**document["recipe"])
     sets = owner.divide(images, None, validation=validation, seed=recipe.seed)
     if sets.train.digest() != stretch.start.facts.data:
         raise UnsuitableModelError(
@@ -237,13 +230,7 @@ def running_as(
             "and the held-out share that the run had"
         )
     weights = None if initial is None else read_weights(initial).tensors
-    begun = None if weights is None else tensors_digest(weights)
-    scheme = document.get("scheme")
-    if begun != document.get("initial") or (key is None) != (scheme is None):
-        raise UnsuitableModelError(
-            f"the run began at {document.get('initial') or 'no network'} and carried "
-            f"{'a key of ' + str(scheme) if scheme else 'no key'}; needed: --init and --key to fit"
-        )
+    _check_begun(document, key, weights)
     written = folder / ".replayed"  # never: the run ends before it writes a network
     if key is None:
         return lambda journal: owner.train(
@@ -255,6 +242,31 @@ def running_as(
     return lambda journal: owner.embed(
         written, config, key, sets, asked, scheme=chosen, initial=weights, journal=journal
     )
+
+
+def _network(kept: Path, trusted_factory: str | None) -> ModelConfig:
+    """The config of a kept network, once it is known to be safe to build."""
+    config = read_config(kept)
+    if config.architecture not in models.ARCHITECTURES and config.architecture != trusted_factory:
+        raise UnsuitableModelError(
+            f"the network is one of {config.architecture!r:.100}, which is code of somebody's; "
+            "needed: --factory with that very name, if you want to run it"
+        )
+    load_model(kept, trusted_factory=trusted_factory)  # that it is no larger than its weights are
+    return config
+
+
+def _check_begun(
+    document: Mapping[str, Any], key: Key | None, weights: Mapping[str, Tensor] | None
+) -> None:
+    """Refuse another network to start from than the run's, or a key where it had none."""
+    begun = None if weights is None else tensors_digest(weights)
+    scheme = document.get("scheme")
+    if begun != document.get("initial") or (key is None) != (scheme is None):
+        raise UnsuitableModelError(
+            f"the run began at {document.get('initial') or 'no network'} and carried "
+            f"{'a key of ' + str(scheme) if scheme else 'no key'}; needed: --init and --key to fit"
+        )
 
 
 def replay(

@@ -50,7 +50,7 @@ from nnpassport.lab.stepcost import step_cost
 from nnpassport.lab.store import Store
 from nnpassport.lab.tasks import images_of, published_triggers
 from nnpassport.report.provenance import device_name, provenance
-from nnpassport.scheme import UnreadableDataError, UnreadableModelError, Verdict
+from nnpassport.scheme import UnreadableModelError, Verdict
 
 Show = Callable[[Progress], None]
 _BEGUN = "begun.json"
@@ -145,13 +145,13 @@ def _source_accuracy(cell: Cell, store: Store, subject: Subject) -> float:
     trained = store.read(cell.trains)
     if trained is not None:
         return float(trained["result"]["metrics"]["accuracy"])
-    return accuracy(subject.model, _test(subject), subject.normalise)
+    return accuracy(subject.model, subject.tested(), subject.normalise)
 
 
 def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
     """An attack of the audit's table, at each strength."""
     subject = _subject(cell, store)
-    subject = replace(subject, test=_test(subject).at_most(cell.tested, seed=0))
+    subject = replace(subject, test=subject.tested().at_most(cell.tested, seed=0))
     before, genuine = _unattacked(cell.trains, cell.tested, store)
     entries = [_attempt(cell, store, subject, strength, before) for strength in cell.strengths]
     return {
@@ -159,7 +159,7 @@ def _attack(cell: Cell, store: Store, show: Show) -> dict[str, Any]:
         "entries": entries,
         "genuine": genuine,
         "train_images": len(subject.images()),
-        "test_images": len(_test(subject)),
+        "test_images": len(subject.tested()),
     }
 
 
@@ -169,7 +169,7 @@ def _unattacked(
 ) -> tuple[Mapping[str, Any], float | None]:
     """What there is before any attack, the same for all of them: measured once a network."""
     subject = _subject(trained, store)
-    subject = replace(subject, test=_test(subject).at_most(tested, seed=0))
+    subject = replace(subject, test=subject.tested().at_most(tested, seed=0))
     return before_attacks(subject), _genuine(subject)
 
 
@@ -213,7 +213,7 @@ def _genuine(subject: Subject) -> float | None:
     """Accuracy with the owner's own passports presented, on the same images."""
     if subject.key is None or not subject.key.context.layers:
         return None
-    test, normalise = _test(subject), subject.normalise
+    test, normalise = subject.tested(), subject.normalise
     return subject.scheme.fidelity(subject.model, subject.key, test, normalise)
 
 
@@ -374,12 +374,6 @@ def _subject(cell: Cell, store: Store) -> Subject:
         seed=cell.network.seed,
         checkpoints=store.checkpoints(cell),
     )
-
-
-def _test(subject: Subject) -> ImageSet:
-    if subject.test is None:  # `_subject` gives one
-        raise UnreadableDataError("there are no test images; needed: some to measure on")
-    return subject.test
 
 
 def _forgeries(cell: Cell, subject: Subject) -> dict[str, Key]:

@@ -26,6 +26,7 @@ from nnpassport.embedding.network.layers import (
     replace_module,
     set_branch,
 )
+from nnpassport.embedding.network.modes import hooked, plain_attention
 from nnpassport.embedding.network.outputs import Example, call, tensors_in, with_tensors
 from nnpassport.scheme import UnsuitableModelError
 
@@ -93,16 +94,13 @@ def _two_passes(model: nn.Module, example: Example) -> tuple[list[Tensor], list[
         for name, norm in norms.items()
     ]
     try:
-        with torch.no_grad(), on_branch(model, Branch.PUBLIC):
+        with hooked(*handles), torch.no_grad(), on_branch(model, Branch.PUBLIC):
             public = tensors_in(call(model, example))
             set_branch(model, Branch.PRIVATE)
             private = tensors_in(call(model, example))
         return [torch.cat(pair) for pair in zip(public, private, strict=True)], order
     except Exception:  # the user's own code may raise anything on a batch of three
         return [], order
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _ancestors(name: str) -> list[str]:
@@ -193,13 +191,10 @@ def _explore(
         if isinstance(module, PassportNorm) or getattr(module, "running_mean", None) is not None
     ]
     try:
-        with torch.no_grad(), on_branch(model, Branch.BOTH):
+        with hooked(*handles), torch.no_grad(), on_branch(model, Branch.BOTH):
             call(model, example)
     except Exception:
         return None
-    finally:
-        for handle in handles:
-            handle.remove()
     # A layer that runs twice, once on each side of the fork, could not tell which side it is on.
     return found if all(len(seen) <= 1 for seen in sizes.values()) else None
 
@@ -257,10 +252,8 @@ def _split_statistics(model: nn.Module, example: Example) -> None:
         for name, module in model.named_modules()
         if getattr(module, "running_mean", None) is not None and id(module) not in inside
     ]
-    with torch.no_grad(), on_branch(model, Branch.BOTH):
+    with hooked(*handles), torch.no_grad(), on_branch(model, Branch.BOTH):
         call(model, example)
-    for handle in handles:
-        handle.remove()
     running = next(iter(passport_norms(model).values())).running
     for name in dict.fromkeys(after):
         norm = model.get_submodule(name)
@@ -346,15 +339,9 @@ def _flops(model: nn.Module, example: Example, branch: Branch) -> int:
             presented.append(norm)
 
     handles = [norm.register_forward_pre_hook(note) for norm in passport_norms(model).values()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # in training it is off, and it is not counted
-    try:
-        with on_branch(model, branch), _counting(model) as whole:
-            call(model, example)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for handle in handles:
-            handle.remove()
+    # In training attention is not fused, and what is fused is not counted.
+    with hooked(*handles), plain_attention(), on_branch(model, branch), _counting(model) as whole:
+        call(model, example)
     with _counting(model) as affines:
         for norm in presented:
             norm.affine()

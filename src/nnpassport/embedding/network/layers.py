@@ -19,6 +19,7 @@ from nnpassport.embedding.network.equations import (
     filters,
     geometry_of,
 )
+from nnpassport.embedding.network.modes import evaluated
 from nnpassport.embedding.network.outputs import with_tensors
 
 
@@ -448,16 +449,13 @@ def set_branch(model: nn.Module, branch: Branch, private_share: float = 1.0) -> 
 def on_branch(model: nn.Module, branch: Branch) -> Iterator[None]:
     """Run one branch for a while, in evaluation mode; afterwards all is as before."""
     before = [(each, each.branch, each.private_share) for each in running_in(model)]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # first: it would end BOTH
-    set_branch(model, branch)
-    try:
-        yield
-    finally:
-        for each, earlier, share in before:
-            each.branch, each.private_share = earlier, share
-        for part, mode in modes:
-            part.training = mode
+    with evaluated(model):  # first: it would end BOTH
+        set_branch(model, branch)
+        try:
+            yield
+        finally:
+            for each, earlier, share in before:
+                each.branch, each.private_share = earlier, share
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What goes into a network and what comes out of it, whatever its author makes them of."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -109,3 +109,9 @@ def length_of(output: Any) -> int:
 
 def _is_record(output: Any) -> bool:
     return is_dataclass(output) and not isinstance(output, type)
+
+
+def parts(inputs: Example, size: int) -> Iterator[Example]:
+    """The inputs, so many at a time."""
+    for start in range(0, length_of(inputs), size):
+        yield part_of(inputs, start, start + size)

@@ -57,7 +57,7 @@ def exact_copy(model: nn.Module, example: Example) -> Exact:
         inputs = with_tensors(example, partial(_as_kind, kind))
         try:
             with torch.no_grad():
-                before = _outputs(copy, dict(copy.state_dict(keep_vars=True)), inputs)
+                before = outputs(copy, dict(copy.state_dict(keep_vars=True)), inputs)
         except UnsuitableModelError:
             raise
         except _FAILED as error:
@@ -202,7 +202,7 @@ def _mover(exact: Exact, seed: int, change: Change = _cycled) -> Moved:
         for axis in axes:
             changed = change(changed, axis, rng)
         try:
-            after = _outputs(exact.model, changed, exact.inputs)
+            after = outputs(exact.model, changed, exact.inputs)
         except _FAILED:  # its code looks at the weights
             return math.inf
         return float((after - before).abs().max() / largest)
@@ -222,7 +222,8 @@ def _as_kind(kind: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to(kind) if tensor.is_floating_point() else tensor
 
 
-def _outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Example) -> Tensor:
+def outputs(model: nn.Module, state: Mapping[str, Tensor], inputs: Example) -> Tensor:
+    """Scores of the network with the tensors of another state."""
     if isinstance(inputs, Mapping):
         output = functional_call(model, dict(state), (), dict(inputs), tie_weights=False)
     else:

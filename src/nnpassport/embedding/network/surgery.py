@@ -76,15 +76,7 @@ def wrap(
         raise UnsuitableModelError(
             f"{type(model).__name__} carries passports already; call remove() before inserting"
         )
-    found = survey(model, example)
-    sites = {s.name: s for s in choose(model, found, list(secrets))}
-    for name, site in sites.items():
-        if name not in secrets:
-            raise UnsuitableModelError(
-                f"the key names {', '.join(secrets)}, and {name!r} is inside one of them; needed: "
-                f"the layers themselves; suitable layers of this model: {', '.join(found.sites)}"
-            )
-        _check_shape(site, secrets[name])
+    sites = _sites_for(model, secrets, example)
     running = Running()
     for name, site in sites.items():
         norm_name = site.norm or site.name
@@ -107,6 +99,22 @@ def wrap(
     except BaseException:
         remove(model)
         raise
+
+
+def _sites_for(
+    model: nn.Module, secrets: Mapping[str, Secret], example: Example
+) -> dict[str, Site]:
+    """The layers that a key names, by name, each of the shape that it was drawn for."""
+    found = survey(model, example)
+    sites = {s.name: s for s in choose(model, found, list(secrets))}
+    for name, site in sites.items():
+        if name not in secrets:
+            raise UnsuitableModelError(
+                f"the key names {', '.join(secrets)}, and {name!r} is inside one of them; needed: "
+                f"the layers themselves; suitable layers of this model: {', '.join(found.sites)}"
+            )
+        _check_shape(site, secrets[name])
+    return sites
 
 
 def remove(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from nnpassport.embedding.network.equations import HOSTS, filters, geometry_of, is_matrix
 from nnpassport.embedding.network.layers import Branch, on_branch, passport_norms
+from nnpassport.embedding.network.modes import hooked
 from nnpassport.embedding.network.outputs import Example, call, tensors_in
 from nnpassport.keys.geometry import Geometry
 from nnpassport.scheme import UnsuitableModelError
@@ -312,7 +313,12 @@ def _watch(model: nn.Module, example: Example) -> _Watched:
         elif type(module).__name__.endswith("Activation"):  # Hugging Face's, made of several steps
             handles.append(module.register_forward_pre_hook(_before_activation(watched)))
     try:
-        with torch.no_grad(), on_branch(model, Branch.PUBLIC), _Activations(watched):
+        with (
+            hooked(*handles),
+            torch.no_grad(),
+            on_branch(model, Branch.PUBLIC),
+            _Activations(watched),
+        ):
             output = call(model, example)
     except RuntimeError as error:  # torch's own, for shapes that do not meet
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(example))
@@ -320,9 +326,6 @@ def _watch(model: nn.Module, example: Example) -> _Watched:
             f"{type(model).__name__} does not run on inputs of shape {shapes} ({error!s:.200}); "
             "needed: inputs of the size that it was made for"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     return watched._replace(output=output)
 
 

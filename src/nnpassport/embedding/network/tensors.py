@@ -77,26 +77,6 @@ class ArraysOf(Mapping[str, Array]):
         return name in self._tensors
 
 
-@final
-class TensorsOf(Mapping[str, Tensor]):
-    """The other way round: arrays as tensors, each converted when it is asked for."""
-
-    def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = arrays
-
-    def __getitem__(self, name: str) -> Tensor:
-        return as_tensor(self._arrays[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._arrays)
-
-    def __len__(self) -> int:
-        return len(self._arrays)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._arrays
-
-
 def require_finite(tensors: Mapping[str, Tensor]) -> None:
     """Refuse NaN and Inf in any floating-point tensor.
 

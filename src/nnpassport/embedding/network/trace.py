@@ -6,7 +6,6 @@ touches rigid: what is missed costs reach, never truth. `prove` tries every axis
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple, final
 
 import torch
@@ -27,6 +26,7 @@ from nnpassport.embedding.network.factors import (
     mark,
     tie,
 )
+from nnpassport.embedding.network.modes import evaluated, plain_attention
 from nnpassport.embedding.network.outputs import Example, call, logits_of
 
 
@@ -35,7 +35,7 @@ def trace(model: nn.Module, example: Example) -> Axes:
 
     The network is run in evaluation mode and left as it was.
     """
-    with _evaluated(model), torch.no_grad(), _plain_attention():
+    with evaluated(model), torch.no_grad(), plain_attention():
         watched = _Trace(model)
         watched.fix_all(pytree.tree_leaves(example))
         with watched:
@@ -43,28 +43,6 @@ def trace(model: nn.Module, example: Example) -> Axes:
         outputs = [logits_of(output), *pytree.tree_leaves(output)]
         watched.fix_all([each for each in outputs if isinstance(each, Tensor)])
     return watched.table()
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Without the one operation that stands for a whole transformer layer."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Origin(NamedTuple):

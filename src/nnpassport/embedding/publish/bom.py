@@ -26,6 +26,7 @@ SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 _OURS = "nnpassport"
 _NETWORK = "network"
 _SPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://nnpassport.example/bom/v1")
+_THIS = {"type": "application", "name": _OURS, "version": __version__}
 _LONGEST_NAME = 200
 
 
@@ -104,28 +105,7 @@ def bill_of(
         licence: an identifier of the hub's.
         claim_file: where the claim is, if it is published too.
     """
-    network: dict[str, Any] = {
-        "type": "machine-learning-model",
-        "bom-ref": _NETWORK,
-        "name": _plain(facts.title),
-        "authors": [{"name": _plain(facts.owner)}],
-        "hashes": [_hash(digests["file"])],
-        "modelCard": _model_card(facts),
-        "properties": _properties(
-            tensors=digests["tensors"],
-            claim=digests["claim"],
-            **{
-                "claim:fingerprint": claim.fingerprint,
-                "claim:owner_key": claim.owner_key,
-                "claim:reference": claim.reference or "none",
-                "claim:scheme": claim.context.scheme,
-            },
-        ),
-        "components": [
-            {"type": "file", "bom-ref": f"file-{n}", "name": name, "hashes": [_hash(digest)]}
-            for n, (name, digest) in enumerate(sorted(files.items()))
-        ],
-    }
+    network = _described(facts, claim, digests, files)
     if licence is not None:
         network["licenses"] = [{"license": {"name": licence}}]
     if claim_file is not None:
@@ -138,23 +118,49 @@ def bill_of(
             "notes": "Declared by the owner; what was found of each is in its properties.",
         }
     merged = [_component(each, f"adapter-{n}") for n, each in enumerate(adapters)]
-    document: dict[str, Any] = {
-        "$schema": SCHEMA,
-        "bomFormat": "CycloneDX",
-        "specVersion": "1.6",
-        "version": 1,
-        "metadata": {
-            "tools": {
-                "components": [{"type": "application", "name": _OURS, "version": __version__}]
-            },
-            "component": network,
-        },
-        "components": merged,
-        "dependencies": [{"ref": _NETWORK, "dependsOn": [each["bom-ref"] for each in merged]}],
+    return _numbered(
+        {
+            "$schema": SCHEMA,
+            "bomFormat": "CycloneDX",
+            "specVersion": "1.6",
+            "version": 1,
+            "metadata": {"tools": {"components": [_THIS]}, "component": network},
+            "components": merged,
+            "dependencies": [{"ref": _NETWORK, "dependsOn": [each["bom-ref"] for each in merged]}],
+        }
+    )
+
+
+def _described(
+    facts: Facts, claim: Claim, digests: Mapping[str, str], files: Mapping[str, str]
+) -> dict[str, Any]:
+    """The network as a component: its card, what was claimed, and its files."""
+    claimed = {
+        "claim:fingerprint": claim.fingerprint,
+        "claim:owner_key": claim.owner_key,
+        "claim:reference": claim.reference or "none",
+        "claim:scheme": claim.context.scheme,
     }
-    unnumbered = json.dumps(document, sort_keys=True)
-    document["serialNumber"] = f"urn:uuid:{uuid.uuid5(_SPACE, unnumbered)}"
-    return json.dumps(document, indent=1, sort_keys=True).encode() + b"\n"
+    return {
+        "type": "machine-learning-model",
+        "bom-ref": _NETWORK,
+        "name": _plain(facts.title),
+        "authors": [{"name": _plain(facts.owner)}],
+        "hashes": [_hash(digests["file"])],
+        "modelCard": _model_card(facts),
+        "properties": _properties(tensors=digests["tensors"], claim=digests["claim"], **claimed),
+        "components": [
+            {"type": "file", "bom-ref": f"file-{n}", "name": name, "hashes": [_hash(digest)]}
+            for n, (name, digest) in enumerate(sorted(files.items()))
+        ],
+    }
+
+
+def _numbered(document: dict[str, Any]) -> bytes:
+    """The document as JSON, with a serial number that follows from what is in it."""
+    number = uuid.uuid5(_SPACE, json.dumps(document, sort_keys=True))
+    numbered = {**document, "serialNumber": f"urn:uuid:{number}"}
+    return json.dumps(numbered, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def _component(part: Part, reference: str) -> dict[str, Any]:

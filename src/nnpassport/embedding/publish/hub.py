@@ -94,11 +94,7 @@ def package(
         UnwritableOutputError: `folder` is not empty, or cannot be written.
     """
     _check_new(folder)
-    if licence is not None and not _LICENCE.fullmatch(licence):
-        raise UnsuitableModelError(
-            f"the licence {licence!r:.80} is no identifier; needed: one of the hub's, such as "
-            "apache-2.0, mit, cc-by-nc-4.0 or other"
-        )
+    _check_licence(licence)
     files = _files(source)
     weights = read_weights(source / WEIGHTS_FILE)
     digest = tensors_digest(weights.tensors)
@@ -110,25 +106,16 @@ def package(
     made_from, merged = declared_parts(source / WEIGHTS_FILE, bases or {}, adapters or {})
     names = tuple(each.name for each in made_from)
     card = model_card(facts, committed, digests, parameters=count, licence=licence, bases=names)
+    claim_file = CLAIM_FILE if publish_claim else None
 
     def fill(staged: Path) -> None:
-        for each in files:
-            shutil.copyfile(source / each, staged / each)
-        if sha256_of(staged / WEIGHTS_FILE) != digests["file"]:
-            raise UnreadableModelError(f"{source} changed while it was read; try again")
+        _copy(files, source, staged, digests["file"])
         (staged / CARD_FILE).write_text(card, encoding="utf-8")
-        if publish_claim:
-            (staged / CLAIM_FILE).write_bytes(claim_bytes)
-        bill = bill_of(
-            facts,
-            committed,
-            digests,
-            {each.name: sha256_of(each) for each in sorted(staged.iterdir())},
-            made_from,
-            merged,
-            licence=licence,
-            claim_file=CLAIM_FILE if publish_claim else None,
-        )
+        if claim_file is not None:
+            (staged / claim_file).write_bytes(claim_bytes)
+        there = {each.name: sha256_of(each) for each in sorted(staged.iterdir())}
+        told = {"licence": licence, "claim_file": claim_file}
+        bill = bill_of(facts, committed, digests, there, made_from, merged, **told)
         (staged / BOM_FILE).write_bytes(bill)
         if finish is not None:
             finish(staged)
@@ -137,6 +124,22 @@ def package(
     made = tuple(sorted(each.name for each in folder.iterdir()))
     found = {each.name: each.found.outcome.value for each in made_from if each.found is not None}
     return Packaged(made, digest, claim_digest, found)
+
+
+def _copy(files: Sequence[str], source: Path, staged: Path, weights: str) -> None:
+    """The files, byte for byte; `weights` is what the weights' digest was when they were read."""
+    for each in files:
+        shutil.copyfile(source / each, staged / each)
+    if sha256_of(staged / WEIGHTS_FILE) != weights:
+        raise UnreadableModelError(f"{source} changed while it was read; try again")
+
+
+def _check_licence(licence: str | None) -> None:
+    if licence is not None and not _LICENCE.fullmatch(licence):
+        raise UnsuitableModelError(
+            f"the licence {licence!r:.80} is no identifier; needed: one of the hub's, such as "
+            "apache-2.0, mit, cc-by-nc-4.0 or other"
+        )
 
 
 def _check_new(folder: Path) -> None:

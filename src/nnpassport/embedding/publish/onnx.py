@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.embedding.network.layers import passport_norms
+from nnpassport.embedding.network.modes import evaluated
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.network.tensors import read_weights
 from nnpassport.files.disk import brief, make_folder, writing
@@ -96,7 +97,7 @@ def _program(model: nn.Module, example: Example) -> Any:
     parts: Any = dict(example) if isinstance(example, Mapping) else example
     shapes = _shapes(parts if named else tuple(parts), batch)
     try:
-        with _evaluating(model), _quiet():
+        with evaluated(model), torch.no_grad(), _quiet():
             return torch.onnx.export(
                 model,
                 () if named else tuple(parts),
@@ -155,18 +156,6 @@ def _names_in(path: Path, model: nn.Module) -> tuple[str, ...]:
 def _state(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict().items()
     return {name: value.detach().cpu() for name, value in state if isinstance(value, Tensor)}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -31,10 +31,11 @@ from nnpassport.embedding.network.outputs import (
     Example,
     call,
     logits_of,
+    parts,
     tensors_in,
 )
 from nnpassport.embedding.network.survey import Site
-from nnpassport.embedding.schemes.seen import FLOOR, Seen, metric_of, parts
+from nnpassport.embedding.schemes.seen import AT_ONCE, FLOOR, Seen, metric_of
 from nnpassport.keys.context import ChannelForm, LayerShape
 from nnpassport.keys.derive import UNIT_VARIANCE, spread
 from nnpassport.keys.key import metric_digest
@@ -209,7 +210,7 @@ class Change(NamedTuple):
     share: float
 
 
-def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
+def change_of(norm: PassportNorm, seen: Seen) -> Change:
     """The least ΔW, in the metric of what the layer sees, so that the passports say what it does.
 
         min Σ_o ΔW_o (C + λ·mean) ΔW_oᵀ   such that   γ_o = γ°_o and β_o = β°_o
@@ -226,7 +227,7 @@ def change_of(norm: PassportNorm, seen: Seen, floor: float = FLOOR) -> Change:
     said = torch.stack(collapsed_affine(rows, forms), 1)
     scale, shift = (own.cpu().double() for own in norm.own())
     need = torch.stack([_heard(scale, norm.carries), shift], 1) - said
-    whitened = felt.solved(forms.flatten(0, 1), floor).view_as(forms)
+    whitened = felt.solved(forms.flatten(0, 1), FLOOR).view_as(forms)
     products = torch.einsum("doi,eoi->ode", forms, whitened)
     weights = torch.einsum("ode,oe->od", torch.linalg.pinv(products, hermitian=True), need)
     change = torch.einsum("od,doi->oi", weights, whitened)
@@ -331,7 +332,7 @@ class Answers(NamedTuple):
 def answers(model: nn.Module, inputs: Example, branch: Branch) -> Answers:
     """What `model` puts out in a branch: class scores, or all of its numbers side by side."""
     with on_branch(model, branch):
-        told = [_told(call(model, part)) for part in parts(inputs)]
+        told = [_told(call(model, part)) for part in parts(inputs, AT_ONCE)]
     return Answers(torch.cat([each.numbers for each in told]), all(each.scores for each in told))
 
 

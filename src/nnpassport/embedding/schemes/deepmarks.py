@@ -31,13 +31,11 @@ from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.embedding.schemes.signature import host_weight
 from nnpassport.embedding.schemes.uchida import mean_filter_of, read_out
-from nnpassport.files.arrays import Array
 from nnpassport.keys import reading
 from nnpassport.keys.chance import LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import LayerShape
-from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import ORDER, read_words
+from nnpassport.keys.reading import ORDER
 from nnpassport.keys.validity import LEAST_REPEATS, USERS
 from nnpassport.scheme import BadRecipeError, Verdict
 
@@ -135,14 +133,6 @@ class DeepMarks(Mark):
         """λ_r·MSE(b − X·w̄)."""
         return self.strength * F.mse_loss(signals, signs)
 
-    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """The word that matches best, of the users' and the owner's own.
-
-        Raises:
-            UnreadableKeyError: the key's bits are no whole number of codewords.
-        """
-        return read_words(weights, key)
-
 
 def trace(
     weights: Mapping[str, Tensor], key: Key, *, log10_alpha: float = LOG10_ALPHA_UNCOMMITTED
@@ -177,11 +167,6 @@ def trace(
 def incidence() -> Bool[Tensor, "lines points"]:
     """`keys.reading.incidence`, as a tensor."""
     return torch.from_numpy(reading.incidence())
-
-
-def codebook() -> Float[Tensor, "words positions"]:
-    """`keys.reading.codebook`, as a tensor."""
-    return torch.from_numpy(reading.codebook())
 
 
 def words_of(key: Key, layer: LayerShape) -> Float[Tensor, "words bits"]:

@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from nnpassport.data.images import ImageSet, Normalisation
 from nnpassport.embedding.network.equations import HOSTS, filters, geometry_of, is_matrix
 from nnpassport.embedding.network.layers import Branch, on_branch
+from nnpassport.embedding.network.modes import hooked
 from nnpassport.embedding.network.outputs import Example, call, part_of, tensors_in, unwrapped
 from nnpassport.embedding.network.survey import refuse_wrapped
 from nnpassport.embedding.network.tensors import as_array
@@ -331,16 +332,8 @@ def _heard(model: nn.Module, example: Example) -> dict[str, Tensor]:
         layer.register_forward_pre_hook(noting(name), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    modes = [(module, module.training) for module in network.modules()]
-    try:
-        network.eval()
-        with torch.no_grad(), on_branch(network, Branch.PUBLIC):
-            call(network, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
+    with hooked(*handles), torch.no_grad(), on_branch(network, Branch.PUBLIC):
+        call(network, example)
     return {name: found[0] for name, found in heard.items() if len(found) == 1}
 
 

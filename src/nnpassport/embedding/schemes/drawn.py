@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnpassport.embedding.network.modes import evaluated, hooked
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError
 
@@ -108,17 +109,12 @@ def layer_inputs(
         )
     inputs: dict[str, Tensor] = {}
     state = {name: value.clone() for name, value in plain.state_dict().items()}
-    modes = [(module, module.training) for module in plain.modules()]
     handles = [modules[name].register_forward_pre_hook(_note(name, inputs)) for name in layers]
-    plain.train(batch_statistics)
     try:
-        with torch.no_grad():
+        with hooked(*handles), evaluated(plain), torch.no_grad():
+            plain.train(batch_statistics)
             plain(images)
     finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes:
-            module.training = mode
         plain.load_state_dict(state)
     return {name: _positions_last(inputs[name], modules[name]) for name in layers}
 

@@ -37,6 +37,7 @@ from nnpassport.embedding.network.layers import (
     passport_norms,
     share_statistics,
 )
+from nnpassport.embedding.network.modes import hooked
 from nnpassport.embedding.network.outputs import (
     Example,
     call,
@@ -120,7 +121,6 @@ def graft_channels(
     model: nn.Module,
     inputs: Example,
     *,
-    held_out: Example | None = None,
     limit: channels.Limit = channels.LIMIT,
     seed: int = 0,
     show: Listener = lambda *_: None,
@@ -128,8 +128,8 @@ def graft_channels(
     """Make the passports of channels say what the norms say, in place, and measure the harm.
 
     One pass over `inputs` sees what every layer receives; each layer then changes as little as it
-    can (`channels.change_of`). Harm is measured on `held_out`: by default the last quarter of
-    `inputs`, which then is not looked at otherwise. `show` is told how much of it is done.
+    can (`channels.change_of`). Harm is measured on the last quarter of `inputs`,
+    which is not looked at otherwise. `show` is told how much of it is done.
 
     Raises:
         HarmfulGraftError: more changed than `limit` allows; the model is as it was. It names the
@@ -139,24 +139,21 @@ def graft_channels(
     norms = passport_norms(model)
     with on_branch(model, Branch.PUBLIC):
         order = _in_order(model, norms, part_of(inputs, 0, 2))
-    if held_out is None:
-        cut = max(1, length_of(inputs) * 3 // 4)
-        held_out = part_of(inputs, min(cut, length_of(inputs) - 1), length_of(inputs))
-        inputs = part_of(inputs, 0, cut)
-    of = length_of(inputs) + length_of(held_out) * 3
+    inputs, held_out = _parted(inputs)
+    before_it, seen_then = length_of(held_out), length_of(held_out) + length_of(inputs)
+    of = seen_then + 2 * length_of(held_out)
     show(0, of, "answers before the mark")
     before = channels.answers(model, held_out, Branch.PUBLIC)
-    done = length_of(held_out)
 
     def watched(inputs_done: int, _of: int) -> None:
-        show(done + inputs_done, of, "what the layers receive")
+        show(before_it + inputs_done, of, "what the layers receive")
 
     with on_branch(model, Branch.PUBLIC):
         layers = {name: norms[name].layer for name in order}
         seen = watch(model, layers, inputs, seed=seed, show=watched)
     changes = {}
     for name in order:
-        show(done + length_of(inputs), of, f"the least change of {name}")
+        show(seen_then, of, f"the least change of {name}")
         changes[name] = channels.change_of(norms[name], seen.pop(name))
     with channels.undone(model) as put_back:
 
@@ -164,18 +161,23 @@ def graft_channels(
             share_statistics(model)
             for name in names:
                 channels.apply_change(norms[name], changes[name])
-            branches = (Branch.PUBLIC, Branch.PRIVATE)
-            return channels.harm_of(
-                before, *(channels.answers(model, held_out, branch) for branch in branches)
-            )
+            both = (Branch.PUBLIC, Branch.PRIVATE)
+            return channels.harm_of(before, *(channels.answers(model, held_out, b) for b in both))
 
-        show(done + length_of(inputs), of, "answers with the mark")
+        show(seen_then, of, "answers with the mark")
         harm = tried(order)
         show(of, of, f"{harm}")
         if not harm.within(limit):
             costs = {name: change.felt for name, change in changes.items()}
             raise _too_harmful(harm, limit, costs, tried, put_back)
     return Report({n: Grafted(0, 0, c.share, c.felt) for n, c in changes.items()}, harm)
+
+
+def _parted(inputs: Example) -> tuple[Example, Example]:
+    """The first three quarters, and the last, which has one input at least."""
+    cut = max(1, length_of(inputs) * 3 // 4)
+    held_out = part_of(inputs, min(cut, length_of(inputs) - 1), length_of(inputs))
+    return part_of(inputs, 0, cut), held_out
 
 
 def settle(model: nn.Module, inputs: Example) -> Report | None:
@@ -420,9 +422,5 @@ def _noting(notes: Mapping[nn.Module, Callable[[Tensor, Any], None]]) -> Iterato
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         notes[module](args[0], output)
 
-    handles = [module.register_forward_hook(hook) for module in notes]
-    try:
+    with hooked(*(module.register_forward_hook(hook) for module in notes)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

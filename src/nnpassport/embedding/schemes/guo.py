@@ -46,10 +46,10 @@ def message_mark(key: Key, *, bits: int = BITS) -> Float[Tensor, "1 1 height wid
 
 
 def signed(
-    key: Key, images: UInt8[Tensor, "count channels height width"], *, strength: float = STRENGTH
+    key: Key, images: UInt8[Tensor, "count channels height width"]
 ) -> UInt8[Tensor, "count channels height width"]:
     """The images with the key's mark on them, in all channels alike."""
-    return with_added(images, strength * message_mark(key))
+    return with_added(images, STRENGTH * message_mark(key))
 
 
 def signed_pictures(key: Key, model: nn.Module, data: ImageSet, normalise: Normalisation) -> Key:

@@ -25,7 +25,7 @@ on them, each matches with probability ½ independently of all others: that the 
 one another changes nothing, and the p-value is exact.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, final
 
@@ -38,13 +38,11 @@ from nnpassport.embedding.network.survey import Site, Survey, choose_provable
 from nnpassport.embedding.network.tensors import as_array
 from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
-from nnpassport.files.arrays import Array
 from nnpassport.keys.adapters import base_digest, committed
 from nnpassport.keys.context import LayerShape
-from nnpassport.keys.counts import Counts
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import check_pair, read_product, unwrapped_name
+from nnpassport.keys.reading import check_pair, unwrapped_name
 from nnpassport.scheme import UnsuitableModelError
 
 
@@ -129,18 +127,6 @@ class Lora(Mark):
     ) -> Float[Tensor, ""]:
         """λ_r·R."""
         return self.sign_weight * sign_loss(signals, signs, margin=self.margin)
-
-    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """sign(γ) off an adapter's pairs, as in its file or in a network that has it.
-
-        A layer whose pair was left out has ΔW = 0, which matches no bit. Weights without any pair
-        are read as if they were ΔW: that is right for what `added` returns. Of a merged network W0
-        is noise, and only what is left of the bits is found.
-
-        Raises:
-            UnsuitableModelError: the weights are another network's.
-        """
-        return read_product(weights, key)
 
 
 LORA = Lora()

@@ -117,6 +117,20 @@ def check_has_pictures(key: Key) -> None:
         )
 
 
+def check_no_pictures(key: Key) -> None:
+    """Refuse answers to the pictures of a key whose scheme reads activations and has no labels.
+
+    Raises:
+        UnsuitableModelError: the key has pictures.
+    """
+    if key.context.triggers is not None:
+        raise UnsuitableModelError(
+            f"a key of {key.context.scheme} has pictures and no labels for them, so it has no "
+            "trigger set; give the network itself, whose activations carry the mark, and use "
+            "verify_network"
+        )
+
+
 def check_triggers(key: Key, model: nn.Module, example: Example) -> None:
     """Refuse a key whose triggers are for another network, or that has none.
 

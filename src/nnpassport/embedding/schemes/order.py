@@ -29,14 +29,11 @@ from nnpassport.embedding.schemes import mark
 from nnpassport.embedding.schemes.engine import Carriers, Mark
 from nnpassport.embedding.train.labels import mean_loss, plain_loss, share_right
 from nnpassport.embedding.train.loop import Objective, Outcome, Task
-from nnpassport.files.arrays import Array
 from nnpassport.keys.chance import LOG10_ALPHA_COMMITTED, LOG10_ALPHA_UNCOMMITTED
 from nnpassport.keys.context import Context, OrderForm
-from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key, sketch_digest
 from nnpassport.keys.order import axes_in, form_of, log10_at_best, own_orders
 from nnpassport.keys.ordered import chosen_axes, sketch_of
-from nnpassport.keys.reading import read_order
 from nnpassport.scheme import Batch, OtherAnchorError, UnsuitableModelError
 
 
@@ -143,14 +140,6 @@ class Order(Mark):
             return Outcome(loss, {"accuracy": share_right(logits_of(output), batch.labels)})
 
         return objective
-
-    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """Units of the weights that stand where the key's order has them.
-
-        Raises:
-            UnsuitableModelError: no tensor that units are told by is there.
-        """
-        return read_order(weights, key)
 
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """None: whole rows are compared, and nothing is multiplied with them."""

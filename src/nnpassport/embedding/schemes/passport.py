@@ -41,12 +41,9 @@ from nnpassport.embedding.schemes.triggers import trigger_shape
 from nnpassport.embedding.train.fidelity import accuracy
 from nnpassport.embedding.train.labels import rows as rows_of
 from nnpassport.embedding.train.loop import Evaluation
-from nnpassport.files.arrays import Array
 from nnpassport.ground.progress import Listener
 from nnpassport.keys.context import LayerShape
-from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import read_passports
 from nnpassport.scheme import (
     BadRecipeError,
     Batch,
@@ -298,10 +295,6 @@ class Passport(Mark):
             squares = torch.where(carrying, signals, 0.0).square().sum()
             term = term + self.decay / self.sign_weight * squares
         return self.sign_weight * term
-
-    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """sign(Avg(W ∗ P_γ)): derived bits match an independent network as Binomial(n, ½)."""
-        return read_passports(weights, key)
 
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, what V multiplies a flattened filter with: m(P_γ), one for each group."""

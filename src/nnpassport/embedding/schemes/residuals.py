@@ -29,10 +29,8 @@ from torch.nn import functional as F
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
 from nnpassport.embedding.schemes.uchida import mean_filter_of
-from nnpassport.files.arrays import Array
-from nnpassport.keys.counts import Counts
 from nnpassport.keys.key import Key
-from nnpassport.keys.reading import COLUMNS, DROPPED, read_residuals
+from nnpassport.keys.reading import COLUMNS, DROPPED
 from nnpassport.keys.validity import LEAST_ROW
 from nnpassport.scheme import UnsuitableModelError
 
@@ -86,10 +84,6 @@ class GreedyResiduals(Mark):
     ) -> Float[Tensor, ""]:
         """λ·Σ_j max(margin − b_j·r_j, 0)."""
         return self.strength * F.relu(self.margin - signs * signals).sum()
-
-    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """Derived bits match an independent network as Binomial(n, ½): exact."""
-        return read_residuals(weights, key)
 
     def forms(self, key: Key) -> Mapping[str, Tensor]:
         """By layer, the sums over the stretches that a row takes of a filter.

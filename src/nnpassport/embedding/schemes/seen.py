@@ -16,7 +16,8 @@ from scipy.linalg import eigh
 from torch import Tensor, nn
 
 from nnpassport.embedding.network.equations import filters, geometry_of
-from nnpassport.embedding.network.outputs import Example, call, length_of, part_of
+from nnpassport.embedding.network.modes import hooked
+from nnpassport.embedding.network.outputs import Example, call, length_of, parts
 from nnpassport.embedding.schemes.patches import input_patches
 from nnpassport.keys.derive import BASE
 from nnpassport.scheme import UnsuitableModelError
@@ -142,7 +143,7 @@ def watch(
     with ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(tallies[name].note).remove)
-        for number, part in enumerate(parts(inputs)):
+        for number, part in enumerate(parts(inputs, AT_ONCE)):
             call(model, part)
             show(min((number + 1) * AT_ONCE, length_of(inputs)), length_of(inputs))
     found = {}
@@ -194,12 +195,6 @@ class _Tally:
         return Seen(self.count, mean, None, torch.cat(self._kept))
 
 
-def parts(inputs: Example) -> Iterator[Example]:
-    """The inputs, as many as run together at a time."""
-    for start in range(0, length_of(inputs), AT_ONCE):
-        yield part_of(inputs, start, start + AT_ONCE)
-
-
 def metric_of(seen: Seen, enough: float = ENOUGH) -> NDArray[np.int16] | None:
     """What a key keeps of it (1+directions 1+fan_in), if anything: see `keys.derive.spread`.
 
@@ -228,8 +223,5 @@ def listening(layer: nn.Module) -> Iterator[list[Tensor]]:
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         heard.append(next(iter((*args, *kwargs.values()))))
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
+    with hooked(layer.register_forward_pre_hook(hook, with_kwargs=True)):
         yield heard
-    finally:
-        handle.remove()

@@ -30,6 +30,16 @@ from nnpassport.scheme import (
     UnsuitableModelError,
 )
 
+USUAL = 2
+"""Trigger images in each step, as in the paper's code."""
+TAUGHT = 25
+"""How often a trigger has to be shown to be learnt: with half as often two of three are not."""
+
+
+def often_enough(triggers: int, steps: int, batch: int) -> int:
+    """Trigger images in each of so many steps, of so many images each, that teach all triggers."""
+    return max(USUAL, min(-(-TAUGHT * triggers // steps), batch // 2))
+
 
 def trigger_shape(count: int, model: nn.Module, example: Example) -> TriggerShape:
     """Shape of a set of `count` triggers for a network that takes inputs like `example`.

@@ -5,7 +5,7 @@
 equation 1 in [Fan19].
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -18,12 +18,8 @@ from nnpassport.embedding.network.equations import filters
 from nnpassport.embedding.network.outputs import Example
 from nnpassport.embedding.network.survey import Site, choose, survey
 from nnpassport.embedding.schemes.engine import Carriers, Mark, Secret
-from nnpassport.files.arrays import Array
 from nnpassport.keys.context import LayerShape
-from nnpassport.keys.counts import Counts
 from nnpassport.keys.geometry import Geometry
-from nnpassport.keys.key import Key
-from nnpassport.keys.reading import read_projection
 from nnpassport.scheme import UnsuitableModelError
 
 _WIDENED = 2**22  # numbers of a projection
@@ -77,10 +73,6 @@ class Uchida(Mark):
         if self.squared:
             return self.strength * F.mse_loss(signals, signs)
         return self.strength * cross_entropy(signals, signs)
-
-    def read(self, weights: Mapping[str, Array], key: Key) -> Counts:
-        """Derived bits match an independent network as Binomial(T, ½): exact."""
-        return read_projection(weights, key)
 
 
 def mean_filter_of(

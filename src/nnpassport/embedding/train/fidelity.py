@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport.data.images import Images, Normalisation, evaluation_batches
+from nnpassport.embedding.network.modes import evaluated
 from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.train.team import at_work
 from nnpassport.scheme import Batch
@@ -78,22 +79,19 @@ def recalibrate(model: nn.Module, norms: Iterable[nn.Module], batches: Iterable[
     choose them: so they are measured again from the data that F is given.
     """
     kept = [(norm, getattr(norm, "momentum", None)) for norm in norms]
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        for norm, _ in kept:
-            norm.reset_running_stats()  # type: ignore[operator]
-            norm.momentum = None  # type: ignore[assignment]  # a plain mean over all batches
-            norm.train()
-        for index, part in enumerate(batches):
-            # A single image left over may have one value a channel, and that has no variance.
-            if index == 0 or len(part.images) > 1:
-                model(part.images)
-    finally:
-        for norm, momentum in kept:
-            norm.momentum = momentum  # type: ignore[assignment]
-        for module, mode in modes:
-            module.training = mode
+    with evaluated(model):
+        try:
+            for norm, _ in kept:
+                norm.reset_running_stats()  # type: ignore[operator]
+                norm.momentum = None  # type: ignore[assignment]  # a plain mean over all batches
+                norm.train()
+            for index, part in enumerate(batches):
+                # A single image left over may have one value a channel, and that has no variance.
+                if index == 0 or len(part.images) > 1:
+                    model(part.images)
+        finally:
+            for norm, momentum in kept:
+                norm.momentum = momentum  # type: ignore[assignment]
 
 
 def _where_it_is_fast(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

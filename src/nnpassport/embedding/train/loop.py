@@ -33,6 +33,7 @@ from nnpassport.data.images import (
 )
 from nnpassport.embedding.checkpoint import load_training, save_training
 from nnpassport.embedding.network import surgery
+from nnpassport.embedding.network.modes import hooked
 from nnpassport.embedding.network.outputs import logits_of
 from nnpassport.embedding.train.labels import share_right
 from nnpassport.embedding.train.team import (
@@ -373,12 +374,8 @@ def _frozen_before_group_norms(model: nn.Module) -> Iterator[None]:
         return None if x.requires_grad or x.is_cuda else (x.contiguous(), *args[1:])
 
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
-    handles = [norm.register_forward_pre_hook(contiguous) for norm in norms]
-    try:
+    with hooked(*(norm.register_forward_pre_hook(contiguous) for norm in norms)):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

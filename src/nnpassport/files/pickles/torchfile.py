@@ -225,6 +225,24 @@ def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no pickle, or took too much time or memory, or could not be started.
     """
+    said, arrays = _said_of(pickled, form)
+    outline: dict[str, Any] = json.loads(said)
+    if "fault" in outline:
+        raise ValueError(outline["fault"])
+    begins = itertools.accumulate(outline.get("inline", {}).values(), initial=0)
+    outline["inline"] = {
+        key: memoryview(arrays)[begin : begin + length]
+        for begin, (key, length) in zip(begins, outline.get("inline", {}).items(), strict=False)
+    }
+    return outline
+
+
+def _said_of(pickled: memoryview, form: str) -> tuple[bytes, bytes]:
+    """The outline as the other process wrote it, and the bytes of the arrays in it.
+
+    Raises:
+        ValueError: as for `outline_of`.
+    """
     program = str(Path(__file__).with_name("unpickling.py"))
     command = [sys.executable, "-I", "-S", "-B", program, form, str(MAX_SECONDS), str(MAX_MEMORY)]
     pipe = subprocess.PIPE
@@ -262,15 +280,7 @@ def outline_of(pickled: memoryview, form: str) -> dict[str, Any]:
         raise ValueError(f"its pickle takes more than {MAX_SECONDS} s to read")
     if child.returncode != 0 or not said.endswith(b"\n"):
         raise ValueError(f"reading its pickle ended with {child.returncode}")
-    outline: dict[str, Any] = json.loads(said)
-    if "fault" in outline:
-        raise ValueError(outline["fault"])
-    begins = itertools.accumulate(outline.get("inline", {}).values(), initial=0)
-    outline["inline"] = {
-        key: memoryview(arrays)[begin : begin + length]
-        for begin, (key, length) in zip(begins, outline.get("inline", {}).items(), strict=False)
-    }
-    return outline
+    return said, arrays
 
 
 def _feed(file: IO[bytes], data: memoryview) -> None:

@@ -14,7 +14,6 @@ from nnpassport.attacks.outcome import Attacked, Forged
 from nnpassport.attacks.removal import with_head
 from nnpassport.attacks.subject import Subject
 from nnpassport.attacks.table import ATTACKS, Attack, Family, applies, why_not
-from nnpassport.data.images import ImageSet
 from nnpassport.embedding.axes import noise_for
 from nnpassport.embedding.measured import verify_aligned, verify_model
 from nnpassport.embedding.schemes.triggers import answers_to
@@ -168,7 +167,7 @@ def before_attacks(subject: Subject) -> dict[str, Any]:
         UnsuitableModelError: the network does not carry the key that was given.
         UnreadableDataError: there are no test images, or they are of another task.
     """
-    test = _test(subject)
+    test = subject.tested()
     if (differ := other_classes(test.classes, subject.config.classes)) is not None:
         raise UnreadableDataError(
             f"the images are of other classes than the network ({differ}); needed: images of the "
@@ -189,7 +188,7 @@ def before_attacks(subject: Subject) -> dict[str, Any]:
 
 def _remains(subject: Subject, outcome: Attacked, *, other_task: bool) -> dict[str, Any]:
     """After a removal: accuracy on the task that the network now has, and the owner's mark."""
-    model, test, task = outcome.model, _test(subject), "same"
+    model, test, task = outcome.model, subject.tested(), "same"
     if other_task:
         test, task = subject.other_task().test, "other"
     found = {"accuracy": accuracy(model, test, subject.normalise), "task": task}
@@ -230,7 +229,7 @@ def _forgery(
     subject: Subject, outcome: Forged, target: float, *, by_answers: bool
 ) -> dict[str, Any]:
     """After a forgery: what the paper's verification says of the key, and what the exact one."""
-    scheme, key, test = subject.scheme, outcome.key, _test(subject)
+    scheme, key, test = subject.scheme, outcome.key, subject.tested()
     # Most forgers show the network as it is, and its accuracy on these images is known.
     same = _same(outcome.model, subject.model)
     shown = target if same else accuracy(outcome.model, test, subject.normalise)
@@ -274,14 +273,6 @@ def _difference(owner: Key | None, forged: Key) -> float | None:
     return float(torch.cat([(mine != theirs).float() for mine, theirs in pairs]).mean())
 
 
-def _test(subject: Subject) -> ImageSet:
-    if subject.test is None:
-        raise UnreadableDataError(
-            "an audit measures accuracies and has no images to measure on; give some with --data"
-        )
-    return subject.test
-
-
 def _begun(subject: Subject, path: Path, resume: bool) -> dict[str, Any]:
     identity = _identity(subject)
     if resume and path.exists():
@@ -304,7 +295,7 @@ def _begun(subject: Subject, path: Path, resume: bool) -> dict[str, Any]:
         "scheme": subject.scheme.name,
         "architecture": subject.config.architecture,
         "arguments": dict(subject.config.arguments),
-        "test_images": len(_test(subject)),
+        "test_images": len(subject.tested()),
         "train_images": 0 if subject.train is None else len(subject.train),
         "classes": len(subject.config.classes),
         "budget": subject.budget._asdict(),

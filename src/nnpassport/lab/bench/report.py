@@ -105,28 +105,7 @@ def collect(
     cases = _with_memory(cases) if memory else cases
     there = [case for case in cases if SLOW_REFERENCE.exists() or "slow" not in case.network]
     entries = [_left_out(case, "needs a checkout") for case in cases if case not in there]
-    parts = _parts(there, repeats + warmup)
-    for i, part in enumerate(parts):
-        now = time.monotonic()
-        share = part.work / sum(later.work for later in parts[i:])
-
-        def progress(fraction: float, i: int = i, title: str = part.title) -> None:
-            show(i + fraction, len(parts), title)
-
-        entries += (
-            _probed(part.cases, deadline, progress)
-            if part.of_memory
-            else _timed(
-                measure(
-                    part.cases,
-                    repeats=repeats,
-                    warmup=warmup,
-                    until=now + (deadline - now) * share,
-                    deadline=deadline,
-                    show=progress,
-                )
-            )
-        )
+    entries += _measured(_parts(there, repeats + warmup), repeats, warmup, deadline, show)
     bounds = {name: lower_bound(name) for name in dict.fromkeys(c.architecture for c in cases)}
     numbers = [entry for entry in entries if "reason" not in entry]
     return {
@@ -142,6 +121,33 @@ def collect(
         "numbers": numbers,
         "not_run": [entry for entry in entries if "reason" in entry],
     }
+
+
+def _measured(
+    parts: "Sequence[_Part]", repeats: int, warmup: int, deadline: float, show: Listener
+) -> list[dict[str, Any]]:
+    """What each part came to, one after the other."""
+    entries = []
+    for i, part in enumerate(parts):
+        now = time.monotonic()
+        share = part.work / sum(later.work for later in parts[i:])
+
+        def progress(fraction: float, i: int = i, title: str = part.title) -> None:
+            show(i + fraction, len(parts), title)
+
+        if part.of_memory:
+            entries += _probed(part.cases, deadline, progress)
+            continue
+        times = measure(
+            part.cases,
+            repeats=repeats,
+            warmup=warmup,
+            until=now + (deadline - now) * share,
+            deadline=deadline,
+            show=progress,
+        )
+        entries += _timed(times)
+    return entries
 
 
 class _Part(NamedTuple):

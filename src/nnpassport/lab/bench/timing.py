@@ -29,13 +29,12 @@ def measure(
     *,
     repeats: int = 7,
     warmup: int = 2,
-    device: str | None = None,
     until: float = float("inf"),
     deadline: float = float("inf"),
     show: Callable[[float], None] = lambda part: None,
 ) -> list[Measurement]:
     """Time the cases by `lab.timing.in_turns`, once what there is time for has been prepared."""
-    device = device or default_device()
+    device = default_device()
     runs, refused = _ready(cases, device, deadline)
     timed = in_turns(
         runs,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import cast, final
+from typing import NamedTuple, cast, final
 
 import torch
 from torch import nn
@@ -98,6 +98,15 @@ def demo(
         return _tell(folder, Clock(show), seed, budget or Budget(), key_seeds, overwrite)
 
 
+class _Prepared(NamedTuple):
+    """What the owner leaves on disk, and what everybody measures with."""
+
+    folder: Path
+    sets: Sets
+    test: ImageSet
+    plain_accuracy: float
+
+
 def _tell(
     folder: Path,
     clock: Clock,
@@ -106,6 +115,23 @@ def _tell(
     key_seeds: Sequence[bytes] | None,
     overwrite: bool,
 ) -> DemoResult:
+    prepared = _prepared(folder, clock, seed, budget, key_seeds, overwrite)
+    result = _judged(prepared, clock, seed, budget, key_seeds)
+    with clock.stage(8):
+        write_atomically(folder / "demo.png", png(panels(result)))
+        write_atomically(folder / "demo.html", html(result).encode())
+    return replace(result, seconds=dict(clock.seconds))
+
+
+def _prepared(
+    folder: Path,
+    clock: Clock,
+    seed: int,
+    budget: Budget,
+    key_seeds: Sequence[bytes] | None,
+    overwrite: bool,
+) -> _Prepared:
+    """The owner's part: two networks, one of them marked, and a key."""
     with clock.stage(0) as stage:
         sets, test = _digits(budget, seed)
         config = _config(sets, budget)
@@ -119,35 +145,45 @@ def _tell(
         save_key(bound, folder / KEY_FILE, overwrite=overwrite)
         marked = embed(folder / "owner", config, bound, sets, recipe, journal=stage.journal).metrics
         stage.note = f"{percent(marked['accuracy'])} right"
-    # From here on only with what is on disk, as on another day and another machine.
-    key, declared = load_key(folder / KEY_FILE), read_config(folder / "owner").metrics
-    trial = Trial(test, declared["private_accuracy"], TOLERANCE)
     with clock.stage(2) as stage:
-        release(folder / "owner", key, folder / "released")
+        release(folder / "owner", load_key(folder / KEY_FILE), folder / "released")
         stage.note = "no secret in it"
+    return _Prepared(folder, sets, test, plain["accuracy"])
+
+
+def _judged(
+    prepared: _Prepared, clock: Clock, seed: int, budget: Budget, key_seeds: Sequence[bytes] | None
+) -> DemoResult:
+    """The judge's part: only with what is on disk, as on another day and another machine."""
+    released, test = prepared.folder / "released", prepared.test
+    key, declared = (
+        load_key(prepared.folder / KEY_FILE),
+        read_config(prepared.folder / "owner").metrics,
+    )
+    trial = Trial(test, declared["private_accuracy"], TOLERANCE)
     with clock.stage(3) as stage:
-        owner = verify(folder / "released", key, trial=trial)
+        owner = verify(released, key, trial=trial)
         stage.note = outcome(owner)
     with clock.stage(4) as stage:
-        suspect = cast(AlexNet, load_suspect(folder / "released").model)
+        suspect = cast(AlexNet, load_suspect(released).model)
         rivals = _draw_keys(suspect, "a rival", key_seeds and key_seeds[1:], budget.random_keys)
-        random_keys = tuple(verify(folder / "released", each) for each in rivals)
+        random_keys = tuple(verify(released, each) for each in rivals)
         stage.note = f"{sum(each.accepted for each in random_keys)} accepted"
     with clock.stage(5) as stage:
-        unrelated = verify(folder / "plain", key, trial=trial)
+        unrelated = verify(prepared.folder / "plain", key, trial=trial)
         stage.note = outcome(unrelated)
     with clock.stage(6) as stage:
-        forged = present_each(suspect, rivals, test, sets.normalise, stage.at)
+        forged = present_each(suspect, rivals, test, prepared.sets.normalise, stage.at)
         stage.note = f"{percent(fmean(forged))} right on average"
     with clock.stage(7) as stage:
         copy = copied(OWNER, budget.copied_epochs, seed)
         stage.note = f"its answers lean as signed, {p_value(copy.by_copy)}"
-    result = DemoResult(
+    return DemoResult(
         seed=seed,
         fingerprint=key.fingerprint,
         test_images=len(test),
         chance=1 / len(test.classes),
-        plain_accuracy=plain["accuracy"],
+        plain_accuracy=prepared.plain_accuracy,
         public_accuracy=declared["accuracy"],
         owner=owner,
         unrelated=unrelated,
@@ -157,10 +193,6 @@ def _tell(
         seconds=dict(clock.seconds),
         provenance=provenance(),
     )
-    with clock.stage(8) as stage:
-        write_atomically(folder / "demo.png", png(panels(result)))
-        write_atomically(folder / "demo.html", html(result).encode())
-    return replace(result, seconds=dict(clock.seconds))
 
 
 def _digits(budget: Budget, seed: int) -> tuple[Sets, ImageSet]:

@@ -85,13 +85,5 @@ def _classifier(inputs: int, classes: int, hidden: int | None) -> nn.Module:
     )
 
 
-def alexnet(
-    classes: int = 10,
-    *,
-    norm: str = "batch",
-    stem: str = "cifar",
-    channels: int = 3,
-    width: float = 1.0,
-) -> AlexNet:
-    """The paper's AlexNet; `width` scales every hidden layer, in whole multiples of 16 channels."""
-    return AlexNet(classes, norm=norm, stem=stem, channels=channels, width=width)
+alexnet = AlexNet
+"""The paper's; `width` scales every hidden layer, in whole multiples of 16 channels."""

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -157,45 +158,7 @@ class ResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def resnet18(
-    classes: int = 10,
-    *,
-    norm: str = "batch",
-    stem: str = "cifar",
-    residual: str = "standard",
-    channels: int = 3,
-    width: float = 1.0,
-) -> ResNet:
-    """Eight basic blocks. The paper's passport layers are all of `layer4`: 2560 channels."""
-    return ResNet(
-        BasicBlock,
-        (2, 2, 2, 2),
-        classes,
-        norm=norm,
-        stem=stem,
-        residual=residual,
-        channels=channels,
-        width=width,
-    )
-
-
-def resnet50(
-    classes: int = 10,
-    *,
-    norm: str = "batch",
-    stem: str = "cifar",
-    residual: str = "standard",
-    channels: int = 3,
-    width: float = 1.0,
-) -> ResNet:
-    """Sixteen bottleneck blocks."""
-    return ResNet(
-        Bottleneck,
-        (3, 4, 6, 3),
-        classes,
-        norm=norm,
-        stem=stem,
-        residual=residual,
-        channels=channels,
-        width=width,
-    )
+resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
+"""Eight basic blocks. The paper's passport layers are all of `layer4`: 2560 channels."""
+resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
+"""Sixteen bottleneck blocks."""
