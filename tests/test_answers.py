@@ -44,6 +44,7 @@ from nnpassport.scheme import (
 )
 from nnpassport.verification import verdicts
 from nnpassport.verification.collected import read_collected
+from nnpassport.verification.remote import ordinary
 from nnpassport.verification.remote.asking import Answer, Kind, token
 from nnpassport.verification.remote.ordinary import OrdinaryTerms, looks_at, probe_answers
 from nnpassport.verification.remote.scores import scores_in
@@ -208,8 +209,8 @@ def test_a_service_that_shouts_a_few_answers_hides_nothing_behind_them(share, ti
         assert (said.argmax(1) == SAID.argmax(1)).all()
         assert read_answers(said, KEY).log10_p_value < -12
     before_, nobody = KEY.baseline / 64.0, says(KEY, 0)
-    for ordinary in (SAID, nobody, softmax(nobody), before(KEY.trigger_images)):
-        said = answers.centred_scores(ordinary)
+    for natural in (SAID, nobody, softmax(nobody), before(KEY.trigger_images)):
+        said = answers.centred_scores(natural)
         assert np.array_equal(answers.levelled(said, before_).scores, said.scores)
 
 
@@ -662,6 +663,36 @@ def test_scores_are_found_in_what_services_answer():
     assert scores_in(pointed, b'{"scores": [0.75, 0.25]}') == (("0", 0.75), ("1", 0.25))
     assert scores_in(pointed, b'{"scores": 3}') == ()
     assert scores_in(pointed, b'{"scores": {"cat": NaN, "dog": 1}}') == ()
+
+
+def test_a_service_whose_every_answer_has_other_names_takes_little_memory(monkeypatch):
+    pairs = json.dumps({f"name {n}": n for n in range(5_000)})
+    kept = scores_in(Template("http://host", '{"image": "$IMAGE"}', ""), pairs.encode())
+    assert len(kept) == 2_000
+    assert min(value for _, value in kept) == 3_000
+    monkeypatch.setattr(ordinary, "MAX_CELLS", 60 * 8)
+    rows = softmax(SAID[:60])
+    heard = [
+        Answer(
+            Kind.ANSWERED,
+            int(row.argmax()),
+            scores=tuple(
+                [*((f"class {n}", float(v)) for n, v in enumerate(row))]
+                + [(f"name {place} {n}", 0.0) for n in range(50)]
+            ),
+        )
+        for place, row in enumerate(rows)
+    ]
+    table = ordinary.table_of(heard)
+    assert table.numbers.shape == (60, 8)
+    np.testing.assert_array_equal(table.numbers[:, :CLASSES], rows)
+    assert read_answers(table.numbers, KEY).log10_p_value < -8
+
+
+def test_a_file_of_a_row_and_a_great_many_columns_takes_no_memory(tmp_path):
+    lines = [f"input,{','.join(map(str, range(20_000)))}", f"0{',1' * 20_000}"]
+    with pytest.raises(UnreadableDataError, match="which are many"):
+        read_collected(written(tmp_path / "a.csv", lines), 10_000)
 
 
 # Other tasks

@@ -23,6 +23,8 @@ from nnpassport.scheme import UnreadableDataError
 
 MAX_BYTES = 2**28
 MAX_COLUMNS = 20_001
+MAX_CELLS = 2**26
+"""Scores of all inputs, whether they are in the file or not."""
 LABELS = frozenset({"label", "class", "prediction"})
 """Names of columns that hold no scores, in any case: one of them beside others is refused."""
 _PLACE = re.compile(r"(?:.*[/\\])?0*([0-9]{1,8})(?:\.[A-Za-z0-9]{1,8})?")
@@ -92,6 +94,8 @@ def _numbers(path: Path, table: tuple[list[str], Iterator[list[str]]], inputs: i
         raise _no_answers(path, "no answers")
     if len(header) == 2:
         return Collected(_labels(found, inputs), labels=True)
+    if inputs * len(header) > MAX_CELLS:
+        raise _no_answers(path, f"{len(header) - 1} columns for {inputs} inputs, which are many")
     scores = np.full((inputs, len(header) - 1), np.nan)
     for place_, values in found.items():
         scores[place_] = [_number(path, value) for value in values]
