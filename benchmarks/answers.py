@@ -5,36 +5,49 @@ picture. FOLDER has CIFAR-10 as Parquet (cifar10-train*.parquet, cifar10-test*.p
 stands it is sized for a few minutes of one slow processor: pictures of 16 pixels, small networks,
 few epochs. --part directions reads copies alone, for marks in more and in fewer directions.
 --part larger is AlexNet on 32 pixels, copied by ResNet-18 on 25,000 labels that are asked anew for
-each augmented image; --part larger --owner resnet18 --thief alexnet is the other way round. Rows
-are written as they come, and --work FOLDER keeps trained networks: a run that was interrupted goes
-on where it was. The larger part takes about eight hours of one core that computes in bfloat16: a
-step takes it 3 ms for each image of AlexNet's and 12 ms for each of ResNet-18's.
+each augmented image; --part larger --owner resnet18 --thief alexnet is the other way round, and
+--task cifar100 is on CIFAR-100 (cifar100-train*.parquet, cifar100-test.parquet). --part mirrored
+reads copies that are trained on mirror images as well. Rows are written as they come, and --work
+FOLDER keeps trained networks: a run that was interrupted goes on where it was. A part has the rows
+of every run beside each other, each with its sizes; --seed N runs another seed, and --also FILE
+takes in what another run has written elsewhere. The larger part takes about eight hours of one core
+that computes in bfloat16: a step takes it 3 ms for each image of AlexNet's and 12 ms for each of
+ResNet-18's.
 """
 
 import argparse
-import io
 import itertools
 import json
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from answers_page import (
+    AVERAGED,
+    BEFORE,
+    COPIES,
+    COPY,
+    COUNTS,
+    MARKED,
+    STRANGER,
+    cell_of,
+    drawn,
+    rendered,
+    runs_in,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnpassport.attacks.perturbation import quantise
 from nnpassport.data.images import Normalisation, read_images
 from nnpassport.embedding.network.models import build
-from nnpassport.embedding.schemes.answers import ANSWERS, scores_of
-from nnpassport.embedding.schemes.cosine import COSINE, RATIO, signal_to_noise
+from nnpassport.embedding.schemes.answers import ANSWERS, Answers, scores_of
+from nnpassport.embedding.schemes.cosine import COSINE, signal_to_noise
 from nnpassport.embedding.schemes.pictures import shuffled
 from nnpassport.embedding.train.loop import Outcome, Recipe, classification, fit
 from nnpassport.files.disk import write_atomically
@@ -42,14 +55,12 @@ from nnpassport.keys.answers import features, functions_of, read_answers
 from nnpassport.keys.chance import log10_binomial_tail
 from nnpassport.keys.key import Key
 from nnpassport.keys.keyfile import load_key, save_key
-from nnpassport.report.page import as_text, styled
+from nnpassport.keys.validity import MAX_COINS
 from nnpassport.report.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
-COUNTS = (300, 1_000, 3_000)
 RUNS = (("filters", 0.8, True), ("filters", 0.5, False), ("filters", 0.3, False))
 """Kinds of functions, ε, and whether copies and thieves are run or the network alone."""
-BEFORE = ("the network before the mark", "that one, trained as long without a mark")
 TRUE = (0.5, 0.8)  # shares of true labels that a copy is trained on beside answers
 
 
@@ -70,6 +81,7 @@ class Plan:
     owner: str = "small"
     thief: str = "small"
     views: int = 0
+    task: str = "cifar10"
 
 
 LARGER = Plan(
@@ -84,21 +96,43 @@ LARGER = Plan(
     thief="resnet18",
     views=1,
 )
+DEVICE = ("commit", "torch", "device")
+"""What rows of one run share, unless they say otherwise."""
+
+
+class Cell(NamedTuple):
+    """One key: how many functions a class has, ε, and of which kind they are."""
+
+    a_class: int
+    strength: float
+    kind: str = "filters"
+
+    def coins(self, classes: int) -> int:
+        """All of them: as many as a key can have, at most."""
+        return min(MAX_COINS, self.a_class * classes)
+
+
 PARTS = {
-    "directions": (Plan(precision="bfloat16"), ((640, 0.8), (640, 0.65), (640, 0.5), (160, 0.6))),
-    "larger": (LARGER, ((160, 0.6),)),
-    "cosine": (Plan(precision="bfloat16"), ((160, 0.1),)),
+    "directions": (
+        Plan(precision="bfloat16"),
+        (Cell(64, 0.8), Cell(64, 0.65), Cell(64, 0.5), Cell(16, 0.6)),
+    ),
+    "mirrored": (
+        Plan(precision="bfloat16", coins=160),
+        (Cell(16, 0.6), Cell(16, 0.6, "mirrored")),
+    ),
+    "larger": (LARGER, (Cell(16, 0.6),)),
+    "cosine": (Plan(precision="bfloat16"), (Cell(16, 0.1, "waves"),)),
 }
-"""What copies are read in: sizes, and for each run how many functions there are, and ε."""
-STRANGER = "a stranger's, trained on true labels"
+"""What copies are read in: sizes, and the keys of each run."""
 
 
-def made(name: str, width: int, seed: int) -> nn.Module:
+def made(name: str, width: int, seed: int, classes: int) -> nn.Module:
     """The owner's small network, or one of the catalog's architectures."""
     if name == "small":
-        return network(width, seed)
+        return network(width, seed, classes)
     torch.manual_seed(seed)
-    return build(name, classes=10, norm="batch")
+    return build(name, classes=classes, norm="batch")
 
 
 def block(inputs: int, outputs: int) -> nn.Module:
@@ -107,38 +141,46 @@ def block(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
-def network(width: int, seed: int) -> nn.Module:
+def network(width: int, seed: int, classes: int) -> nn.Module:
     """The owner's."""
     torch.manual_seed(seed)
     return nn.Sequential(
         *(block(3, width), block(width, width), nn.MaxPool2d(2)),
         *(block(width, 2 * width), block(2 * width, 2 * width), nn.MaxPool2d(2)),
         *(block(2 * width, 4 * width), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
-        nn.Linear(16 * width, 10),
+        nn.Linear(16 * width, classes),
     )
 
 
-def another(width: int, seed: int) -> nn.Module:
+def another(width: int, seed: int, classes: int) -> nn.Module:
     """Of another architecture: a thief's, or a stranger's."""
     torch.manual_seed(seed)
     return nn.Sequential(
         *(nn.Conv2d(3, 2 * width, 5, padding=2), nn.BatchNorm2d(2 * width), nn.GELU()),
         *(nn.AvgPool2d(2), block(2 * width, 3 * width), nn.MaxPool2d(2)),
         *(block(3 * width, 4 * width), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        nn.Linear(4 * width, 10),
+        nn.Linear(4 * width, classes),
     )
 
 
-def kept_key(key: Key, path: Path) -> Key:
-    """The key of an earlier run that was interrupted, or this one."""
-    if not path.exists():
-        save_key(key, path)
-    return load_key(path)
+def kept_key(key: Key, folder: Path, name: str, sizes: str, seed: int) -> Key:
+    """The key that an interrupted run drew for this network, or else this one, which is kept.
+
+    Its baseline may be another in the last place, which draws other signs. A key of another network
+    has another anchor.
+    """
+    for path in sorted(folder.glob(f"{name}-*{seed}.key")):
+        found = load_key(path)
+        if (found.seed, found.context) == (key.seed, key.context):
+            return found
+    save_key(key, folder / f"{name}-{sizes}-{seed}.key")
+    return key
 
 
 def named_by(plan: Plan) -> str:
-    """Sizes in a file's name: what is as it was before has no part in it."""
-    values = [str(value) for value in asdict(plan).values()]
+    """Sizes in a file's name: what is as it was before has no part in it, nor has another seed."""
+    sizes = asdict(replace(plan, seeds=1))
+    values = [str(value) for value in sizes.values()]
     usual = [str(value) for value in asdict(Plan()).values()]
     more = [each for each, old in zip(values[9:], usual[9:], strict=True) if each != old]
     return "-".join([*values[:9], *more])
@@ -151,13 +193,13 @@ class Bench:
         self.plan, self.seed, self.work = plan, seed, work
         work.mkdir(parents=True, exist_ok=True)
         both = [
-            read_images(str(folder / f"cifar10-{part}*.parquet"), size=plan.size)
+            read_images(str(folder / f"{plan.task}-{part}*.parquet"), size=plan.size)
             for part in ("train", "test")
         ]
         order = torch.randperm(len(both[0]), generator=torch.Generator().manual_seed(seed))
         self.mine = both[0].subset(order[: plan.train])
         self.theirs = both[0].subset(order[plan.train : 2 * plan.train])
-        self.test = both[1]
+        self.test, self.classes = both[1], len(both[0].classes)
         self.normalise = Normalisation.measured(self.mine)
         self._banked: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -187,7 +229,7 @@ class Bench:
 
     def plain(self) -> nn.Module:
         """The owner's network before the mark."""
-        net = made(self.plan.owner, self.plan.width, self.seed)
+        net = made(self.plan.owner, self.plan.width, self.seed, self.classes)
         how = self.recipe(self.plan.epochs)
         return self.kept(
             "plain", net, lambda n: fit(n, classification, self.mine, how, normalise=self.normalise)
@@ -219,11 +261,22 @@ class Bench:
             name, net, lambda n: fit(n, objective, numbered, how, normalise=self.normalise)
         )
 
+    def copied_with_mirrors(self, name: str, labels: Tensor, other: Tensor) -> nn.Module:
+        """The same with as many steps, on images and their mirror images, of which `other` are."""
+        both = torch.cat([self.theirs.images, self.theirs.images.flip(3)])
+        data = replace(self.theirs, images=both, labels=torch.cat([labels, other]))
+        how = self.recipe(max(1, self.plan.copying // 2))
+        return self.kept(
+            name,
+            self.thiefs(self.seed + 50),
+            lambda n: fit(n, classification, data, how, normalise=self.normalise),
+        )
+
     def thiefs(self, seed: int) -> nn.Module:
         """Of another architecture than the owner's, untrained."""
         if self.plan.thief == "small":
-            return another(self.plan.width, seed)
-        return made(self.plan.thief, self.plan.width, seed)
+            return another(self.plan.width, seed, self.classes)
+        return made(self.plan.thief, self.plan.width, seed, self.classes)
 
     def copied_by_asking(self, name: str, marked: nn.Module) -> nn.Module:
         """Trained on labels; with `views` each image is augmented, and asked anew in each epoch."""
@@ -282,6 +335,57 @@ class Known:
         return self._phi[: len(inputs)]
 
 
+class Owned(NamedTuple):
+    """A network that was marked, its key, and what reads that.
+
+    Attributes:
+        scheme: with its settings.
+        key: bound to test images.
+        order: of all test images, those that the key is bound to.
+        functions: of these.
+        marked: the network.
+        name: of the key, in names of files.
+    """
+
+    scheme: Answers
+    key: Key
+    order: Tensor
+    functions: Known
+    marked: nn.Module
+    name: str
+
+
+def owned(bench: Bench, cell: Cell) -> Owned:
+    """Draw a key for the owner's network, and mark that."""
+    plan, plain, coins = bench.plan, bench.plain(), cell.coins(bench.classes)
+    usual = COSINE if cell.kind == "waves" else replace(ANSWERS, kind=cell.kind)
+    scheme = replace(usual, strength=cell.strength, pictures=plan.pictures, coins=coins)
+    example = torch.zeros(2, 3, plan.size, plan.size)
+    key = scheme.draw_key(plain, example, seed=bytes([bench.seed + 1] * 32))
+    order = shuffled(key, bench.test)[: plan.pictures]  # before the key is bound to them
+    key = scheme.prepared(key, plain, bench.test, bench.normalise)
+    counted = cell.kind == "waves" or coins != plan.coins
+    name = f"{cell.kind}-{cell.strength}" + (f"-{coins}" if counted else "")
+    key = kept_key(key, bench.work, name, named_by(plan), bench.seed)
+
+    def mark(model: nn.Module) -> None:
+        how = bench.recipe(plan.marking, 0.05)
+        scheme.embed(model, key, bench.mine, how, normalise=bench.normalise, trained=True)
+
+    marked = bench.kept(f"marked-{name}", deepcopy(plain), mark)
+    return Owned(scheme, key, order, Known(key), marked, name)
+
+
+def tuned(bench: Bench) -> nn.Module:
+    """The owner's network, trained as long as with the mark, without one."""
+    how = bench.recipe(bench.plan.marking, 0.05)
+    return bench.kept(
+        "tuned",
+        deepcopy(bench.plain()),
+        lambda n: fit(n, classification, bench.mine, how, normalise=bench.normalise),
+    )
+
+
 def row(name: str, key: Key, functions: Known, said: Tensor, right: float) -> dict[str, Any]:
     """What was read of scores (pictures classes), and by labels alone."""
     found: dict[str, Any] = {"name": name, "accuracy": right}
@@ -336,45 +440,22 @@ def shaved(known: np.ndarray, said: Tensor, labels: Tensor, test: np.ndarray, l2
     return shown @ weight.detach()
 
 
-def rows_of(
-    bench: Bench, kind: str, strength: float, *, all_of_them: bool
-) -> Iterator[dict[str, Any]]:
+def rows_of(bench: Bench, cell: Cell, *, all_of_them: bool) -> Iterator[dict[str, Any]]:
     """Everything that is read with one key, as it comes."""
-    for found in _rows_of(bench, kind, strength, all_of_them=all_of_them):
-        yield {"seed": bench.seed, "kind": kind, "strength": strength, **found}
+    for found in _rows_of(bench, cell, all_of_them=all_of_them):
+        yield {"seed": bench.seed, "kind": cell.kind, "strength": cell.strength, **found}
 
 
-def _rows_of(
-    bench: Bench, kind: str, strength: float, *, all_of_them: bool
-) -> Iterator[dict[str, Any]]:
-    plan, plain = bench.plan, bench.plain()
-    scheme = replace(
-        ANSWERS, kind=kind, strength=strength, pictures=plan.pictures, coins=plan.coins
-    )
-    seed = bytes([bench.seed + 1] * 32)
-    key = scheme.draw_key(plain, torch.zeros(2, 3, plan.size, plan.size), seed=seed)
-    order = shuffled(key, bench.test)[: plan.pictures]  # before the key is bound to them
-    key = scheme.prepared(key, plain, bench.test, bench.normalise)
-    key = kept_key(key, bench.work / f"{kind}-{strength}-{bench.seed}.key")
-    functions, how = Known(key), bench.recipe(plan.marking, 0.05)
-    named = f"{kind}-{strength}"
-
-    def mark(model: nn.Module) -> None:
-        scheme.embed(model, key, bench.mine, how, normalise=bench.normalise, trained=True)
-
-    marked = bench.kept(f"marked-{named}", deepcopy(plain), mark)
-    more = bench.kept(
-        "tuned",
-        deepcopy(plain),
-        lambda n: fit(n, classification, bench.mine, how, normalise=bench.normalise),
-    )
+def _rows_of(bench: Bench, cell: Cell, *, all_of_them: bool) -> Iterator[dict[str, Any]]:
+    plan = bench.plan
+    scheme, key, order, functions, marked, named = owned(bench, cell)
 
     def read(name: str, model: nn.Module) -> dict[str, Any]:
         whole = bench.asked(model)
         return row(name, key, functions, whole[order], bench.accuracy(whole))
 
-    yield read(BEFORE[0], plain)
-    yield read(BEFORE[1], more)
+    yield read(BEFORE[0], bench.plain())
+    yield read(BEFORE[1], tuned(bench))
     presented = scheme.fidelity(marked, key, bench.test, bench.normalise)
     yield {**read("marked", marked), "with the key": presented}
     if not all_of_them:
@@ -420,94 +501,94 @@ def _rows_of(
     yield from nulled(bench, key, functions, asked, bench.asked(marked), order)
 
 
-def directions(
-    bench: Bench, coins: int, strength: float, known: set[str]
-) -> Iterator[dict[str, Any]]:
+def compared(
+    bench: Bench,
+    mine: Owned,
+    networks: Iterable[tuple[str, Callable[[], nn.Module]]],
+    known: set[str],
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """(a row, all scores) of each of these networks that has no row yet."""
+    said = bench.asked(mine.marked).argmax(1)
+    for name, network_of in networks:
+        if name not in known:
+            whole = bench.asked(network_of())
+            found = row(name, mine.key, mine.functions, whole[mine.order], bench.accuracy(whole))
+            yield {"agrees": float((whole.argmax(1) == said).float().mean()), **found}, whole
+
+
+def directions(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, Any]]:
     """What a copy by labels carries of a mark in so many functions, and what nobody does.
 
     `known` are rows that are there already.
     """
-    plan, plain = bench.plan, bench.plain()
-    scheme = replace(ANSWERS, strength=strength, pictures=plan.pictures, coins=coins)
-    example = torch.zeros(2, 3, plan.size, plan.size)
-    key = scheme.draw_key(plain, example, seed=bytes([bench.seed + 1] * 32))
-    order = shuffled(key, bench.test)[: plan.pictures]
-    key = scheme.prepared(key, plain, bench.test, bench.normalise)
-    named = f"filters-{strength}" if coins == plan.coins else f"filters-{strength}-{coins}"
-    key = kept_key(key, bench.work / f"{named}-{bench.seed}.key")
-    functions, how = Known(key), bench.recipe(plan.marking, 0.05)
-
-    def mark(model: nn.Module) -> None:
-        scheme.embed(model, key, bench.mine, how, normalise=bench.normalise, trained=True)
-
-    def tune(model: nn.Module) -> None:
-        fit(model, classification, bench.mine, how, normalise=bench.normalise)
-
-    marked = bench.kept(f"marked-{named}", deepcopy(plain), mark)
-    said = bench.asked(marked)
+    mine = owned(bench, cell)
     networks: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
-        (BEFORE[0], lambda: plain),
-        (BEFORE[1], lambda: bench.kept("tuned", deepcopy(plain), tune)),
-        ("marked", lambda: marked),
-        ("copy by labels", lambda: bench.copied_by_asking(f"labels-{named}", marked)),
+        (BEFORE[0], bench.plain),
+        (BEFORE[1], lambda: tuned(bench)),
+        (MARKED, lambda: mine.marked),
+        (COPY, lambda: bench.copied_by_asking(f"labels-{mine.name}", mine.marked)),
         (STRANGER, lambda: bench.copied("stranger", None)),
     )
-    for name, network_of in networks:
-        if name in known:
-            continue
-        whole = bench.asked(network_of())
-        found = row(name, key, functions, whole[order], bench.accuracy(whole))
-        agrees = float((whole.argmax(1) == said.argmax(1)).float().mean())
-        yield {"seed": bench.seed, "coins": coins, "strength": strength, "agrees": agrees, **found}
+    for found, _ in compared(bench, mine, networks, known):
+        yield found
+    said, widest = bench.asked(mine.marked), cell.a_class
     for count, l2 in itertools.product((300, 1_000, 3_000), (1e-2, 1e-3)):
-        name = f"nulled with {count:,} labels in the widest {coins // 10}, ridge {l2}"
+        name = f"nulled with {count:,} labels in the widest {widest}, ridge {l2}"
         if name not in known:
-            asked = scores_of(marked, bench.theirs.images[:count], bench.normalise)
-            left = said - bench.shaved_off(key, asked, coins // 10, l2)
-            found = row(name, key, functions, left[order], bench.accuracy(left))
-            yield {"seed": bench.seed, "coins": coins, "strength": strength, **found}
+            asked = scores_of(mine.marked, bench.theirs.images[:count], bench.normalise)
+            left = said - bench.shaved_off(mine.key, asked, widest, l2)
+            yield row(name, mine.key, mine.functions, left[mine.order], bench.accuracy(left))
 
 
-def waves(bench: Bench, coins: int, strength: float, known: set[str]) -> Iterator[dict[str, Any]]:
+def waves(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, Any]]:
     """What the network and a copy by scores carry of cosine watermarks, exactly and as published.
 
     `ratios` are the published score, of the first wave of each class.
     """
-    plan, plain = bench.plan, bench.plain()
-    scheme = replace(COSINE, strength=strength, pictures=plan.pictures, coins=coins)
-    example = torch.zeros(2, 3, plan.size, plan.size)
-    key = scheme.draw_key(plain, example, seed=bytes([bench.seed + 1] * 32))
-    order = shuffled(key, bench.test)[: plan.pictures]
-    key = scheme.prepared(key, plain, bench.test, bench.normalise)
-    named = f"waves-{strength}-{coins}"
-    key = kept_key(key, bench.work / f"{named}-{bench.seed}.key")
-    functions, how = Known(key), bench.recipe(plan.marking, 0.05)
+    mine = owned(bench, cell)
 
-    def mark(model: nn.Module) -> None:
-        scheme.embed(model, key, bench.mine, how, normalise=bench.normalise, trained=True)
+    def copy() -> nn.Module:
+        asked = scores_of(mine.marked, bench.theirs.images, bench.normalise)
+        return bench.copied(f"scores-{mine.name}", None, asked)
 
-    marked = bench.kept(f"marked-{named}", deepcopy(plain), mark)
-    asked = scores_of(marked, bench.theirs.images, bench.normalise)
     networks: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
-        (BEFORE[0], lambda: plain),
-        ("marked", lambda: marked),
-        ("copy by scores", lambda: bench.copied(f"scores-{named}", None, asked)),
+        (BEFORE[0], bench.plain),
+        (MARKED, lambda: mine.marked),
+        ("copy by scores", copy),
         (STRANGER, lambda: bench.copied("stranger", None)),
     )
-    for name, network_of in networks:
-        if name in known:
-            continue
-        whole = bench.asked(network_of())
-        found = row(name, key, functions, whole[order], bench.accuracy(whole))
-        chances = whole[order].softmax(1).numpy()
-        ratios = [signal_to_noise(chances, key, wave) for wave in range(10)]
-        yield {
-            "seed": bench.seed,
-            "coins": coins,
-            "strength": strength,
-            "ratios": ratios,
-            **found,
-        }
+    for found, whole in compared(bench, mine, networks, known):
+        chances = whole[mine.order].softmax(1).numpy()
+        ratios = [signal_to_noise(chances, mine.key, wave) for wave in range(bench.classes)]
+        yield {"ratios": ratios, **found}
+
+
+def mirrored(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, Any]]:
+    """What copies by labels carry that see mirror images, of functions that mind them or do not."""
+    mine = owned(bench, cell)
+    asked = scores_of(mine.marked, bench.theirs.images, bench.normalise).argmax(1)
+    other = scores_of(mine.marked, bench.theirs.images.flip(3), bench.normalise).argmax(1)
+
+    def flipped(name: str, labels: Tensor) -> Callable[[], nn.Module]:
+        return lambda: bench.copied_with_mirrors(f"{name}-{mine.name}", asked, labels)
+
+    networks: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
+        (BEFORE[0], bench.plain),
+        (BEFORE[1], lambda: tuned(bench)),
+        (MARKED, lambda: mine.marked),
+        (COPY, lambda: bench.copied(f"labels-{mine.name}", asked)),
+        (COPIES[1], flipped("mirrors", asked)),
+        (COPIES[2], flipped("asked-mirrors", other)),
+        (STRANGER, lambda: bench.copied("stranger", None)),
+    )
+    for found, whole in compared(bench, mine, networks, known):
+        yield found
+        if found["name"] in {MARKED, *COPIES}:
+            name = f"{found['name']}{AVERAGED}"
+            turned = replace(bench.test, images=bench.test.images.flip(3))
+            network_of = dict(networks)[found["name"]]()
+            both = (whole + scores_of(network_of, turned.images, bench.normalise)) / 2
+            yield row(name, mine.key, mine.functions, both[mine.order], bench.accuracy(both))
 
 
 def nulled(
@@ -525,7 +606,9 @@ def nulled(
     known = bench.theirs.subset(torch.arange(min(3_000, len(bench.theirs))))
     theirs = features(kind, known.images.numpy(), own)
     test = features(kind, bench.test.images.numpy(), own)
-    few = np.linalg.eigh(np.cov(theirs.T))[1][:, -(plan.coins // 10) :]  # where functions are
+    few = np.linalg.eigh(np.cov(theirs.T))[1][
+        :, -(plan.coins // bench.classes) :
+    ]  # where functions are
     spaces = {
         "all features": (theirs, test),
         f"the widest {few.shape[1]}": (theirs @ few, test @ few),
@@ -539,314 +622,59 @@ def nulled(
         yield row(name, key, functions, left[order], bench.accuracy(left))
 
 
-HEAD = """# A mark in ordinary answers
-
-Rendered by `python benchmarks/answers.py` from `results/answers.json`. CIFAR-10 at {size} pixels;
-the owner's convolutional network of width {width} sees {train:,} images for {epochs} epochs and
-{marking} more with the mark, copies are of another architecture and see answers to {train:,}
-other images for {copying} epochs. {coins} functions, {pictures:,} test images to ask, {seeds}
-seed(s). Numbers are log₁₀ p; accuracy is on all 10,000 test images, in percent. How it works:
-[docs/answers.md](../docs/answers.md).
-
-These are small networks on small pictures, trained for minutes: what they show is the order of
-things, and not what AlexNet and ResNet-18 reach on CIFAR-10 and CIFAR-100, which was not run;
-`python benchmarks/answers.py --part larger` is for that.
-
-![p against how many images were asked](../docs/figures/answers.svg)
-"""
-AIMS = """## What was aimed at
-
-{table}
-
-*Lost* is against the network before the mark and against that one trained as long without a mark.
-A copy that agrees with the marked network on 90 % of the images was aimed at as well. None of
-these does, so that aim was not put to the test: copies here are much less accurate than what they
-copy.
-"""
-NOTES = """## Reading the table
-
-- Strangers, and the networks before the mark, are coins.
-- Rounding and noise make more images necessary, smoothing changes nothing, int8 little. An ensemble
-  with an honest network weakens the mark more than by its share.
-- Copies carry it by scores and by labels, and so do copies of copies. The more true labels are
-  mixed in, the less.
-- Thieves with labels of their own: *nulled* fits, with so many labels that the owner has not, the
-  linear correction that makes the marked network's answers best, in a bank of random filters of the
-  thief's own (the owner's is secret). What it costs is the difference to *marked* in accuracy. A
-  strong correction takes the mark out at the price of many right answers, a weak one keeps both.
-  More than 3,000 labels were not tried.
-- Tuning weakens it; on adversarial examples it takes most of it, and many right answers.
-"""
+READERS = {"cosine": waves, "mirrored": mirrored, "directions": directions, "larger": directions}
 
 
-def table_of(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown."""
-    lines = [" | ".join(each) for each in (head, ("---",) * len(head), *rows)]
-    return "\n".join(f"| {line} |" for line in lines)
+def run_of(facts: dict[str, Any], part: str, plan: Plan) -> dict[str, Any]:
+    """The run of these sizes among those of a part, which is added where there is none.
+
+    How many seeds there are is no size.
+    """
+    runs = runs_in(facts, part)
+    facts[part] = runs
+    for run in runs:
+        if replace(Plan(**run["plan"]), seeds=1) == replace(plan, seeds=1):
+            return run
+    runs.append({"plan": asdict(replace(plan, seeds=1)), "rows": [], "provenance": provenance()})
+    return runs[-1]
 
 
-def row_of(facts: dict[str, Any], name: str, strength: float) -> dict[str, Any] | None:
-    """The first row of this name and ε, if it was run."""
-    rows = (e for e in facts["rows"] if (e["name"], e["strength"]) == (name, strength))
-    return next(rows, None)
+def row_in(run: dict[str, Any], row: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Add a row, with where it is from if that is not where the run is from."""
+    was = run["provenance"]
+    same = all(was[each] == origin[each] for each in DEVICE)
+    run["rows"].append(row if same else {**row, "provenance": origin})
+    run["plan"]["seeds"] = len({each["seed"] for each in run["rows"]})
 
 
-def aims(facts: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What was aimed at, what came out, and whether that is enough, for each ε that was run."""
-    most, rows = facts["plan"]["pictures"], []
-    for strength in dict.fromkeys(each["strength"] for each in facts["rows"]):
-        marked = row_of(facts, "marked", strength)
-        if marked is None:
-            continue
-        for name in BEFORE:
-            before = row_of(facts, name, strength)
-            lost = 100 * (before["accuracy"] - marked["accuracy"]) if before else math.nan
-            words = f"at most 0.5 points lost, against {name}"
-            rows.append((f"{strength}", words, f"{lost:.1f}", verdict(lost <= 0.5)))
-        copy = row_of(facts, "copy by labels", strength)
-        for what, each, key, aim in (
-            ("marked, scores of 1,000 images", marked, "scores 1000", -30),
-            (f"marked, labels of {most:,}", marked, f"labels {most}", -12),
-            (f"copy by labels, labels of {most:,}", copy, f"labels {most}", -9),
-            (f"copy by labels, scores of {most:,}", copy, f"scores {most}", -9),
-        ):
-            if each is not None:
-                words = f"{what}: at most 10^{aim}"
-                rows.append((f"{strength}", words, f"{each[key]:.1f}", verdict(each[key] <= aim)))
-    return rows
+def join(facts: dict[str, Any], other: dict[str, Any]) -> None:
+    """Take in the rows of all parts that another run wrote elsewhere, unless they are there."""
+    for part in PARTS:
+        for theirs in runs_in(other, part):
+            run = run_of(facts, part, Plan(**theirs["plan"]))
+            if not run["rows"]:
+                run["provenance"] = theirs["provenance"]
+            known = {(*cell_of(each), each["name"]) for each in run["rows"]}
+            for row in theirs["rows"]:
+                if (*cell_of(row), row["name"]) not in known:
+                    row_in(run, row, row.get("provenance", theirs["provenance"]))
 
 
-def verdict(enough: bool) -> str:
-    """In a word."""
-    return "reached" if enough else "**not reached**"
-
-
-def rendered(facts: dict[str, Any]) -> str:
-    """The page."""
-    most = facts["plan"]["pictures"]
-    shown = ("scores 300", "scores 1000", f"scores {most}", "labels 1000", f"labels {most}")
-    rows = [
-        (
-            f"{each['strength']}",
-            each["name"],
-            f"{100 * each['accuracy']:.1f}",
-            *(f"{each[key]:.1f}" for key in shown),
-        )
-        for each in facts["rows"]
-    ]
-    heads = ("scores of 300", "of 1,000", f"of {most:,}", "labels of 1,000", f"of {most:,}")
-    presented = [
-        f"ε {each['strength']}: {100 * each['with the key']:.1f} %"
-        for each in facts["rows"]
-        if "with the key" in each
-    ]
-    return "\n".join(
-        [
-            HEAD.format(**facts["plan"]),
-            AIMS.format(table=table_of(("ε", "aim", "came out", ""), aims(facts))),
-            "## Everything that was read",
-            "",
-            table_of(("ε", "network", "accuracy", *heads), rows),
-            "",
-            f"F, the accuracy with the key presented: {'; '.join(presented)}. The network is",
-            "trained to be right as it is released, so F is below that.",
-            "",
-            NOTES,
-            *parts_of(facts),
-        ]
-    )
-
-
-DIRECTIONS = """## In how many directions
-
-Another run, in bfloat16, by `python benchmarks/answers.py --part directions`: the same sizes with
-64 functions of each class, in the widest 64 directions of what the owner's filters see, and with 16
-in the widest 16. *Lost* is against the network trained as long without a mark; the thief who nulls
-has labels of his own.
-
-{table}
-
-Copies learn the widest directions best: where all of ε is in 16 of them a copy shows at 0.6 what
-takes 0.8 in 64, and the network loses half as much. Who has labels nulls 16 directions at a lower
-price than 64: that is the choice. `--setting coins=160` makes 16 of each of ten classes. Accuracies
-are of 10,000 images and one seed: a few tenths of a point are noise.
-"""
-LARGER_WORDS = """## Larger
-
-By `python benchmarks/answers.py --part larger`: {owner} at {size} pixels, {train:,} images of its
-own, and {thief} trained on labels that it gave to {train:,} others, asked anew for each augmented
-image.
-
-{table}
-"""
-WAVES = """## Cosine watermarks
-
-By `python benchmarks/answers.py --part cosine`: {coins} waves on probabilities, ε {strength}, the
-other sizes as in the run above. *Ratio* is the published score of the first wave of each class, of
-10,000 images: the median of ten and the largest; the authors' code calls a suspect marked above
-{ratio:g}.
-
-{table}
-
-Among {coins} waves one alone is weak, so the ratio of a single one hardly says more of a marked
-network than of an honest one, where their phases together decide. As published there is one wave,
-which a wrapper adds; that was not trained here.
-"""
-UNIFORM = """## Keys of nobody
-
-By `python benchmarks/answers_uniform.py`: p-values of keys that nobody has marked with, each with
-{coins} functions of its own, of {asked} inputs. *KS* is the p-value of a Kolmogorov-Smirnov test
-against uniform.
-
-{table}
-
-A network that gives one label to every input says nothing: its p is 1 for every key. Of 2,000 keys
-the least p is about 1 in 2,000, and 1 in 20,000 in one row of ten.
-"""
-
-
-def parts_of(facts: dict[str, Any]) -> list[str]:
-    """The sections that were run."""
-    found = []
-    if "directions" in facts:
-        table = directions_table(facts["directions"])
-        found.append(DIRECTIONS.format(table=table))
-    if "larger" in facts:
-        part = facts["larger"]
-        found.append(LARGER_WORDS.format(**part["plan"], table=directions_table(part)))
-    if "cosine" in facts:
-        part = facts["cosine"]
-        first = part["rows"][0]
-        words = {"coins": first["coins"], "strength": first["strength"], "ratio": RATIO}
-        found.append(WAVES.format(**words, table=waves_table(part["rows"])))
-    if "uniform" in facts:
-        part = facts["uniform"]
-        words = {"coins": part["coins"], "asked": part["asked"]}
-        found.append(UNIFORM.format(**words, table=uniform_table(part["rows"])))
-    return found
-
-
-def directions_table(part: dict[str, Any]) -> str:
-    """A line for each network and key."""
-    most = part["plan"]["pictures"]
-    keys = ("scores 1000", f"scores {most}", "labels 1000", f"labels {most}")
-    rows = []
-    for each in part["rows"]:
-        cell = [each[k] for k in ("seed", "coins", "strength")]
-        before = next(
-            (
-                r["accuracy"]
-                for r in part["rows"]
-                if r["name"] == BEFORE[1] and [r[k] for k in ("seed", "coins", "strength")] == cell
-            ),
-            math.nan,
-        )
-        own = each["name"] == "marked" or each["name"].startswith("nulled")
-        lost = f"{100 * (before - each['accuracy']):.1f}" if own else ""
-        agrees = f"{100 * each['agrees']:.1f}" if each["name"] == "copy by labels" else ""
-        rows.append(
-            (
-                f"{each['coins'] // 10}",
-                f"{each['strength']}",
-                each["name"],
-                f"{100 * each['accuracy']:.1f}",
-                lost,
-                agrees,
-                *(f"{each[key]:.1f}" for key in keys),
-            )
-        )
-    head = ("a class", "ε", "network", "accuracy", "lost", "agrees")
-    shown = ("scores of 1,000", f"of {most:,}", "labels of 1,000", f"of {most:,}")
-    return table_of((*head, *shown), rows)
-
-
-def waves_table(rows: list[dict[str, Any]]) -> str:
-    """A line for each network."""
-    lines = [
-        (
-            each["name"],
-            f"{100 * each['accuracy']:.1f}",
-            *(f"{each[k]:.1f}" for k in ("scores 1000", "scores 10000", "labels 10000")),
-            f"{np.median(each['ratios']):.1f}",
-            f"{max(each['ratios']):.1f}",
-        )
-        for each in rows
-    ]
-    shown = ("scores of 1,000", "of 10,000", "labels of 10,000", "ratio", "largest")
-    return table_of(("network", "accuracy", *shown), lines)
-
-
-def uniform_table(rows: list[dict[str, Any]]) -> str:
-    """A line for each data set, network and way of reading."""
-    lines = []
-    for each in rows:
-        silent = each["least"] > -1e-9
-        ks = "says nothing" if silent else f"{each['ks']:.3f}"
-        lines.append(
-            (
-                each["data"],
-                each["kind"],
-                each["network"],
-                each["read"],
-                f"{each['keys']:,}",
-                ks,
-                f"{100 * each['hundredth']:.2f}",
-                f"{each['least']:.1f}",
-            )
-        )
-    heads = ("data", "functions", "network", "read by", "keys", "KS")
-    return table_of((*heads, "p ≤ 0.01, %", "least log₁₀ p"), lines)
-
-
-def drawn(facts: dict[str, Any], path: Path) -> None:
-    """The picture: log₁₀ p against the number of images asked."""
-    shown = {
-        "marked": "marked",
-        "copy by scores": "copy by scores",
-        "copy by labels": "copy by labels",
-        STRANGER: "a stranger's",
-    }
-    most, kind = facts["plan"]["pictures"], facts["rows"][0]["kind"]
-    counts = [*(n for n in COUNTS if n < most), most]
-    with styled("answers"):
-        figure = Figure(figsize=(7, 4.2), layout="constrained")
-        axes = figure.add_subplot()
-        for colour, (name, label) in enumerate(shown.items()):
-            found = [e for e in facts["rows"] if e["name"] == name and e["kind"] == kind]
-            for what, style in (("scores", "-"), ("labels", "--")) if found else ():
-                values = [found[0][f"{what} {count}"] for count in counts]
-                axes.plot(counts, values, style, color=f"C{colour}", label=f"{label}, {what}")
-        axes.set_xscale("log")
-        axes.set_xticks(counts, [f"{count:,}" for count in counts])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("ordinary images asked")
-        axes.set_ylabel("log₁₀ p")
-        axes.axhline(-9, color="grey", linewidth=0.8)
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set_yticks([0, -5, -10, -30, -100], ["0", "−5", "−10", "−30", "−100"])
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_ylim(-200, 1)
-        figure.legend(fontsize=8, loc="outside lower center", ncols=4)
-        buffer = io.BytesIO()
-        as_text(figure).savefig(buffer, format="svg", metadata={"Date": None})
-    write_atomically(path, buffer.getvalue())
-
-
-def run_part(part: str, plan: Plan, facts: dict[str, Any], given: argparse.Namespace) -> None:
-    """A section of the results, cell by cell: what is there of the same sizes stays."""
-    was = facts.get(part, {})
-    if was.get("plan") != asdict(plan):
-        was = {"plan": asdict(plan), "rows": []}
-    facts[part] = {**was, "provenance": provenance()}
-    rows = facts[part]["rows"]
-    for seed in range(plan.seeds):
+def run_part(
+    part: str, plan: Plan, cells: Iterable[Cell], facts: dict[str, Any], given: argparse.Namespace
+) -> None:
+    """A section of the results, cell by cell: what is there stays, and is not run again."""
+    run, origin = run_of(facts, part, plan), provenance()
+    for seed in [given.seed] if given.seed is not None else range(plan.seeds):
         bench = Bench(plan, given.data, given.work, seed)
-        for coins, strength in PARTS[part][1]:
-            cell = (seed, coins, strength)
-            known = {r["name"] for r in rows if (r["seed"], r["coins"], r["strength"]) == cell}
-            read = waves if part == "cosine" else directions
-            for found in read(bench, coins, strength, known):
-                rows.append(found)
+        for cell in cells:
+            coins = {"coins": cell.coins(bench.classes), "classes": bench.classes}
+            key = {"seed": seed, **coins, "strength": cell.strength}
+            if cell.kind == "mirrored":
+                key["kind"] = cell.kind
+            known = {each["name"] for each in run["rows"] if cell_of(each) == cell_of(key)}
+            for found in READERS[part](bench, cell, known):
+                row_in(run, {**key, **found}, origin)
                 write_atomically(given.out / "answers.json", as_json(facts))
 
 
@@ -861,9 +689,16 @@ def run_whole(plan: Plan, facts: dict[str, Any], given: argparse.Namespace) -> N
     for seed in range(plan.seeds):
         bench = Bench(plan, given.data, given.work, seed)
         for kind, strength, whole in RUNS:
-            for found in rows_of(bench, kind, strength, all_of_them=whole):
+            cell = Cell(plan.coins // bench.classes, strength, kind)
+            for found in rows_of(bench, cell, all_of_them=whole):
                 facts["rows"].append(found)
                 write_atomically(given.out / "answers.json", as_json(facts))
+
+
+def cell_from(text: str) -> Cell:
+    """`16:0.6` or `16:0.6:mirrored`."""
+    a_class, strength, *kind = text.split(":")
+    return Cell(int(a_class), float(strength), *kind)
 
 
 def main() -> None:
@@ -874,18 +709,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     parser.add_argument("--pictures-in", type=Path, default=ROOT / "docs" / "figures")
     parser.add_argument("--render", action="store_true", help="from the JSON that is there")
+    parser.add_argument("--also", type=Path, help="take in the rows of another such JSON")
     parser.add_argument("--part", choices=PARTS, help="a section alone")
+    parser.add_argument("--seed", type=int, help="this seed of a part alone")
+    parser.add_argument(
+        "--cells",
+        type=lambda text: tuple(map(cell_from, text.split(","))),
+        help="keys of a part: functions a class and ε, as 64:0.5,16:0.6",
+    )
     for name, value in asdict(Plan()).items():
         parser.add_argument(f"--{name}", type=type(value))
     given = parser.parse_args()
     path = given.out / "answers.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
+    if given.also:
+        join(facts, json.loads(given.also.read_text()))
+        write_atomically(path, as_json(facts))
     if not given.render:
-        usual = PARTS[given.part][0] if given.part else Plan()
+        usual, cells = PARTS[given.part] if given.part else (Plan(), ())
         asked = {name: getattr(given, name) for name in asdict(usual)}
         plan = replace(usual, **{name: each for name, each in asked.items() if each is not None})
         if given.part:
-            run_part(given.part, plan, facts, given)
+            run_part(given.part, plan, given.cells or cells, facts, given)
+        elif given.task or given.cells or given.seed is not None:
+            parser.error("--task, --cells and --seed are for a part: name it with --part")
         else:
             run_whole(plan, facts, given)
     write_atomically(given.out / "answers.md", rendered(facts).encode())

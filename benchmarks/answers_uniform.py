@@ -4,15 +4,18 @@ python benchmarks/answers_uniform.py --data FOLDER reads 2,000 keys on each netw
 table to results/answers.json, which `python benchmarks/answers.py --render` shows. FOLDER has
 CIFAR-10's test images as Parquet; digits, sentences of documentation and diabetes are
 scikit-learn's. Networks are trained for seconds: a null has to hold for any network. Networks that
-carry the mark of another key are among them.
+carry the mark of another key are among them. --only NAME reads one set of data, and keeps what is
+there of others. --tail 20000 reads so many other keys by scores, on the two networks that were
+trained without a mark, and counts how small their p-values are.
 """
 
 import argparse
 import ast
+import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +41,9 @@ ROOT = Path(__file__).parent.parent
 ASKED, COINS = 240, 96
 PACKAGES = ("linear_model", "cluster", "ensemble", "metrics")
 TOKENS, WORDS, BUCKETS = 4096, 24, 256
+LEVELS = (-2, -3, -4)
+"""log₁₀ of p-values, below which keys of nobody are counted."""
+FRESH = 2 * 10**6  # the number of the first of other keys
 
 
 class Task(NamedTuple):
@@ -192,44 +198,66 @@ def of_diabetes() -> Task:
     return Task("diabetes", "counts", shown, said[0], nets, labels=False)
 
 
-def tasks(folder: Path) -> Iterator[Task]:
-    """All of them, one by one."""
+def of_digits() -> Task:
+    """Pictures of 8 pixels a side, made 16."""
     table = load_digits()
     pixels = torch.from_numpy(table.images / 16 * 255).round().to(torch.uint8)[:, None]
     pixels = pixels.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    yield of_pictures("digits", "layout", pixels, torch.from_numpy(table.target).long())
-    yield of_sentences()
-    yield of_diabetes()
+    return of_pictures("digits", "layout", pixels, torch.from_numpy(table.target).long())
+
+
+def of_cifar(folder: Path) -> Task:
+    """Test images of CIFAR-10, at 16 pixels."""
     test = read_images(str(folder / "cifar10-test*.parquet"), size=16)
-    yield of_pictures("CIFAR-10", "filters", test.images, test.labels)
+    return of_pictures("CIFAR-10", "filters", test.images, test.labels)
 
 
-def rows_of(task: Task, keys: int) -> list[dict[str, Any]]:
-    """A row for each network and way of reading."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for number in range(keys):
+def tasks(folder: Path) -> dict[str, Callable[[], Task]]:
+    """How to make each, by name."""
+    return {
+        "digits": of_digits,
+        "sentences": of_sentences,
+        "diabetes": of_diabetes,
+        "CIFAR-10": lambda: of_cifar(folder),
+    }
+
+
+Values = dict[tuple[str, str], list[float]]
+"""log₁₀ p of each key, by network and way of reading."""
+
+
+def read(task: Task, numbers: Sequence[int], ways: Sequence[str]) -> Values:
+    """What keys of these numbers show on each network of a task."""
+    found: Values = {}
+    for number in numbers:
         key = key_of(number, task.kind, task.shown, task.before)
         phi = _Known(functions_of(key), key)
-        for who, said in task.said.items():
-            ways = {"scores": said.numpy()}
-            if task.labels:
-                ways["labels"] = said.argmax(1).numpy()
-            for way, numbers in ways.items():
-                verdict = read_answers(numbers, key, labels=way == "labels", functions=phi)
-                found.setdefault((who, way), []).append(verdict.log10_p_value)
-    return [
-        {
-            "data": task.name,
-            "kind": task.kind,
-            "network": who,
-            "read": way,
-            "keys": keys,
-            "ks": float(kstest(10 ** np.array(values), "uniform").pvalue),
-            "hundredth": float((np.array(values) <= -2).mean()),
-            "least": min(values),
-        }
-        for (who, way), values in found.items()
-    ]
+        for (who, said), way in itertools.product(task.said.items(), ways):
+            answers = said.argmax(1) if way == "labels" else said
+            verdict = read_answers(answers.numpy(), key, labels=way == "labels", functions=phi)
+            found.setdefault((who, way), []).append(verdict.log10_p_value)
+    return found
+
+
+def facts_of(task: Task, who: str, way: str, values: list[float]) -> dict[str, Any]:
+    """A row: whose p-values they are, and how they lie."""
+    return {
+        "data": task.name,
+        "kind": task.kind,
+        "network": who,
+        "read": way,
+        "keys": len(values),
+        "ks": float(kstest(10 ** np.array(values), "uniform").pvalue),
+        "hundredth": float((np.array(values) <= -2).mean()),
+        "least": min(values),
+        "below": {str(level): int((np.array(values) <= level).sum()) for level in LEVELS},
+    }
+
+
+def rows_of(task: Task, numbers: Sequence[int], ways: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each network and way of reading."""
+    found = read(task, numbers, ways)
+    return [facts_of(task, who, way, values) for (who, way), values in found.items()]
 
 
 class _Known:
@@ -242,20 +270,38 @@ class _Known:
         return self._phi[: len(inputs)]
 
 
+def kept(path: Path, section: str, rows: list[dict[str, Any]]) -> None:
+    """Put the rows of one set of data in place of those that a section of the results had."""
+    facts = json.loads(path.read_text()) if path.exists() else {}
+    was = facts.get(section, {"asked": ASKED, "coins": COINS, "rows": []})
+    others = [row for row in was["rows"] if row["data"] != rows[0]["data"]]
+    origin = provenance()
+    made = [{**row, "provenance": origin} for row in rows]
+    facts[section] = {**was, "rows": [*others, *made]}
+    write_atomically(path, (json.dumps(facts, indent=1) + "\n").encode())
+
+
 def main() -> None:
     """Read, keep."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--keys", type=int, default=2_000)
+    parser.add_argument("--tail", type=int, default=0, help="so many other keys, by scores alone")
+    parser.add_argument("--only", choices=tasks(Path()), help="one set of data")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "answers.json")
     given = parser.parse_args()
-    made = {"provenance": provenance(), "asked": ASKED, "coins": COINS, "rows": []}
-    for task in tasks(given.data):
-        made["rows"] += rows_of(task, given.keys)
-        print(json.dumps(made["rows"][-1]), flush=True)
-        facts = json.loads(given.out.read_text()) if given.out.exists() else {}
-        text = json.dumps({**facts, "uniform": made}, indent=1) + "\n"
-        write_atomically(given.out, text.encode())
+    for name, make in tasks(given.data).items():
+        if given.only not in {None, name}:
+            continue
+        task = make()
+        if given.tail:
+            two = task._replace(said=dict(itertools.islice(task.said.items(), 2)))
+            rows = rows_of(two, range(FRESH, FRESH + given.tail), ("scores",))
+        else:
+            ways = ("scores", "labels") if task.labels else ("scores",)
+            rows = rows_of(task, range(given.keys), ways)
+        print(json.dumps(rows), flush=True)
+        kept(given.out, "tail" if given.tail else "uniform", rows)
 
 
 if __name__ == "__main__":

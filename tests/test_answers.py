@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from nnpassport.cli import app as cli
 from nnpassport.embedding import answering
+from nnpassport.embedding.answering import LEFT_OUT, collected
 from nnpassport.embedding.checkpoint import save_model
 from nnpassport.embedding.schemes.answers import (
     ANSWERS,
@@ -43,6 +44,7 @@ from nnpassport.scheme import (
 )
 from nnpassport.verification import verdicts
 from nnpassport.verification.collected import read_collected
+from nnpassport.verification.remote import ordinary
 from nnpassport.verification.remote.asking import Answer, Kind, token
 from nnpassport.verification.remote.ordinary import OrdinaryTerms, looks_at, probe_answers
 from nnpassport.verification.remote.scores import scores_in
@@ -195,6 +197,82 @@ def test_how_answers_are_written_changes_little():
     assert read_answers(chances.round(2), KEY).log10_p_value < 0.6 * whole
     best = np.where(chances < np.sort(chances)[:, [-2]], np.nan, chances)
     assert read_answers(best, KEY).log10_p_value < 0.4 * whole
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.02, 1e3), (0.02, 1e9), (0.05, 20.0)])
+def test_a_service_that_shouts_a_few_answers_hides_nothing_behind_them(share, times):
+    """Labels stay as they are, so it would cost a service nothing."""
+    loud = np.random.default_rng(4).random(SHOWN) < share
+    shouted = np.where(loud[:, None], times * SAID, SAID)
+    topped = SAID + times * np.eye(CLASSES)[SAID.argmax(1)] * loud[:, None]
+    for said in (shouted, topped):
+        assert (said.argmax(1) == SAID.argmax(1)).all()
+        assert read_answers(said, KEY).log10_p_value < -12
+    before_, nobody = KEY.baseline / 64.0, says(KEY, 0)
+    for natural in (SAID, nobody, softmax(nobody), before(KEY.trigger_images)):
+        said = answers.centred_scores(natural)
+        assert np.array_equal(answers.levelled(said, before_).scores, said.scores)
+
+
+def test_keys_of_nobody_are_uniform_on_answers_of_which_a_few_are_shouted():
+    theirs = says(drawn(99))
+    theirs[::29] *= 1e4
+    found = p_values(lambda n: replace(KEY, seed=n.to_bytes(32, "big")), lambda _: theirs, 60)
+    assert stats.kstest(found, "uniform").pvalue > 0.01
+    assert found.min() > 1e-4
+
+
+def test_probabilities_are_told_from_scores_also_in_percent_and_with_sums_that_err():
+    chances = softmax(SAID)
+    whole = read_answers(chances, KEY)
+    less = chances.copy()
+    less[3, 2] = -1e-9
+    for same in (100 * chances, less, (100 * chances).round(6)):
+        found = read_answers(same, KEY)
+        assert found.log10_p_value == pytest.approx(whole.log10_p_value, abs=1)
+        assert answers.centred_scores(same).floor is not None
+    assert answers.centred_scores(20 * np.ones((3, CLASSES)) + np.eye(3, CLASSES)).floor is not None
+    assert answers.centred_scores(np.arange(10.0).reshape(2, 5)).floor is None
+
+
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0, 10.0])
+def test_temperature_and_the_best_few_of_all_scores_leave_the_mark(temperature):
+    chances = softmax(SAID / temperature)
+    kept = chances >= np.sort(chances)[:, [-3]]
+    for said in (
+        np.where(kept, chances, np.nan),
+        np.where(kept, chances, 0),
+        np.where(kept, chances, 0) / (chances * kept).sum(1, keepdims=True),
+        np.where(kept, chances / (chances * kept).sum(1, keepdims=True), np.nan),
+        np.where(chances == chances.max(1, keepdims=True), chances, np.nan),
+    ):
+        assert read_answers(said, KEY).log10_p_value < -9
+
+
+def test_who_gives_one_answer_to_inputs_that_he_suspects_says_less_of_the_mark_and_nothing_false():
+    suspected = np.random.default_rng(5).random(SHOWN) < 0.3
+    one = np.where(suspected[:, None], [9.0, 0, 0, 0, 0], SAID)
+    assert read_answers(one, KEY).log10_p_value < -5
+    labels = np.where(suspected, 0, SAID.argmax(1))
+    assert read_answers(labels, KEY, labels=True).log10_p_value < -2
+    stranger = np.where(suspected[:, None], [9.0, 0, 0, 0, 0], says(drawn(99)))
+    found = p_values(lambda n: replace(KEY, seed=n.to_bytes(32, "big")), lambda _: stranger, 60)
+    assert stats.kstest(found, "uniform").pvalue > 0.01
+
+
+def test_the_best_of_a_hundred_keys_of_nobody_is_as_small_as_a_hundred_tries_allow():
+    found = p_values(lambda n: replace(KEY, seed=n.to_bytes(32, "big")), lambda _: SAID, 100)
+    assert 1e-5 < found.min() < 0.1
+
+
+def test_the_same_picture_many_times_among_those_asked_is_no_evidence_many_times():
+    """Coins are the functions', and not the pictures'."""
+    shown = pictures().copy()
+    shown[50:] = shown[:50].repeat(7, 0)
+    said = before(shown, 3) + 0.3 * before(shown)
+    found = p_values(lambda n: drawn(n + 1, shown=shown), lambda _: said, 40)
+    assert found.min() > 1e-4
+    assert stats.kstest(found, "uniform").pvalue > 0.01
 
 
 def test_classes_in_another_order_or_under_other_names_read_the_same():
@@ -442,11 +520,49 @@ def test_collected_answers_are_read_by_place(tmp_path):
         ["input,label", "0,1", "0,2"],
         ["input,label", "0,1,2"],
         ["input,a,b", "0,x,1"],
+        ["input,label,score", "0,3,0.97"],
+        ["input,Class,a,b", "0,3,0.9,0.1"],
     ],
 )
 def test_other_files_are_refused(tmp_path, lines):
     with pytest.raises(UnreadableDataError, match="holds no answers"):
         read_collected(written(tmp_path / "a.csv", lines), 5)
+
+
+@pytest.mark.parametrize("written_as", ["1e308", "-1e308", "1e999", "nan", "", "-inf"])
+def test_a_number_that_is_no_score_ends_no_reading(tmp_path, written_as):
+    rows = [[f"{value:.4f}" for value in row] for row in SAID]
+    rows[7][2] = written_as
+    lines = ["input,a,b,c,d,e", *(f"{n},{','.join(row)}" for n, row in enumerate(rows))]
+    found = collected(written(tmp_path / "a.csv", lines), KEY, verdicts.Options())
+    assert found.log10_p_value < 0.85 * read_answers(SAID, KEY).log10_p_value
+
+
+def test_rows_in_any_order_under_any_names_of_files_and_classes_read_the_same(tmp_path):
+    order = np.random.default_rng(2).permutation(SHOWN)
+    names = ["cat", "dog", "3", "fish", "a, b"]
+    lines = [f'out/{place:05}.png,"{names[SAID[place].argmax()]}"' for place in order]
+    path = written(tmp_path / "a.csv", ["input,label", *lines])
+    found = collected(path, KEY, verdicts.Options())
+    expected = read_answers(SAID.argmax(1), KEY, labels=True)
+    assert (found.matches, found.log10_p_value) == (expected.matches, expected.log10_p_value)
+    assert LEFT_OUT not in found.reason
+
+
+def test_who_leaves_out_answers_by_his_key_finds_his_mark_and_the_verdict_says_so(tmp_path):
+    """A file with gaps: of a stranger's answers only those that lean as the signs have it."""
+    shown, said = KEY.trigger_images, says(KEY, strength=0)
+    wished = key_function(functions_of(KEY), coins_of(KEY), shown, CLASSES)
+    chosen = set(np.argsort(-(wished * (said - before(shown))).sum(1))[:120].tolist())
+    rows = [f"{n},{','.join(f'{v:.4f}' for v in row)}" for n, row in enumerate(said)]
+    some = [row for n, row in enumerate(rows) if n in chosen]
+    header, options = "input,a,b,c,d,e", verdicts.Options()
+    cheat = collected(written(tmp_path / "some.csv", [header, *some]), KEY, options)
+    assert cheat.log10_p_value < -6
+    assert LEFT_OUT in cheat.reason
+    whole = collected(written(tmp_path / "all.csv", [header, *rows]), KEY, options)
+    assert whole.log10_p_value > -3
+    assert LEFT_OUT not in whole.reason
 
 
 # A service
@@ -547,6 +663,36 @@ def test_scores_are_found_in_what_services_answer():
     assert scores_in(pointed, b'{"scores": [0.75, 0.25]}') == (("0", 0.75), ("1", 0.25))
     assert scores_in(pointed, b'{"scores": 3}') == ()
     assert scores_in(pointed, b'{"scores": {"cat": NaN, "dog": 1}}') == ()
+
+
+def test_a_service_whose_every_answer_has_other_names_takes_little_memory(monkeypatch):
+    pairs = json.dumps({f"name {n}": n for n in range(5_000)})
+    kept = scores_in(Template("http://host", '{"image": "$IMAGE"}', ""), pairs.encode())
+    assert len(kept) == 2_000
+    assert min(value for _, value in kept) == 3_000
+    monkeypatch.setattr(ordinary, "MAX_CELLS", 60 * 8)
+    rows = softmax(SAID[:60])
+    heard = [
+        Answer(
+            Kind.ANSWERED,
+            int(row.argmax()),
+            scores=tuple(
+                [*((f"class {n}", float(v)) for n, v in enumerate(row))]
+                + [(f"name {place} {n}", 0.0) for n in range(50)]
+            ),
+        )
+        for place, row in enumerate(rows)
+    ]
+    table = ordinary.table_of(heard)
+    assert table.numbers.shape == (60, 8)
+    np.testing.assert_array_equal(table.numbers[:, :CLASSES], rows)
+    assert read_answers(table.numbers, KEY).log10_p_value < -8
+
+
+def test_a_file_of_a_row_and_a_great_many_columns_takes_no_memory(tmp_path):
+    lines = [f"input,{','.join(map(str, range(20_000)))}", f"0{',1' * 20_000}"]
+    with pytest.raises(UnreadableDataError, match="which are many"):
+        read_collected(written(tmp_path / "a.csv", lines), 10_000)
 
 
 # Other tasks

@@ -133,12 +133,14 @@ def test_answers_that_nobody_marked_are_coins_and_the_page_says_what_was_reached
     facts = loaded("answers")
     rows, most = facts["rows"], facts["plan"]["pictures"]
     numbers = ("scores 300", f"scores {most}", "labels 1000", f"labels {most}")
-    honest = [*script("answers").BEFORE, "a stranger's, trained on true labels"]
+    honest = [*script("answers_page").BEFORE, "a stranger's, trained on true labels"]
     unmarked = [row[n] for row in rows if row["name"] in honest for n in numbers]
     assert len(unmarked) >= 12
     assert min(unmarked) > -3
-    marked = script("answers").row_of(facts, "marked", 0.8)
-    aims = {aim: (came, word) for strength, aim, came, word in script("answers").aims(facts)[:6]}
+    marked = script("answers_page").row_of(facts, "marked", 0.8)
+    aims = {
+        aim: (came, word) for strength, aim, came, word in script("answers_page").aims(facts)[:6]
+    }
     came, word = aims["marked, scores of 1,000 images: at most 10^-30"]
     assert (came, word) == (f"{marked['scores 1000']:.1f}", "reached")
     for came, word in aims.values():

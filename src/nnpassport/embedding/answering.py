@@ -37,6 +37,10 @@ CHOSEN = (
     "images and signs are independent only if whoever chose the images had no key: let a judge "
     "choose them, or read the inputs that the key is bound to"
 )
+LEFT_OUT = (
+    "some inputs have no answer, or not all of it: if whoever left them out had the key, he chose "
+    "by it, and p says nothing"
+)
 PLANNED = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 _OTHERS = 100_000  # images of anybody's that are read at most
 
@@ -92,22 +96,23 @@ def collected(answers: Path, key: Key, options: Options, data: ImageSet | None =
     """
     if data is None:
         inputs, _ = inputs_of(key)
-        table, labels = read_collected(answers, len(inputs))
-        found = read_answers(table, key, labels=labels, log10_alpha=options.threshold)
+        given = read_collected(answers, len(inputs))
+        found = read_answers(given.numbers, key, labels=given.labels, log10_alpha=options.threshold)
     else:
         pictures = _pictures(data, key)
-        table, labels = read_collected(answers, len(pictures))
+        given = read_collected(answers, len(pictures))
         _, before = _before(pictures, key, options)
         found = read_on(
-            table,
+            given.numbers,
             pictures.numpy(),
             before,
             key,
             functions_of(key),
-            labels=labels,
+            labels=given.labels,
             log10_alpha=options.threshold,
         )
         found = found.remarked(CHOSEN)
+    found = found if given.whole else found.remarked(LEFT_OUT)
     found = found.remarked("what the answers are of is the word of whoever collected them")
     return found if options.standing is None else under_claim(found, options.standing)
 

@@ -62,6 +62,9 @@ _WAVES = 6  # of a picture's side, in `layout`
 _BANK, _SIDE, _STRIDE, _SCALES, _PLACES = 32, 5, 2, (1, 2), 2  # of `filters`
 _LARGEST = 1e6  # score that is told from a larger one
 _ROUNDED = 1.5  # what rounded probabilities may sum to
+_BELOW = 1e-6  # zero by so little a probability is zero: sums of floats err
+_PERCENT = (99.0, 101.0)  # what probabilities in percent sum to
+_LOUDEST = 4.0  # times the median row's size, beside the baseline's: no row counts for more
 _AT_ONCE = 256  # inputs whose patches are there at a time
 _VARIES = 1e-6  # of the widest direction's variance, or it is none
 _APART = 1e-3  # of the least that functions of one class are kept apart by
@@ -342,18 +345,22 @@ def centred_scores(scores: Any) -> Said:
     Rows that are not negative and sum to about 1 at most are probabilities, of which the logarithm
     is taken; others are scores before a softmax. Of a row with gaps (NaN), the best five of a
     hundred say, what is left of the probability is shared among the gaps, and in place of a score
-    is the least that was given. A row of gaps alone stays one.
+    is the least that was given. A row of gaps alone stays one. Whole rows that all sum to about 100
+    are probabilities in percent.
     """
     found = np.array(scores, np.float64)
     given = np.isfinite(found)
     there = given.any(1)
     found = np.clip(found, -_LARGEST, _LARGEST)
     known = np.where(given, found, 0.0)
-    likely = ((known >= 0) & (known <= 1)).all() and (known.sum(1) <= _ROUNDED).all()
+    if _in_percent(known[there], given[there]):
+        found, known = found / 100, known / 100
+    likely = ((known >= -_BELOW) & (known <= 1 + _BELOW)).all()
+    likely = likely and (known.sum(1) <= _ROUNDED).all()
     floor = None
     if likely and there.any():
         rest = np.clip(1 - known.sum(1), 0, None) / np.maximum((~given).sum(1), 1)
-        chances = np.where(given, known, rest[:, None])
+        chances = np.where(given, np.maximum(known, 0), rest[:, None])
         positive = chances[chances > 0]
         floor = min(MOST, max(LEAST, float(positive.min()) / 2)) if positive.size else MOST
         filled = np.log(chances + floor)
@@ -363,6 +370,31 @@ def centred_scores(scores: Any) -> Said:
     filled -= filled.mean(1, keepdims=True)
     filled[~there] = np.nan
     return Said(filled, floor)
+
+
+def _in_percent(known: Read, given: NDArray[np.bool_]) -> bool:
+    sums = known.sum(1)
+    about = (sums >= _PERCENT[0]) & (sums <= _PERCENT[1])
+    return bool(len(known) and given.all() and about.all() and (known >= -100 * _BELOW).all())
+
+
+def levelled(said: Said, baseline: Read) -> Said:
+    """The same, where no row is louder beside its baseline's than four times the median of all.
+
+    Whoever multiplies a few of his answers by a thousand changes no label, and would else be read
+    in nothing but these. No sign plays a part.
+    """
+    sizes, usual = _sizes(said.scores), _sizes(baseline)
+    loud = sizes / (usual + max(float(np.median(usual)), _NOTHING))
+    heard = loud[sizes > _NOTHING]  # of NaN this is false
+    if not len(heard):
+        return said
+    most = _LOUDEST * float(np.median(heard))
+    return said._replace(scores=said.scores * (most / np.maximum(loud, most))[:, None])
+
+
+def _sizes(scores: Read) -> Read:
+    return np.asarray(np.sqrt(np.square(scores).mean(1)))
 
 
 def _floored(before: Read, floor: float | None) -> tuple[Read, Read]:
@@ -539,16 +571,16 @@ def read_on(
     Exact only where whoever chose them did not know the key's signs.
     """
     count, columns = len(answers), baseline.shape[1]
+    if count > len(inputs):
+        raise _other_answers((count,), len(inputs), columns)
+    before = baseline[:count]
     if labels:
         said = Said(shown_labels(answers, columns))
     else:
         table = np.asarray(answers, np.float64)
         if table.ndim != 2 or table.shape[1] < 2:
             raise _other_answers(table.shape, len(inputs), columns)
-        said = centred_scores(table)
-    if count > len(inputs):
-        raise _other_answers((count,), len(inputs), columns)
-    before = baseline[:count]
+        said = levelled(centred_scores(table), before)
     leans = leanings(
         said._replace(scores=in_order(said.scores, before)),
         before,

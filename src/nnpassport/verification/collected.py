@@ -23,6 +23,10 @@ from nnpassport.scheme import UnreadableDataError
 
 MAX_BYTES = 2**28
 MAX_COLUMNS = 20_001
+MAX_CELLS = 2**26
+"""Scores of all inputs, whether they are in the file or not."""
+LABELS = frozenset({"label", "class", "prediction"})
+"""Names of columns that hold no scores, in any case: one of them beside others is refused."""
 _PLACE = re.compile(r"(?:.*[/\\])?0*([0-9]{1,8})(?:\.[A-Za-z0-9]{1,8})?")
 
 
@@ -37,6 +41,13 @@ class Collected(NamedTuple):
 
     numbers: NDArray[Any]
     labels: bool
+
+    @property
+    def whole(self) -> bool:
+        """Whether every input has all its answers."""
+        if self.labels:
+            return bool((self.numbers != NO_ANSWER).all())
+        return bool(np.isfinite(self.numbers).all())
 
 
 def read_collected(path: Path, inputs: int) -> Collected:
@@ -60,6 +71,8 @@ def _checked(path: Path, rows: Iterator[list[str]]) -> tuple[list[str], Iterator
         raise _no_answers(path, f"a header {','.join(header)!r:.80}")
     if len(header) == 2 and header[1] != "label":
         raise _no_answers(path, "one column of scores")
+    if len(header) > 2 and (both := [name for name in header if name.casefold() in LABELS]):
+        raise _no_answers(path, f"a column {both[0]!r:.40} beside columns of scores")
     return header, rows
 
 
@@ -81,6 +94,8 @@ def _numbers(path: Path, table: tuple[list[str], Iterator[list[str]]], inputs: i
         raise _no_answers(path, "no answers")
     if len(header) == 2:
         return Collected(_labels(found, inputs), labels=True)
+    if inputs * len(header) > MAX_CELLS:
+        raise _no_answers(path, f"{len(header) - 1} columns for {inputs} inputs, which are many")
     scores = np.full((inputs, len(header) - 1), np.nan)
     for place_, values in found.items():
         scores[place_] = [_number(path, value) for value in values]

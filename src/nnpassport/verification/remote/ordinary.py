@@ -9,6 +9,7 @@ the mark is paid for (Bonferroni).
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ from nnpassport.verification.remote.probe import ask_all, kept_in
 LOOKS = 5
 FEWEST = 25
 """Inputs that are answered before anything is looked at."""
+MAX_CELLS = 2**25
+"""Numbers that are looked at at a time: where a service has more names, those that come up most."""
 _ENOUGH = 0.9  # of the answers have scores: then these are read, and else labels
 
 
@@ -155,12 +158,15 @@ def table_of(answers: Sequence[Answer], *, labels_only: bool = False) -> Table:
     if labels_only or len(scored) < max(1, _ENOUGH * len(heard)):
         labels = [a.label if a.label != NO_CLASS else NO_ANSWER for a in answers]
         return Table(np.array(labels, np.int64), labels=True)
-    names = sorted({name for answer in scored for name, _ in answer.scores})
-    places = {name: place for place, name in enumerate(names)}
+    counts = Counter(name for answer in scored for name, _ in answer.scores)
+    most = max(2, MAX_CELLS // len(answers))
+    names = sorted(counts, key=lambda name: (-counts[name], name))[:most]
+    places = {name: place for place, name in enumerate(sorted(names))}
     table = np.full((len(answers), len(names)), np.nan)
     for row, answer in enumerate(answers):
         for name, value in answer.scores:
-            table[row, places[name]] = value
+            if name in places:
+                table[row, places[name]] = value
     return Table(table, labels=False)
 
 

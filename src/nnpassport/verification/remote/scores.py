@@ -4,6 +4,7 @@ Answers come from a stranger: whatever the bytes are, they are scores, none, or
 `UnreachableServiceError`.
 """
 
+from heapq import nlargest
 from typing import Any
 
 from nnpassport.verification.remote.answers import (
@@ -21,8 +22,8 @@ from nnpassport.verification.remote.services import (
     Upload,
 )
 
-MAX_SCORES = 20_000
-"""Most scores of one answer that are kept."""
+MAX_SCORES = 2_000
+"""Most scores of one answer that are kept: the highest."""
 
 Named = tuple[tuple[str, float], ...]
 
@@ -62,6 +63,8 @@ def _named(pairs: Any) -> Named:
     kept: dict[str, float] = {}
     for name, value in pairs:
         each = number(value)
-        if is_number(each) and -1e30 < each < 1e30 and len(kept) < MAX_SCORES:
+        if is_number(each) and -1e30 < each < 1e30:
             kept[str(name)[:200]] = float(each)
+    if len(kept) > MAX_SCORES:
+        kept = dict(nlargest(MAX_SCORES, kept.items(), key=lambda pair: pair[1]))
     return tuple(kept.items()) if len(kept) > 1 else ()
