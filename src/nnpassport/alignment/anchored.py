@@ -47,12 +47,14 @@ class _Tried(NamedTuple):
         in_place: whether the key's layers are, in what it is of.
         turned: whether most kernels are not, so that they may be turned.
         placed: what it is of.
+        log10_ways: of how many orientations it is one.
     """
 
     counts: Counts
     in_place: bool
     turned: bool
     placed: Placed
+    log10_ways: float = 0.0
 
 
 def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Reference) -> Counts:
@@ -73,16 +75,16 @@ def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Referen
     except (UnsuitableModelError, UnreadableModelError) as error:
         refused = error
     if first is not None and first.in_place and not first.turned:
-        return first.counts if read.marked(first.counts) else _merged(read, first, anchor)
+        return _merged(read, first, anchor)
     ways = [AS_IT_IS, *possible(anchor.axes, {n: t.shape for n, t in anchor.tensors.items()})]
     if first is not None:
+        tried = [first]
         way = _best_way(suspect, anchor, ways)
         if way != AS_IT_IS:
-            again = _by_name(read, suspect, anchor, way, len(ways))
-            if read.log10_p(again.counts) < read.log10_p(first.counts):
-                first = again
-        if read.marked(first.counts) or first.in_place:
-            return first.counts
+            tried.append(_by_name(read, suspect, anchor, way, len(ways)))
+        first = min(tried, key=lambda each: read.log10_p(each.counts))
+        if any(read.marked(each.counts) or each.in_place for each in tried):
+            return min((_merged(read, each, anchor) for each in tried), key=read.log10_p)
     found = _by_content(read, suspect, anchor, ways)
     if found is not None and (first is None or read.marked(found)):
         return found
@@ -100,11 +102,13 @@ def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Referen
 
 
 def _merged(read: Reading, first: _Tried, anchor: Reference) -> Counts:
-    """V on a mean of the marked network and one that knows nothing of the mark.
+    """The counts, or where they prove no mark V on a mean of the marked network and the anchor.
 
     Of W = (1 − t)·marked + t·anchor what is left without t·anchor has the mark's signs in all bits,
     where W itself has the anchor's in some. The anchor knows no bit, nor does t.
     """
+    if read.marked(first.counts):
+        return first.counts
     readings = []
     for share in MERGED:
         arrays = dict(first.placed.arrays)
@@ -113,7 +117,7 @@ def _merged(read: Reading, first: _Tried, anchor: Reference) -> Counts:
             if name in arrays and arrays[name].shape == theirs.shape:
                 arrays[name] = arrays[name] - share * theirs
         reason = f"read once {share:g} of the network before the mark is taken off it"
-        log10_choices = LOG10_BY_SHAPE + math.log10(len(MERGED))
+        log10_choices = LOG10_BY_SHAPE + first.log10_ways + math.log10(len(MERGED))
         found = read(arrays).paid(log10_choices, reason, of=TENSORS)
         facts = {**(first.counts.alignment or {}), "merged": share}
         readings.append(found._replace(alignment=facts))
@@ -139,7 +143,7 @@ def _by_name(
     reason = f"its kernels were {way.inverse.name}, of {ways} orientations that are paid for"
     paid = counts.paid(LOG10_BY_SHAPE + math.log10(ways), reason, of=TENSORS)
     facts = {**(paid.alignment or {}), "orientation": way.inverse.name, "orientations": ways}
-    return found._replace(counts=paid._replace(alignment=facts))
+    return found._replace(counts=paid._replace(alignment=facts), log10_ways=math.log10(ways))
 
 
 def _read(read: Reading, suspect: Mapping[str, Array], placed: Placed, anchor: Reference) -> _Tried:
