@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.alignment.canonical import Weights, canonical
-from nnpassport.alignment.directions import Free
+from nnpassport.alignment.directions import Free, cosines_outside
 from nnpassport.alignment.heads import Attention, Side, attentions, pairs_of
 from nnpassport.alignment.match import assigned, in_groups, mixture, unit_rows
 from nnpassport.alignment.refine import Fit, begun, refined
@@ -371,10 +371,8 @@ class Aligner:
         turned = np.zeros_like(cosines)  # what a group that is negated with its norm has negated
         for spot in spots:
             mine = weights[spot.tensor]
-            theirs = spot.rows(work.targets[spot.tensor])
-            found = (
-                unit_rows(theirs) @ unit_rows((spot.along(mine) if longer else spot).rows(mine)).T
-            )
+            rows = (spot.along(mine) if longer else spot).rows(mine)
+            found = self._cosines(spot, rows, work)
             loose = spot.tensor in work.loose and not spot.reads
             if unit.normed and not longer and not spot.reads and mine.ndim > 1:
                 turned += found
@@ -410,6 +408,14 @@ class Aligner:
         self._do(unit.spots, change, work)
         if unit.around:
             self._do(unit.around, self._regrouped(order[:: unit.inside] // unit.inside), work)
+
+    def _cosines(self, spot: Spot, rows: Matrix, work: Work) -> Matrix:
+        """Of the suspect's rows to each of the reference's, in what no mark moves of filters."""
+        free = self.free.get(spot.tensor)
+        directions = None if free is None else free.of_rows(spot.positions, spot.dimension)
+        if directions is None:
+            return unit_rows(spot.rows(work.targets[spot.tensor])) @ unit_rows(rows).T
+        return cosines_outside(directions, spot.rows(self.reference[spot.tensor]), rows)
 
     def _as_long(self, spot: Spot, tensor: Matrix) -> bool:
         """Whether a tensor has as many rows there as the reference's; in groups, in every group."""
