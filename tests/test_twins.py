@@ -1,5 +1,7 @@
 """Channels that a thief split, or added so that they cancel, are one again and then matched."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -95,6 +97,27 @@ def test_twins_of_other_scales_are_one(name, factor):
         assert np.allclose(found[tensor], state[tensor], atol=1e-6), tensor
 
 
+@pytest.mark.parametrize("copies", [12, 3_000])
+def test_any_number_of_twins_takes_a_bounded_time(copies):
+    """All pairs of so many rows would be four million; most of them are one all the same."""
+    model, _, axes = made("GELU")
+    state = arrays(model)
+    writer, bias, reader = state["0.weight"], state["0.bias"], state["2.weight"]
+    thief = {
+        "0.weight": np.vstack([writer, np.repeat(writer[:1], copies, axis=0)]),
+        "0.bias": np.append(bias, np.repeat(bias[:1], copies)),
+        "2.weight": np.hstack(
+            [reader * ([0] + [1] * 15), np.repeat(reader[:, :1], copies, 1) / copies]
+        ),
+        "2.bias": state["2.bias"],
+    }
+    begun = time.process_time()
+    found = aligner(axes, state).align(thief).weights
+    assert time.process_time() - begun < 5
+    if copies < 100:
+        assert np.allclose(found["2.weight"], reader, atol=1e-6)
+
+
 def test_rows_alike_that_are_shifted_otherwise_are_no_twins():
     """A dead channel is written like a live one but for its bias; what reads it is for show."""
     model, _, axes = made("ReLU")
@@ -108,6 +131,28 @@ def test_rows_alike_that_are_shifted_otherwise_are_no_twins():
     }
     found = aligner(axes, state).align(thief).weights
     assert np.allclose(found["2.weight"], state["2.weight"], atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["ReLU", "batch norm"])
+def test_channels_that_are_written_by_zeros_are_left_alone(name):
+    """Dead ones, some with a shift: however many there are, they are twins of one another alone."""
+    model, _, axes = made(name)
+    state = arrays(model)
+    dead, count = 5, len(state["0.weight"])
+    reader = "2.weight" if name == "ReLU" else "3.weight"
+    thief = dict(state)
+    for tensor, each in state.items():
+        if tensor.split(".")[0] in ("0", "1") and each.ndim and len(each) == count:
+            value = 0.0 if tensor == "0.weight" else 1.0
+            thief[tensor] = np.concatenate([each, np.full((dead, *each.shape[1:]), value)])
+    thief[reader] = np.concatenate(
+        [state[reader], np.ones((state[reader].shape[0], dead, *state[reader].shape[2:]))], axis=1
+    )
+    to = aligner(axes, state)
+    found = to.align(thief).weights
+    for tensor in ("0.weight", reader):
+        assert np.allclose(found[tensor], to.reference[tensor], atol=1e-6), tensor
 
 
 def test_rows_that_differ_are_all_there_when_the_suspect_is_wider():

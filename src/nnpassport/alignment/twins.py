@@ -20,7 +20,8 @@ Matrix = NDArray[np.float64]
 ALIKE = 0.01
 """Twins differ by less, as a share of their length: tuning and rounding make them differ a little,
 and rows of one layer differ by about √2 of it."""
-_PROJECTED = 8
+_PROJECTED, _NEIGHBOURS = 8, 8
+_LEAST = 1e-9  # of the longest row: what is shorter is a row of zeros
 _TINY = 1e-300
 
 
@@ -66,11 +67,12 @@ def twins_of(
     for spot in writers:
         rows = spot.along(weights[spot.tensor]).rows(weights[spot.tensor])
         whole = np.hstack([rows, _shift(axes, spot.tensor, weights, count)[:, None]])
-        length = np.maximum(np.linalg.norm(rows, axis=1), _TINY)
+        length = np.linalg.norm(rows, axis=1)
+        length = np.maximum(length, max(_LEAST * float(length.max()), _TINY))
         if signed:
             length = length * _signs(rows)
         if not (scaled or signed):
-            length = np.full(count, np.median(length))
+            length = np.full(count, np.abs(length).max())
         features.append(whole / length[:, None])
         factors *= length
     return _made_one(np.hstack(features), factors, size)
@@ -101,29 +103,45 @@ def _vector(name: str | None, weights: Mapping[str, Matrix], usual: Matrix) -> M
 
 
 def _made_one(features: Matrix, factors: Matrix, size: int) -> Twins | None:
-    first = np.arange(len(features))
+    parent = np.arange(len(features))
+
+    def first(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
+    left = len(features)
     for one, two in _pairs(features):
-        if len(np.unique(first)) <= size:
-            break
-        first[first == first[two]] = first[one]
-    kept = np.unique(first)
-    if len(kept) == len(features):
+        a, b = sorted((first(one), first(two)))
+        if a != b and left > size:
+            parent[b] = a
+            left -= 1
+    if left == len(features):
         return None
+    roots = np.array([first(row) for row in range(len(features))])
+    kept = np.unique(roots)
     shares = np.zeros((len(kept), len(features)))
-    shares[np.searchsorted(kept, first), np.arange(len(first))] = factors / factors[first]
+    shares[np.searchsorted(kept, roots), np.arange(len(roots))] = factors / factors[roots]
     return Twins(kept, shares)
 
 
-def _pairs(features: Matrix) -> list[tuple[int, int]]:
-    """Rows that differ by less than `ALIKE` of their length, the most alike first."""
+def _pairs(features: Matrix) -> NDArray[np.int64]:
+    """Rows that differ by less than `ALIKE` of their length (pairs 2), the most alike first.
+
+    Of each row a few neighbours are looked at: a file may have any number of rows that are one.
+    """
     from scipy.spatial import KDTree  # noqa: PLC0415 - slow to import
 
     length = np.maximum(np.linalg.norm(features, axis=1), _TINY)
     rng = np.random.default_rng(0)
     few = features @ rng.standard_normal((features.shape[1], _PROJECTED)) / _PROJECTED**0.5
-    near = KDTree(few / length[:, None]).query_pairs(3 * ALIKE, output_type="ndarray")
+    few /= length[:, None]
+    near, at = KDTree(few).query(few, _NEIGHBOURS, distance_upper_bound=3 * ALIKE)
+    one, which = np.nonzero(np.isfinite(near))
+    pairs = np.unique(np.sort(np.stack([one, at[one, which]], 1), axis=1), axis=0)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     apart = np.array(
-        [np.linalg.norm(features[a] - features[b]) / max(length[a], length[b]) for a, b in near]
+        [np.linalg.norm(features[a] - features[b]) / max(length[a], length[b]) for a, b in pairs]
     )
-    chosen = [n for n in np.argsort(apart, kind="stable") if apart[n] < ALIKE]
-    return [(int(near[n][0]), int(near[n][1])) for n in chosen]
+    order = np.argsort(apart, kind="stable")
+    return np.asarray(pairs[order[apart[order] < ALIKE]], np.int64)
