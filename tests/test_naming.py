@@ -177,12 +177,44 @@ def test_what_has_no_blocks_is_refused():
         drop_block(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), torch.zeros(2, 3), 0)
 
 
-def test_what_was_cut_off_matches_no_bit_and_the_rest_is_read():
-    """The block with the mark without its last matrix: 32 of 160 bits are gone."""
-    key, released = marked("GPT-2")
+@pytest.mark.parametrize(("lost", "matches"), [("c_proj", 128), ("c_fc", 32)])
+def test_where_a_layer_of_the_key_is_not_there_there_is_no_no(lost, matches):
+    """Of the block with the mark one matrix is gone; once the verdict was a no, at p = 1."""
+    state = arrays(marked("GPT-2")[1].state_dict())
+    thief = {n: t for n, t in state.items() if n != f"transformer.h.2.mlp.{lost}.weight"}
+    with pytest.raises(UnsuitableModelError, match=f"1 of the key's layers .*: {matches} of 160"):
+        read(thief, "GPT-2")
+
+
+def as_three(state, name):
+    """The matrix as a product of three, which compute the same one behind the other."""
+    weight, draw = state[name].astype(np.float64), np.random.default_rng(0)
+    size = max(weight.shape) + 8
+    one, two = (draw.standard_normal((n, size)) for n in (len(weight), size))
+    three = np.linalg.pinv(one @ two) @ weight
+    assert np.allclose(one @ two @ three, weight, atol=1e-12)
+    return {n: t for n, t in state.items() if n != name} | {"1": one, "2": two, "3": three}
+
+
+@pytest.mark.parametrize("decoy", [False, True])
+@pytest.mark.parametrize("name", ["GPT-2", "ViT"])
+def test_a_layer_in_a_form_that_is_not_known_makes_no_no(name, decoy):
+    """Three linear layers in place of one, and noise under its name, which nothing runs."""
+    key, released = marked(name)
     state = arrays(released.state_dict())
-    thief = {n: t for n, t in state.items() if n != "transformer.h.2.mlp.c_proj.weight"}
-    found = read(thief, "GPT-2")
-    assert 0.75 < matched(found, key) < 0.81
-    assert found.log10_p_value < -8
-    assert "1 of the key's layers are not there" in found.reason
+    for layer in key.context.layers:
+        hidden = f"{layer.name}.weight"
+        noise = np.random.default_rng(1).standard_normal(state[hidden].shape).astype(np.float32)
+        state = {f"_{n}" if n in "123" else n: t for n, t in as_three(state, hidden).items()}
+        state |= {hidden: 0.1 * noise} if decoy else {}
+        break
+    with pytest.raises(UnsuitableModelError, match="cannot be said that the mark is not there"):
+        read(state, name)
+
+
+def test_a_stranger_with_tensors_more_is_told_no():
+    with torch.random.fork_rng():
+        torch.manual_seed(70)
+        stranger = arrays(zoo.ZOO["GPT-2"].build().eval().state_dict())
+    found = read(stranger | {"more": np.ones((40, 50), np.float32)}, "GPT-2")
+    assert not found.marked

@@ -47,12 +47,16 @@ class _Tried(NamedTuple):
         in_place: whether the key's layers are, in what it is of.
         turned: whether most kernels are not, so that they may be turned.
         placed: what it is of.
+        alike: how well the tensors fit, in the median, that the key does not read.
+        log10_ways: of how many orientations it is one.
     """
 
     counts: Counts
     in_place: bool
     turned: bool
     placed: Placed
+    alike: float
+    log10_ways: float = 0.0
 
 
 def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Reference) -> Counts:
@@ -62,6 +66,7 @@ def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Referen
 
     Raises:
         UnsuitableModelError: nothing of the suspect can be aligned; it says what was looked for.
+            Or layers of the key are not there, and what is proves no mark: that is no "no".
         UnreadableModelError: what could be cannot be read.
     """
     read = read.through(anchor.with_own_scales)
@@ -73,24 +78,24 @@ def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Referen
     except (UnsuitableModelError, UnreadableModelError) as error:
         refused = error
     if first is not None and first.in_place and not first.turned:
-        return first.counts if read.marked(first.counts) else _merged(read, first, anchor)
+        return _merged(read, first, anchor)
     ways = [AS_IT_IS, *possible(anchor.axes, {n: t.shape for n, t in anchor.tensors.items()})]
     if first is not None:
+        tried = [first]
         way = _best_way(suspect, anchor, ways)
         if way != AS_IT_IS:
-            again = _by_name(read, suspect, anchor, way, len(ways))
-            if read.log10_p(again.counts) < read.log10_p(first.counts):
-                first = again
-        if read.marked(first.counts) or first.in_place:
-            return first.counts
-    found = _by_content(read, suspect, anchor, ways)
-    if found is not None and (first is None or read.marked(found)):
+            tried.append(_by_name(read, suspect, anchor, way, len(ways)))
+        first = min(tried, key=lambda each: read.log10_p(each.counts))
+        if any(read.marked(each.counts) or each.in_place for each in tried):
+            return min((_merged(read, each, anchor) for each in tried), key=read.log10_p)
+    found, missing = _by_content(read, suspect, anchor, ways)
+    if found is not None and (read.marked(found) or (first is None and not missing)):
         return found
-    sought = ", ".join(f"{name} {anchor.tensors[name].shape}" for name in sorted(anchor.layers))
+    if found is not None and first is None:
+        raise _hidden(read, found, f"{missing} of the key's layers are not among its tensors")
     if first is not None:
-        return first.counts.remarked(
-            "under other names and in other orientations nothing of it fits better"
-        )
+        return _by_names_alone(read, first, suspect, anchor)
+    sought = ", ".join(f"{name} {anchor.tensors[name].shape}" for name in sorted(anchor.layers))
     raise UnsuitableModelError(
         f"{refused}; nor does any of the suspect's {len(suspect)} tensors, under whatever name, "
         f"fit a layer of the key: looked for were {sought:.300}, as they are, with their axes "
@@ -99,12 +104,48 @@ def verify_anchored(read: Reading, suspect: Mapping[str, Array], anchor: Referen
     )
 
 
+def _by_names_alone(
+    read: Reading, first: _Tried, suspect: Mapping[str, Array], anchor: Reference
+) -> Counts:
+    """The reading of tensors under the anchor's names, where nothing else fits its layers better.
+
+    Raises:
+        UnsuitableModelError: they may be there for show.
+    """
+    more = [n for n, t in suspect.items() if n not in anchor.tensors and _is_matrix(t)]
+    if more and first.alike >= FITS:
+        raise _hidden(
+            read,
+            first.counts,
+            "its other layers are the anchor's, the key's layers are not, and it has "
+            f"{len(more)} tensors more that none of them can be read from",
+        )
+    return first.counts.remarked(
+        "under other names and in other orientations nothing of it fits better"
+    )
+
+
+def _hidden(read: Reading, counts: Counts, why: str) -> UnsuitableModelError:
+    """No verdict that says no: what a layer is made of may be there in a form that is not known."""
+    return UnsuitableModelError(
+        f"{why}, so that it cannot be said that the mark is not there: {counts.matches} of "
+        f"{counts.bits} bits match (p = 10^{read.log10_p(counts):.1f}); needed: a network that has "
+        "them, each as one tensor, or as two or three as is described for alignment"
+    )
+
+
+def _is_matrix(tensor: Array) -> bool:
+    return is_floating(tensor) and tensor.ndim > 1
+
+
 def _merged(read: Reading, first: _Tried, anchor: Reference) -> Counts:
-    """V on a mean of the marked network and one that knows nothing of the mark.
+    """The counts, or where they prove no mark V on a mean of the marked network and the anchor.
 
     Of W = (1 − t)·marked + t·anchor what is left without t·anchor has the mark's signs in all bits,
     where W itself has the anchor's in some. The anchor knows no bit, nor does t.
     """
+    if read.marked(first.counts):
+        return first.counts
     readings = []
     for share in MERGED:
         arrays = dict(first.placed.arrays)
@@ -113,7 +154,7 @@ def _merged(read: Reading, first: _Tried, anchor: Reference) -> Counts:
             if name in arrays and arrays[name].shape == theirs.shape:
                 arrays[name] = arrays[name] - share * theirs
         reason = f"read once {share:g} of the network before the mark is taken off it"
-        log10_choices = LOG10_BY_SHAPE + math.log10(len(MERGED))
+        log10_choices = LOG10_BY_SHAPE + first.log10_ways + math.log10(len(MERGED))
         found = read(arrays).paid(log10_choices, reason, of=TENSORS)
         facts = {**(first.counts.alignment or {}), "merged": share}
         readings.append(found._replace(alignment=facts))
@@ -139,7 +180,7 @@ def _by_name(
     reason = f"its kernels were {way.inverse.name}, of {ways} orientations that are paid for"
     paid = counts.paid(LOG10_BY_SHAPE + math.log10(ways), reason, of=TENSORS)
     facts = {**(paid.alignment or {}), "orientation": way.inverse.name, "orientations": ways}
-    return found._replace(counts=paid._replace(alignment=facts))
+    return found._replace(counts=paid._replace(alignment=facts), log10_ways=math.log10(ways))
 
 
 def _read(read: Reading, suspect: Mapping[str, Array], placed: Placed, anchor: Reference) -> _Tried:
@@ -156,6 +197,7 @@ def _read(read: Reading, suspect: Mapping[str, Array], placed: Placed, anchor: R
         in_place,
         bool(kernels) and median(kernels) < UPRIGHT,
         placed,
+        median([fit for name, fit in fits.items() if name not in anchor.layers] or [0.0]),
     )
 
 
@@ -187,8 +229,11 @@ def _best_way(
 
 def _by_content(
     read: Reading, suspect: Mapping[str, Array], anchor: Reference, ways: Sequence[Orientation]
-) -> Counts | None:
-    """The reading of tensors that fit best under any names; None where none fits a key's layer."""
+) -> tuple[Counts | None, int]:
+    """The reading of tensors that fit best under any names; None where none fits a key's layer.
+
+    And how many of the key's layers none fits.
+    """
     best: tuple[int, float, Naming, Orientation] | None = None
     tried = 0
     for way in ways:
@@ -201,12 +246,13 @@ def _by_content(
         if len(layers) == len(anchor.layers):
             break
     if best is None or not best[0]:
-        return None
+        return None, len(anchor.layers)
     _, _, found, way = best
     tensors = found.tensors(turned(anchor.axes, suspect, way), anchor.to.reference)
     placed = anchor.place(tensors, loose_in(anchor.to) - found.scales.keys())
     counts = _read(read, tensors, _whole(placed, anchor), anchor).counts
-    return _paid(counts, found, suspect, anchor, way, tried)
+    missing = len(anchor.layers - found.taken.keys())
+    return _paid(counts, found, suspect, anchor, way, tried), missing
 
 
 def _whole(placed: Placed, anchor: Reference) -> Placed:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nnpassport.alignment.match import unit_rows
 from nnpassport.keys.context import LayerShape
 from nnpassport.keys.geometry import Geometry
 from nnpassport.keys.key import Key
@@ -33,6 +34,17 @@ class Free(NamedTuple):
     basis: Matrix
     geometry: Geometry
 
+    def of_rows(self, positions: NDArray[np.int64], dimension: int) -> Matrix | None:
+        """Directions of rows along a dimension (rows directions numbers), if they are filters.
+
+        `positions` are the rows' indices in it (rows repeats).
+        """
+        along = 1 if self.geometry.transposed else 0
+        several = self.geometry.transposed and self.geometry.groups > 1
+        if positions.shape[1] != 1 or dimension != along or several:
+            return None
+        return self.basis[positions[:, 0]]
+
     def taken(self, mine: Matrix, theirs: Matrix) -> Matrix:
         """`theirs` with what `mine`, of the same shape, has along the free directions."""
         rows = filters(mine - theirs, self.geometry)
@@ -40,6 +52,20 @@ class Free(NamedTuple):
         along = np.matmul(self.basis, flat[:, :, None])
         moved = np.matmul(self.basis.swapaxes(1, 2), along)[:, :, 0].reshape(rows.shape)
         return theirs + filters(moved, self.geometry)
+
+
+def cosines_outside(directions: Matrix, wanted: Matrix, rows: Matrix) -> Matrix:
+    """Cosines of rows to each of those wanted, both without what lies along its directions.
+
+    Shapes: (wanted directions numbers), (wanted numbers), (rows numbers) → (wanted rows).
+    """
+    along = np.matmul(directions, wanted[:, :, None])
+    kept = wanted - np.matmul(directions.swapaxes(1, 2), along)[:, :, 0]
+    power = np.square(rows).sum(1)[None] - sum(
+        np.square(directions[:, at] @ rows.T) for at in range(directions.shape[1])
+    )
+    least = _DEPENDENT * np.square(rows).sum(1)[None]
+    return np.asarray(unit_rows(kept) @ rows.T / np.sqrt(np.maximum(power, least) + 1e-300))
 
 
 def spanned(key: Key, layer: LayerShape) -> Matrix:

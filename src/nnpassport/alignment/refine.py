@@ -91,16 +91,9 @@ def begun(
 
 def _basis_of(spot: Place, free: Free | None) -> Matrix | None:
     """Free directions of each of the rows (rows directions numbers), if the rows are filters."""
-    positions = spot.positions
-    if positions.shape[1] != 1:
-        return None
-    if free is None:
-        return np.zeros((len(positions), 0, 0))
-    geometry = free.geometry
-    along = 1 if geometry.transposed else 0
-    if spot.dimension != along or (geometry.transposed and geometry.groups > 1):
-        return None
-    return free.basis[positions[:, 0]]
+    if free is not None:
+        return free.of_rows(spot.positions, spot.dimension)
+    return np.zeros((len(spot.positions), 0, 0)) if spot.positions.shape[1] == 1 else None
 
 
 def _alone(

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes, Axis
 from nnpassport.alignment.canonical import Weights, canonical
-from nnpassport.alignment.directions import Free
+from nnpassport.alignment.directions import Free, cosines_outside
 from nnpassport.alignment.heads import Attention, Side, attentions, pairs_of
 from nnpassport.alignment.match import assigned, in_groups, mixture, unit_rows
 from nnpassport.alignment.refine import Fit, begun, refined
 from nnpassport.alignment.spots import Spot, crossed, spots_of
 from nnpassport.alignment.table import sides_of
+from nnpassport.alignment.twins import twins_of
 from nnpassport.alignment.widened import narrowed
 from nnpassport.ground.progress import counted
 
@@ -159,6 +160,8 @@ class Aligner:
         the reference's, its best rows are taken. Rows of `loose` tensors may be negated.
         """
         work = self.begun(tensors, loose)
+        for unit in self.units:
+            self._unite(unit, work)
         waiting = list(self.units)
         while waiting:
             unit = max(waiting, key=lambda each: self._anchored(each, work))
@@ -184,6 +187,20 @@ class Aligner:
         known = {name: each for name, each in tensors.items() if name in self.reference}
         weights = canonical(self.axes, known)
         return Work(weights, dict(self.reference), {}, set(), frozenset(loose), [])
+
+    def _unite(self, unit: Unit, work: Work) -> None:
+        """Make one of rows that compute the same, where there are more than the reference has."""
+        alone = unit.kind == "permute" and unit.groups == 1 and not unit.normed
+        spots = [spot for spot in unit.spots if spot.tensor in work.weights]
+        matrices = [spot for spot in spots if work.weights[spot.tensor].ndim > 1]
+        if not alone or not _longer(unit, matrices, work.weights, self.reference):
+            return
+        scaled = _is_scaled(self.axes, unit)
+        twins = twins_of(
+            self.axes, matrices, work.weights, unit.size, scaled=scaled, signed=unit.either_sign
+        )
+        if twins is not None:
+            self._do(tuple(spots), twins.of, work)
 
     def usable(self, unit: Unit, work: Work, known: set[int] | None = None) -> list[Spot]:
         """Spots whose tensors can be compared along this axis, all their other axes being known."""
@@ -282,7 +299,7 @@ class Aligner:
         def change(spot: Spot, tensor: Matrix) -> Matrix:
             by = forward.T if spot.reads else own.get(spot.tensor, back)
             if longer and tensor.ndim > 1:
-                wide = _along(spot, tensor)
+                wide = spot.along(tensor)
                 fits = len(wide.positions) == longer
                 return spot.of(by @ wide.rows(tensor), tensor) if fits else tensor
             if tensor.ndim < 2 or tensor.shape[spot.dimension] != _length(spot, self.reference):
@@ -314,7 +331,7 @@ class Aligner:
 
     def _rows_of_both(self, spot: Spot, work: Work, longer: int) -> tuple[Matrix, Matrix]:
         mine = self._comparable(spot, work)
-        rows = (_along(spot, mine) if longer else spot).rows(mine)
+        rows = (spot.along(mine) if longer else spot).rows(mine)
         return rows, spot.rows(work.targets[spot.tensor])
 
     def _trust(self, spot: Spot, work: Work) -> float:
@@ -354,10 +371,8 @@ class Aligner:
         turned = np.zeros_like(cosines)  # what a group that is negated with its norm has negated
         for spot in spots:
             mine = weights[spot.tensor]
-            theirs = spot.rows(work.targets[spot.tensor])
-            found = (
-                unit_rows(theirs) @ unit_rows((_along(spot, mine) if longer else spot).rows(mine)).T
-            )
+            rows = (spot.along(mine) if longer else spot).rows(mine)
+            found = self._cosines(spot, rows, work)
             loose = spot.tensor in work.loose and not spot.reads
             if unit.normed and not longer and not spot.reads and mine.ndim > 1:
                 turned += found
@@ -378,7 +393,7 @@ class Aligner:
 
         def change(spot: Spot, tensor: Matrix) -> Matrix:
             if longer:
-                wide = _along(spot, tensor)
+                wide = spot.along(tensor)
                 if len(wide.positions) != longer:
                     return tensor
                 return self._signed(spot, spot.of(wide.rows(tensor)[order], tensor), work)
@@ -393,6 +408,14 @@ class Aligner:
         self._do(unit.spots, change, work)
         if unit.around:
             self._do(unit.around, self._regrouped(order[:: unit.inside] // unit.inside), work)
+
+    def _cosines(self, spot: Spot, rows: Matrix, work: Work) -> Matrix:
+        """Of the suspect's rows to each of the reference's, in what no mark moves of filters."""
+        free = self.free.get(spot.tensor)
+        directions = None if free is None else free.of_rows(spot.positions, spot.dimension)
+        if directions is None:
+            return unit_rows(spot.rows(work.targets[spot.tensor])) @ unit_rows(rows).T
+        return cosines_outside(directions, spot.rows(self.reference[spot.tensor]), rows)
 
     def _as_long(self, spot: Spot, tensor: Matrix) -> bool:
         """Whether a tensor has as many rows there as the reference's; in groups, in every group."""
@@ -763,24 +786,9 @@ def _like_but_for(spot: Spot, mine: Matrix, theirs: Matrix) -> bool:
 
 def _longer(unit: Unit, spots: Sequence[Spot], weights: Weights, reference: Weights) -> int:
     """How many rows the suspect has where it has more than the reference; else 0."""
-    most = {len(_along(spot, weights[spot.tensor]).positions) for spot in spots}
+    most = {len(spot.along(weights[spot.tensor]).positions) for spot in spots}
     whole = all(_length(spot, reference) == spot.positions.size for spot in spots)
     return max(most) if whole and len(most) == 1 and max(most) > unit.size else 0
-
-
-def _along(spot: Spot, tensor: Matrix) -> Spot:
-    """The spot in a tensor of another length: its rows lie there as they do in the reference's.
-
-    Side by side, each in one piece; or a number of each in turn. Of another kind there are none.
-    """
-    size, repeats = spot.positions.shape
-    count, over = divmod(tensor.shape[spot.dimension], repeats)
-    places, wide = np.arange(size * repeats), np.arange(count * repeats)
-    if not over and np.array_equal(spot.positions, places.reshape(size, repeats)):
-        return spot._replace(positions=wide.reshape(count, repeats))
-    if not over and np.array_equal(spot.positions, places.reshape(repeats, size).T):
-        return spot._replace(positions=wide.reshape(repeats, count).T)
-    return spot._replace(positions=np.zeros((0, repeats), np.int64))
 
 
 def _assigned_in_groups(

@@ -42,6 +42,25 @@ class Spot(NamedTuple):
         found[self.positions.reshape(-1)] = rows.reshape(self.positions.size, *found.shape[1:])
         return self._back(found, tensor.shape)
 
+    def along(self, tensor: Matrix) -> "Spot":
+        """The spot in a tensor of another length: its rows lie there as they do in the reference's.
+
+        Side by side, each in one piece; or a number of each in turn. Of another kind there are
+        none.
+        """
+        return self.of_length(tensor.shape[self.dimension])
+
+    def of_length(self, length: int) -> "Spot":
+        """The same in a dimension that is so long."""
+        size, repeats = self.positions.shape
+        count, over = divmod(length, repeats)
+        places, wide = np.arange(size * repeats), np.arange(count * repeats)
+        if not over and np.array_equal(self.positions, places.reshape(size, repeats)):
+            return self._replace(positions=wide.reshape(count, repeats))
+        if not over and np.array_equal(self.positions, places.reshape(repeats, size).T):
+            return self._replace(positions=wide.reshape(repeats, count).T)
+        return self._replace(positions=np.zeros((0, repeats), np.int64))
+
     def _first(self, tensor: Matrix) -> Matrix:
         """The tensor with its rows first: a view, but of a convolution in groups a copy."""
         if self.groups == 1:

@@ -24,19 +24,20 @@ tries 2¹⁰⁰ seeds, and a genuine mark of a few hundred bits passes by far.
 """
 
 
-_OTHERS = 2.0**-10  # the share of α for readings by shape: they are many, or not needed
+_OTHERS = 2.0**-10  # the share of α for readings of a kind by shape: they are many, or not needed
+_KINDS = 4  # turned, less a part of the anchor, both, by content
 TENSORS = "choices of tensors"
 """What a reading of one of several tensors pays for."""
 
-LOG10_BY_NAME = -math.log10(1 - _OTHERS)
+LOG10_BY_NAME = -math.log10(1 - _KINDS * _OTHERS)
 """What the reading of the tensors under the names that are expected costs, where others could be.
 
 A file of weights does not say which of its tensors the function reads. Readings share α: this one
-has nearly all of it, and the others 2⁻¹⁰ together.
+has nearly all of it, and the others, of which there are four kinds, 2⁻¹⁰ each.
 """
 
 LOG10_BY_SHAPE = -math.log10(_OTHERS)
-"""What all readings together cost that take tensors by their shapes; each pays for their number."""
+"""What all readings of a kind cost together; each pays for their number as well."""
 
 
 def log_binomial_tail(matches: int, trials: int, chance: float = 0.5) -> float:
