@@ -198,8 +198,8 @@ network says of a picture and of its mirror image, the mean. The median of {seed
 
 {table}
 
-Copies of which mirror images got the picture's label, and means over both, lose much of `filters`
-and nothing of `mirrored`, which show less where nobody mirrors anything.
+Copies whose mirror images got the picture's label, and means over both, lose a third of `filters`
+and more, and nothing of `mirrored`, which show hardly less where nobody mirrors anything.
 """
 WAVES = """## Cosine watermarks
 
@@ -228,7 +228,7 @@ same keys, so that rows of networks that are alike are no rows of their own.
 """
 TAIL = """### How small they are
 
-By `python benchmarks/answers_uniform.py --tail 20000`: other keys of nobody, by scores. How many
+By `python benchmarks/answers_uniform.py --tail N`: other keys of nobody, by scores. How many
 are below each p, beside how many of so many uniform numbers are; in brackets, how often there are
 so many or more.
 
