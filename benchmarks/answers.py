@@ -6,13 +6,12 @@ stands it is sized for a few minutes of one slow processor: pictures of 16 pixel
 few epochs. --part directions reads copies alone, for marks in more and in fewer directions.
 --part larger is AlexNet on 32 pixels, copied by ResNet-18 on 25,000 labels that are asked anew for
 each augmented image; --part larger --owner resnet18 --thief alexnet is the other way round, and
---task cifar100 is on CIFAR-100 (cifar100-train*.parquet, cifar100-test.parquet). --part mirrored
-reads copies that are trained on mirror images as well. Rows are written as they come, and --work
-FOLDER keeps trained networks: a run that was interrupted goes on where it was. A part has the rows
-of every run beside each other, each with its sizes; --seed N runs another seed, and --also FILE
-takes in what another run has written elsewhere. The larger part takes about eight hours of one core
-that computes in bfloat16: a step takes it 3 ms for each image of AlexNet's and 12 ms for each of
-ResNet-18's.
+--task cifar100 is on CIFAR-100 (cifar100-train*.parquet, cifar100-test.parquet). Rows are written
+as they come, and --work FOLDER keeps trained networks: a run that was interrupted goes on where it
+was. A part has the rows of every run beside each other, each with its sizes; --seed N runs another
+seed, and --also FILE takes in what another run has written elsewhere. The larger part takes about
+eight hours of one core that computes in bfloat16: a step takes it 3 ms for each image of AlexNet's
+and 12 ms for each of ResNet-18's.
 """
 
 import argparse
@@ -28,9 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from answers_page import (
-    AVERAGED,
     BEFORE,
-    COPIES,
     COPY,
     COUNTS,
     MARKED,
@@ -116,10 +113,6 @@ PARTS = {
     "directions": (
         Plan(precision="bfloat16"),
         (Cell(64, 0.8), Cell(64, 0.65), Cell(64, 0.5), Cell(16, 0.6)),
-    ),
-    "mirrored": (
-        Plan(precision="bfloat16", coins=160),
-        (Cell(16, 0.6), Cell(16, 0.6, "mirrored")),
     ),
     "larger": (LARGER, (Cell(16, 0.6),)),
     "cosine": (Plan(precision="bfloat16"), (Cell(16, 0.1, "waves"),)),
@@ -259,17 +252,6 @@ class Bench:
 
         return self.kept(
             name, net, lambda n: fit(n, objective, numbered, how, normalise=self.normalise)
-        )
-
-    def copied_with_mirrors(self, name: str, labels: Tensor, other: Tensor) -> nn.Module:
-        """The same with as many steps, on images and their mirror images, of which `other` are."""
-        both = torch.cat([self.theirs.images, self.theirs.images.flip(3)])
-        data = replace(self.theirs, images=both, labels=torch.cat([labels, other]))
-        how = self.recipe(max(1, self.plan.copying // 2))
-        return self.kept(
-            name,
-            self.thiefs(self.seed + 50),
-            lambda n: fit(n, classification, data, how, normalise=self.normalise),
         )
 
     def thiefs(self, seed: int) -> nn.Module:
@@ -563,34 +545,6 @@ def waves(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, Any]]
         yield {"ratios": ratios, **found}
 
 
-def mirrored(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, Any]]:
-    """What copies by labels carry that see mirror images, of functions that mind them or do not."""
-    mine = owned(bench, cell)
-    asked = scores_of(mine.marked, bench.theirs.images, bench.normalise).argmax(1)
-    other = scores_of(mine.marked, bench.theirs.images.flip(3), bench.normalise).argmax(1)
-
-    def flipped(name: str, labels: Tensor) -> Callable[[], nn.Module]:
-        return lambda: bench.copied_with_mirrors(f"{name}-{mine.name}", asked, labels)
-
-    networks: tuple[tuple[str, Callable[[], nn.Module]], ...] = (
-        (BEFORE[0], bench.plain),
-        (BEFORE[1], lambda: tuned(bench)),
-        (MARKED, lambda: mine.marked),
-        (COPY, lambda: bench.copied(f"labels-{mine.name}", asked)),
-        (COPIES[1], flipped("mirrors", asked)),
-        (COPIES[2], flipped("asked-mirrors", other)),
-        (STRANGER, lambda: bench.copied("stranger", None)),
-    )
-    for found, whole in compared(bench, mine, networks, known):
-        yield found
-        if found["name"] in {MARKED, *COPIES}:
-            name = f"{found['name']}{AVERAGED}"
-            turned = replace(bench.test, images=bench.test.images.flip(3))
-            network_of = dict(networks)[found["name"]]()
-            both = (whole + scores_of(network_of, turned.images, bench.normalise)) / 2
-            yield row(name, mine.key, mine.functions, both[mine.order], bench.accuracy(both))
-
-
 def nulled(
     bench: Bench, key: Key, functions: Known, asked: Tensor, whole: Tensor, order: Tensor
 ) -> Iterator[dict[str, Any]]:
@@ -622,7 +576,7 @@ def nulled(
         yield row(name, key, functions, left[order], bench.accuracy(left))
 
 
-READERS = {"cosine": waves, "mirrored": mirrored, "directions": directions, "larger": directions}
+READERS = {"cosine": waves, "directions": directions, "larger": directions}
 
 
 def run_of(facts: dict[str, Any], part: str, plan: Plan) -> dict[str, Any]:

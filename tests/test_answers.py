@@ -773,6 +773,16 @@ def test_files_of_answers_are_verified_by_command(story):
     assert done.exit_code == 1, done.output
 
 
+def test_of_collected_scores_labels_alone_are_read_where_that_is_asked_for(story):
+    path, given = story.folder / "scores.csv", ("--key", story.folder / "key", "--json")
+    facts = json.loads(commanded("verify", path, "--answers", "--black-box", *given).stdout)
+    assert "labels of 200 inputs" in facts["reason"]
+    expected = read_answers(story.said.argmax(1).numpy(), story.key, labels=True)
+    assert facts["log10_p_value"] == pytest.approx(expected.log10_p_value)
+    for other in ("--as-published", "--every-reading"):
+        assert commanded("verify", path, "--answers", other, *given).exit_code == 2
+
+
 def test_several_networks_that_were_looked_at_are_paid_for(story):
     given = ("--key", story.folder / "key", "--json")
     once = commanded("verify", story.folder / "marked", *given)

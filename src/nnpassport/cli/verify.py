@@ -223,6 +223,10 @@ class Look:
         _check_alpha(self.alpha)
         if self.among < 1:
             raise typer.BadParameter(f"--among {self.among} is no number of networks, such as 3")
+        if self.answers and (self.as_published or self.every_reading):
+            raise typer.BadParameter(
+                "--answers is of ordinary inputs; leave --as-published, --every-reading out"
+            )
         weights_alone = not self.answers
         if weights_alone and self.align is not None and (self.black_box or self.as_published):
             raise typer.BadParameter(
@@ -246,7 +250,8 @@ class Look:
         if self.answers:
             from nnpassport.embedding.answering import collected
 
-            return collected(path, key, options, images.inputs(key))
+            data = images.inputs(key)
+            return collected(path, key, options, data, labels_only=self.black_box)
         if self.black_box:
             from nnpassport.embedding.measured import verify_answers
 

@@ -30,7 +30,7 @@ from nnpassport.keys.answers import (
 from nnpassport.keys.key import Key
 from nnpassport.scheme import UnsuitableModelError, Verdict
 from nnpassport.verification.anchor import ANCHOR, anchor_in, require_anchor
-from nnpassport.verification.collected import read_collected
+from nnpassport.verification.collected import Collected, read_collected
 from nnpassport.verification.verdicts import Options, Trial, under_claim
 
 CHOSEN = (
@@ -85,10 +85,18 @@ def on_images(suspect: Suspect | Path, key: Key, options: Options, trial: Trial)
     return found.beside(digests=digests).remarked(CHOSEN)
 
 
-def collected(answers: Path, key: Key, options: Options, data: ImageSet | None = None) -> Verdict:
+def collected(
+    answers: Path,
+    key: Key,
+    options: Options,
+    data: ImageSet | None = None,
+    *,
+    labels_only: bool = False,
+) -> Verdict:
     """V on a file of answers to the key's inputs, in their order; or to `data`, in theirs.
 
-    For `data` the anchor is needed, `options.alignment`.
+    For `data` the anchor is needed, `options.alignment`. With `labels_only` nothing is read of
+    scores but which is the highest.
 
     Raises:
         UnreadableDataError: the file is none.
@@ -96,11 +104,11 @@ def collected(answers: Path, key: Key, options: Options, data: ImageSet | None =
     """
     if data is None:
         inputs, _ = inputs_of(key)
-        given = read_collected(answers, len(inputs))
+        given = _given(answers, len(inputs), labels_only)
         found = read_answers(given.numbers, key, labels=given.labels, log10_alpha=options.threshold)
     else:
         pictures = _pictures(data, key)
-        given = read_collected(answers, len(pictures))
+        given = _given(answers, len(pictures), labels_only)
         _, before = _before(pictures, key, options)
         found = read_on(
             given.numbers,
@@ -115,6 +123,11 @@ def collected(answers: Path, key: Key, options: Options, data: ImageSet | None =
     found = found if given.whole else found.remarked(LEFT_OUT)
     found = found.remarked("what the answers are of is the word of whoever collected them")
     return found if options.standing is None else under_claim(found, options.standing)
+
+
+def _given(answers: Path, inputs: int, labels_only: bool) -> Collected:
+    given = read_collected(answers, inputs)
+    return given.as_labels() if labels_only else given
 
 
 def planned(folder: Path, key: Key, *, most: int | None = None) -> list[Expected]:

@@ -49,6 +49,14 @@ class Collected(NamedTuple):
             return bool((self.numbers != NO_ANSWER).all())
         return bool(np.isfinite(self.numbers).all())
 
+    def as_labels(self) -> "Collected":
+        """The same by the place of the highest score alone; labels stay as they are."""
+        if self.labels:
+            return self
+        there = np.isfinite(self.numbers)
+        highest = np.where(there, self.numbers, -np.inf).argmax(1)
+        return Collected(np.where(there.any(1), highest, NO_ANSWER), labels=True)
+
 
 def read_collected(path: Path, inputs: int) -> Collected:
     """The answers in a CSV file, to so many inputs.
