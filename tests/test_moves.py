@@ -247,6 +247,21 @@ def test_queries_keys_and_values_of_one_fused_tensor_are_each_mixed():
             assert (theirs - mine).norm() > 0.1 * mine.norm()
 
 
+def test_gains_that_a_thief_moves_hide_no_bits_of_what_goes_into_their_norm():
+    """Bits of a layer are read with the norm behind it: a thief's, once, of filters for another."""
+    network, (model, example) = zoo.ZOO["Swin"], anchor("Swin")
+    seen, _ = network.batch(64, 1)
+    name = "swin.encoder.layers.0.downsample.reduction"
+    key = V2.draw_key(model, example, seed=bytes(32), layers=[name], seen=seen)
+    assert key.context.layers[0].channels.norm
+    owned = deepcopy(model)
+    V2.insert(owned, key, example)
+    graft_channels(owned, seen, limit=Limit(1.0, 10.0))
+    thief = move(V2.released(owned).eval(), example, rng(1), kinds=["regain"])
+    assert thief.done["regain"]
+    assert read(thief.model.state_dict(), key, "Swin").matches == key.context.bits
+
+
 @pytest.mark.parametrize("share", [0.5, 0.75])
 @pytest.mark.parametrize(("name", "more"), [("ViT", ()), ("ViT", ("mirror",)), ("Llama", ())])
 def test_a_mean_with_the_network_before_the_mark_is_read_once_that_is_taken_off(name, more, share):

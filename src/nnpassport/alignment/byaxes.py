@@ -118,7 +118,7 @@ class Reference(NamedTuple):
         """Such arrays, and this network's norms where they were folded: filters are for these."""
         norms, gains = self.axes.batch_norms, self.axes.gains
         names = {norms[name].weight for name in placed if name in norms}
-        names |= {gains[name] for name in placed if name in gains}
+        names |= {gains[name] for name in placed if name in gains} | self.axes.norms.keys()
         return {**placed, **{n: self.tensors[n] for n in names if n in self.tensors}}
 
 
