@@ -73,8 +73,8 @@ or text (CREPE as published), marked by a graft with a passport for each channel
 are chosen where none are named. *As it stands* is after every move that keeps the shapes; all other
 columns are aligned to the network before the mark, and p is the verdict's, which pays for every
 choice that was made. *Harm* is the relative error of the outputs that the graft made: in layers of
-so few numbers it is large. Where it was above {MOST_HARM} (EfficientNet, RegNet) the mark is in layers
-that were named. Tuning is at a third of the rate of training."""
+so few numbers it is large. Where it was above {MOST_HARM} (EfficientNet, RegNet) the mark is in
+layers that were named. Tuning is at a third of the rate of training."""
 
 
 class Owned(NamedTuple):
