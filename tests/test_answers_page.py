@@ -87,7 +87,8 @@ def test_a_run_of_other_sizes_drops_no_rows_and_another_seed_joins_its_own():
 
 
 def test_what_another_run_wrote_elsewhere_is_taken_in_once():
-    mine, theirs = facts(), {**facts(), "larger": whole(plan())}
+    mine = {name: each for name, each in facts().items() if name != "larger"}
+    theirs = {**mine, "larger": whole(plan())}
     for _ in range(2):
         bench().join(mine, theirs)
     assert [len(each["rows"]) for each in mine["larger"]] == [4]

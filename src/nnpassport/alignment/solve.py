@@ -38,6 +38,8 @@ _TINY = 1e-300
 _STILL = 1e-6
 """How far a rotation or mixture may be from none, in each number, and nothing has moved."""
 PAIR_ROUNDS = 20
+_TELLING = 8
+"""So many numbers of a filter have to be left that no mark moves, for it to be known by them."""
 SCALINGS = 8
 _MARKED = 1e-3
 """What a tensor that may carry the mark counts when rotations are found."""
@@ -410,10 +412,13 @@ class Aligner:
             self._do(unit.around, self._regrouped(order[:: unit.inside] // unit.inside), work)
 
     def _cosines(self, spot: Spot, rows: Matrix, work: Work) -> Matrix:
-        """Of the suspect's rows to each of the reference's, in what no mark moves of filters."""
+        """Of the suspect's rows to each of the reference's, in what no mark moves of filters.
+
+        Of filters that a mark may move nearly everywhere, that is too little to tell them apart.
+        """
         free = self.free.get(spot.tensor)
         directions = None if free is None else free.of_rows(spot.positions, spot.dimension)
-        if directions is None:
+        if directions is None or not _tells(directions.shape[1], directions.shape[2]):
             return unit_rows(spot.rows(work.targets[spot.tensor])) @ unit_rows(rows).T
         return cosines_outside(directions, spot.rows(self.reference[spot.tensor]), rows)
 
@@ -773,6 +778,10 @@ def _products(inside: tuple[Side, Side], source: Weights, size: tuple[int, int])
         else:
             blocks.append(np.repeat(_blocks(side.whole, source, heads), copies, axis=0))
     return np.einsum("hdi,hdj->hij", *blocks).reshape(heads * copies, -1)
+
+
+def _tells(directions: int, numbers: int) -> bool:
+    return numbers - directions >= max(_TELLING, numbers // 2)
 
 
 def _length(spot: Spot, reference: Weights) -> int:
