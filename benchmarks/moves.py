@@ -439,7 +439,8 @@ def _published(found: Mapping[str, Any]) -> list[str]:
         "",
         "`python benchmarks/moves.py published --data FOLDER`: marked by default choice, as",
         "`results/real.md` has it. All of Lite0 is tuned to Caltech-101, as there; all of MiniLM",
-        "without labels, on sentences that are read twice with dropout.",
+        "without labels, on sentences that are read twice with dropout. Where that was not run the",
+        "row is older, and its p is of the count alone.",
         "",
         *table(head, [(name, row["bits"], *_moved(row, labels)) for name, row in found.items()]),
     ]
@@ -504,7 +505,7 @@ def page(found: Mapping[str, Any], published: Mapping[str, Any], fresh: Mapping[
     lines += table(head, rows)
     lines += ["", *_fresh(fresh)] if fresh else []
     lines += ["", *_published(published)] if published else []
-    commits = sorted({row["commit"][:12] for row in found.values()})
+    commits = sorted({r["commit"][:12] for of in (found, published, fresh) for r in of.values()})
     lines += ["", f"Commit {', '.join(commits)}; seconds are of one processor, others running."]
     return "\n".join(lines) + "\n"
 

@@ -49,10 +49,10 @@ def _fold_batch_norms(
     for name, norm in axes.batch_norms.items():
         if name not in found or norm.variance not in tensors:
             continue
-        _scale(found[name], writing(axes, name), _before_norm(norm, tensors))
+        _scale(found[name], writing(axes, name), before_norm(norm, tensors))
 
 
-def _before_norm(
+def before_norm(
     norm: Statistics, tensors: Mapping[str, NDArray[np.float64]]
 ) -> NDArray[np.float64]:
     """What a batch norm multiplies each channel by."""
@@ -75,7 +75,7 @@ def restored(
     found = np.array(tensor)
     norm, gain = axes.batch_norms.get(name), axes.gains.get(name)
     if norm is not None and norm.variance in reference:
-        _scale(found, writing(axes, name), _inverse(_before_norm(norm, reference)))
+        _scale(found, writing(axes, name), _inverse(before_norm(norm, reference)))
     if gain is not None and gain in reference:
         _scale(found, writing(axes, name), _inverse(_gain_of(axes, name, reference)))
     dimension, before = axes.reads.get(name, (0, None))

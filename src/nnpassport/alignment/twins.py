@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nnpassport.alignment.axes import Axes
+from nnpassport.alignment.canonical import before_norm
 from nnpassport.alignment.spots import Spot
 
 Matrix = NDArray[np.float64]
@@ -30,19 +31,25 @@ class Twins(NamedTuple):
 
     Attributes:
         kept: the rows that stay, in their order.
-        shares: what readers' rows are multiplied with from the left (kept rows).
+        of_row: of each row, which of `kept` it is one with.
+        factors: of each row, what its readers are multiplied with to read that one.
     """
 
     kept: NDArray[np.int64]
-    shares: Matrix
+    of_row: NDArray[np.int64]
+    factors: Matrix
 
     def of(self, spot: Spot, tensor: Matrix) -> Matrix:
         """A tensor along whose axis there is one of each."""
         wide = spot.along(tensor)
-        if len(wide.positions) != self.shares.shape[1]:
+        if len(wide.positions) != len(self.factors):
             return tensor
         rows, fewer = wide.rows(tensor), spot.of_length(len(self.kept) * spot.positions.shape[1])
-        return fewer.of(self.shares @ rows if spot.reads else rows[self.kept], tensor)
+        if not spot.reads:
+            return fewer.of(rows[self.kept], tensor)
+        read = np.zeros((len(self.kept), rows.shape[1]))
+        np.add.at(read, self.of_row, rows * self.factors[:, None])
+        return fewer.of(read, tensor)
 
 
 def twins_of(
@@ -86,20 +93,18 @@ def _signs(rows: Matrix) -> Matrix:
 
 def _shift(axes: Axes, name: str, weights: Mapping[str, Matrix], count: int) -> Matrix:
     """What is added to each channel behind the layer, and its batch norm, of this name."""
-    none = np.zeros(count)
-    bias = weights.get(f"{name.removesuffix('weight')}bias", none) if "." in name else none
-    shift = np.ravel(bias) if np.size(bias) == count else none
+    shift = _vector(f"{name.removesuffix('weight')}bias", weights, count)
     norm = axes.batch_norms.get(name)
-    if norm is None or norm.variance not in weights:
+    if norm is None or norm.variance not in weights or weights[norm.variance].size != count:
         return shift
-    gain = _vector(norm.weight, weights, none + 1)
-    scale = gain / np.sqrt(np.abs(_vector(norm.variance, weights, none + 1)) + norm.epsilon)
-    return (shift - _vector(norm.mean, weights, none)) * scale + _vector(norm.bias, weights, none)
+    moved = (shift - _vector(norm.mean, weights, count)) * before_norm(norm, weights)
+    return moved + _vector(norm.bias, weights, count)
 
 
-def _vector(name: str | None, weights: Mapping[str, Matrix], usual: Matrix) -> Matrix:
-    found = usual if name is None else np.ravel(weights.get(name, usual))
-    return found if found.size == usual.size else usual
+def _vector(name: str | None, weights: Mapping[str, Matrix], count: int) -> Matrix:
+    """A tensor of so many numbers, or zeros."""
+    found = None if name is None else weights.get(name)
+    return np.ravel(found) if found is not None and found.size == count else np.zeros(count)
 
 
 def _made_one(features: Matrix, factors: Matrix, size: int) -> Twins | None:
@@ -120,9 +125,7 @@ def _made_one(features: Matrix, factors: Matrix, size: int) -> Twins | None:
         return None
     roots = np.array([first(row) for row in range(len(features))])
     kept = np.unique(roots)
-    shares = np.zeros((len(kept), len(features)))
-    shares[np.searchsorted(kept, roots), np.arange(len(roots))] = factors / factors[roots]
-    return Twins(kept, shares)
+    return Twins(kept, np.searchsorted(kept, roots), factors / factors[roots])
 
 
 def _pairs(features: Matrix) -> NDArray[np.int64]:
