@@ -338,6 +338,40 @@ def test_a_key_of_every_kind_is_drawn(call, scheme, said, tmp_path):
     assert (tmp_path / "k").exists()
 
 
+def test_settings_of_a_scheme_are_in_its_key(call, house, tmp_path):
+    key, other = tmp_path / "k", house / "other"
+    drawn = ("key", "new", "--scheme", "answers", "--model", other, "-o", key)
+    inputs = ("--plain", other, "--images", "digits", "--images-split", "train")
+    settings = ("--setting", "strength=0.8", "--setting", "kind=mirrored", "--setting", "coins=160")
+    code, out, err = call(*drawn, *inputs, *settings, "--setting", "teaching=0.4")
+    assert code == 0, err
+    assert load_key(key).context.answers == ("mirrored", 160, 800)
+    assert "160 functions of kind mirrored, ε 0.8" in " ".join((out + err).split())
+    idle = [line for line in (out + err).splitlines() if "makes no difference" in line]
+    assert [line.split()[1] for line in idle] == ["teaching"]
+    _, shown, _ = call("key", "show", key)
+    assert "160 functions of kind mirrored, ε 0.8" in shown
+
+
+@pytest.mark.parametrize(
+    ("scheme", "setting", "said"),
+    [
+        ("answers", "kind=wavy", "answers has: counts, filters, layout, mirrored"),
+        ("answers", "kind=waves", "answers has: counts, filters, layout, mirrored"),
+        ("cosine", "kind=filters", "cosine has: waves"),
+        ("uchida", "late=0.5", "uchida has no setting 'late'"),
+        ("adi", "triggers", "'triggers' is not NAME=VALUE"),
+    ],
+)
+def test_a_setting_that_a_scheme_has_not_is_refused(call, scheme, setting, said, tmp_path):
+    code, _, err = call(
+        "key", "new", "--scheme", scheme, "--setting", setting, "-o", tmp_path / "k"
+    )
+    assert code == 2
+    assert said in " ".join(err.split()).replace(" try: ", " ")
+    assert not (tmp_path / "k").exists()
+
+
 def test_a_key_gets_its_pictures_from_images_and_a_trained_network(call, house, tmp_path):
     key, other = tmp_path / "k", house / "other"
     drawn = ("key", "new", "--scheme", "zhang-content", "--model", other, "-o", key)

@@ -16,6 +16,7 @@ from nnpassport.cli.app import app
 from nnpassport.data.images import Normalisation
 from nnpassport.embedding.checkpoint import load_model
 from nnpassport.embedding.schemes.adi import ADI
+from nnpassport.embedding.schemes.answers import ANSWERS
 from nnpassport.embedding.schemes.passport import V3
 from nnpassport.embedding.schemes.triggered import TriggerSet
 from nnpassport.embedding.schemes.uchida import Uchida
@@ -270,8 +271,18 @@ def test_settings_are_read_and_checked():
         "strength": 0.05,
         "late": 0.1,
     }
-    with pytest.raises(BadRecipeError, match="'user' is not NAME=NUMBER"):
-        read_settings(["user"])
+    assert read_settings(["kind=mirrored"]) == {"kind": "mirrored"}
+    for word in ("user", "user=", "=3"):
+        with pytest.raises(BadRecipeError, match=f"'{word}' is not NAME=VALUE"):
+            read_settings([word])
+    with pytest.raises(BadRecipeError, match="triggers of adi is 'many'; needed: a number"):
+        with_settings(ADI, triggers="many")
+    with pytest.raises(BadRecipeError, match="triggers of adi is inf; needed: a whole number"):
+        with_settings(ADI, triggers=math.inf)
+    with pytest.raises(BadRecipeError, match="kind of answers is 3; needed: a word"):
+        with_settings(ANSWERS, kind=3)
+    with pytest.raises(BadRecipeError, match="adi has no setting 'name'"):
+        with_settings(ADI, name="uchida")
     with pytest.raises(BadRecipeError, match=r"triggers of adi is 2.5; needed: a whole number"):
         with_settings(ADI, triggers=2.5)
     with pytest.raises(BadRecipeError, match="adi has no setting 'pictures'"):

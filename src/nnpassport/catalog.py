@@ -1,6 +1,7 @@
 """Every scheme as a row; the one place that names them all."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
@@ -153,50 +154,67 @@ def scheme_named(name: str) -> "Scheme":
     return entry_named(name).scheme
 
 
-def with_settings(scheme: "Scheme", **settings: float | None) -> "Scheme":
+def with_settings(scheme: "Scheme", **settings: float | str | None) -> "Scheme":
     """The scheme with other values of its fields; None leaves a field as it is.
 
     Raises:
-        BadRecipeError: the scheme has no such number, or a whole one is needed.
+        BadRecipeError: the scheme has no such setting, or another kind of value is needed.
     """
     given = {name: value for name, value in settings.items() if value is not None}
     fields = dataclasses.fields(cast(Any, scheme))
-    kinds = {f.name: {f.type, *get_args(f.type)} for f in fields}
-    numbers = {name: kind for name, kind in kinds.items() if kind & {int, float}}
+    kinds = {f.name: {f.type, *get_args(f.type)} & {int, float, str} for f in fields}
+    known = {name: kind for name, kind in kinds.items() if kind and name != "name"}
     for name, value in given.items():
-        if name not in numbers:
+        if name not in known:
             raise BadRecipeError(
-                f"{scheme.name} has no setting {name!r}; it has: {', '.join(sorted(numbers))}"
+                f"{scheme.name} has no setting {name!r}; it has: {', '.join(sorted(known))}"
             )
-        if float not in numbers[name] and value != int(value):
-            raise BadRecipeError(f"{name} of {scheme.name} is {value}; needed: a whole number")
+        needed = _needed(known[name], value)
+        if needed:
+            raise BadRecipeError(f"{name} of {scheme.name} is {value!r:.40}; needed: {needed}")
     return cast("Scheme", dataclasses.replace(cast(Any, scheme), **given))
 
 
-def settings_of(scheme: "Scheme") -> dict[str, float]:
-    """Those of the scheme's numbers that are not as in its row."""
+def _needed(kinds: set[Any], value: float | str) -> str | None:
+    """What a setting of these kinds needs, unless this value is of one of them."""
+    if isinstance(value, str):
+        return None if str in kinds else "a number"
+    if not kinds & {int, float}:
+        return "a word"
+    whole = math.isfinite(value) and value == int(value)
+    return None if float in kinds or whole else "a whole number"
+
+
+def settings_of(scheme: "Scheme") -> dict[str, float | str]:
+    """Those of the scheme's settings that are not as in its row."""
     row = scheme_named(scheme.name)
-    numbers = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(cast(Any, scheme))}
+    values = {f.name: getattr(scheme, f.name) for f in dataclasses.fields(cast(Any, scheme))}
     return {
         name: value
-        for name, value in numbers.items()
-        if type(value) in {int, float} and value != getattr(row, name)
+        for name, value in values.items()
+        if type(value) in {int, float, str} and value != getattr(row, name)
     }
 
 
-def read_settings(words: Iterable[str]) -> dict[str, float]:
-    """Settings from the words that name them: "user=3" or "strength=0.05".
+def read_settings(words: Iterable[str]) -> dict[str, float | str]:
+    """Settings from the words that name them: "user=3", "strength=0.05" or "kind=mirrored".
 
     Raises:
-        BadRecipeError: a word is not NAME=NUMBER.
+        BadRecipeError: a word is not NAME=VALUE.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | str] = {}
     for word in words:
         name, _, value = word.partition("=")
-        try:
-            found[name] = int(value) if value.lstrip("-").isdigit() else float(value)
-        except ValueError:
+        if not (name and value):
             raise BadRecipeError(
-                f"setting {word!r:.60} is not NAME=NUMBER; needed: such as strength=0.05"
-            ) from None
+                f"setting {word!r:.60} is not NAME=VALUE; needed: such as strength=0.05"
+            )
+        found[name] = _number_or_word(value)
     return found
+
+
+def _number_or_word(value: str) -> float | str:
+    try:
+        return int(value) if value.lstrip("-").isdigit() else float(value)
+    except ValueError:
+        return value

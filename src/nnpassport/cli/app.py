@@ -37,6 +37,7 @@ from nnpassport.cli.options import (
     Public,
     Run,
     Sets,
+    Setting,
     key_from,
     opened_key,
     save_bound,
@@ -164,14 +165,7 @@ class Marking:
         ),
     ] = None
     public: Public = None
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--setting",
-            help="Parameter of the scheme, such as user=3 (deepmarks) or strength=0.05; "
-            "repeatable.",
-        ),
-    ] = None
+    setting: Setting = None
 
     def scheme(self, name: str) -> Any:
         """The scheme of this name, with these settings."""

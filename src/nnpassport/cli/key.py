@@ -1,6 +1,7 @@
 """The commands `key …`: draw a secret key, and see what is not secret of one."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, final
@@ -14,6 +15,7 @@ from nnpassport.cli.options import (
     Out,
     Passphrase,
     Public,
+    Setting,
     images_from,
     key_from,
     new_passphrase,
@@ -82,24 +84,37 @@ class Secrets:
             help="adi, V3: a published trigger set with its labels, Parquet (no p-value)."
         ),
     ] = None
+    setting: Setting = None
 
     def drawn(self, config: Any, scheme: str, **asked: Any) -> Any:
         """A key with them; `asked` is what else `owner.draw_key` takes."""
+        from nnpassport.catalog import read_settings
         from nnpassport.embedding import owner as ownership
 
+        settings = read_settings(self.setting or ())
         source = None
         if self.images is not None:
             source = images_from(self.images, self.images_split, config)
         published = None if self.passports in {"channel", "derived"} else self.passports
-        key = ownership.draw_key(
-            config,
-            scheme,
-            text=self.text,
-            passports=self.passports if published is None else "derived",
-            seen=source,
-            public=self.public or (),
-            **asked,
-        )
+
+        def draw(given: Mapping[str, float | str]) -> Any:
+            return ownership.draw_key(
+                config,
+                scheme,
+                text=self.text,
+                passports=self.passports if published is None else "derived",
+                seen=source,
+                public=self.public or (),
+                settings=given,
+                **asked,
+            )
+
+        key = draw(settings)
+        for name in settings:
+            less = {n: value for n, value in settings.items() if n != name}
+            if _form(draw(less)) == _form(key):
+                errors.print("note:", style="yellow", end=" ")
+                errors.print(f"{name} makes no difference to this key; `embed` takes --setting too")
         if published is not None:
             key = ownership.redraw_as_published(key, published, self.plain, source)
         elif source is not None and self.plain is not None:
@@ -108,6 +123,13 @@ class Secrets:
             key = ownership.with_trigger_file(key, self.triggers)
         ownership.check_pictures(key, config)
         return key
+
+
+def _form(key: Any) -> tuple[Any, ...]:
+    """What a scheme's settings can change of a key: nothing that is drawn or measured."""
+    context = key.context
+    layers = tuple((layer.name, layer.bits, layer.passport) for layer in context.layers)
+    return context.triggers, context.answers, context.order, layers
 
 
 @app.command()
@@ -149,7 +171,8 @@ def _told(key: Any, out: Path) -> None:
 
     context = key.context
     bits, pictures, order = context.bits, context.triggers, context.order
-    what = [f"{len(context.layers)} layers, {bits} bits"] if bits else []
+    what = [f"{len(context.layers)} layers, {bits} bits"] if context.layers else []
+    what += [] if context.answers is None else [_functions(context.answers)]
     if order is not None:
         what = [f"{len(order.axes)} axes, {bits} units whose order is read"]
     what += [f"{pictures.count} pictures"] if pictures is not None else []
@@ -167,6 +190,10 @@ def _told(key: Any, out: Path) -> None:
     errors.print("Keep it secret and keep it safe: without it nothing can be proved.")
 
 
+def _functions(form: Any) -> str:
+    return f"{form.coins} functions of kind {form.kind}, ε {form.strength / 1000:g}"
+
+
 @app.command()
 def show(
     path: Annotated[Path, typer.Argument(help="Key file.")],
@@ -178,7 +205,7 @@ def show(
 
     key = key_from(path, passphrase)
     layers = [f"{layer.name} {list(layer.weight)}" for layer in key.context.layers]
-    order = key.context.order
+    order, answers = key.context.order, key.context.answers
     axes = None if order is None else [f"axis {a.number}: {a.units} units" for a in order.axes]
     facts = {
         "scheme": key.context.scheme,
@@ -189,6 +216,7 @@ def show(
         "fingerprint": key.fingerprint,
         "layers": layers,
         **({} if axes is None else {"axes": axes}),
+        **({} if answers is None else {"functions": _functions(answers)}),
     }
     there = {name: each for name, each in facts.items() if each is not None}
     rows = [(name, "\n".join(v) if isinstance(v, list) else str(v)) for name, v in there.items()]

@@ -126,6 +126,14 @@ Public = Annotated[
         "The network before the mark must not be one of them."
     ),
 ]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--setting",
+        help="Parameter of the scheme, such as user=3 (deepmarks), strength=0.05 or "
+        "kind=mirrored (answers); repeatable.",
+    ),
+]
 Flip = Annotated[
     bool, typer.Option("--augment/--no-augment", help="Random crops and horizontal flips.")
 ]

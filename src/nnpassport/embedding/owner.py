@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnpassport import __version__
-from nnpassport.catalog import scheme_named, settings_of
+from nnpassport.catalog import scheme_named, settings_of, with_settings
 from nnpassport.data.images import Images, ImageSet, Normalisation
 from nnpassport.data.triggers import read_triggers
 from nnpassport.embedding import anchoring
@@ -96,15 +96,16 @@ def draw_key(
     trained: Path | None = None,
     seen: ImageSet | None = None,
     public: Sequence[Path] = (),
+    settings: Mapping[str, float | str] | None = None,
 ) -> Key:
     """A key, all of it derived from one seed, for networks that `config` describes.
 
     `passports` is "channel" or "derived" (see `Passport.draw_key`), by default the former, but for
     PAN. Those of channels are for the network in the folder `trained`, and in the directions of
     what its layers receive from the images `seen`, where both are given. Otherwise `embed` binds
-    them to the network before the mark.
+    them to the network before the mark. `settings` are those of the scheme, see `with_settings`.
     """
-    chosen = scheme_named(scheme)
+    chosen = with_settings(scheme_named(scheme), **settings or {})
     model = config.build(trusted_factory=config.architecture)
     if trained is not None:
         model = load_model(trained, trusted_factory=config.architecture).model

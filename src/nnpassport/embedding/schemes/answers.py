@@ -42,6 +42,7 @@ from nnpassport.embedding.train.loop import (
 )
 from nnpassport.files.arrays import Array
 from nnpassport.keys.answers import (
+    KINDS,
     baseline_from,
     form_of,
     inputs_of,
@@ -99,6 +100,12 @@ class Answers(Mark):
             raise BadRecipeError(
                 f"{coins} coins, {self.pictures} pictures and a strength of {self.strength}; "
                 "needed: at least 1 and 8 of them, and a strength above 0 and up to 100"
+            )
+        allowed = {"waves"} if self.name == "cosine" else {*KINDS} - {"waves"}
+        if self.kind not in allowed:
+            raise BadRecipeError(
+                f"functions of kind {self.kind!r:.40}; {self.name} has: "
+                f"{', '.join(sorted(allowed))}"
             )
 
     def draw_key(
