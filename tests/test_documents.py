@@ -1,12 +1,19 @@
-"""Commands in the documents exist, with the options that they are shown with."""
+"""Commands in the documents have the options that are shown, and programs call what there is."""
 
+import ast
+import contextlib
+import functools
+import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
+import nnpassport
 from nnpassport.cli.app import app
 
 ROOT = Path(__file__).parent.parent
@@ -74,3 +81,60 @@ def test_the_documents_show_most_commands():
     seen = {name for name, options in filter(None, calls) if options}
     ends = {name for name in COMMANDS if name and not any(o[:-1] == name for o in COMMANDS)}
     assert len(seen & ends) > 0.8 * len(ends)
+
+
+def snippets(text) -> Iterator[ast.Module]:
+    """Programs in the document; what is part of one, as a row of a table, is not."""
+    for indent, block in re.findall(r"^( *)```python\n(.*?)^ *```", text, flags=re.S | re.M):
+        lines = [line.removeprefix(indent) for line in block.splitlines()]
+        with contextlib.suppress(SyntaxError):
+            yield ast.parse("\n".join(lines))
+
+
+def wrong_names(tree: ast.Module) -> Iterator[str]:
+    """Names of ours that there are not, and arguments that what is called does not take."""
+    known: dict[str, Any] = {"nnpassport": nnpassport}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nnpassport"):
+            module = importlib.import_module(node.module or "")
+            for each in node.names:
+                if not hasattr(module, each.name):
+                    yield f"{node.module}.{each.name}"
+                else:
+                    known[each.asname or each.name] = getattr(module, each.name)
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        root, *path = ast.unparse(node.func).split(".")
+        if root not in known:
+            continue
+        try:
+            called = functools.reduce(getattr, path, known[root])
+            taken = inspect.signature(called).parameters.values()
+        except AttributeError:
+            yield ast.unparse(node.func)
+            continue
+        if not any(each.kind is each.VAR_KEYWORD for each in taken):
+            given = {each.arg for each in node.keywords if each.arg}
+            yield from (f"{ast.unparse(node.func)}({n}=)" for n in given - {p.name for p in taken})
+
+
+PROGRAMS = [(page, tree) for page in PAGES for tree in snippets(page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "tree"), PROGRAMS, ids=lambda each: getattr(each, "name", ""))
+def test_programs_in_the_documents_call_what_there_is(page, tree):
+    assert list(wrong_names(tree)) == []
+
+
+def test_a_name_and_an_argument_that_are_not_there_are_found():
+    text = """- ```python
+  from nnpassport import load_key, unload_key
+  key = load_key("my.key", sesame=1)
+  nnpassport.V2.draw(model)
+  ```
+"""
+    (tree,) = snippets(text.replace("- ```", "  ```"))
+    found = ["nnpassport.unload_key", "load_key(sesame=)", "nnpassport.V2.draw"]
+    assert list(wrong_names(tree)) == found
+    assert len(PROGRAMS) > 10
