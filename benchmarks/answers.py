@@ -121,11 +121,13 @@ PARTS = {
 
 
 def made(name: str, width: int, seed: int, classes: int) -> nn.Module:
-    """The owner's small network, or one of the catalog's architectures."""
+    """The owner's small network, or one of the catalog: "resnet18:0.5" is half as wide."""
     if name == "small":
         return network(width, seed, classes)
     torch.manual_seed(seed)
-    return build(name, classes=classes, norm="batch")
+    architecture, _, share = name.partition(":")
+    arguments = {"width": float(share)} if share else {}
+    return build(architecture, classes=classes, norm="batch", **arguments)
 
 
 def block(inputs: int, outputs: int) -> nn.Module:
@@ -509,7 +511,6 @@ def directions(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, 
         (BEFORE[1], lambda: tuned(bench)),
         (MARKED, lambda: mine.marked),
         (COPY, lambda: bench.copied_by_asking(f"labels-{mine.name}", mine.marked)),
-        (STRANGER, lambda: bench.copied("stranger", None)),
     )
     for found, _ in compared(bench, mine, networks, known):
         yield found
@@ -520,6 +521,9 @@ def directions(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, 
             asked = scores_of(mine.marked, bench.theirs.images[:count], bench.normalise)
             left = said - bench.shaved_off(mine.key, asked, widest, l2)
             yield row(name, mine.key, mine.functions, left[mine.order], bench.accuracy(left))
+    strange = ((STRANGER, lambda: bench.copied("stranger", None)),)
+    for found, _ in compared(bench, mine, strange, known):
+        yield found
 
 
 def waves(bench: Bench, cell: Cell, known: set[str]) -> Iterator[dict[str, Any]]:

@@ -27,6 +27,7 @@ NAMES = {
     "cifar100": "CIFAR-100",
     "alexnet": "AlexNet",
     "resnet18": "ResNet-18",
+    "resnet18:0.5": "ResNet-18 of half the width",
 }
 
 HEAD = """# A mark in ordinary answers
