@@ -47,11 +47,15 @@ class Free(NamedTuple):
 
     def taken(self, mine: Matrix, theirs: Matrix) -> Matrix:
         """`theirs` with what `mine`, of the same shape, has along the free directions."""
-        rows = filters(mine - theirs, self.geometry)
+        return theirs + self.along(mine - theirs)
+
+    def along(self, weight: Matrix) -> Matrix:
+        """Of a tensor of this shape, what lies along the free directions of its filters."""
+        rows = filters(weight, self.geometry)
         flat = rows.reshape(len(rows), -1)
         along = np.matmul(self.basis, flat[:, :, None])
-        moved = np.matmul(self.basis.swapaxes(1, 2), along)[:, :, 0].reshape(rows.shape)
-        return theirs + filters(moved, self.geometry)
+        found = np.matmul(self.basis.swapaxes(1, 2), along)[:, :, 0].reshape(rows.shape)
+        return filters(found, self.geometry)
 
 
 def cosines_outside(directions: Matrix, wanted: Matrix, rows: Matrix) -> Matrix:

@@ -5,11 +5,13 @@ left of both, once the free directions D_o of each marked filter are taken out,
 
     Σ_t w_t ‖P_t (W_t − R_t + L_t(E))‖²,     L_t(E) = −E·W_t (writes), Eᵀ·W_t (reads),
 
-is least squares in E: Gauss and Newton's method, each step by conjugate gradients. w_t is one over
-what was left of tensor t in the step before, so that those of which a mark left more count less.
+is least squares in E: Gauss and Newton's method, each step by conjugate gradients. With no P_t its
+equations would be Σ_r·E + E·Σ_w, Σ_r the Gram matrix of rows that read and Σ_w of those that write,
+which two eigenproblems solve: that is the preconditioner. w_t is one over what was left of tensor t
+in the step before, so that those of which a mark left more count less.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,8 +20,9 @@ from numpy.typing import NDArray
 from nnpassport.alignment.directions import Free
 
 Matrix = NDArray[np.float64]
-STEPS, MOST_PRODUCTS = 12, 100
+STEPS, MOST_PRODUCTS = 12, 50
 """Of Newton's method, and of conjugate gradients in each."""
+_WEAKEST = 1e-4  # of the strongest direction: weaker ones are not amplified further
 _ENOUGH = 1e-7
 _FINEST = 1e-6  # of a tensor's energy: below it nothing more is told apart
 _LONGEST = 0.5
@@ -206,9 +209,10 @@ def _step(
             )
         return (total - total.swapaxes(1, 2)) / 2 if fit.orthogonal else total
 
-    wanted = -felt({name: scale[name] * each for name, each in rest.items()})
-    found, residual = np.zeros_like(wanted), wanted
-    direction, power = residual, float(np.square(residual).sum())
+    solved = _preconditioner(fit, rows, scale)
+    residual = -felt({name: scale[name] * each for name, each in rest.items()})
+    direction = solved(residual)
+    found, power = np.zeros_like(residual), float((residual * direction).sum())
     least = power * 1e-20
     for _ in range(MOST_PRODUCTS):
         if power <= max(least, _TINY):
@@ -216,9 +220,34 @@ def _step(
         there = felt(moves(direction))
         length = power / max(float((direction * there).sum()), _TINY)
         found, residual = found + length * direction, residual - length * there
-        before, power = power, float(np.square(residual).sum())
-        direction = residual + power / before * direction
+        eased = solved(residual)
+        before, power = power, float((residual * eased).sum())
+        direction = eased + power / before * direction
     return found
+
+
+def _preconditioner(
+    fit: Fit, rows: Sequence[Matrix], scale: Mapping[str, float]
+) -> Callable[[Matrix], Matrix]:
+    """Solves the equations of a step as if nothing were free (heads size size)."""
+    read, write = np.zeros((2, *rows[0].shape[:2], rows[0].shape[1]))
+    for (spot, reads), block in zip(fit.sides, rows, strict=True):
+        gram = scale[spot.tensor] ** 2 * np.matmul(block, block.swapaxes(1, 2))
+        if reads:
+            read += gram
+        else:
+            write += gram
+    if fit.orthogonal:
+        read = write = (read + write) / 2
+    (left, into), (right, onto) = np.linalg.eigh(read), np.linalg.eigh(write)
+    power = left[:, :, None] + right[:, None, :]
+    power = np.maximum(power, max(_WEAKEST * float(power.max()), _TINY))
+
+    def solved(residual: Matrix) -> Matrix:
+        inside = into.swapaxes(1, 2) @ residual @ onto
+        return np.asarray(into @ (inside / power) @ onto.swapaxes(1, 2))
+
+    return solved
 
 
 def _blocks(spot: Place, tensor: Matrix, heads: int) -> Matrix:
@@ -228,4 +257,4 @@ def _blocks(spot: Place, tensor: Matrix, heads: int) -> Matrix:
 
 def _outside(moved: Matrix, free: Free | None) -> Matrix:
     """What is left of a tensor outside the free directions of its filters."""
-    return moved if free is None else moved - free.taken(moved, np.zeros_like(moved))
+    return moved if free is None else moved - free.along(moved)
