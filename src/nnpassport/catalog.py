@@ -172,6 +172,8 @@ def with_settings(scheme: "Scheme", **settings: float | str | None) -> "Scheme":
         needed = _needed(known[name], value)
         if needed:
             raise BadRecipeError(f"{name} of {scheme.name} is {value!r:.40}; needed: {needed}")
+        if isinstance(value, float) and float not in known[name]:
+            given[name] = int(value)
     return cast("Scheme", dataclasses.replace(cast(Any, scheme), **given))
 
 
