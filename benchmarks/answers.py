@@ -79,6 +79,7 @@ class Plan:
     thief: str = "small"
     views: int = 0
     task: str = "cifar10"
+    teaching: float = ANSWERS.teaching
 
 
 LARGER = Plan(
@@ -343,7 +344,8 @@ def owned(bench: Bench, cell: Cell) -> Owned:
     """Draw a key for the owner's network, and mark that."""
     plan, plain, coins = bench.plan, bench.plain(), cell.coins(bench.classes)
     usual = COSINE if cell.kind == "waves" else replace(ANSWERS, kind=cell.kind)
-    scheme = replace(usual, strength=cell.strength, pictures=plan.pictures, coins=coins)
+    sizes = {"pictures": plan.pictures, "coins": coins, "teaching": plan.teaching}
+    scheme = replace(usual, strength=cell.strength, **sizes)
     example = torch.zeros(2, 3, plan.size, plan.size)
     key = scheme.draw_key(plain, example, seed=bytes([bench.seed + 1] * 32))
     order = shuffled(key, bench.test)[: plan.pictures]  # before the key is bound to them

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from scipy.stats import binom
 
+from nnpassport.embedding.schemes.answers import ANSWERS
 from nnpassport.embedding.schemes.cosine import RATIO
 from nnpassport.files.disk import write_atomically
 from nnpassport.lab.tables import table
@@ -179,7 +180,7 @@ copies those that agree with the marked network on 90 % of the images or more.
 
 {runs}
 """
-RUN = """### {task}: {owner}, copied by {thief}
+RUN = """### {task}: {owner}, copied by {thief}{taught}
 
 {owner} at {size} pixels, trained on {train:,} images for {epochs} epochs and {marking} more with
 the mark; {thief} trained on labels that it gave to {train:,} others{views}, for {copying} epochs.
@@ -265,12 +266,14 @@ def parts_of(facts: dict[str, Any]) -> list[str]:
 
 def larger_run(part: dict[str, Any]) -> str:
     """The section of one run of the larger networks."""
-    plan = {"task": "cifar10", "views": 0, **part["plan"]}
+    plan = {"task": "cifar10", "views": 0, "teaching": ANSWERS.teaching, **part["plan"]}
     words = {each: NAMES.get(plan[each], plan[each]) for each in ("task", "owner", "thief")}
     views = ", asked anew for each augmented image" if plan["views"] else ""
     head = ("seed", "a class", "ε", "aim", "came out", "")
     reached = table_of(head, larger_aims(part))
-    filled = {**plan, **words, "views": views}
+    usual = plan["teaching"] == ANSWERS.teaching
+    taught = "" if usual else f", a share of {plan['teaching']:g} of the loss for its old scores"
+    filled = {**plan, **words, "views": views, "taught": taught}
     return RUN.format(**filled, aims=reached, table=directions_table(part))
 
 
