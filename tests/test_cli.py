@@ -351,6 +351,13 @@ def test_settings_of_a_scheme_are_in_its_key(call, house, tmp_path):
     assert [line.split()[1] for line in idle] == ["teaching"]
     _, shown, _ = call("key", "show", key)
     assert "160 functions of kind mirrored, ε 0.8" in shown
+    embed = ("embed", "--init", other, "--data", "digits", "--key", key, "-o", tmp_path / "marked")
+    code, _, err = call(*embed, "--epochs", "1", "--setting", "kind=layout")
+    assert code == 2
+    assert "kind=layout was given, and the key was drawn with kind=mirrored" in " ".join(
+        err.split()
+    )
+    assert not (tmp_path / "marked").exists()
 
 
 @pytest.mark.parametrize(

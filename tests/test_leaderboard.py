@@ -6,7 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from constructed import embed
+from torch import nn
 from typer.testing import CliRunner
 
 from nnpassport import catalog
@@ -289,6 +291,13 @@ def test_settings_are_read_and_checked():
     with pytest.raises(BadRecipeError, match="adi has no setting 'pictures'"):
         with_settings(ADI, pictures=1)
     assert math.isclose(with_settings(V3, trigger_weight=0.5).trigger_weight, 0.5)
+
+
+def test_what_a_key_has_fixed_is_not_set_otherwise():
+    key = ADI.draw_key(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.zeros(2, 1, 8, 8))
+    catalog.require_settings(key, {"triggers": key.context.triggers.count, "strength": 0.3})
+    with pytest.raises(BadRecipeError, match="triggers=3 was given, and the key was drawn with"):
+        catalog.require_settings(key, {"triggers": 3})
 
 
 def test_schemes_are_listed():

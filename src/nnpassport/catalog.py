@@ -187,6 +187,26 @@ def _needed(kinds: set[Any], value: float | str) -> str | None:
     return None if float in kinds or whole else "a whole number"
 
 
+def require_settings(key: "Key", settings: Mapping[str, float | str]) -> None:
+    """Refuse settings that a key has fixed, and otherwise.
+
+    Raises:
+        BadRecipeError: one of them is not the key's.
+    """
+    form, shape = key.context.answers, key.context.triggers
+    fixed: dict[str, float | str] = {}
+    if form is not None:
+        fixed = {"kind": form.kind, "coins": form.coins, "strength": form.strength / 1000}
+    elif shape is not None:
+        fixed = {"triggers": shape.count}
+    for name in settings.keys() & fixed.keys():
+        if settings[name] != fixed[name]:
+            raise BadRecipeError(
+                f"{name}={settings[name]} was given, and the key was drawn with "
+                f"{name}={fixed[name]}; needed: that, or a key with the other (`key new --setting`)"
+            )
+
+
 def settings_of(scheme: "Scheme") -> dict[str, float | str]:
     """Those of the scheme's settings that are not as in its row."""
     row = scheme_named(scheme.name)

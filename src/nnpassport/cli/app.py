@@ -167,13 +167,20 @@ class Marking:
     public: Public = None
     setting: Setting = None
 
-    def scheme(self, name: str) -> Any:
-        """The scheme of this name, with these settings."""
-        from nnpassport.catalog import read_settings, scheme_named, with_settings
+    def scheme(self, key: Any) -> Any:
+        """The key's scheme, with these settings."""
+        from nnpassport.catalog import (
+            read_settings,
+            require_settings,
+            scheme_named,
+            with_settings,
+        )
 
+        settings = read_settings(self.setting or ())
+        require_settings(key, settings)
         given = {n: getattr(self, n) for n in ("late", "triggers_per_step", "harm", "harm_error")}
-        chosen = with_settings(scheme_named(name), **given)
-        return with_settings(chosen, **read_settings(self.setting or ()))
+        chosen = with_settings(scheme_named(key.context.scheme), **given)
+        return with_settings(chosen, **settings)
 
 
 @app.command()
@@ -197,7 +204,7 @@ def embed(
     from nnpassport.embedding import owner as ownership
 
     secret, phrase = opened_key(key, passphrase)
-    scheme, recipe, base = marking.scheme(secret.context.scheme), run.chosen, run.base(network)
+    scheme, recipe, base = marking.scheme(secret), run.chosen, run.base(network)
     images = sets.divided(data, base, run)
     config = base.config_of_its_task(images)
     with run.journal(out) as journal:
