@@ -176,7 +176,8 @@ are of 10,000 images and one seed: a few tenths of a point are noise.
 LARGER_WORDS = """## Larger
 
 By `python benchmarks/answers.py --part larger`. Aimed at were the same numbers as above, and of
-copies those that agree with the marked network on 90 % of the images or more.
+copies those that agree with the marked network on 90 % of the images or more. *Mirrored*: functions
+to which a picture and its mirror image are one; all others are `filters`.
 
 {runs}
 """
@@ -285,7 +286,7 @@ def larger_aims(part: dict[str, Any]) -> list[tuple[str, ...]]:
         if MARKED not in rows:
             continue
         aimed = [*lost_aims(rows), *least_aims(rows, most)]
-        shown = (f"{cell.seed}", f"{cell.a_class}", f"{cell.strength}")
+        shown = (f"{cell.seed}", cell.functions, f"{cell.strength}")
         lines += [(*shown, *each) for each in aimed]
     return lines
 
@@ -332,6 +333,12 @@ class RowKey(NamedTuple):
     kind: str
     a_class: int
 
+    @property
+    def functions(self) -> str:
+        """How many of a class, and of which kind if it is not the usual one."""
+        usual = self.kind in {ANSWERS.kind, "waves"}
+        return f"{self.a_class}" if usual else f"{self.a_class} {self.kind}"
+
 
 def cell_of(row: dict[str, Any]) -> RowKey:
     """Of a row of a part; older ones are of ten classes and of filters."""
@@ -353,7 +360,7 @@ def directions_table(part: dict[str, Any]) -> str:
         rows.append(
             (
                 *([f"{cell.seed}"] if seeds else []),
-                f"{cell.a_class}",
+                cell.functions,
                 f"{cell.strength}",
                 each["name"],
                 f"{100 * each['accuracy']:.1f}",
