@@ -283,6 +283,8 @@ def test_settings_are_read_and_checked():
         with_settings(ADI, triggers=math.inf)
     with pytest.raises(BadRecipeError, match="kind of answers is 3; needed: a word"):
         with_settings(ANSWERS, kind=3)
+    with pytest.raises(BadRecipeError, match=r"triggers of adi is \[3\]; needed: a number"):
+        with_settings(ADI, triggers=[3])
     assert type(with_settings(ADI, triggers=40.0).triggers) is int
     with pytest.raises(BadRecipeError, match="adi has no setting 'name'"):
         with_settings(ADI, name="uchida")

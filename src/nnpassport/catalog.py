@@ -183,6 +183,8 @@ def _needed(kinds: set[Any], value: float | str) -> str | None:
         return None if str in kinds else "a number"
     if not kinds & {int, float}:
         return "a word"
+    if not isinstance(value, int | float):  # a diary is another's file
+        return "a number"
     whole = math.isfinite(value) and value == int(value)
     return None if float in kinds or whole else "a whole number"
 
