@@ -186,6 +186,8 @@ RUN = """### {task}: {owner}, copied by {thief}{taught}
 {owner} at {size} pixels, trained on {train:,} images for {epochs} epochs and {marking} more with
 the mark; {thief} trained on labels that it gave to {train:,} others{views}, for {copying} epochs.
 
+    {command}
+
 {aims}
 
 {table}
@@ -274,7 +276,11 @@ def larger_run(part: dict[str, Any]) -> str:
     reached = table_of(head, larger_aims(part))
     usual = plan["teaching"] == ANSWERS.teaching
     taught = "" if usual else f", a share of {plan['teaching']:g} of the loss for its old scores"
-    filled = {**plan, **words, "views": views, "taught": taught}
+    sizes = ("task", "owner", "thief", "epochs", "marking", "copying", "teaching")
+    asked = " ".join(f"--{name} {plan[name]}" for name in sizes)
+    cells = ",".join(dict.fromkeys(cell_of(row).asked for row in part["rows"]))
+    command = f"python benchmarks/answers.py --part larger {asked} --cells {cells}"
+    filled = {**plan, **words, "views": views, "taught": taught, "command": command}
     return RUN.format(**filled, aims=reached, table=directions_table(part))
 
 
@@ -332,6 +338,12 @@ class RowKey(NamedTuple):
     strength: float
     kind: str
     a_class: int
+
+    @property
+    def asked(self) -> str:
+        """As `--cells` has it."""
+        usual = self.kind == ANSWERS.kind
+        return f"{self.a_class}:{self.strength}" + ("" if usual else f":{self.kind}")
 
     @property
     def functions(self) -> str:

@@ -190,7 +190,7 @@ def _needed(kinds: set[Any], value: float | str) -> str | None:
 
 
 def require_settings(key: "Key", settings: Mapping[str, float | str]) -> None:
-    """Refuse settings that a key has fixed, and otherwise.
+    """Refuse settings that the key has as well, with another value.
 
     Raises:
         BadRecipeError: one of them is not the key's.
